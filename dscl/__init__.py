@@ -1,0 +1,3 @@
+"""dscl: continual learning with DeepSpeed."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,5 @@
+"""`python -m dscl` is the program `dscl`."""
+
+from dscl.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,208 @@
+"""Checkpoints that can be trusted: complete or not there, checked before use, readable by any number of ranks.
+
+One folder a checkpoint. Every rank writes its own stretches of the trainable tensors (safetensors); the main rank adds
+the run's position (JSON), the method's state, and last of all the marker `complete.json` with every file's size and
+checksum. The folder gets its final name only then, so a kill or a full disk leaves the one before untouched.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from dscl import dist
+from dscl.config import key
+from dscl.engine import Engine, Fragment
+from dscl.errors import Failure
+
+log = logging.getLogger("dscl")
+MARKER = "complete.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = key(200, at_least=1, help="optimizer steps between checkpoints; one is always written after a task")
+    keep: int = key(2, at_least=1, help="how many of the newest are kept")
+
+
+class Checkpoints:
+    """The `checkpoints/` folder of a run."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+
+    def save(
+        self,
+        name: str,
+        position: Mapping[str, Any],
+        engine: Engine,
+        method: Mapping[str, torch.Tensor],
+    ) -> None:
+        """Write one checkpoint, all ranks together; on any rank's failure the previous one stays and the run stops."""
+        final, partial = self.folder / name, self.folder / f"{name}.partial"
+        written: dict[str, dict[str, int]] = {}
+        problem = ""
+        try:
+            if dist.is_main():
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+        except OSError as error:
+            problem = str(error)
+        dist.barrier()
+        try:
+            mine = partial / f"rank-{dist.rank():05d}.safetensors"
+            written[mine.name] = _write_tensors(mine, dict(_named(engine.shares())))
+            if dist.is_main():
+                written["method.safetensors"] = _write_tensors(partial / "method.safetensors", dict(method))
+                state = {
+                    "format": FORMAT,
+                    "world": dist.world(),
+                    "optimizer_steps": engine.optimizer_steps(),
+                    "loss_scale": engine.loss_scale(),
+                    "position": position,
+                }
+                written["state.json"] = _write_bytes(partial / "state.json", json.dumps(state).encode())
+        except (OSError, SafetensorError) as error:
+            problem = problem or f"rank {dist.rank()}: {error}"
+        reports = dist.gather((written, problem))
+        problem = next((p for _, p in reports if p), "")
+        if not problem and dist.is_main():
+            try:
+                files = {name: facts for report, _ in reports for name, facts in report.items()}
+                _write_bytes(partial / MARKER, json.dumps({"files": files}).encode())
+                if final.exists():  # left by an earlier start, and found damaged by this one
+                    shutil.rmtree(final)
+                os.replace(partial, final)
+                _sync_folder(self.folder)
+            except OSError as error:
+                problem = str(error)
+        problem = dist.from_main(problem)
+        if problem:
+            if dist.is_main():
+                shutil.rmtree(partial, ignore_errors=True)
+            kept = self._complete()
+            raise Failure(
+                f"checkpoint {name} could not be written to {self.folder} ({problem}); "
+                + (f"{kept[-1].name} is intact: make room and run again to go on from it" if kept else "none was there")
+            )
+        if dist.is_main():
+            for old in self._complete()[: -self.keep]:
+                shutil.rmtree(old, ignore_errors=True)
+        dist.barrier()
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint that is whole, the same on every rank; damaged ones are passed over with a line each."""
+        for folder in reversed(dist.from_main(self._complete())):
+            damage = next((found for found in dist.gather(_damage(folder)) if found), "")
+            if not damage:
+                return folder
+            log.warning("checkpoint %s is damaged (%s); going back to the one before", folder.name, damage)
+        return None
+
+    def _complete(self) -> list[Path]:
+        return sorted(p for p in self.folder.glob("step-*") if p.is_dir() and not p.name.endswith(".partial"))
+
+
+def load(folder: Path, engine: Engine) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Bring the engine to the checkpoint's state; returns the run's position and the method's state."""
+    state = json.loads((folder / "state.json").read_text("utf-8"))
+    with ExitStack() as stack:
+        engine.restore(_Stretches(folder, stack).read, state["optimizer_steps"])
+    engine.restore_loss_scale(state["loss_scale"])
+    with safe_open(folder / "method.safetensors", framework="pt") as file:
+        method = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    return state["position"], method
+
+
+class _Stretches:
+    """Any stretch of any saved tensor, from whichever rank's file holds it."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        self._held: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
+        for path in sorted(folder.glob("rank-*.safetensors")):
+            file = stack.enter_context(safe_open(path, framework="pt"))
+            for stored in file.keys():  # noqa: SIM118 - not a dict
+                kind, start, name = stored.split("|", 2)
+                (length,) = file.get_slice(stored).get_shape()
+                self._held.setdefault((name, kind), []).append((int(start), int(start) + length, file, stored))
+        for pieces in self._held.values():
+            pieces.sort(key=lambda piece: piece[:2])
+
+    def read(self, name: str, kind: str, start: int, stop: int) -> torch.Tensor:
+        parts, at = [], start
+        for first, last, file, stored in self._held.get((name, kind), []):
+            if first <= at < last:
+                end = min(last, stop)
+                parts.append(file.get_slice(stored)[at - first : end - first])
+                at = end
+                if at == stop:
+                    return torch.cat(parts)
+        raise Failure(f"the checkpoint lacks {kind} of {name} from element {at}: it belongs to another model or method")
+
+
+def _named(shares: Iterable[Fragment]) -> Iterator[tuple[str, torch.Tensor]]:
+    for share in shares:
+        for kind, values in (("master", share.master), *share.moments.items()):
+            yield f"{kind}|{share.start}|{share.name}", values
+
+
+def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, int]:
+    save_file({name: value.detach().contiguous() for name, value in tensors.items()}, path)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    return _facts(path)
+
+
+def _write_bytes(path: Path, content: bytes) -> dict[str, int]:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return _facts(path)
+
+
+def _facts(path: Path) -> dict[str, int]:
+    checksum = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            checksum = zlib.crc32(block, checksum)
+    return {"bytes": path.stat().st_size, "crc32": checksum}
+
+
+def _damage(folder: Path) -> str:
+    """What is wrong with this rank's share of the checkpoint's files; empty when all is well."""
+    try:
+        marker = json.loads((folder / MARKER).read_text("utf-8"))["files"]
+    except (OSError, ValueError, KeyError):
+        return f"{MARKER} is missing or unreadable"
+    for index, (name, facts) in enumerate(sorted(marker.items())):
+        if index % dist.world() == dist.rank():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != facts["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes of {facts['bytes']}"
+            if _facts(path) != facts:
+                return f"{name} does not match its checksum"
+    return ""
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,113 @@
+"""Ranks: who am I, how many are we, sums and agreement. Everything works in a single process too, so callers need no `if`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+
+from dscl.errors import UserError
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def world() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """This rank's device: its own GPU where there are GPUs, else the CPU."""
+    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda":
+        return torch.device("cuda", local_rank())
+    return torch.device("cpu")
+
+
+@contextmanager
+def session() -> Iterator[None]:
+    """Join the other ranks, and leave them on every way out (a process that exits inside its group may abort)."""
+    start()
+    try:
+        yield
+    finally:
+        finish()
+
+
+def start() -> None:
+    """Join the process group that the environment describes; without one, a group of this process alone."""
+    if torch_dist.is_initialized():
+        return
+    here = device()
+    if here.type == "cuda":
+        if here.index >= torch.cuda.device_count():
+            raise UserError(
+                f"LOCAL_RANK={here.index}: this machine has {torch.cuda.device_count()} GPUs; "
+                "start at most that many processes on it"
+            )
+        torch.cuda.set_device(here)
+    else:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
+    timeout = timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", "10")))
+    if "RANK" in os.environ:
+        torch_dist.init_process_group(backend, timeout=timeout)
+    else:
+        torch_dist.init_process_group(backend, store=torch_dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def finish() -> None:
+    if torch_dist.is_initialized():
+        torch_dist.destroy_process_group()
+
+
+def sum_(tensor: torch.Tensor) -> torch.Tensor:
+    """Add `tensor` up over all ranks, in place."""
+    if world() > 1:
+        torch_dist.all_reduce(tensor)
+    return tensor
+
+
+def any_rank(flag: bool) -> bool:
+    """True on every rank as soon as it is true on one."""
+    if world() == 1:
+        return flag
+    value = torch.tensor([int(flag)], dtype=torch.int32)
+    torch_dist.all_reduce(value, op=torch_dist.ReduceOp.MAX)
+    return bool(value.item())
+
+
+def from_main(value: Any) -> Any:
+    """The main rank's `value`, on every rank. For small plain objects."""
+    if world() == 1:
+        return value
+    box = [value]
+    torch_dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's `value`, in rank order, on every rank. For small plain objects."""
+    if world() == 1:
+        return [value]
+    values: list[Any] = [None] * world()
+    torch_dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    if world() > 1:
+        any_rank(False)

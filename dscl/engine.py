@@ -1,0 +1,352 @@
+"""The engine: one DeepSpeed engine for the whole stream. It shards, steps, resets and gives access to its own shards.
+
+It knows no task. It is handed micro-batches and a pure loss function, and makes one exact optimizer step of them:
+the loss is the mean over all target tokens of the global batch, whatever the ranks, accumulation or lengths.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.zero.partition_parameters import DeepSpeedTensorOverride
+from torch import nn
+
+from dscl import dist
+from dscl.config import nearest
+from dscl.errors import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+# Keys of a DeepSpeed JSON that the recipe owns, and where they are set there.
+OWNED_BY_RECIPE = {
+    "train_batch_size": "train.global_batch",
+    "train_micro_batch_size_per_gpu": "train.micro_batch",
+    "gradient_accumulation_steps": "train.global_batch and train.micro_batch",
+    "gradient_clipping": "train.grad_clip",
+    "optimizer": "train.lr and train.weight_decay",
+    "scheduler": "train.schedule and train.warmup",
+    "bf16.enabled": "train.precision",
+    "fp16.enabled": "train.precision",
+    "steps_per_print": "observe.every",
+    "tensorboard": "observe",
+}
+OWNED_BY_JSON = (
+    "zero_optimization",
+    "zero_force_ds_cpu_optimizer",
+    "data_types",
+    "bf16",
+    "fp16",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "comms_logger",
+    "flops_profiler",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "aio",
+)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """A DeepSpeed JSON, refused where it sets what the recipe owns or what nobody knows."""
+    try:
+        settings = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"deepspeed: {path} is not a readable JSON file ({error})") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"deepspeed: {path} holds no JSON object")
+    for dotted, owner in OWNED_BY_RECIPE.items():
+        outer, _, inner = dotted.partition(".")
+        if outer in settings and (not inner or inner in settings[outer]):
+            raise UserError(f"deepspeed: {path} sets {dotted}, which belongs to the recipe; remove it and set {owner} there")
+    for name in settings:
+        if name not in OWNED_BY_JSON:
+            raise UserError(
+                f"deepspeed: {path}: no such key {name!r}{nearest(name, OWNED_BY_JSON)}; allowed: {', '.join(OWNED_BY_JSON)}"
+            )
+    zero = settings.get("zero_optimization", {})
+    if zero.get("stage", 0) not in (0, 1, 2, 3):
+        raise UserError(f"deepspeed: {path}: zero_optimization.stage: given {zero['stage']!r}; allowed: 0, 1, 2, 3")
+    for name in ("offload_param", "offload_optimizer"):
+        if zero.get(name, {}).get("device") == "nvme":
+            raise UserError(f"deepspeed: {path}: {name} to nvme is not supported; allowed: cpu, none")
+    return settings
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """This rank's stretch of one trainable tensor: the fp32 master and the optimizer's moments, as flat views."""
+
+    name: str
+    shape: torch.Size
+    start: int
+    master: torch.Tensor
+    moments: dict[str, torch.Tensor]
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.master.numel()
+
+
+class SkippableAdamW(torch.optim.AdamW):
+    """AdamW whose step can be left out: ZeRO then clears the gradients and nothing else changes."""
+
+    skip = False
+
+    def step(self, closure: Any = None) -> Any:
+        return None if self.skip else super().step(closure)
+
+
+class Engine:
+    """Build the sharded model, fill it from its weights, and train it step by step.
+
+    `build` makes the bare module, `check` may refuse the names of its tensors, `read(name, shape, start, stop)` gives
+    stretches of them, and `prepare` decides what trains (it may add modules) once the backbone is in place.
+    """
+
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        *,
+        build: Callable[[], nn.Module],
+        check: Callable[[Iterable[str]], None] = lambda _names: None,
+        read: Callable[[str, torch.Size, int, int], torch.Tensor],
+        prepare: Callable[[nn.Module], nn.Module],
+        precision: str,
+        micro_batch: int = 1,
+        weight_decay: float = 0.0,
+        grad_clip: float = 1.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+    ) -> None:
+        self.device = dist.device()
+        self.dtype = DTYPES[precision]
+        self.stage = int(settings.get("zero_optimization", {}).get("stage", 0))
+        self.grad_clip = grad_clip
+        self.last_norm: Any = None  # of the last step's gradient before clipping: a number, or a tensor not waited for
+        # In this one case DeepSpeed clips without telling the norm.
+        self._clips_itself = self.stage == 0 and precision == "fp32"
+        if precision == "fp16" and self.device.type == "cpu":
+            raise UserError("train.precision: given 'fp16', which CPUs do not train in; allowed here: fp32, bf16")
+        config = {
+            **settings,
+            "train_micro_batch_size_per_gpu": micro_batch,
+            "gradient_accumulation_steps": 1,  # every step says itself where it ends
+            "gradient_clipping": 0.0 if self._clips_itself else grad_clip,
+            "steps_per_print": None,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,  # torch's own fused AdamW serves the CPU too
+        }
+        for kind in ("bf16", "fp16"):
+            if kind == precision or kind in settings:
+                config[kind] = {**settings.get(kind, {}), "enabled": kind == precision}
+        with self._sharded_construction(config):
+            module = build()
+        if self.stage != 3:
+            module.to(self.device)
+        check(name for name, _ in module.named_parameters())
+        fill(module, read)
+        module = prepare(module)
+        trainable = [p for p in module.parameters() if p.requires_grad]
+        if not trainable:
+            raise UserError("method: nothing to train; no parameter of the model is trainable under these settings")
+        # A rate of zero, because ZeRO makes its optimizer state with a step of its own: nothing may decay by it.
+        self.optimizer = SkippableAdamW(trainable, lr=0.0, betas=betas, weight_decay=weight_decay, fused=True)
+        self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=config)
+        self._make_missing_state()
+        self.reset_optimizer()
+
+    @property
+    def module(self) -> nn.Module:
+        return self.deepspeed.module
+
+    def step(
+        self,
+        loss: Callable[[nn.Module, Any], torch.Tensor],
+        micro_batches: Sequence[Any],
+        *,
+        targets: int,
+        lr: float,
+        skip_non_finite: bool = False,
+    ) -> torch.Tensor:
+        """One optimizer step over the global batch; returns this rank's sum of losses (on the device, not waited for).
+
+        `loss` sums over the target tokens of a micro-batch; `targets` counts them over all ranks.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.module.train()
+        total = torch.zeros((), device=self.device)
+        for index, batch in enumerate(micro_batches):
+            self.deepspeed.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
+            value = loss(self.deepspeed, batch.to(self.device)).float()
+            # DeepSpeed averages over ranks; times world over all targets makes that the mean over the global batch.
+            self.deepspeed.backward(value * (dist.world() / targets), scale_wrt_gas=False)
+            total += value.detach()
+        self.optimizer.skip = skip_non_finite and dist.any_rank(not bool(torch.isfinite(total)))
+        if self._clips_itself:
+            self.last_norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.grad_clip or math.inf)
+        self.deepspeed.step()
+        if not self._clips_itself:
+            self.last_norm = self.deepspeed.get_global_grad_norm()
+        self.optimizer.skip = False
+        return total
+
+    def reset_optimizer(self) -> None:
+        """A fresh start of the same optimizer: moments and step counters zero, as if just built."""
+        for state in self.optimizer.state.values():
+            for value in state.values():
+                if torch.is_tensor(value):
+                    value.zero_()
+
+    def optimizer_steps(self) -> int:
+        """How many steps the moments have seen (Adam's bias correction depends on it)."""
+        return max((int(state["step"]) for state in self.optimizer.state.values() if "step" in state), default=0)
+
+    def fragments(self) -> Iterator[Fragment]:
+        """This rank's stretches of all trainable tensors, at any stage. Views: writing into them is training them."""
+        masters = self._whole_masters() if self.stage == 0 else {}
+        for name, parameter in self.module.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if self.stage == 0:
+                master = masters[parameter]
+                state = self.optimizer.state[master]
+                moments = {kind: state[kind].view(-1) for kind in MOMENTS}
+                yield Fragment(name, parameter.shape, 0, master.detach().view(-1), moments)
+            elif self.stage == 3:
+                whole = parameter.ds_numel
+                chunk = parameter.ds_tensor.numel()
+                start = min(chunk * dist.rank(), whole)
+                held = min(chunk, whole - start)
+                if held:
+                    read = parameter._z3_optimizer._get_fp32_opt_state_partition
+                    views = [read(parameter, True, kind)[0][:held] for kind in (None, *MOMENTS)]
+                    yield Fragment(name, parameter.ds_shape, start, views[0], dict(zip(MOMENTS, views[1:], strict=True)))
+            elif parameter._hp_mapping is not None:
+                mapping = parameter._hp_mapping
+                flat = self.optimizer.param_groups[mapping.param_group_index]["params"][0]
+                place = mapping.hp_fragment_address
+                views = [self.optimizer.state[flat][kind].narrow(0, place.start, place.numel) for kind in MOMENTS]
+                start = mapping.lp_fragment_address.start
+                moments = dict(zip(MOMENTS, views, strict=True))
+                yield Fragment(name, parameter.shape, start, mapping.hp_fragment, moments)
+
+    def shares(self) -> Iterator[Fragment]:
+        """Fragments that together cover every tensor once: where all ranks hold everything, each gives an equal share."""
+        for fragment in self.fragments():
+            if self.stage != 0:
+                yield fragment
+                continue
+            whole = fragment.master.numel()
+            start, stop = (whole * r // dist.world() for r in (dist.rank(), dist.rank() + 1))
+            if start < stop:
+                moments = {kind: value[start:stop] for kind, value in fragment.moments.items()}
+                yield Fragment(fragment.name, fragment.shape, start, fragment.master[start:stop], moments)
+
+    @torch.no_grad()
+    def restore(self, read: Callable[[str, str, int, int], torch.Tensor], optimizer_steps: int) -> None:
+        """Write masters and moments back; `read(name, kind, start, stop)` gives them, kind being master or a moment."""
+        for fragment in self.fragments():
+            fragment.master.copy_(read(fragment.name, "master", fragment.start, fragment.stop))
+            for kind, moment in fragment.moments.items():
+                moment.copy_(read(fragment.name, kind, fragment.start, fragment.stop))
+        for state in self.optimizer.state.values():
+            if "step" in state:
+                state["step"] = torch.full_like(state["step"], optimizer_steps) if torch.is_tensor(state["step"]) else optimizer_steps
+        self.publish()
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Bring the model's own copy of the weights up to the masters, on every rank."""
+        if self.stage == 0:
+            for parameter, master in self._whole_masters().items():
+                parameter.data.copy_(master)
+        elif self.stage == 3:
+            for fragment in self.fragments():
+                parameter = self._by_name[fragment.name]
+                parameter.ds_tensor[: fragment.master.numel()].copy_(fragment.master)
+        else:
+            self.deepspeed.optimizer.update_lp_params()
+
+    def fingerprints(self) -> dict[str, int]:
+        """For every trainable tensor a whole number that changes when any of its bits does (but for rare chance)."""
+        names = [name for name, p in self.module.named_parameters() if p.requires_grad]
+        sums = dict.fromkeys(names, 0)
+        for fragment in self.shares():
+            sums[fragment.name] = int(fragment.master.view(torch.int32).sum(dtype=torch.int64))
+        values = dist.sum_(torch.tensor([sums[name] for name in names], dtype=torch.int64))
+        return dict(zip(names, values.tolist(), strict=True))
+
+    def loss_scale(self) -> dict[str, float]:
+        """The state of fp16's dynamic loss scaling; empty for the other precisions."""
+        if self.dtype is not torch.float16:
+            return {}
+        scaler = self._loss_scaler()
+        return {k: v for k, v in vars(scaler).items() if isinstance(v, int | float) and not isinstance(v, bool)}
+
+    def restore_loss_scale(self, state: dict[str, float]) -> None:
+        for name, value in state.items():
+            setattr(self._loss_scaler(), name, value)
+
+    def close(self) -> None:
+        self.deepspeed.destroy()
+
+    @property
+    def _by_name(self) -> dict[str, nn.Parameter]:
+        return dict(self.module.named_parameters())
+
+    def _sharded_construction(self, config: dict[str, Any]) -> Any:
+        """ZeRO-3 shards every layer as soon as it is made, so no rank ever holds the whole model."""
+        if self.stage != 3:
+            return nullcontext()
+        # The device only: an override of the dtype would round the rotary embedding's frequencies as well.
+        return deepspeed.zero.Init(config_dict_or_path=config, tensor_overrides=[DeepSpeedTensorOverride.device])
+
+    def _whole_masters(self) -> dict[nn.Parameter, torch.Tensor]:
+        """ZeRO 0: the fp32 tensor behind each trainable parameter (the parameter itself in fp32)."""
+        wrapper = self.deepspeed.optimizer
+        if not hasattr(wrapper, "fp32_groups"):
+            return {p: p for group in self.optimizer.param_groups for p in group["params"]}
+        pairs = zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
+        return {p: master for low, high in pairs for p, master in zip(low, high, strict=True)}
+
+    def _make_missing_state(self) -> None:
+        """torch makes moments at the first step; make them now, so that they can be read and written from the start."""
+        held = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if self.stage == 3:  # which hands one sub-group at a time to the optimizer
+            held = self.deepspeed.optimizer.fp32_partitioned_groups_flat
+        for master in held:
+            state = self.optimizer.state[master]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
+                for kind in MOMENTS:
+                    state[kind] = torch.zeros_like(master, requires_grad=False)
+
+    def _loss_scaler(self) -> Any:
+        wrapper = self.deepspeed.optimizer
+        return getattr(wrapper, "loss_scaler", None) or wrapper.loss_scale_config
+
+
+@torch.no_grad()
+def fill(module: nn.Module, read: Callable[[str, torch.Size, int, int], torch.Tensor]) -> None:
+    """Give every parameter its values; of a sharded one each rank reads just the stretch that it holds."""
+    for name, parameter in module.named_parameters():
+        if hasattr(parameter, "ds_tensor"):
+            chunk = parameter.ds_tensor.numel()
+            start = min(chunk * dist.rank(), parameter.ds_numel)
+            stop = min(start + chunk, parameter.ds_numel)
+            parameter.ds_tensor.zero_()  # the last rank's padding
+            if start < stop:
+                parameter.ds_tensor[: stop - start].copy_(read(name, parameter.ds_shape, start, stop))
+        else:
+            whole = math.prod(parameter.shape)
+            parameter.copy_(read(name, parameter.shape, 0, whole).view(parameter.shape))

@@ -1,0 +1,138 @@
+"""A job: everything that a run is made of, read and checked in the order in which mistakes are cheapest to tell."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from dscl import dist
+from dscl.data.batches import Batch, Schedule, collate
+from dscl.data.encode import Encoded, answer_room, encode, encode_answers, encode_prompts
+from dscl.data.stream import load_stream
+from dscl.data.task import Task
+from dscl.engine import DTYPES, Engine, read_settings
+from dscl.evaluate import Exam
+from dscl.maths.schedule import learning_rate
+from dscl.methods import Method, find_method
+from dscl.model.backbone import Backbone, open_backbone
+from dscl.model.tokenizer import pad_id
+from dscl.recipe import Recipe
+
+log = logging.getLogger("dscl")
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One task, ready to be trained on and examined."""
+
+    task: Task
+    data: Encoded
+    schedule: Schedule
+    exam: Exam
+    packing: bool
+    pad: int
+    peak: float
+    decay: str
+    warmup: float
+
+    @property
+    def steps(self) -> int:
+        return self.schedule.steps
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        rows = self.schedule.micro_batches(step, dist.rank())
+        return [collate(batch, self.data, self.pad, self.packing) for batch in rows]
+
+    def learning_rate(self, step: int) -> float:
+        return learning_rate(step, self.steps, peak=self.peak, kind=self.decay, warmup=self.warmup)
+
+    def sources(self, step: int) -> list[str]:
+        """The records that step `step` learns from, over all ranks."""
+        return [self.task.train[i].source for i in self.schedule.step(step).samples]
+
+
+@dataclass(frozen=True)
+class Job:
+    recipe: Recipe
+    settings: dict[str, Any]  # DeepSpeed's
+    backbone: Backbone
+    method: Method
+    lessons: tuple[Lesson, ...]
+
+    def engine(self) -> Engine:
+        train = self.recipe.train
+
+        def prepare(model: Any) -> Any:
+            return self.method.prepare(model)
+
+        return Engine(
+            self.settings,
+            build=self.backbone.build,
+            check=self.backbone.check,
+            read=self.backbone.weights.read,
+            prepare=prepare,
+            precision=train.precision,
+            micro_batch=train.micro_batch,
+            weight_decay=train.weight_decay,
+            grad_clip=train.grad_clip,
+        )
+
+
+def open_job(recipe: Recipe) -> Job:
+    """Read and check everything up to the first step, except the model's weights."""
+    settings = read_settings(recipe.deepspeed_path())
+    method = find_method(recipe.method.name)(recipe.method, recipe.seed)
+    tasks = load_stream(recipe.stream, recipe.data, recipe.seed)
+
+    def texts() -> Iterator[str]:
+        for task in tasks:
+            for sample in task.train:
+                yield f"{sample.prompt} {sample.answer}"
+
+    backbone = open_backbone(
+        recipe.model,
+        seed=recipe.seed,
+        dtype=DTYPES[recipe.train.precision],
+        cache=recipe.data.cache,
+        texts=texts,
+    )
+    lessons = tuple(_lesson(recipe, task, backbone) for task in tasks)
+    return Job(recipe, settings, backbone, method, lessons)
+
+
+def _lesson(recipe: Recipe, task: Task, backbone: Backbone) -> Lesson:
+    train, tokenizer = recipe.train, backbone.tokenizer
+    ranked = task.labels is not None and recipe.evaluate.mode == "rank"
+    room = answer_room(task.labels, tokenizer, recipe.evaluate.max_new_tokens)
+    data = encode(task.train, tokenizer, max_length=train.max_length, cache=recipe.data.cache, room=room)
+    prompts = encode_prompts(task.test, tokenizer, max_length=train.max_length, room=room)
+    for split, cut, count in (("training", data.cut, len(data)), ("test", prompts.cut, len(task.test))):
+        if cut and dist.is_main():
+            log.warning(
+                "task %s: %d of %d %s prompts are longer than train.max_length=%d allows and lose their beginning",
+                task.name, cut, count, split, train.max_length,
+            )  # fmt: skip
+    schedule = Schedule(
+        data.prompt_lengths,
+        data.answer_lengths,
+        seed=recipe.seed,
+        epochs=task.settings.epochs or train.epochs,
+        global_batch=train.global_batch,
+        micro_batch=train.micro_batch,
+        world=dist.world(),
+        max_length=train.max_length,
+        packing=train.packing,
+    )
+    return Lesson(
+        task=task,
+        data=data,
+        schedule=schedule,
+        exam=Exam(task, prompts.ids, encode_answers(task.labels or (), tokenizer) if ranked else None),
+        packing=train.packing,
+        pad=pad_id(tokenizer),
+        peak=task.settings.lr or train.lr,
+        decay=train.schedule,
+        warmup=train.warmup,
+    )

@@ -1,0 +1,24 @@
+"""The learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+
+SCHEDULES = ("cosine", "linear", "constant")
+
+
+def learning_rate(step: int, steps: int, *, peak: float, kind: str, warmup: float) -> float:
+    """The rate of step `step` (from 0) of `steps`: a linear rise over the share `warmup`, then the decay `kind`.
+
+    Never zero while there are steps to make: the first step of the rise has its first fraction, the last of the decay
+    its last.
+    """
+    rise = math.ceil(warmup * steps)
+    if step < rise:
+        return peak * (step + 1) / rise
+    done = (step - rise) / max(1, steps - rise)
+    if kind == "cosine":
+        return peak * 0.5 * (1.0 + math.cos(math.pi * done))
+    if kind == "linear":
+        return peak * (1.0 - done)
+    return peak

@@ -1,0 +1,18 @@
+"""Continual-learning methods: one file each, one table of names."""
+
+from __future__ import annotations
+
+from dscl.config import nearest
+from dscl.errors import UserError
+from dscl.methods.base import Method
+from dscl.methods.sequential import Sequential
+
+METHODS: dict[str, type[Method]] = {"sequential": Sequential}
+
+__all__ = ["METHODS", "Method", "find_method"]
+
+
+def find_method(name: str) -> type[Method]:
+    if name not in METHODS:
+        raise UserError(f"method.name: given {name!r}; allowed: {', '.join(METHODS)}{nearest(str(name), METHODS)}")
+    return METHODS[name]

@@ -1,0 +1,228 @@
+"""The run: one task after another through one engine. Resumable at every step; the loop reads in one screen."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from dscl import dist
+from dscl.checkpoint import Checkpoints, load
+from dscl.engine import Engine
+from dscl.errors import UserError
+from dscl.evaluate import take
+from dscl.job import Job, Lesson, open_job
+from dscl.maths import scores
+from dscl.observe import Observer, score_table
+from dscl.recipe import Recipe, difference, read_recipe
+from dscl.watch import Watch
+
+log = logging.getLogger("dscl")
+
+
+@dataclass
+class Position:
+    """Where a run stands: all that a restart needs to know besides the tensors."""
+
+    task: int = 0  # the task that is being learned
+    step: int = 0  # its steps done
+    learned: bool = False  # its last step is done, its evaluation not
+    total: int = 0  # steps done in the whole run
+    before: list[float] | None = None
+    matrix: list[list[float | None]] = field(default_factory=list)
+
+    def name(self) -> str:
+        """Of this position's checkpoint; later positions sort after earlier ones."""
+        phase = "-learned" if self.learned else "-scored" if self.step == 0 and self.total else ""
+        return f"step-{self.total:08d}{phase}"
+
+
+def train(recipe: Recipe) -> None:
+    """Train the recipe's stream, or what is left of it, and show the scores. The ranks have joined already."""
+    claim(recipe)
+    if finished(recipe):
+        return
+    job = open_job(recipe)
+    engine = job.engine()
+    checkpoints = Checkpoints(recipe.folder / "checkpoints", recipe.checkpoint.keep)
+    position = resume(checkpoints, engine, job)
+    steps = [(lesson.task.name, lesson.steps) for lesson in job.lessons]
+    with closing(engine), Observer(recipe.folder, recipe.observe, dist.is_main(), steps, position.total) as observer:
+        observer.recipe(recipe.text())
+        if position.before is None and recipe.evaluate.before:
+            position.before = [examine(engine, job, lesson, observer) for lesson in job.lessons]
+            save(checkpoints, position, engine, job)
+        while position.task < len(job.lessons):
+            lesson = job.lessons[position.task]
+            if not position.learned:
+                learn(engine, job, lesson, position, checkpoints, observer)
+                job.method.end_task(position.task, lesson.task.name)
+                position.learned = True
+                save(checkpoints, position, engine, job)
+            row = [
+                examine(engine, job, other, observer) if asked(recipe, index, position.task) else None
+                for index, other in enumerate(job.lessons)
+            ]
+            position.matrix.append(row)
+            position.task, position.step, position.learned = position.task + 1, 0, False
+            observer.scores(publish(recipe, job, position))
+            save(checkpoints, position, engine, job)
+    finished(recipe)
+
+
+def learn(
+    engine: Engine, job: Job, lesson: Lesson, position: Position, checkpoints: Checkpoints, observer: Observer
+) -> None:
+    """Train on one task from wherever `position` stands in it."""
+    recipe, name = job.recipe, lesson.task.name
+    skipping = recipe.train.non_finite == "skip"
+    if position.step == 0:
+        engine.reset_optimizer()
+        job.method.begin_task(position.task, name)
+    watch = Watch(engine, name, recipe.observe.every, skipping, lesson.sources, observer.step, observer.note)
+    watch.begin()
+    for number in range(position.step, lesson.steps):
+        # Each step draws from a seed of its own, so that a restart, or an evaluation in between, changes nothing.
+        torch.manual_seed(hash((recipe.seed, position.total, dist.rank())))
+        plan, lr = lesson.schedule.step(number), lesson.learning_rate(number)
+        loss = engine.step(
+            job.method.loss, lesson.micro_batches(number), targets=plan.targets, lr=lr, skip_non_finite=skipping
+        )
+        position.step, position.total = number + 1, position.total + 1
+        last = position.step == lesson.steps
+        watch.add(number, position.total, plan, lr, loss, last)
+        if position.total % recipe.checkpoint.every == 0 and not last:
+            watch.flush()
+            save(checkpoints, position, engine, job)
+
+
+def examine(engine: Engine, job: Job, lesson: Lesson, observer: Observer) -> float:
+    def said(done: int, of: int) -> None:
+        observer.evaluating(lesson.task.name, done, of)
+
+    return take(lesson.exam, engine, job.backbone.tokenizer, job.recipe.evaluate, said)
+
+
+def asked(recipe: Recipe, task: int, after: int) -> bool:
+    return recipe.evaluate.tasks == "all" or task <= after
+
+
+def save(checkpoints: Checkpoints, position: Position, engine: Engine, job: Job) -> None:
+    checkpoints.save(position.name(), dataclasses.asdict(position), engine, job.method.state())
+
+
+def resume(checkpoints: Checkpoints, engine: Engine, job: Job) -> Position:
+    """Go on from the newest whole checkpoint, or start from nothing."""
+    newest = checkpoints.newest()
+    if newest is None:
+        return Position()
+    stored, method = load(newest, engine)
+    job.method.load_state(method)
+    position = Position(**stored)
+    if position.matrix:  # a kill may have come between the checkpoint and this file
+        publish(job.recipe, job, position)
+    log.info("resumed from %s: task %d of %d", newest.name, min(position.task + 1, len(job.lessons)), len(job.lessons))
+    return position
+
+
+def publish(recipe: Recipe, job: Job, position: Position) -> dict[str, Any]:
+    """Write `scores.json`, so that a reader finds either the old one or the new one, whole."""
+    document = scores.build(
+        method=recipe.method.name,
+        tasks=[lesson.task.name for lesson in job.lessons],
+        metrics=[lesson.task.metric for lesson in job.lessons],
+        matrix=position.matrix,
+        before=position.before,
+        complete=position.task == len(job.lessons),
+    )
+    if dist.is_main():
+        partial = recipe.folder / "scores.json.partial"
+        partial.write_text(json.dumps(document, indent=1), "utf-8")
+        os.replace(partial, recipe.folder / "scores.json")
+    return document
+
+
+def claim(recipe: Recipe) -> None:
+    """The run directory is new, or holds this very run: a restart with other settings is refused."""
+    stored = recipe.folder / "recipe.yaml"
+    if stored.is_file():
+        changed = difference(yaml.safe_load(stored.read_text("utf-8")), recipe.document())
+        if changed:
+            raise UserError(
+                f"run_dir: {recipe.run_dir} holds a run with another {changed}; "
+                "choose another run_dir, remove that folder, or give the settings it was started with"
+            )
+    dist.barrier()  # all have compared before one writes
+    problem = ""
+    if dist.is_main():
+        try:
+            recipe.folder.mkdir(parents=True, exist_ok=True)
+            stored.write_text(recipe.text(), "utf-8")
+        except OSError as error:
+            problem = f"run_dir: {recipe.run_dir} cannot be written ({error.strerror}); choose another"
+    if problem := dist.from_main(problem):
+        raise UserError(problem)
+
+
+def finished(recipe: Recipe) -> bool:
+    """Whether the run in this directory is complete; if so, its scores and where to look are shown."""
+    path = recipe.folder / "scores.json"
+    document: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    if not document.get("complete"):
+        return False
+    if dist.is_main():
+        print(f"\n{score_table(document)}\n")
+        print(f"complete: {recipe.run_dir} (scores.json, metrics.jsonl, checkpoints/)")
+        print(f"look:     tensorboard --logdir {recipe.folder / 'tensorboard'}")
+        print("again:    remove that folder, or give another run_dir", flush=True)
+    return True
+
+
+def rehearse(recipe: Recipe) -> None:
+    """`--dry-run`: build and check everything up to the first step, say what would happen, and write no run."""
+    job = open_job(recipe)
+    with closing(job.engine()) as engine:
+        names = engine.fingerprints()
+        sizes = {name: p.ds_numel if hasattr(p, "ds_numel") else p.numel() for name, p in engine.module.named_parameters()}
+    if not dist.is_main():
+        return
+    trained = sum(sizes[name] for name in names)
+    print(recipe.text())
+    print(f"model:    {sum(sizes.values()):,} parameters, of which {trained:,} train ({recipe.method.name})")
+    print(f"ranks:    {dist.world()} on {engine.device.type}, ZeRO stage {engine.stage} ({recipe.deepspeed_path()})")
+    for lesson in job.lessons:
+        task, epochs = lesson.task, lesson.schedule.steps // lesson.schedule.steps_per_epoch
+        print(
+            f"task:     {task.name}: {len(task.train)} train, {len(task.dev)} dev, {len(task.test)} test samples; "
+            f"{lesson.data.tokens:,} tokens an epoch, {epochs} epochs, {lesson.steps} steps; {task.metric}"
+        )
+    print(f"steps:    {sum(lesson.steps for lesson in job.lessons)} in all; nothing was trained", flush=True)
+
+
+def evaluate(run_dir: str, assignments: Sequence[str]) -> None:
+    """`dscl eval`: the newest checkpoint of a run on all its tasks, as one line of JSON."""
+    for assignment in assignments:
+        if not assignment.startswith("evaluate."):
+            raise UserError(f"{assignment}: only evaluate.* can be changed for an evaluation; the rest is the run's own")
+    recipe = read_recipe(str(Path(run_dir) / "recipe.yaml"), [*assignments, f"run_dir={json.dumps(run_dir)}"])
+    job = open_job(recipe)
+    with closing(job.engine()) as engine:
+        newest = Checkpoints(recipe.folder / "checkpoints", recipe.checkpoint.keep).newest()
+        if newest is None:
+            raise UserError(f"{run_dir}: no checkpoint there yet; train first")
+        position, method = load(newest, engine)
+        job.method.load_state(method)
+        marks = {
+            lesson.task.name: take(lesson.exam, engine, job.backbone.tokenizer, recipe.evaluate) for lesson in job.lessons
+        }
+    if dist.is_main():
+        print(json.dumps({"checkpoint": newest.name, "tasks_trained": position["task"], "scores": marks}), flush=True)

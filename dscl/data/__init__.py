@@ -1,0 +1,1 @@
+"""From the recipe's task entries to the tensors of every micro-batch."""

@@ -1,0 +1,231 @@
+"""Which samples make which step, and how a micro-batch of them becomes tensors.
+
+Everything in `Schedule` is arithmetic on lengths and the seed: every rank computes the same plan and asks nobody, and a
+position in the stream is a step number, so that resuming costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+IGNORE = -100
+MULTIPLE = 8  # of tokens in a row, for the kernels
+Row = list[int]
+
+
+class Pairs(Protocol):
+    """What `collate` needs of an encoded split."""
+
+    def __getitem__(self, index: int, /) -> tuple[list[int], list[int]]: ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step: the ids of its samples over all ranks, and their tokens."""
+
+    samples: tuple[int, ...]
+    targets: int  # target tokens
+    tokens: int  # all tokens
+    epoch: float  # how many epochs are done when this step is
+
+
+class Schedule:
+    """The plan of one task's training. An epoch never shares a step with the next, so its last step may be smaller."""
+
+    def __init__(
+        self,
+        prompt_lengths: np.ndarray,
+        answer_lengths: np.ndarray,
+        *,
+        seed: int,
+        epochs: int,
+        global_batch: int,
+        micro_batch: int,
+        world: int,
+        max_length: int,
+        packing: bool,
+    ) -> None:
+        assert len(prompt_lengths) == len(answer_lengths) > 0
+        assert min(epochs, global_batch, micro_batch, world) >= 1
+        self._lengths = prompt_lengths + answer_lengths
+        self._targets = answer_lengths
+        assert int(self._lengths.max()) <= max_length
+        self._seed = seed
+        self._global_batch = global_batch
+        self._micro_batch = micro_batch
+        self._world = world
+        self._max_length = max_length
+        self._packing = packing
+        self.steps_per_epoch = -(-len(self._lengths) // global_batch)
+        self.steps = epochs * self.steps_per_epoch
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+
+    def step(self, number: int) -> Step:
+        """Step `number`, counted from 0, in any order and without going through those before it."""
+        assert 0 <= number < self.steps
+        epoch, place = divmod(number, self.steps_per_epoch)
+        ids = self._permutation(epoch)[place * self._global_batch : (place + 1) * self._global_batch]
+        # Longest first: dealt out in turn, every rank gets like lengths, and rows of like length meet in a micro-batch.
+        ids = ids[np.argsort(-self._lengths[ids], kind="stable")]
+        return Step(
+            samples=tuple(map(int, ids)),
+            targets=int(self._targets[ids].sum()),
+            tokens=int(self._lengths[ids].sum()),
+            epoch=(number + 1) / self.steps_per_epoch,
+        )
+
+    def micro_batches(self, number: int, rank: int) -> list[list[Row]]:
+        """The micro-batches of one rank: lists of rows, which are lists of sample ids.
+
+        Every rank gets equally many, since each costs collective operations; one that has fewer gets empty ones.
+        """
+        assert 0 <= rank < self._world
+        samples = self.step(number).samples
+        shares = [self._rows(samples[r :: self._world]) for r in range(self._world)]
+        count = max(-(-len(rows) // self._micro_batch) for rows in shares)
+        size = self._micro_batch
+        return [shares[rank][i * size : (i + 1) * size] for i in range(count)]
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        if self._order[0] != epoch:
+            generator = np.random.default_rng([self._seed, epoch])
+            self._order = (epoch, generator.permutation(len(self._lengths)))
+        return self._order[1]
+
+    def _rows(self, samples: Sequence[int]) -> list[Row]:
+        if not self._packing:
+            return [[sample] for sample in samples]
+        return first_fit(samples, [int(self._lengths[sample]) for sample in samples], self._max_length)
+
+
+def first_fit(samples: Sequence[int], lengths: Sequence[int], capacity: int) -> list[Row]:
+    """Rows of at most `capacity` tokens: each sample, longest first, goes into the first row that has room for it."""
+    rows: list[Row] = []
+    room: list[int] = []
+    for place in sorted(range(len(samples)), key=lambda i: -lengths[i]):
+        fits = next((r for r, free in enumerate(room) if free >= lengths[place]), None)
+        if fits is None:
+            rows.append([])
+            room.append(capacity)
+            fits = len(rows) - 1
+        rows[fits].append(samples[place])
+        room[fits] -= lengths[place]
+    return rows
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch. Its summed loss is
+
+        logits = model(input_ids=..., attention_mask=..., position_ids=..., use_cache=False, logits_to_keep=keep).logits
+        cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+
+    `use_cache=False` is needed for more than memory: with a cache, transformers lets the samples of a packed row see
+    each other. `keep` are the columns whose next token is a target in some row; `labels[:, k]` are the targets behind
+    column `keep[k]`, or -100.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor | None
+    position_ids: torch.Tensor
+    keep: torch.Tensor
+    labels: torch.Tensor
+    samples: list[int]
+
+    def to(self, device: torch.device | str) -> Batch:
+        mask = self.attention_mask
+        return Batch(
+            input_ids=self.input_ids.to(device),
+            attention_mask=None if mask is None else mask.to(device),
+            position_ids=self.position_ids.to(device),
+            keep=self.keep.to(device),
+            labels=self.labels.to(device),
+            samples=self.samples,
+        )
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Prompts to generate from, padded on the left."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    position_ids: torch.Tensor
+
+    def to(self, device: torch.device | str) -> PromptBatch:
+        return PromptBatch(self.input_ids.to(device), self.attention_mask.to(device), self.position_ids.to(device))
+
+
+def collate(rows: Sequence[Row], encoded: Pairs, pad_id: int, packing: bool) -> Batch:
+    """The tensors of one micro-batch; without rows, a filler: one token, no target.
+
+    Not packed, rows are padded on the left, so that answers end in the same column and `keep` stays small. Packed, a
+    row holds its samples one after the other; positions start at 0 in each of them, which without an attention mask is
+    what keeps attention inside a sample; the padding at the end counts as one more such sample.
+    """
+    if not rows:
+        return _tensors([[pad_id]], [[0]], [[IGNORE]], pad_id, packing, [])
+    ids: list[list[int]] = []
+    positions: list[list[int]] = []
+    targets: list[list[int]] = []
+    for row in rows:
+        row_ids: list[int] = []
+        row_positions: list[int] = []
+        row_targets: list[int] = []
+        for sample in row:
+            prompt, answer = encoded[sample]
+            row_ids += [*prompt, *answer]
+            row_positions += range(len(prompt) + len(answer))
+            row_targets += [IGNORE] * (len(prompt) - 1) + [*answer, IGNORE]  # at each token, the one after it
+        ids.append(row_ids)
+        positions.append(row_positions)
+        targets.append(row_targets)
+    return _tensors(ids, positions, targets, pad_id, packing, [sample for row in rows for sample in row])
+
+
+def prompt_batch(prompts: Sequence[Sequence[int]], pad_id: int) -> PromptBatch:
+    """A batch to generate from: padded on the left only as far as the longest prompt needs."""
+    width = max(map(len, prompts))
+    return PromptBatch(
+        input_ids=_padded(prompts, width, pad_id, left=True),
+        attention_mask=_padded([[1] * len(prompt) for prompt in prompts], width, 0, left=True),
+        position_ids=_padded([range(len(prompt)) for prompt in prompts], width, 0, left=True),
+    )
+
+
+def _tensors(
+    ids: list[list[int]],
+    positions: list[list[int]],
+    targets: list[list[int]],
+    pad_id: int,
+    packing: bool,
+    samples: list[int],
+) -> Batch:
+    width = -(-max(map(len, ids)) // MULTIPLE) * MULTIPLE
+    if packing:
+        positions = [row + list(range(width - len(row))) for row in positions]
+    labels = _padded(targets, width, IGNORE, left=not packing)
+    keep = (labels != IGNORE).any(0).nonzero().flatten()
+    if len(keep) == 0:
+        keep = torch.tensor([width - 1])
+    return Batch(
+        input_ids=_padded(ids, width, pad_id, left=not packing),
+        attention_mask=None if packing else _padded([[1] * len(row) for row in ids], width, 0, left=True),
+        position_ids=_padded(positions, width, 0, left=not packing),
+        keep=keep,
+        labels=labels[:, keep],
+        samples=samples,
+    )
+
+
+def _padded(rows: Sequence[Sequence[int]], width: int, value: int, left: bool) -> torch.Tensor:
+    result = torch.full((len(rows), width), value, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        start = width - len(row) if left else 0
+        result[i, start : start + len(row)] = torch.tensor(list(row), dtype=torch.int64)
+    return result

@@ -1,0 +1,177 @@
+"""What a task is: its settings in the recipe, its samples, and how the fields of a record become a sample."""
+
+from __future__ import annotations
+
+import os
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dscl.config import key, nearest
+from dscl.errors import UserError
+
+FORMATS = ("trace", "cl_benchmark", "superni", "jsonl", "datasets")
+METRICS = ("accuracy", "exact_match", "rouge_l")
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """One entry of `stream`; any key may also stand under `stream_defaults`."""
+
+    name: str = key(help="what the task is called in the scores")
+    path: str = key(help="a folder or a file; with format: datasets also a hub id")
+    format: str | None = key(None, choices=FORMATS, help="the layout; recognised by content when left out")
+    metric: str | None = key(None, choices=METRICS, help="default: accuracy where there is a label set, else rouge_l")
+    template: str | None = key(None, help="the prompt, with {prompt} or the format's own fields, and {labels}")
+    labels: tuple[str, ...] | None = key(None, help="the label set, in place of the one that the data names")
+    columns: Mapping[str, str] | None = key(None, help="which columns hold prompt and answer (jsonl and datasets)")
+    chat: bool = key(False, help="wrap prompt and answer in the tokenizer's chat template")
+    epochs: int | None = key(None, at_least=1, help="in place of train.epochs")
+    lr: float | None = key(None, above=0, help="in place of train.lr")
+    train_limit: int | None = key(None, at_least=1, help="train on a random subset of this size")
+    dev_limit: int | None = key(None, at_least=1, help="the same for the dev split")
+    test_limit: int | None = key(None, at_least=1, help="the same for the test split")
+    dev_share: float = key(
+        0.1, at_least=0.0, at_most=0.5, help="carved from train (at most 500 samples) where the data has no dev split"
+    )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The recipe's `data` section."""
+
+    bad_records: str = key("stop", choices=("stop", "skip"), help="at a record that is not valid: stop, or skip it")
+    cache_dir: str | None = key(None, help="where tokenised splits are kept; default $DSCL_CACHE or ~/.cache/dscl")
+
+    @property
+    def cache(self) -> Path:
+        return Path(self.cache_dir or os.environ.get("DSCL_CACHE") or "~/.cache/dscl").expanduser()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt and its answer.
+
+    `references` are all the right answers and `answer` is the first of them. A chat record keeps its `messages`, of
+    which the last is the answer; the earlier ones become the prompt through the tokenizer's chat template. `source`
+    says in which file and record the sample stands, for error messages.
+    """
+
+    prompt: str
+    answer: str
+    references: tuple[str, ...]
+    source: str
+    messages: tuple[Mapping[str, str], ...] | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of the stream, read and split."""
+
+    name: str
+    train: tuple[Sample, ...]
+    dev: tuple[Sample, ...]
+    test: tuple[Sample, ...]
+    labels: tuple[str, ...] | None
+    metric: str
+    settings: TaskConfig
+
+
+class BadRecord(ValueError):
+    """One record is not valid. The message says what is wrong; who reads the file knows where."""
+
+
+class SampleMaker:
+    """Makes samples from the fields of records, by the task's template and under its label set."""
+
+    def __init__(
+        self, config: TaskConfig, fields: Sequence[str], labels: tuple[str, ...] | None, default: str = "{prompt}"
+    ) -> None:
+        self.where = f"task {config.name!r}"
+        self.labels = labels if config.labels is None else config.labels
+        self.template = default if config.template is None else config.template
+        self._given = config.template is not None
+        self._chat = config.chat
+        self.used = self._fields_of_template([*fields, "labels"])
+        if self.labels is not None:
+            self._check_labels(self.labels)
+        elif "labels" in self.used:
+            raise UserError(f"{self.where}: the template uses {{labels}} but there is no label set; give labels: [...]")
+        elif config.metric == "accuracy":
+            raise UserError(
+                f"{self.where}: metric accuracy needs a label set and the data names none; "
+                "give labels: [...] or metric: exact_match"
+            )
+
+    def sample(self, fields: Mapping[str, str], references: tuple[str, ...], source: str) -> Sample:
+        """A plain sample; `fields` holds at least what the template uses."""
+        for name in self.used - {"labels"}:
+            check_text(fields[name], name)
+        self._check_answers(references)
+        prompt = self.template.format(**{**fields, "labels": ", ".join(self.labels or ())})
+        messages = None
+        if self._chat:
+            messages = ({"role": "user", "content": prompt}, {"role": "assistant", "content": references[0]})
+        return Sample(prompt, references[0], references, source, messages)
+
+    def chat(self, messages: Sequence[Mapping[str, str]], source: str) -> Sample:
+        """A sample from the messages of a conversation, the last of which is the answer."""
+        if self._given:
+            raise UserError(f"{source}: a template cannot be applied to chat messages; leave `template` out")
+        answer = messages[-1]["content"]
+        for message in messages[:-1]:
+            check_text(message["content"], "a message")
+        self._check_answers((answer,))
+        prompt = "\n".join(message["content"] for message in messages[:-1])
+        return Sample(prompt, answer, (answer,), source, tuple(messages))
+
+    def _check_answers(self, references: tuple[str, ...]) -> None:
+        for answer in references:
+            check_text(answer, "the answer")
+            if not answer.strip():
+                raise BadRecord("the answer is empty")
+            if self.labels is not None and answer not in self.labels:
+                shown = ", ".join(map(repr, self.labels[:20])) + (", ..." if len(self.labels) > 20 else "")
+                raise BadRecord(f"the label {shorten(answer)} is not in the label set ({shown})")
+
+    def _check_labels(self, labels: tuple[str, ...]) -> None:
+        if not labels or not all(isinstance(label, str) and label.strip() for label in labels):
+            raise UserError(f"{self.where}: the label set is {list(labels)!r}; a list of non-empty texts is needed")
+        if len(set(labels)) < len(labels):
+            twice = next(label for label in labels if labels.count(label) > 1)
+            raise UserError(f"{self.where}: the label {twice!r} is in the label set twice; give each label once")
+
+    def _fields_of_template(self, fields: Sequence[str]) -> set[str]:
+        try:
+            parts = list(string.Formatter().parse(self.template))
+        except ValueError as error:
+            raise UserError(
+                f"{self.where}: the template is not valid ({error}); write a literal brace as {{{{ or }}}}"
+            ) from None
+        used = {name for _, name, _, _ in parts if name is not None}
+        for name in sorted(used):
+            if name not in fields:
+                raise UserError(
+                    f"{self.where}: the template uses {{{name}}}{nearest(name, fields)}; "
+                    f"the fields here are {', '.join(fields)}"
+                )
+        if any(spec or conversion for _, _, spec, conversion in parts):
+            raise UserError(f"{self.where}: the template has a format after a field's name; write {{name}} alone")
+        return used
+
+
+def check_text(value: object, name: str) -> None:
+    """Refuse what is not text, or is text that cannot be written as UTF-8 (a file's broken bytes end up as such)."""
+    if not isinstance(value, str):
+        raise BadRecord(f"{name} is {shorten(value)} ({type(value).__name__}); text is needed")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise BadRecord(f"{name} is not valid UTF-8") from None
+
+
+def shorten(value: object) -> str:
+    """A value as a message can show it."""
+    text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

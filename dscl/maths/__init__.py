@@ -1,0 +1,1 @@
+"""Tensors and numbers in, tensors and numbers out; imports torch alone."""

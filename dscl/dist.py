@@ -66,6 +66,7 @@ def start() -> None:
     if "RANK" in os.environ:
         torch_dist.init_process_group(backend, timeout=timeout)
     else:
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it even here
         torch_dist.init_process_group(backend, store=torch_dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 

@@ -6,10 +6,11 @@ the loss is the mean over all target tokens of the global batch, whatever the ra
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,7 @@ class Engine:
         for kind in ("bf16", "fp16"):
             if kind == precision or kind in settings:
                 config[kind] = {**settings.get(kind, {}), "enabled": kind == precision}
+        _join_deepspeed()
         with self._sharded_construction(config):
             module = build()
         if self.stage != 3:
@@ -230,7 +232,7 @@ class Engine:
                 if held:
                     read = parameter._z3_optimizer._get_fp32_opt_state_partition
                     views = [read(parameter, True, kind)[0][:held] for kind in (None, *MOMENTS)]
-                    yield Fragment(name, parameter.ds_shape, start, views[0], dict(zip(MOMENTS, views[1:], strict=True)))
+                    yield Fragment(name, parameter.ds_shape, start, views[0].detach(), dict(zip(MOMENTS, views[1:], strict=True)))
             elif parameter._hp_mapping is not None:
                 mapping = parameter._hp_mapping
                 flat = self.optimizer.param_groups[mapping.param_group_index]["params"][0]
@@ -238,7 +240,7 @@ class Engine:
                 views = [self.optimizer.state[flat][kind].narrow(0, place.start, place.numel) for kind in MOMENTS]
                 start = mapping.lp_fragment_address.start
                 moments = dict(zip(MOMENTS, views, strict=True))
-                yield Fragment(name, parameter.shape, start, mapping.hp_fragment, moments)
+                yield Fragment(name, parameter.shape, start, mapping.hp_fragment.detach(), moments)
 
     def shares(self) -> Iterator[Fragment]:
         """Fragments that together cover every tensor once: where all ranks hold everything, each gives an equal share."""
@@ -271,9 +273,13 @@ class Engine:
             for parameter, master in self._whole_masters().items():
                 parameter.data.copy_(master)
         elif self.stage == 3:
+            parameters = dict(self.module.named_parameters())
             for fragment in self.fragments():
-                parameter = self._by_name[fragment.name]
-                parameter.ds_tensor[: fragment.master.numel()].copy_(fragment.master)
+                parameters[fragment.name].ds_tensor[: fragment.master.numel()].copy_(fragment.master)
+            whole = self.deepspeed.optimizer.persistent_parameters  # small ones, which every rank keeps in full
+            if whole:
+                whole[0].partition(whole)
+                whole[0].all_gather(whole)
         else:
             self.deepspeed.optimizer.update_lp_params()
 
@@ -299,10 +305,6 @@ class Engine:
 
     def close(self) -> None:
         self.deepspeed.destroy()
-
-    @property
-    def _by_name(self) -> dict[str, nn.Parameter]:
-        return dict(self.module.named_parameters())
 
     def _sharded_construction(self, config: dict[str, Any]) -> Any:
         """ZeRO-3 shards every layer as soon as it is made, so no rank ever holds the whole model."""
@@ -334,6 +336,13 @@ class Engine:
     def _loss_scaler(self) -> Any:
         wrapper = self.deepspeed.optimizer
         return getattr(wrapper, "loss_scaler", None) or wrapper.loss_scale_config
+
+
+def _join_deepspeed() -> None:
+    """DeepSpeed joins the process group that is there. On CPUs it announces its extension by a bare print, once a rank."""
+    if not deepspeed.comm.is_initialized():
+        with redirect_stdout(io.StringIO()):
+            deepspeed.init_distributed(verbose=False)
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ class EvaluateConfig:
 
 
 METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
-    "accuracy": text.exact_match,  # of a generated answer; a ranked one is right or wrong by itself
+    "accuracy": text.accuracy,
     "exact_match": text.exact_match,
     "rouge_l": text.rouge_l,
 }
@@ -45,9 +45,6 @@ class Exam:
     task: Task
     prompts: Sequence[Sequence[int]]
     labels: Sequence[Sequence[int]] | None  # the label set's tokens where it is ranked, else None
-
-    def ranked(self) -> bool:
-        return self.labels is not None
 
 
 def take(

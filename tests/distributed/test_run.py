@@ -1,0 +1,413 @@
+"""Whole runs on real ranks: resuming is bitwise, evaluating changes nothing, trouble is told and loses nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from dscl import checkpoint, dist, train
+from dscl.engine import Engine
+from dscl.errors import Failure, UserError
+from dscl.recipe import Recipe, resolve
+
+WORDS = "red blue green cat dog bird runs sleeps sings fast slow today here there".split()
+TIMINGS = ("tokens_per_s", "seconds")
+
+
+class Killed(BaseException):
+    """Ends a run in the middle, as SIGKILL would: nothing catches it."""
+
+
+def write_tasks(folder: Path) -> None:
+    """Two small tasks in the CL_Benchmark layout; their sizes fit no batch."""
+    for task, (labels, train_size) in {"colour": (["warm", "cold"], 37), "animal": (["yes", "no", "maybe"], 30)}.items():
+        generator = random.Random(task)
+        (folder / task).mkdir(parents=True)
+        (folder / task / "labels.json").write_text(json.dumps(labels))
+        for split, size in (("train", train_size), ("test", 11)):
+            records = [
+                {"label": generator.choice(labels), "sentence": " ".join(generator.choices(WORDS, k=generator.randint(3, 9)))}
+                for _ in range(size)
+            ]
+            (folder / task / f"{split}.json").write_text(json.dumps(records))
+
+
+def recipe_of(folder: Path, run: str, stage: int = 0, **changes: Any) -> dict[str, Any]:
+    document: dict[str, Any] = {
+        "run_dir": str(folder / run),
+        "model": {
+            "shape": {
+                "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+                "intermediate_size": 48, "vocab_size": 300,
+            }  # fmt: skip
+        },
+        "method": {"name": "sequential"},
+        "stream": [{"name": name, "path": str(folder / name)} for name in ("colour", "animal")],
+        "data": {"cache_dir": str(folder / "cache")},
+        "train": {"lr": 3e-3, "global_batch": 8, "micro_batch": 2, "max_length": 48, "precision": "fp32", "epochs": 2},
+        "deepspeed": f"ds_configs/zero{stage}.json",
+        "checkpoint": {"every": 3},
+        "observe": {"every": 2, "tensorboard": False, "live": "off"},
+    }
+    for dotted, value in changes.items():
+        section, _, name = dotted.partition("__")
+        if name:
+            document.setdefault(section, {})[name] = value
+        else:
+            document[section] = value
+    return document
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in record.items() if name not in TIMINGS} for record in records]
+
+
+def outcome(run: Path) -> tuple[Any, ...]:
+    """All that a run computed: metrics, scores, and the bytes of its last checkpoint."""
+    newest = sorted(p for p in (run / "checkpoints").iterdir())[-1]
+    files = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in newest.iterdir()}
+    return metrics(run), json.loads((run / "scores.json").read_text()), newest.name, files
+
+
+def run(document: dict[str, Any]) -> None:
+    train.train(resolve(document))
+
+
+def run_until(document: dict[str, Any], deaths: list[tuple[str, int]]) -> None:
+    """Run; die at the n-th call of a function, start again, die at the next place; then run to the end."""
+    places: dict[str, Any] = {
+        "step": (Engine, "step"),
+        "save": (checkpoint.Checkpoints, "save"),
+        "gather": (dist, "gather"),
+        "take": (train, "take"),
+        "shares": (Engine, "shares"),
+    }
+    for name, count in deaths:
+        owner, attribute = places[name]
+        original, calls = getattr(owner, attribute), [0]
+
+        def dying(*a: Any, original: Any = original, calls: list[int] = calls, count: int = count, **k: Any) -> Any:
+            calls[0] += 1
+            if calls[0] == count:
+                raise Killed
+            return original(*a, **k)
+
+        setattr(owner, attribute, dying)
+        try:
+            run(document)
+            raise AssertionError(f"{name} was called only {calls[0]} times")
+        except Killed:
+            pass
+        finally:
+            setattr(owner, attribute, original)
+    run(document)
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    write_tasks(folder)
+    return folder
+
+
+DEATHS = [
+    [("step", 2), ("step", 4), ("step", 7)],
+    [("take", 1), ("take", 3), ("save", 3), ("step", 1)],
+    [("shares", 5), ("gather", 4), ("step", 3)],
+]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_run_that_died_ends_as_one_that_did_not(ranks: Any, tasks: Path, stage: int) -> None:
+    ranks(2)(run, recipe_of(tasks, f"whole{stage}", stage))
+    expected = outcome(tasks / f"whole{stage}")
+    assert expected[1]["complete"]
+    for number, deaths in enumerate(DEATHS if stage in (0, 3) else DEATHS[2:]):
+        name = f"died{stage}-{number}"
+        ranks(2)(run_until, recipe_of(tasks, name, stage), deaths)
+        assert outcome(tasks / name) == expected
+
+
+def run_forgetting_moments(document: dict[str, Any]) -> None:
+    original = Engine.restore
+
+    def partial(self: Engine, read: Any, steps: int) -> None:
+        def zero(name: str, kind: str, start: int, stop: int) -> torch.Tensor:
+            values: torch.Tensor = read(name, kind, start, stop)
+            return values if kind == "master" else torch.zeros_like(values)
+
+        original(self, zero, steps)
+
+    Engine.restore = partial  # type: ignore[method-assign]
+    try:
+        run_until(document, [("step", 6)])
+    finally:
+        Engine.restore = original  # type: ignore[method-assign]
+
+
+def test_losing_the_moments_would_be_noticed(ranks: Any, tasks: Path) -> None:
+    ranks(2)(run, recipe_of(tasks, "moments-whole", 1))
+    ranks(2)(run_forgetting_moments, recipe_of(tasks, "moments-lost", 1))
+    assert metrics(tasks / "moments-lost") != metrics(tasks / "moments-whole")
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_evaluating_changes_no_loss(ranks: Any, tasks: Path, stage: int) -> None:
+    """Dropout is on: a random number drawn by an evaluation would show."""
+    lora = {"name": "sequential", "tune": "lora", "lora": {"dropout": 0.2}}
+    ranks(2)(run, recipe_of(tasks, f"much{stage}", stage, method=lora))
+    ranks(2)(run, recipe_of(tasks, f"little{stage}", stage, method=lora, evaluate={"before": False, "tasks": "seen"}))
+    assert metrics(tasks / f"much{stage}") == metrics(tasks / f"little{stage}")
+
+
+def test_a_run_goes_on_at_another_size_and_stage(ranks: Any, tasks: Path) -> None:
+    ranks(2)(run, recipe_of(tasks, "size-whole", 0))
+    document = recipe_of(tasks, "size", 3)
+    ranks(2)(run_until_killed, document, 7)
+    moved = recipe_of(tasks, "size", 1)
+    ranks(1)(run, moved)
+    whole, changed = metrics(tasks / "size-whole"), metrics(tasks / "size")
+    assert [r["step"] for r in changed] == [r["step"] for r in whole]
+    assert [r["loss"] for r in changed] == pytest.approx([r["loss"] for r in whole], rel=1e-4)
+
+
+def run_until_killed(document: dict[str, Any], steps: int) -> None:
+    original, calls = Engine.step, [0]
+
+    def dying(*a: Any, **k: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == steps:
+            raise Killed
+        return original(*a, **k)
+
+    Engine.step = dying  # type: ignore[method-assign]
+    try:
+        run(document)
+    except Killed:
+        pass
+    finally:
+        Engine.step = original  # type: ignore[method-assign]
+
+
+def told(document: dict[str, Any]) -> list[str]:
+    """Run, and return what this rank told the user on the way."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    original = train.Observer.note
+    train.Observer.note = lambda _self, text: lines.append(text)  # type: ignore[method-assign]
+    logger = logging.getLogger("dscl")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        run(document)
+    finally:
+        train.Observer.note = original  # type: ignore[method-assign]
+        logger.removeHandler(handler)
+    return lines
+
+
+def failing(document: dict[str, Any]) -> tuple[str, str]:
+    try:
+        run(document)
+    except (Failure, UserError) as error:
+        return type(error).__name__, str(error)
+    return "nothing", ""
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "rank-00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip(folder: Path) -> None:
+    path = folder / "rank-00000.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+def unmark(folder: Path) -> None:
+    (folder / "complete.json").unlink()
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, unmark])
+def test_a_damaged_checkpoint_is_passed_over(ranks: Any, tasks: Path, damage: Any) -> None:
+    name = f"damaged-{damage.__name__}"
+    ranks(2)(run, recipe_of(tasks, f"{name}-whole"))
+    ranks(2)(run_until_killed, recipe_of(tasks, name), 9)
+    stored = sorted((tasks / name / "checkpoints").iterdir())
+    assert len(stored) == 2
+    damage(stored[-1])
+    lines = ranks(2)(told, recipe_of(tasks, name))[0]
+    assert any(f"checkpoint {stored[-1].name} is damaged" in line for line in lines)
+    assert any(f"resumed from {stored[-2].name}" in line for line in lines)
+    assert outcome(tasks / name) == outcome(tasks / f"{name}-whole")
+
+
+def full_disk(document: dict[str, Any], call: int) -> tuple[str, str]:
+    """The `call`-th write of tensors on rank 1 finds the disk full."""
+    original, calls = checkpoint.save_file, [0]
+
+    def writing(tensors: Any, path: Path) -> None:
+        calls[0] += 1
+        if dist.rank() == 1 and calls[0] == call:
+            raise OSError(28, "No space left on device")
+        original(tensors, path)
+
+    checkpoint.save_file = writing
+    try:
+        return failing(document)
+    finally:
+        checkpoint.save_file = original
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(ranks: Any, tasks: Path) -> None:
+    document = recipe_of(tasks, "full")
+    for kind, message in ranks(2)(full_disk, document, 3):
+        assert kind == "Failure"
+        assert "No space left on device" in message
+        assert "step-00000003 is intact" in message
+    assert [p.name for p in sorted((tasks / "full" / "checkpoints").iterdir())] == ["step-00000000", "step-00000003"]
+    ranks(2)(run, document)
+    ranks(2)(run, recipe_of(tasks, "full-whole"))
+    assert outcome(tasks / "full") == outcome(tasks / "full-whole")
+
+
+def exploding(document: dict[str, Any], at: int) -> tuple[str, str]:
+    """The loss of step `at` is NaN on rank 1."""
+    original, calls = Engine.step, [0]
+
+    def step(self: Engine, loss: Any, batches: Any, **k: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == at and dist.rank() == 1:
+            return original(self, lambda m, b: loss(m, b) * float("nan"), batches, **k)
+        return original(self, loss, batches, **k)
+
+    Engine.step = step  # type: ignore[method-assign]
+    try:
+        return failing(document)
+    finally:
+        Engine.step = original  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_loss_that_is_not_finite_stops_the_run(ranks: Any, tasks: Path, stage: int) -> None:
+    name = f"nan{stage}"
+    for kind, message in ranks(2)(exploding, recipe_of(tasks, name, stage), 5):
+        assert kind == "Failure"
+        assert "task colour, step 5: the loss is nan" in message
+        assert "train.json, record" in message
+    assert sorted(p.name for p in (tasks / name / "checkpoints").iterdir())[-1] == "step-00000003"
+    bad = metrics(tasks / name)[-1]
+    assert bad["step"] >= 5
+
+
+def test_a_loss_that_is_not_finite_may_be_skipped(ranks: Any, tasks: Path) -> None:
+    document = recipe_of(tasks, "skip", 2, train__non_finite="skip")
+    assert ranks(2)(exploding, document, 5) == [("nothing", "")] * 2
+    losses = [record["loss"] for record in metrics(tasks / "skip")]
+    assert losses[4] is None
+    assert all(loss is not None for i, loss in enumerate(losses) if i != 4)
+
+
+def standing(document: dict[str, Any], which: str) -> Any:
+    """The tensors whose name contains `which` are put back after every step; what this rank told, or its failure."""
+    original = Engine.step
+
+    def step(self: Engine, *a: Any, **k: Any) -> Any:
+        kept = {(f.name, f.start): f.master.clone() for f in self.fragments() if which in f.name}
+        result = original(self, *a, **k)
+        for fragment in self.fragments():
+            if which in fragment.name:
+                fragment.master.copy_(kept[(fragment.name, fragment.start)])
+        return result
+
+    Engine.step = step  # type: ignore[method-assign]
+    try:
+        return told(document)
+    except Failure as failure:
+        return str(failure)
+    finally:
+        Engine.step = original  # type: ignore[method-assign]
+
+
+def test_training_that_does_nothing_stops(ranks: Any, tasks: Path) -> None:
+    for message in ranks(2)(standing, recipe_of(tasks, "stands", 2), ""):
+        assert "after 10 steps no trainable tensor has moved" in message
+
+
+def test_a_tensor_that_never_moves_is_named(ranks: Any, tasks: Path) -> None:
+    lines = ranks(2)(standing, recipe_of(tasks, "one-stands", 2), "layers.1.mlp.up_proj")[0]
+    still = [line for line in lines if "never" in line]
+    assert len(still) == 2  # once a task
+    assert "1 of 20 trainable tensors have never moved: model.layers.1.mlp.up_proj.weight" in still[0]
+
+
+def test_lora_moves_in_full_and_is_not_complained_about(ranks: Any, tasks: Path) -> None:
+    document = recipe_of(tasks, "lora", 3, method={"name": "sequential", "tune": "lora"})
+    assert not [line for line in ranks(2)(told, document)[0] if "moved" in line]
+
+
+def test_other_settings_on_the_same_run_are_refused(ranks: Any, tasks: Path) -> None:
+    document = recipe_of(tasks, "refused", 0)
+    ranks(1)(run, document)
+    document["train"]["lr"] = 1e-5
+    ((kind, message),) = ranks(1)(failing, document)
+    assert kind == "UserError"
+    assert "train.lr" in message
+    assert "0.003" in message
+    assert "1e-05" in message
+
+
+def command(document: dict[str, Any], folder: Path) -> list[str]:
+    path = folder / "recipe-of-kills.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return [sys.executable, "-m", "dscl", "train", str(path), "--nproc", "2"]
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_killed_for_real_at_random_moments(tasks: Path, stage: int) -> None:
+    """SIGKILL to all processes, from outside, at moments drawn anew each time; DSCL_KILL_SEED repeats a failure."""
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    whole, killed = (recipe_of(tasks, f"{kind}{stage}", stage, train__epochs=4) for kind in ("calm", "killed"))
+    start = time.monotonic()
+    subprocess.run(command(whole, tasks), env=environment, check=True, stdout=subprocess.DEVNULL)
+    duration = time.monotonic() - start
+    seed = int(os.environ.get("DSCL_KILL_SEED", random.randrange(10**6)))
+    moments = random.Random(seed)
+    for attempt in range(8):
+        process = subprocess.Popen(
+            command(killed, tasks), env=environment, stdout=subprocess.DEVNULL, start_new_session=True
+        )
+        try:
+            process.wait(moments.uniform(0.5, 1.0) * duration if attempt < 2 else 10 * duration)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            continue
+        assert process.returncode == 0
+        break
+    expected, got = outcome(Path(whole["run_dir"])), outcome(Path(killed["run_dir"]))
+    assert got == expected, f"DSCL_KILL_SEED={seed}"
+
+
+def test_recipes_round_trip(tasks: Path) -> None:
+    recipe = resolve(recipe_of(tasks, "trip"))
+    again = resolve(yaml.safe_load(recipe.text()))
+    assert isinstance(again, Recipe)
+    assert again.document() == recipe.document()

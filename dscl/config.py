@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -22,6 +23,9 @@ from dscl.errors import UserError
 
 T = TypeVar("T")
 REQUIRED: Any = dataclasses.MISSING
+LARGEST = 1_000_000  # characters of a recipe
+NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
 def key(
@@ -41,8 +45,7 @@ def key(
         "choices": None if choices is None else tuple(choices),
         "help": help,
     }
-    if isinstance(default, list | dict):
-        raise AssertionError("use a tuple or a factory: defaults are shared")
+    assert not isinstance(default, list | dict), "use a tuple or a factory: defaults are shared"
     if isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -50,30 +53,44 @@ def key(
 
 def parse(cls: type[T], given: Any, path: str = "") -> T:
     """Build the dataclass `cls` from a mapping; `path` is the dotted name that messages start from."""
-    if not isinstance(given, Mapping):
-        raise UserError(f"{path or 'the recipe'}: given {_show(given)}; a mapping of keys is needed")
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for name in given:
-        if name not in fields:
-            raise UserError(_unknown(_join(path, name), str(name), fields))
-    values = {}
-    for name, field in fields.items():
-        where = _join(path, name)
-        if name in given:
-            values[name] = _convert(hints[name], given[name], where)
-            _check_bounds(values[name], field.metadata, where)
-        elif field.default is REQUIRED and field.default_factory is REQUIRED:
+    values = convert(cls, given, path)
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if field.name not in values and field.default is REQUIRED and field.default_factory is REQUIRED:
+            where = _join(path, field.name)
             raise UserError(f"{where}: missing; give it in the recipe or as {where}=VALUE")
     return cls(**values)
+
+
+def convert(cls: type, given: Any, path: str = "") -> dict[str, Any]:
+    """The keys that `given` holds, checked as `parse` does it; what is left out stays out."""
+    if not isinstance(given, Mapping):
+        raise UserError(f"{path or 'the recipe'}: given {show(given)}; a mapping of keys is needed")
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    check_names(given, fields, path)
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for name, value in given.items():
+        where = _join(path, name)
+        values[name] = _convert(hints[name], value, where)
+        _check_bounds(values[name], fields[name].metadata, where)
+    return values
+
+
+def check_names(given: Mapping[Any, Any], valid: Iterable[str], path: str = "") -> None:
+    """Refuse a key that is not among the valid ones."""
+    valid = list(valid)
+    for name in given:
+        if name not in valid:
+            where = shorten(_join(path, name))
+            raise UserError(f"{where}: no such key{nearest(str(name), valid)}; allowed here: {', '.join(valid)}")
 
 
 def plain(value: Any) -> Any:
     """The opposite of `parse`: nested dicts and lists that YAML and JSON can write."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
+        return {k: plain(v) for k, v in value.items()}
     if isinstance(value, tuple | list):
         return [plain(v) for v in value]
     return value
@@ -83,48 +100,43 @@ def read_yaml(path: str) -> dict[str, Any]:
     """One YAML mapping from a file; a name given twice, bad syntax or a missing file is the user's error."""
     try:
         with open(path, encoding="utf-8") as file:
-            given = yaml.load(file, Loader=_UniqueKeys)
+            text = file.read(LARGEST + 1)
     except FileNotFoundError:
         raise UserError(f"{path}: no such recipe; give the path of a YAML file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a text file in UTF-8; give the path of a YAML file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from None
+    if len(text) > LARGEST:
+        raise UserError(f"{path}: longer than {LARGEST:,} characters, so hardly a recipe; give the path of a YAML file")
+    try:
+        given = _load(text)
+    except ValueError as error:
+        raise UserError(f"{path}: not valid YAML ({error}); correct it there") from None
     if not isinstance(given, dict):
-        raise UserError(f"{path}: holds {_show(given)}; a recipe is a mapping of keys")
+        raise UserError(f"{path}: holds {show(given)}; a recipe is a mapping of keys, such as run_dir: out/first")
     return given
 
 
 def override(given: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
     """A copy of `given` with dotted `a.b.0.c=value` assignments applied; values are read as YAML."""
-    result = _copy(given)
+    try:
+        result = _copy(given)
+    except RecursionError:
+        raise UserError("the recipe: nested too deeply, or an alias that holds itself; write it out flat") from None
     for assignment in assignments:
         dotted, equals, text = assignment.partition("=")
-        if not equals or not dotted:
-            raise UserError(f"{assignment!r}: an override is written KEY=VALUE, for example train.lr=1e-4")
-        try:
-            value = yaml.load(text, Loader=_UniqueKeys)
-        except yaml.YAMLError:
-            raise UserError(f"{dotted}: given {text!r}, which is not valid YAML") from None
         parts = dotted.split(".")
-        node: Any = result
-        for depth, part in enumerate(parts):
-            last = depth == len(parts) - 1
-            where = ".".join(parts[: depth + 1])
-            if isinstance(node, list):
-                if not part.isdigit() or int(part) >= len(node):
-                    raise UserError(f"{where}: given {part!r}; the list has entries 0 to {len(node) - 1}")
-                index: Any = int(part)
-            elif isinstance(node, dict):
-                index = part
-                if not last and node.get(part) is None:
-                    node[part] = {}
-            else:
-                raise UserError(f"{where}: {'.'.join(parts[:depth])} is {_show(node)} and has no keys below it")
-            if last:
-                node[index] = value
-            else:
-                node = node[index]
+        if not equals or not all(parts):
+            raise UserError(f"{shorten(repr(assignment))}: an override is written KEY=VALUE, for example train.lr=1e-4")
+        try:
+            value = _load(text)
+        except ValueError as error:
+            raise UserError(
+                f"{dotted}: given {shorten(repr(text))}, which is not valid YAML ({error}); "
+                f"text with special characters needs quotes: '{dotted}=\"...\"'"
+            ) from None
+        _assign(result, parts, value)
     return result
 
 
@@ -134,44 +146,86 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f" (did you mean '{close[0]}'?)" if close else ""
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML's safe loader, except that a mapping which names a key twice is an error instead of the last one winning."""
-
-
-def _unique_mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[Any, Any]:
-    loader.flatten_mapping(node)
-    result: dict[Any, Any] = {}
-    for key_node, value_node in node.value:
-        name = loader.construct_object(key_node, deep=True)
-        if name in result:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} is given twice", key_node.start_mark)
-        result[name] = loader.construct_object(value_node, deep=True)
-    return result
-
-
-_UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
-
-
-def _join(path: str, name: Any) -> str:
-    return f"{path}.{name}" if path else str(name)
-
-
-def _show(value: Any) -> str:
+def show(value: Any) -> str:
+    """What was given, as a message can show it."""
     if value is None:
         return "nothing (null)"
     if isinstance(value, Mapping):
         return "a mapping"
     if isinstance(value, list | tuple):
         return "a list"
-    return f"{value!r} ({type(value).__name__})"
+    return f"{_short(value)} ({type(value).__name__})"
 
 
-def _unknown(where: str, name: str, valid: Iterable[str]) -> str:
-    valid = list(valid)
-    return f"{where}: no such key{nearest(name, valid)}; allowed here: {', '.join(valid)}"
+def shorten(text: str) -> str:
+    """A given text as one line of a message can hold it."""
+    text = " ".join(text.splitlines())
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML's safe loader, except that a mapping which names a key twice is an error instead of the last one winning."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # Checked as written, before merge keys (<<) bring in names that may well be given again.
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for name, _ in node.value:
+            if isinstance(name, yaml.ScalarNode):
+                if (name.tag, name.value) in seen:
+                    problem = f"the key {name.value!r} is given twice"
+                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=name.start_mark)
+                seen.add((name.tag, name.value))
+        return node
+
+
+def _load(text: str) -> Any:
+    """YAML as Python's objects; ValueError in one line."""
+    try:
+        return yaml.load(text, Loader=_UniqueKeys)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
+        raise ValueError(f"{place}{error.problem}") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except Exception as error:  # numbers, dates and explicit tags that cannot be made fail in many ways
+        raise ValueError(shorten(" ".join(str(error).split()))) from None
+
+
+def _assign(node: Any, parts: list[str], value: Any) -> None:
+    """Set what the dotted `parts` lead to; a section that is not there yet is made."""
+    for depth, part in enumerate(parts):
+        above, where = ".".join(parts[:depth]), ".".join(parts[: depth + 1])
+        last = depth == len(parts) - 1
+        index: Any = part
+        if isinstance(node, list):
+            if not re.fullmatch("[0-9]{1,9}", part) or int(part) >= len(node):
+                has = f"has the entries 0 to {len(node) - 1}" if node else "is empty"
+                raise UserError(f"{where}: given {part!r}; the list {above} {has}, and new ones go into the recipe")
+            index = int(part)
+        elif not isinstance(node, dict):
+            raise UserError(f"{where}: {above} is {show(node)} and has no keys below it; leave .{part} out")
+        elif not last and node.get(part) is None:
+            node[part] = {}
+        if last:
+            node[index] = value
+        else:
+            node = node[index]
+
+
+def _join(path: str, name: Any) -> str:
+    return f"{path}.{name}" if path else str(name)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, int) and value.bit_length() > 200:  # Python refuses to print the largest
+        return f"a number of {value.bit_length()} bits"
+    return shorten(repr(value))
 
 
 def _copy(value: Any) -> Any:
+    """Without sharing, so that an override of one place that a YAML alias filled leaves the others alone."""
     if isinstance(value, dict):
         return {k: _copy(v) for k, v in value.items()}
     if isinstance(value, list):
@@ -185,54 +239,65 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if hint is Any:
         return value
     if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        options = [a for a in arguments if a is not type(None)]
-        for option in options[:-1]:
-            try:
-                return _convert(option, value, where)
-            except UserError:
-                continue
-        return _convert(options[-1], value, where)
+        return _one_of(arguments, value, where)
     if dataclasses.is_dataclass(hint):
         return parse(typing.cast(type, hint), value, where)
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise UserError(f"{where}: given {_show(value)}; a list is needed")
+            raise UserError(f"{where}: given {show(value)}; a list is needed")
         return tuple(_convert(arguments[0], v, f"{where}.{i}") for i, v in enumerate(value))
-    if origin in (dict, Mapping) or hint is dict or origin is Mapping or str(origin).endswith("Mapping'>"):
+    if origin in (dict, Mapping):
         if not isinstance(value, Mapping):
-            raise UserError(f"{where}: given {_show(value)}; a mapping is needed")
-        return {str(k): _convert(arguments[1], v, f"{where}.{k}") if arguments else v for k, v in value.items()}
+            raise UserError(f"{where}: given {show(value)}; a mapping is needed")
+        for name in value:
+            if not isinstance(name, str):
+                raise UserError(f"{where}: given the key {show(name)}; text is needed, so write it in quotes")
+        return {name: _convert(arguments[1], v, f"{where}.{name}") for name, v in value.items()}
     return _scalar(hint, value, where)
 
 
+def _one_of(hints: tuple[Any, ...], value: Any, where: str) -> Any:
+    """`value` as the first of the types that takes it; the refusal is the last one's."""
+    if value is None and type(None) in hints:
+        return None
+    *others, last = (hint for hint in hints if hint is not type(None))
+    for hint in others:
+        try:
+            return _convert(hint, value, where)
+        except UserError:
+            continue
+    return _convert(last, value, where)
+
+
 def _scalar(hint: type, value: Any, where: str) -> Any:
-    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    if hint is float and isinstance(value, str):
-        try:  # YAML 1.1 reads 1e-4 as text; 1.0e-4 as a number
+    if hint is float and isinstance(value, str) and NUMBER.fullmatch(value):
+        value = float(value)  # YAML 1.1 reads 1e-4 as text; 1.0e-4 as a number
+    if hint is float and type(value) is int:
+        try:
             value = float(value)
-        except ValueError:
-            pass
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        except OverflowError:
+            raise UserError(f"{where}: given {show(value)}; a number that a float can hold is needed") from None
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where}: given {value}; a finite number is needed")
+    if isinstance(value, str) and hint is str and not value.strip():
+        raise UserError(f"{where}: given {value!r}; text that is not blank is needed")
     if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
-    raise UserError(f"{where}: given {_show(value)}; {kinds.get(hint, hint.__name__)} is needed")
+    quotable = hint is str and not isinstance(value, list | dict | type(None))
+    quotes = ", so write it in quotes" if quotable else ""
+    raise UserError(f"{where}: given {show(value)}; {KINDS[hint]} is needed{quotes}")
 
 
 def _check_bounds(value: Any, metadata: Mapping[str, Any], where: str) -> None:
     choices = metadata.get("choices")
     if choices is not None and isinstance(value, str) and value not in choices:
-        raise UserError(f"{where}: given {value!r}; allowed: {', '.join(choices)}{nearest(value, choices)}")
+        raise UserError(f"{where}: given {_short(value)}; allowed: {', '.join(choices)}{nearest(value, choices)}")
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{where}: given {value}; a finite number is needed")
     low, high, above = metadata.get("at_least"), metadata.get("at_most"), metadata.get("above")
     if low is not None and value < low:
-        raise UserError(f"{where}: given {value}; it must be at least {low}")
+        raise UserError(f"{where}: given {_short(value)}; it must be at least {low}")
     if above is not None and value <= above:
-        raise UserError(f"{where}: given {value}; it must be above {above}")
+        raise UserError(f"{where}: given {_short(value)}; it must be above {above}")
     if high is not None and value > high:
-        raise UserError(f"{where}: given {value}; it must be at most {high}")
+        raise UserError(f"{where}: given {_short(value)}; it must be at most {high}")

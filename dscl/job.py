@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from dscl import dist
 from dscl.data.batches import Batch, Schedule, collate
@@ -63,16 +65,12 @@ class Job:
 
     def engine(self) -> Engine:
         train = self.recipe.train
-
-        def prepare(model: Any) -> Any:
-            return self.method.prepare(model)
-
         return Engine(
             self.settings,
             build=self.backbone.build,
             check=self.backbone.check,
             read=self.backbone.weights.read,
-            prepare=prepare,
+            prepare=self.method.prepare,
             precision=train.precision,
             micro_batch=train.micro_batch,
             weight_decay=train.weight_decay,
@@ -83,6 +81,8 @@ class Job:
 def open_job(recipe: Recipe) -> Job:
     """Read and check everything up to the first step, except the model's weights."""
     settings = read_settings(recipe.deepspeed_path())
+    if recipe.train.precision == "bf16" and dist.device().type == "cpu" and not _has_bf16(torch.cpu.get_capabilities()):
+        log.warning("train.precision: this CPU emulates bf16, many times slower than fp32; set train.precision=fp32 here")
     method = find_method(recipe.method.name)(recipe.method, recipe.seed)
     tasks = load_stream(recipe.stream, recipe.data, recipe.seed)
 
@@ -100,6 +100,10 @@ def open_job(recipe: Recipe) -> Job:
     )
     lessons = tuple(_lesson(recipe, task, backbone) for task in tasks)
     return Job(recipe, settings, backbone, method, lessons)
+
+
+def _has_bf16(capabilities: Mapping[str, Any]) -> bool:
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def _lesson(recipe: Recipe, task: Task, backbone: Backbone) -> Lesson:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 import yaml
 
 from dscl.checkpoint import CheckpointConfig
-from dscl.config import key, nearest, override, parse, plain, read_yaml
+from dscl.config import check_names, convert, key, nearest, override, parse, plain, read_yaml, shorten, show
 from dscl.data.task import DataConfig, TaskConfig
 from dscl.engine import DTYPES, OWNED_BY_JSON, OWNED_BY_RECIPE
 from dscl.errors import UserError
@@ -22,6 +24,8 @@ from dscl.observe import ObserveConfig
 
 # Changing these between two starts of one run does not change what it computes.
 MAY_CHANGE = ("run_dir", "observe", "checkpoint", "data.cache_dir", "deepspeed", "evaluate.batch")
+# How keys begin that people look for at a recipe's top level or under `train`, and that stand in the DeepSpeed JSON.
+INSIDE_ZERO = ("zero", "stage", "offload", "overlap_", "contiguous_", "reduce_", "allgather_", "sub_group")
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class TrainConfig:
     max_length: int = key(256, at_least=8, help="tokens in a row; longer prompts are cut, answers never")
     packing: bool = key(False, help="put several samples into one row")
     precision: str = key("bf16", choices=tuple(DTYPES), help="precision of weights and activations; masters are fp32")
-    non_finite: str = key("stop", choices=("stop", "skip"), help="at a loss that is NaN or infinite: stop, or skip the step")
+    non_finite: str = key("stop", choices=("stop", "skip"), help="at a loss that is not finite: stop, or skip the step")
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Recipe:
 
     @property
     def folder(self) -> Path:
-        return Path(self.run_dir)
+        return Path(os.path.expanduser(self.run_dir))
 
     def document(self) -> dict[str, Any]:
         """The resolved recipe, complete: what `recipe.yaml` of a run holds."""
@@ -68,17 +72,37 @@ class Recipe:
 
     def deepspeed_path(self) -> Path:
         """The DeepSpeed JSON: as given, beside the recipe or above it, or among those that come with dscl."""
-        given = Path(self.deepspeed).expanduser()
+        given = Path(os.path.expanduser(self.deepspeed))
         home = Path(__file__).resolve().parent.parent
-        places = [given, *(above / given for above in Path(self.source).resolve().parents), home / given]
-        for place in places:
+        for place in (given, *(above / given for above in Path(self.source).resolve().parents), home / given):
             if place.is_file():
                 return place
-        there = sorted(p.name for p in (home / "ds_configs").glob("*.json"))
+        there = sorted(path.name for path in (home / "ds_configs").glob("*.json"))
         raise UserError(
             f"deepspeed: given {self.deepspeed!r}; no such file here or beside the recipe"
             f"{nearest(given.name, there)}; dscl brings ds_configs/ with {', '.join(there)}"
         )
+
+
+@dataclass(frozen=True)
+class TopConfig:
+    """The keys of the recipe that stand in no section."""
+
+    run_dir: str = key(help="where the run writes everything")
+    seed: int = key(0, at_least=0, at_most=2**63 - 1, help="decides data order, fresh weights and splits")
+    deepspeed: str = key("ds_configs/zero1.json", help="a DeepSpeed JSON: ZeRO stage, offload, communication")
+
+
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "checkpoint": CheckpointConfig,
+    "observe": ObserveConfig,
+}
+EXAMPLE = "{name: sst2, path: data/sst2}"
+NAMES = (*(field.name for field in dataclasses.fields(TopConfig)), "method", "stream", "stream_defaults", *SECTIONS)
 
 
 def read_recipe(path: str, assignments: Iterable[str] = ()) -> Recipe:
@@ -87,81 +111,88 @@ def read_recipe(path: str, assignments: Iterable[str] = ()) -> Recipe:
 
 
 def resolve(given: Mapping[str, Any], source: str = "recipe") -> Recipe:
-    sections: dict[str, Any] = {
-        "model": ModelConfig,
-        "data": DataConfig,
-        "train": TrainConfig,
-        "evaluate": EvaluateConfig,
-        "checkpoint": CheckpointConfig,
-        "observe": ObserveConfig,
-    }
-    names = ["run_dir", "seed", *sections, "method", "stream", "stream_defaults", "deepspeed"]
-    _refuse_deepspeed_keys(given)
-    for name in given:
-        if name not in names:
-            raise UserError(f"{name}: no such key{nearest(str(name), names)}; allowed here: {', '.join(names)}")
-    values = {name: parse(config, _section(given, name), name) for name, config in sections.items()}
-    top = parse(_Top, {name: given[name] for name in ("run_dir", "seed", "deepspeed") if name in given})
+    """Check everything that can be checked without reading data or a model."""
+    _refuse_deepspeed_keys(given, NAMES)
+    check_names(given, NAMES)
+    if isinstance(given.get("deepspeed"), Mapping):
+        raise UserError("deepspeed: given a mapping; the path of a DeepSpeed JSON is needed, so put these keys there")
+    top = parse(TopConfig, {field: given[field] for field in _names(TopConfig) if field in given})
     method = _section(given, "method")
-    method_config = parse(find_method(method.get("name", "sequential")).Config, method, "method")
+    name = method.get("name", "sequential")
+    if not isinstance(name, str):
+        raise UserError(f"method.name: given {show(name)}; the name of a method is needed, for example sequential")
     return Recipe(
-        method=method_config, stream=_stream(given), source=source, **vars(top), **values
+        method=_parse(find_method(name).Config, method, "method"),
+        stream=_stream(given),
+        source=source,
+        **vars(top),
+        **{section: _parse(config, _section(given, section), section) for section, config in SECTIONS.items()},
     )
 
 
-def difference(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> str:
+def difference(old: Any, new: Any, path: str = "") -> str:
     """The first key, among those that matter to a run's result, in which two resolved recipes differ; else empty."""
-    for name in {**old, **new}:
-        dotted = f"{path}{name}"
-        if dotted in MAY_CHANGE:
-            continue
-        before, after = old.get(name), new.get(name)
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            if found := difference(before, after, f"{dotted}."):
-                return found
-        elif before != after:
-            return f"{dotted} (there: {before!r}, given: {after!r})"
-    return ""
+    if path in MAY_CHANGE or old == new:
+        return ""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        pairs = [(str(name), old.get(name), new.get(name)) for name in {**old, **new}]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = [(str(index), *both) for index, both in enumerate(zip(old, new, strict=True))]
+    else:
+        return f"{path} (there: {_summary(old)}, given: {_summary(new)})"
+    found = (difference(before, after, f"{path}.{name}" if path else name) for name, before, after in pairs)
+    return next(filter(None, found), "")
 
 
-@dataclass(frozen=True)
-class _Top:
-    run_dir: str = key(help="where the run writes everything")
-    seed: int = key(0, at_least=0, help="decides data order, fresh weights and splits")
-    deepspeed: str = key("ds_configs/zero1.json", help="a DeepSpeed JSON: ZeRO stage, offload, communication")
+def _summary(value: Any) -> str:
+    return f"{len(value)} entries" if isinstance(value, list) else shorten(repr(value))
+
+
+def _names(config: type) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(config))
 
 
 def _section(given: Mapping[str, Any], name: str) -> dict[str, Any]:
-    section = given.get(name, {})
+    """A section that is left out, or whose keys are all commented out, is empty."""
+    section = given.get(name)
     if section is None:
         return {}
     if not isinstance(section, dict):
-        raise UserError(f"{name}: given {section!r}; a mapping of keys is needed")
+        raise UserError(f"{name}: given {show(section)}; a mapping of keys is needed")
     return section
+
+
+def _parse(config: type, given: Mapping[str, Any], path: str) -> Any:
+    _refuse_deepspeed_keys(given, _names(config), path + ".")
+    return parse(config, given, path)
 
 
 def _stream(given: Mapping[str, Any]) -> tuple[TaskConfig, ...]:
     entries = given.get("stream")
     if not isinstance(entries, list) or not entries:
-        raise UserError("stream: a list of tasks is needed, for example [{name: sst2, path: data/sst2}]")
-    defaults = _section(given, "stream_defaults")
+        what = "an empty list" if entries == [] else show(entries)
+        raise UserError(f"stream: given {what}; a list of tasks is needed, for example [{EXAMPLE}]")
+    shared = _section(given, "stream_defaults")
+    _refuse_deepspeed_keys(shared, _names(TaskConfig), "stream_defaults.")
+    defaults = convert(TaskConfig, shared, "stream_defaults")
     tasks = []
     for index, entry in enumerate(entries):
         if not isinstance(entry, dict):
-            raise UserError(f"stream.{index}: given {entry!r}; a mapping with name and path is needed")
+            raise UserError(f"stream.{index}: given {show(entry)}; a mapping is needed, for example {EXAMPLE}")
         tasks.append(parse(TaskConfig, {**defaults, **entry}, f"stream.{index}"))
     return tuple(tasks)
 
 
-def _refuse_deepspeed_keys(given: Mapping[str, Any]) -> None:
-    train = given.get("train")
-    places = (("", given), ("train.", train if isinstance(train, Mapping) else {}))
-    for prefix, section in places:
-        for name in section:
-            if name in OWNED_BY_JSON or name in ("zero", "zero_stage", "stage", "offload_optimizer", "offload_param"):
-                raise UserError(
-                    f"{prefix}{name}: ZeRO, offload and communication belong to the DeepSpeed JSON; "
-                    "remove it here and name a file in `deepspeed:`, for example ds_configs/zero3.json"
-                )
-            if name in OWNED_BY_RECIPE and name not in ("tensorboard",):
-                raise UserError(f"{prefix}{name}: a DeepSpeed key; in a recipe it is {OWNED_BY_RECIPE[name]}")
+def _refuse_deepspeed_keys(given: Mapping[str, Any], valid: Iterable[str], prefix: str = "") -> None:
+    """Every setting has one owner: what DeepSpeed calls by another name is told here, instead of `no such key`."""
+    owners = {name.partition(".")[0]: owner for name, owner in OWNED_BY_RECIPE.items()}
+    for name in given:
+        if name in valid or not isinstance(name, str):
+            continue
+        if name in owners:
+            raise UserError(f"{prefix}{name}: a key of DeepSpeed; in a recipe it is {owners[name]}, so set that")
+        if name in OWNED_BY_JSON or name.startswith(INSIDE_ZERO):
+            raise UserError(
+                f"{prefix}{name}: ZeRO, offload and communication belong to the DeepSpeed JSON; "
+                "remove it here and name a file in deepspeed, for example deepspeed: ds_configs/zero3.json"
+            )

@@ -1,110 +1,185 @@
-"""Start N ranks of this program on this machine, and end them together: the `--nproc` of the command line."""
+"""Start N ranks of this program on this machine and end them together: the `--nproc` of the command line.
+
+A rank that fails says so to the spawner before it leaves the others (`tell`), so that what is shown and what becomes
+the exit status is the first failure in time, once, and not what follows from it on the other ranks.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import json
 import os
+import re
+import select
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-
-import torch
+from types import FrameType
 
 from dscl.errors import UserError
 
+PROGRAM = ("-m", "dscl")
 GRACE = 20.0  # seconds that the other ranks get to end by themselves once one has failed
-PARENT = "DSCL_SPAWNED_BY"
+PATIENCE = 10.0  # seconds after which a rank doubts that another launcher's first rank has told the same mistake
+POLL = 0.05
+LONGEST = 16_000  # characters of one report; it travels as one datagram
+PARENT, CHANNEL = "DSCL_SPAWNED_BY", "DSCL_REPORT_TO"
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def how_many(asked: str) -> int:
     """The number of ranks for `--nproc N|auto`; auto is one for each GPU, or one."""
     if asked == "auto":
-        return max(1, torch.cuda.device_count())
-    if not asked.isdigit() or int(asked) < 1:
+        return max(1, _gpus())
+    if not re.fullmatch("[0-9]{1,6}", asked) or int(asked) < 1:
         raise UserError(f"--nproc: given {asked!r}; allowed: a whole number of at least 1, or auto")
-    gpus = torch.cuda.device_count() if os.environ.get("DS_ACCELERATOR", "cuda") == "cuda" else 0
-    if gpus and int(asked) > gpus:
-        raise UserError(f"--nproc: given {asked}; this machine has {gpus} GPUs, so at most {gpus} (or DS_ACCELERATOR=cpu)")
-    return int(asked)
+    count = int(asked)
+    if count > 1 and (gpus := _gpus()) and count > gpus:
+        raise UserError(
+            f"--nproc: given {count}; this machine has {gpus} GPUs, so at most {gpus} (or DS_ACCELERATOR=cpu)"
+        )
+    most = max(16, 2 * _cores())
+    if count > most and not gpus:
+        raise UserError(f"--nproc: given {count}; this machine has {_cores()} cores, so at most {most}")
+    return count
 
 
 def spawn(count: int, arguments: Sequence[str]) -> int:
     """Run `dscl ARGUMENTS` in `count` processes that find each other; returns the exit status of the whole."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // count))
     ranks: list[subprocess.Popen[bytes]] = []
+    interrupts = 0
 
-    def forward(number: int, _frame: object) -> None:
+    def forward(number: int, _frame: FrameType | None) -> None:
+        nonlocal interrupts
+        interrupts += number == signal.SIGINT
         for rank in ranks:
-            if rank.poll() is None:
-                rank.send_signal(number)
+            if rank.poll() is None:  # a second Ctrl-C does not ask any more
+                rank.send_signal(number if interrupts < 2 else signal.SIGKILL)
 
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    previous = {number: signal.signal(number, forward) for number in FORWARDED}
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:
+        shared = {
+            **os.environ,
+            "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(_free_port()),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, _cores() // count)),
+            PARENT: str(os.getpid()),
+            CHANNEL: str(theirs.fileno()),
+        }
         for rank in range(count):
-            environment = {
-                **os.environ,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(count),
-                "LOCAL_WORLD_SIZE": str(count),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": threads,
-                PARENT: str(os.getpid()),
-            }
-            ranks.append(subprocess.Popen([sys.executable, "-m", "dscl", *arguments], env=environment))
-        return _wait(ranks)
-    except KeyboardInterrupt:
-        return _wait(ranks, ending=True) or 1  # the terminal has sent the signal to the ranks as well
+            ranks.append(
+                subprocess.Popen(
+                    [sys.executable, *PROGRAM, *arguments],
+                    env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    pass_fds=[theirs.fileno()],
+                    start_new_session=True,  # so that a Ctrl-C reaches each rank once, from `forward`
+                )
+            )
+        return _wait(ranks, ours)
     finally:
-        for rank in ranks:
-            if rank.poll() is None:
-                rank.kill()
-                rank.wait()
+        _kill(ranks)
+        ours.close()
+        theirs.close()
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
+def spawned() -> bool:
+    """Whether this process is a rank that `spawn` started."""
+    return PARENT in os.environ
+
+
 def die_with_parent() -> None:
     """In a spawned rank: be killed when the spawner is, instead of training on unseen (Linux)."""
-    parent = os.environ.get(PARENT)
-    if parent is None or not sys.platform.startswith("linux"):
+    if not spawned() or not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != int(parent):  # it died before we asked
+    if os.getppid() != int(os.environ[PARENT]):  # it died before we asked
         os._exit(1)
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]], ending: bool = False) -> int:
+def tell(status: int, text: str, patience: float | None = None) -> None:
+    """Say on stderr why this process ends with `status`; of many ranks with the same mistake, one says it.
+
+    Under `spawn` the first to come is heard. Under another launcher the machine's first rank speaks at once, and the
+    others only when, after a while, nobody has ended them: then the mistake is theirs alone.
+    """
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if CHANNEL in os.environ:
+        report = {"rank": local, "status": status, "text": text[-LONGEST:]}
+        with socket.socket(fileno=os.dup(int(os.environ[CHANNEL]))) as channel:
+            try:
+                channel.send(json.dumps(report).encode())
+                return
+            except OSError:  # a system with smaller datagrams; rather twice than never
+                pass
+    elif local:
+        time.sleep(PATIENCE if patience is None else patience)
+        text = f"rank {os.environ.get('RANK', local)}: {text}"
+    print(text, file=sys.stderr, flush=True)
+
+
+def _wait(ranks: list[subprocess.Popen[bytes]], channel: socket.socket) -> int:
     """Wait for all; when one fails, give the others a moment to end by themselves, then end them."""
-    deadline = time.monotonic() + GRACE if ending else None
-    failed = 0
-    while any(rank.poll() is None for rank in ranks):
-        if not failed:
-            failed = _status(ranks)
-            if failed and deadline is None:
-                deadline = time.monotonic() + GRACE
-        if deadline is not None and time.monotonic() > deadline:
-            for rank in ranks:
-                if rank.poll() is None:
-                    rank.kill()
-        time.sleep(0.05)
-    return failed or _status(ranks)
+    status, deadline = 0, float("inf")
+    told: set[int] = set()
+    signalled = False
+    while True:
+        running = [rank for rank in ranks if rank.poll() is None]  # asked first: an ended one has said what it had to
+        seconds = POLL if running else 0.0
+        while select.select([channel], [], [], seconds)[0]:
+            report, seconds = json.loads(channel.recv(1 << 20)), 0.0
+            if not told and not signalled:  # what comes later follows from it
+                print(report["text"], file=sys.stderr, flush=True)
+            told.add(report["rank"])
+            status = status or report["status"]
+        for number, rank in enumerate(ranks):
+            code = rank.returncode or 0
+            if code < 0 and number not in told and not signalled:  # it could not say a word
+                print(
+                    f"dscl: rank {number} was ended by signal {-code} ({signal.strsignal(-code)}); "
+                    "run the same command again to resume",
+                    file=sys.stderr,
+                )
+                signalled = True
+            status = status or (1 if code < 0 else code)
+        if not running:
+            return status
+        if status:
+            deadline = min(deadline, time.monotonic() + GRACE)
+        if time.monotonic() > deadline:
+            _kill(ranks)
+            return status
 
 
-def _status(ranks: list[subprocess.Popen[bytes]]) -> int:
-    """The first failure among the ranks that have ended; one ended by a signal counts as an internal failure."""
-    for number, rank in enumerate(ranks):
-        if rank.returncode:
-            if rank.returncode < 0:
-                name = signal.Signals(-rank.returncode).name
-                print(f"dscl: rank {number} was ended by {name}; run the same command again to resume", file=sys.stderr)
-                return 1
-            return rank.returncode
-    return 0
+def _kill(ranks: list[subprocess.Popen[bytes]]) -> None:
+    for rank in ranks:
+        rank.kill()  # does nothing to one that has ended
+    for rank in ranks:
+        rank.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _gpus() -> int:
+    """The GPUs that the ranks would use."""
+    if os.environ.get("DS_ACCELERATOR", "cuda") != "cuda":
+        return 0
+    import torch  # takes seconds, which `dscl --help` has no use for
+
+    return torch.cuda.device_count()

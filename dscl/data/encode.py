@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dscl.data.cache import folder_made_once
+from dscl.cache import folder_made_once
 from dscl.data.tables import without_bars
 from dscl.data.task import Sample
 from dscl.errors import UserError

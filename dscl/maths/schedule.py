@@ -13,7 +13,8 @@ def learning_rate(step: int, steps: int, *, peak: float, kind: str, warmup: floa
     Never zero while there are steps to make: the first step of the rise has its first fraction, the last of the decay
     its last.
     """
-    rise = math.ceil(warmup * steps)
+    assert kind in SCHEDULES
+    rise = math.ceil(warmup * steps - 1e-9)  # 0.07 * 100 is a little more than 7
     if step < rise:
         return peak * (step + 1) / rise
     done = (step - rise) / max(1, steps - rise)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import fcntl
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,23 +15,30 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, LlamaConfig
 from transformers.initialization import no_init_weights
 
+from dscl.cache import folder_made_once
 from dscl.config import key, nearest
 from dscl.errors import UserError
-from dscl.model.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from dscl.model.tokenizer import TRAINING, Tokenizer, load_tokenizer, train_tokenizer
 from dscl.model.weights import DrawnWeights, StoredWeights, Weights
 
-# What is fetched from a hub: configuration, tokenizer and safetensors; nothing that could be unpickled or executed.
+# What is fetched from a hub: configuration, tokenizer and safetensors; nothing that could be unpickled or executed, and
+# no second copy of the weights in a subfolder or in another layout.
 FETCHED = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt")
+NOT_FETCHED = ("*/*", "consolidated*")
+NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+COUNTS = (*NEEDED, "intermediate_size", "num_key_value_heads", "head_dim", "max_position_embeddings")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     name: str | None = key(None, help="a model folder, or a hub id such as meta-llama/Llama-2-7b-hf")
     shape: dict[str, Any] | None = key(None, help="LLaMA configuration keys of a model to build with fresh weights")
-    tokenizer: str | None = key(None, help="a tokenizer's folder or hub id; default: the model's, or one trained for it")
+    tokenizer: str | None = key(
+        None, help="a tokenizer's folder or hub id; default: the model's, or one trained for it"
+    )
     attention: str = key("sdpa", choices=("sdpa", "eager", "flash_attention_2"), help="attention implementation")
     activation_checkpointing: bool = key(False, help="recompute activations in the backward pass to save memory")
 
@@ -50,35 +55,19 @@ class Backbone:
 
     def build(self) -> nn.Module:
         """The bare module; its values are whatever memory held until the engine fills them from `weights`."""
-        with no_init_weights():
-            model = AutoModelForCausalLM.from_config(
-                self.architecture,
-                dtype=self.dtype,
-                attn_implementation=self.config.attention,
-                trust_remote_code=False,
-            )
-        model.tie_weights()  # part of the initialisation that was skipped
+        model = _bare_module(self.architecture, self.config.attention, self.dtype)
         model.config.use_cache = False
         if self.config.activation_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         return model
 
     def parameters(self) -> int:
         """The model's size, without building it."""
-        with torch.device("meta"), no_init_weights():
-            model = AutoModelForCausalLM.from_config(self.architecture, trust_remote_code=False)
-        model.tie_weights()
-        return sum(p.numel() for p in model.parameters())
+        return sum(map(math.prod, _shapes(self.architecture, self.config.attention).values()))
 
     def check(self, names: Iterable[str]) -> None:
-        """Refuse weights that lack a tensor the model has; rows of files that the model does not use are harmless."""
-        stored = self.weights.names()
-        missing = [] if stored is None else sorted(set(names) - stored)
-        if missing:
-            raise UserError(
-                f"{self.config.name}: the weights lack {len(missing)} tensors that its config.json asks for, first "
-                f"{missing[0]}{nearest(missing[0], stored or ())}; use a folder saved by save_pretrained"
-            )
+        """The module that was built has the tensors whose weights were checked."""
+        assert set(names) == set(_shapes(self.architecture, self.config.attention))
 
 
 def open_backbone(
@@ -90,12 +79,17 @@ def open_backbone(
     if config.shape is not None:
         architecture = _llama(config.shape)
         weights: Weights = DrawnWeights(seed, architecture.initializer_range)
-        tokenizer = load_tokenizer(_tokenizer_folder(config, architecture.vocab_size, cache, texts))
     else:
         folder = locate(str(config.name), "model.name")
         architecture = _stored_architecture(folder)
         weights = StoredWeights(folder)
-        tokenizer = load_tokenizer(folder if config.tokenizer is None else locate(config.tokenizer, "model.tokenizer"))
+    weights.check(_shapes(architecture, config.attention))
+    if config.tokenizer is not None:
+        tokenizer = load_tokenizer(locate(config.tokenizer, "model.tokenizer"))
+    elif config.shape is not None:
+        tokenizer = load_tokenizer(_trained_tokenizer(architecture.vocab_size, cache, texts))
+    else:
+        tokenizer = load_tokenizer(folder)
     if len(tokenizer) > architecture.vocab_size:
         raise UserError(
             f"model: the tokenizer has {len(tokenizer)} pieces, the model only {architecture.vocab_size}; "
@@ -106,16 +100,19 @@ def open_backbone(
 
 def locate(name: str, where: str) -> Path:
     """The local folder of a model: `name` itself, or the hub's files in the local cache (fetched once per machine)."""
+    if not name.strip():
+        raise UserError(f"{where}: given {name!r}; a folder or a hub id is needed")
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise UserError(f"{where}: given {name!r}; there is no such folder")
     try:
-        return Path(snapshot_download(name, allow_patterns=list(FETCHED)))
+        return Path(snapshot_download(name, allow_patterns=list(FETCHED), ignore_patterns=list(NOT_FETCHED)))
     except Exception as error:  # the hub's client has a different error for every kind of refusal
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{where}: given {name!r}; no such folder, and the hub could not give it ({reason})") from None
+        raise UserError(
+            f"{where}: given {name!r}; no such folder, and the hub could not give it ({_line(error)})"
+        ) from None
 
 
 def _llama(shape: dict[str, Any]) -> LlamaConfig:
@@ -123,55 +120,96 @@ def _llama(shape: dict[str, Any]) -> LlamaConfig:
     for name in shape:
         if name not in valid:
             raise UserError(f"model.shape.{name}: no such key of a LLaMA configuration{nearest(name, valid)}")
-    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
-        if name not in shape:
-            raise UserError(f"model.shape.{name}: missing; a shape needs at least this")
-        if not isinstance(shape[name], int) or isinstance(shape[name], bool) or shape[name] < 1:
+    for name in NEEDED:
+        if shape.get(name) is None:
+            raise UserError(f"model.shape.{name}: missing; a shape needs at least {', '.join(NEEDED)}")
+    shape = {name: value for name, value in shape.items() if value is not None or name not in COUNTS}
+    for name in COUNTS:
+        if name in shape and (not isinstance(shape[name], int) or isinstance(shape[name], bool) or shape[name] < 1):
             raise UserError(f"model.shape.{name}: given {shape[name]!r}; a whole number of at least 1 is needed")
-    values = {"intermediate_size": -(-8 * shape["hidden_size"] // (3 * 64)) * 64, "tie_word_embeddings": True, **shape}
-    hidden, heads = values["hidden_size"], values["num_attention_heads"]
-    groups = values.get("num_key_value_heads") or heads
-    if hidden % (2 * heads) and "head_dim" not in values:
-        raise UserError(f"model.shape.num_attention_heads: given {heads}; it must divide hidden_size={hidden} into even parts")
+    hidden, heads = shape["hidden_size"], shape["num_attention_heads"]
+    groups = shape.get("num_key_value_heads", heads)
+    if hidden % heads or shape.get("head_dim", hidden // heads) % 2:
+        raise UserError(
+            f"model.shape.num_attention_heads: given {heads}; it must divide hidden_size={hidden} into even parts"
+        )
     if heads % groups:
         raise UserError(f"model.shape.num_key_value_heads: given {groups}; it must divide num_attention_heads={heads}")
+    values = {"intermediate_size": -(-8 * hidden // (3 * 64)) * 64, "tie_word_embeddings": True, **shape}
     try:
         return LlamaConfig(**values)
     except Exception as error:  # transformers validates with its own error types
-        raise UserError(f"model.shape: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"model.shape: {_line(error)}") from None
 
 
 def _stored_architecture(folder: Path) -> Any:
+    file = folder / "config.json"
+    try:
+        described = json.loads(file.read_text("utf-8"))
+        kind = described["model_type"]
+    except OSError:
+        raise UserError(f"{folder}: no config.json there, so this is not a model folder") from None
+    except (ValueError, LookupError, TypeError):
+        raise UserError(f"{file}: not the JSON description of a model (with a model_type); copy it again") from None
     try:
         architecture = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        AutoModelForCausalLM._model_mapping[type(architecture)]
-    except KeyError:
-        raise UserError(f"{folder}: a {architecture.model_type} model has no causal-LM form that transformers knows") from None
     except Exception as error:  # as many kinds of error as kinds of damage
-        raise UserError(f"{folder}: config.json cannot be used ({' '.join(str(error).split())[:200]})") from None
+        if "auto_map" in described or kind not in CONFIG_MAPPING:
+            raise UserError(
+                f"{file}: model_type {kind!r} is not one that transformers itself has; code that comes with a model is "
+                "never run, so use a model of a kind that is built in (llama, mistral, qwen2, ...)"
+            ) from None
+        raise UserError(f"{file}: cannot be used ({_line(error)})") from None
+    # Encoders say that they are no decoder; the decoders' configurations have no such key.
+    is_decoder = getattr(architecture, "is_decoder", True) and not getattr(architecture, "is_encoder_decoder", False)
+    if type(architecture) not in MODEL_FOR_CAUSAL_LM_MAPPING or not is_decoder:
+        raise UserError(f"{file}: a {kind} model is no causal language model; use one (llama, mistral, qwen2, ...)")
+    if getattr(architecture, "quantization_config", None) is not None:
+        raise UserError(
+            f"{file}: the model is quantised (quantization_config), which cannot be trained; use the original"
+        )
     return architecture
 
 
-def _tokenizer_folder(config: ModelConfig, vocab_size: int, cache: Path, texts: Callable[[], Iterable[str]]) -> Path:
-    """The tokenizer of a fresh model: the named one, or one trained once on the stream's text and cached by its hash."""
-    if config.tokenizer is not None:
-        return locate(config.tokenizer, "model.tokenizer")
-    lines = list(texts())
-    content = hashlib.sha256(json.dumps([vocab_size, lines]).encode()).hexdigest()[:32]
-    folder = cache / f"tokenizer-{content}"
-    with _alone(cache / f"tokenizer-{content}.lock"):
-        if not folder.is_dir():
-            partial = cache / f"tokenizer-{content}.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            train_tokenizer(lines, vocab_size, partial)
-            os.replace(partial, folder)
-    return folder
+def _bare_module(architecture: Any, attention: str, dtype: torch.dtype) -> Any:
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(
+            copy.deepcopy(architecture),  # the module keeps and changes it
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=False,
+        )
+    model.tie_weights()  # part of the initialisation that was skipped
+    return model
 
 
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """One process of this machine (or shared file system) at a time; the others wait without holding up a collective."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _shapes(architecture: Any, attention: str) -> dict[str, torch.Size]:
+    """What the model consists of, told by building it without memory; refuses what cannot be built."""
+    try:
+        with torch.device("meta"):
+            model = _bare_module(architecture, attention, torch.float32)
+    except ImportError as error:
+        raise UserError(f"model.attention: given {attention!r}, which is not available here ({_line(error)})") from None
+    except Exception as error:  # whatever a modelling file stumbles over
+        raise UserError(
+            f"model: none can be built of this configuration ({type(error).__name__}: {_line(error)})"
+        ) from None
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+def _trained_tokenizer(vocab_size: int, cache: Path, texts: Callable[[], Iterable[str]]) -> Path:
+    """A tokenizer trained once on the stream's text, and cached by what it depends on."""
+    digest = hashlib.sha256(json.dumps([TRAINING, vocab_size]).encode())
+    for text in texts():
+        digest.update(json.dumps(text).encode())
+
+    def build(folder: Path) -> None:
+        train_tokenizer(texts(), vocab_size, folder)
+
+    return folder_made_once(cache, f"tokenizer-{digest.hexdigest()[:32]}", build)
+
+
+def _line(error: Exception) -> str:
+    """An error's message, on one line and not too long."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -31,10 +31,15 @@ def add_lora(model: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
     for target in config.targets:
         if not any(name == target or name.endswith("." + target) for name in linear):
             endings = sorted({name.rsplit(".", 1)[-1] for name in linear})
-            raise UserError(f"method.lora.targets: given {target!r}, which no layer matches; layers here: {', '.join(endings)}")
+            raise UserError(
+                f"method.lora.targets: given {target!r}, which no layer matches; layers here: {', '.join(endings)}"
+            )
     dtype = next(model.parameters()).dtype
     peft = PeftLoraConfig(
-        r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=list(config.targets)
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # hinted as a whole number; any serves
+        lora_dropout=config.dropout,
+        target_modules=list(config.targets),
     )
     model = inject_adapter_in_model(peft, model)
     with torch.no_grad():
@@ -45,7 +50,8 @@ def add_lora(model: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
                 continue
             parameter.data = parameter.data.to(dtype)
             if "lora_A" in name:  # the spread of PEFT's own initialisation: uniform on ±1/√d has this deviation
-                parameter.copy_(draw_normal(seed, name, parameter.shape, 1.0 / math.sqrt(3 * parameter.shape[1])))
+                deviation = 1.0 / math.sqrt(3 * parameter.shape[1])
+                parameter.copy_(draw_normal(seed, name, 0, parameter.numel(), deviation).view_as(parameter))
             else:
                 parameter.zero_()
     return model

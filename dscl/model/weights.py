@@ -8,19 +8,25 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from dscl.config import nearest
 from dscl.errors import UserError
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+NUMBERS = ("F64", "F32", "F16", "BF16")  # whatever else a file holds is quantised
+BLOCK = 1 << 16  # elements that are drawn at once
 
 
 class Weights(Protocol):
-    def names(self) -> set[str] | None:
-        """The tensors that exist, or None where any name can be served."""
+    def check(self, shapes: Mapping[str, torch.Size]) -> None:
+        """Refuse, naming what is wrong, if these tensors cannot all be read."""
 
     def read(self, name: str, shape: torch.Size, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) of the flattened tensor."""
@@ -33,47 +39,71 @@ class StoredWeights:
         self.folder = folder
         self._file_of = self._find()
 
-    def names(self) -> set[str]:
-        return set(self._file_of)
+    def check(self, shapes: Mapping[str, torch.Size]) -> None:
+        """Reads the files' headers only. Tensors that the model does not use are harmless."""
+        missing = sorted(set(shapes) - set(self._file_of))
+        if missing:
+            raise UserError(
+                f"{self.folder}: the weights lack {len(missing)} of the {len(shapes)} tensors that config.json asks "
+                f"for, first {missing[0]}{nearest(missing[0], self._file_of)}; use one that save_pretrained wrote"
+            )
+        for name, shape in shapes.items():
+            with self._tensor(name, shape):
+                pass
 
     def read(self, name: str, shape: torch.Size, start: int, stop: int) -> torch.Tensor:
         """Reads only the rows that the stretch touches: the files are memory-mapped."""
-        with safe_open(self._file_of[name], framework="pt") as file:
-            part = file.get_slice(name)
-            stored = list(part.get_shape())
-            if stored != list(shape):
-                raise UserError(
-                    f"{self.folder}: tensor {name} has shape {stored}, the configuration asks for {list(shape)}; "
-                    "config.json and the weights do not belong together"
-                )
-            if not stored:
-                return file.get_tensor(name).reshape(1)[start:stop]
-            width = math.prod(stored[1:])
+        with self._tensor(name, shape) as part:
+            if not shape:
+                return part[...].reshape(1)[start:stop]
+            width = math.prod(shape[1:])
             first, last = start // width, -(-stop // width)
             return part[first:last].reshape(-1)[start - first * width : stop - first * width]
 
-    def _find(self) -> dict[str, Path]:
-        index, single = self.folder / "model.safetensors.index.json", self.folder / "model.safetensors"
-        try:
-            if index.is_file():
-                files: Mapping[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
-                found = {name: self.folder / file for name, file in files.items()}
-            elif single.is_file():
-                with safe_open(single, framework="pt") as file:
-                    found = dict.fromkeys(file.keys(), single)
-            else:
+    @contextmanager
+    def _tensor(self, name: str, shape: torch.Size) -> Iterator[Any]:
+        """The stored tensor, not read yet, when it is of the expected shape and kind."""
+        path = self._file_of[name]
+        with _open(path) as file:
+            try:
+                part = file.get_slice(name)
+            except SafetensorError:
                 raise UserError(
-                    f"{self.folder}: no model.safetensors (and no model.safetensors.index.json) there; weights are "
-                    "read from safetensors only, so convert the model with save_pretrained(safe_serialization=True)"
+                    f"{path}: {INDEX} says that tensor {name} is in it, and it is not; copy both again"
+                ) from None
+            if list(part.get_shape()) != list(shape):
+                raise UserError(
+                    f"{path}: tensor {name} has shape {part.get_shape()}, the configuration asks for {list(shape)}; "
+                    "config.json and the weights do not belong together"
                 )
-        except (SafetensorError, ValueError, KeyError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"{self.folder}: the weights cannot be read ({error}); copy or download them again") from None
-        missing = sorted({path.name for path in found.values() if not path.is_file()})
+            if part.get_dtype() not in NUMBERS:
+                raise UserError(
+                    f"{path}: tensor {name} is of type {part.get_dtype()}; allowed: {', '.join(NUMBERS)}; "
+                    "quantised weights cannot be trained, use the original model"
+                )
+            yield part
+
+    def _find(self) -> dict[str, Path]:
+        single, index = self.folder / SINGLE, self.folder / INDEX
+        if single.is_file():  # the same preference as transformers'
+            with _open(single) as file:
+                return dict.fromkeys(file.keys(), single)
+        if not index.is_file():
+            raise UserError(
+                f"{self.folder}: no {SINGLE} (and no {INDEX}) there; weights are read from safetensors only, "
+                "so load the model with transformers where you trust it, and write it with save_pretrained"
+            )
+        try:
+            files: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
+            strange = [file for file in files.values() if Path(file).name != file]
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(f"{index}: not a readable index of weights ({error}); copy or download it again") from None
+        if strange:
+            raise UserError(f"{index}: names {strange[0]!r}; only files of its own folder are allowed there")
+        missing = sorted(file for file in set(files.values()) if not (self.folder / file).is_file())
         if missing:
-            raise UserError(f"{self.folder}: {missing[0]} is named in the index but missing; copy or download it again")
-        return found
+            raise UserError(f"{self.folder / missing[0]}: named in {INDEX} but missing; copy or download it again")
+        return {name: self.folder / file for name, file in files.items()}
 
 
 class DrawnWeights:
@@ -82,18 +112,36 @@ class DrawnWeights:
     def __init__(self, seed: int, std: float) -> None:
         self.seed, self.std = seed, std
 
-    def names(self) -> None:
-        return None
+    def check(self, shapes: Mapping[str, torch.Size]) -> None:
+        pass
 
     def read(self, name: str, shape: torch.Size, start: int, stop: int) -> torch.Tensor:
         """Normal matrices, ones for the scales of norms, zeros for biases."""
         if len(shape) > 1:
-            return draw_normal(self.seed, name, shape, self.std).reshape(-1)[start:stop]
+            return draw_normal(self.seed, name, start, stop, self.std)
         return torch.full((stop - start,), 0.0 if name.endswith("bias") else 1.0)
 
 
-def draw_normal(seed: int, name: str, shape: torch.Size, std: float) -> torch.Tensor:
-    """A normal tensor that depends on the seed and the name alone."""
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.randn(shape, generator=generator) * std
+def draw_normal(seed: int, name: str, start: int, stop: int, std: float) -> torch.Tensor:
+    """Elements [start, stop) of an endless normal sequence that depends on the seed and the name alone.
+
+    It is drawn in blocks with a seed each, so that a stretch costs what it is long, wherever it starts.
+    """
+    values = torch.empty(stop - start)
+    for block in range(start // BLOCK, -(-stop // BLOCK)):
+        digest = hashlib.sha256(f"{seed}:{name}:{block}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        drawn = torch.randn(BLOCK, generator=generator)
+        first, last = max(start, block * BLOCK), min(stop, (block + 1) * BLOCK)
+        values[first - start : last - start] = drawn[first - block * BLOCK : last - block * BLOCK]
+    return values * std
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    try:
+        file = safe_open(path, framework="pt")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error}); copy or download it again") from None
+    with file:
+        yield file

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from dscl.data.cache import MARKER, folder_made_once, is_intact
+from dscl.cache import MARKER, folder_made_once, is_intact
 from dscl.errors import Failure
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[1]
 PROCESS = """
 import sys, time
 from pathlib import Path
-from dscl.data.cache import folder_made_once
+from dscl.cache import folder_made_once
 
 cache, seconds = Path(sys.argv[1]), float(sys.argv[2])
 

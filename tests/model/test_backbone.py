@@ -1,0 +1,241 @@
+"""Opening a backbone: mistakes in one line, a tokenizer made once, activation checkpointing that changes nothing."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dscl.engine import fill
+from dscl.errors import UserError
+from dscl.model.backbone import Backbone, ModelConfig, open_backbone
+from tests.model.conftest import PIECES, SHAPE, TEXT
+
+NEEDED = {"vocab_size": PIECES, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.fixture
+def opened(tmp_path: Path, tokenizer_folder: Path) -> Callable[..., Backbone]:
+    def open_one(**settings: Any) -> Backbone:
+        settings.setdefault("tokenizer", str(tokenizer_folder))
+        config = ModelConfig(**settings)
+        return open_backbone(config, seed=3, dtype=torch.float32, cache=tmp_path / "cache", texts=lambda: TEXT)
+
+    return open_one
+
+
+@pytest.fixture
+def refusal(opened: Callable[..., Backbone]) -> Callable[..., str]:
+    def refuse(**settings: Any) -> str:
+        with pytest.raises(UserError) as raised:
+            opened(**settings)
+        assert "\n" not in str(raised.value)
+        assert len(str(raised.value)) < 500
+        return str(raised.value)
+
+    return refuse
+
+
+def test_name_or_shape(refusal: Callable[..., str]) -> None:
+    assert "exactly one of model.name" in refusal()
+    assert "exactly one of model.name" in refusal(name="x", shape=NEEDED)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hiden_size": 3}, "model.shape.hiden_size: no such key of a LLaMA configuration (did you mean 'hidden"),
+        ({"hidden_size": 1.5}, "model.shape.hidden_size: given 1.5; a whole number of at least 1 is needed"),
+        ({"hidden_size": True}, "model.shape.hidden_size: given True"),
+        ({"num_hidden_layers": 0}, "model.shape.num_hidden_layers: given 0"),
+        ({"num_key_value_heads": "2"}, "model.shape.num_key_value_heads: given '2'"),
+        ({"num_key_value_heads": 3}, "model.shape.num_key_value_heads: given 3; it must divide num_attention_heads=4"),
+        ({"num_attention_heads": 5}, "model.shape.num_attention_heads: given 5; it must divide hidden_size=64"),
+        ({"num_attention_heads": 64}, "model.shape.num_attention_heads: given 64; it must divide hidden_size=64 into"),
+        ({"intermediate_size": -4}, "model.shape.intermediate_size: given -4"),
+        ({"rms_norm_eps": "a"}, "model.shape: "),
+        ({"initializer_range": -1.0}, "model.shape: "),
+        ({"hidden_act": "foo"}, "model: none can be built of this configuration (KeyError: 'foo')"),
+        ({"vocab_size": PIECES - 1}, f"the tokenizer has {PIECES} pieces, the model only {PIECES - 1}"),
+    ],
+)
+def test_shapes_that_are_none(change: dict[str, Any], message: str, refusal: Callable[..., str]) -> None:
+    assert message in refusal(shape={**NEEDED, **change})
+
+
+@pytest.mark.parametrize("missing", list(NEEDED))
+def test_shapes_that_lack_something(missing: str, refusal: Callable[..., str]) -> None:
+    shape = {key: value for key, value in NEEDED.items() if key != missing}
+    assert f"model.shape.{missing}: missing" in refusal(shape=shape)
+
+
+def test_attention_that_is_not_installed(refusal: Callable[..., str]) -> None:
+    try:
+        import flash_attn  # noqa: F401
+    except ImportError:
+        assert "model.attention: given 'flash_attention_2'" in refusal(shape=NEEDED, attention="flash_attention_2")
+    else:
+        pytest.skip("flash_attn is installed here")
+
+
+def test_the_size_without_building(opened: Callable[..., Backbone]) -> None:
+    for tied in (True, False):
+        backbone = opened(shape={**SHAPE, "tie_word_embeddings": tied})
+        assert backbone.parameters() == sum(p.numel() for p in backbone.build().parameters())
+
+
+def test_building_leaves_the_configuration_alone(opened: Callable[..., Backbone]) -> None:
+    backbone = opened(shape=NEEDED)
+    backbone.build()
+    assert backbone.architecture.use_cache is True  # an exported model generates with a cache again
+
+
+def change(folder: Path, **values: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "a bert model is no causal language model"),
+        ({"model_type": "t5"}, "a t5 model is no causal language model"),
+        ({"model_type": "nosuch"}, "model_type 'nosuch' is not one that transformers itself has"),
+        ({"model_type": "nosuch", "auto_map": {"AutoConfig": "code.C"}}, "code that comes with a model is never run"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised"),
+        ({"hidden_size": 32}, "config.json and the weights do not belong together"),
+        ({"num_hidden_layers": 3}, "the weights lack 9 of the"),
+        ({"hidden_size": "many"}, "config.json: cannot be used"),
+    ],
+)
+def test_folders_that_are_not_usable(
+    values: dict[str, Any], message: str, save: Callable[..., Path], refusal: Callable[..., str]
+) -> None:
+    folder = save()
+    change(folder, **values)
+    said = refusal(name=str(folder))
+    assert message in said
+    assert str(folder) in said
+
+
+def test_code_in_a_folder_is_not_run(
+    save: Callable[..., Path], opened: Callable[..., Backbone], tmp_path: Path
+) -> None:
+    folder = save()
+    trap = f"open({str(tmp_path / 'sprung')!r}, 'w')\n"
+    (folder / "code.py").write_text(trap + "class C: pass\n")
+    change(folder, auto_map={"AutoConfig": "code.C", "AutoModelForCausalLM": "code.C", "AutoTokenizer": "code.C"})
+    assert type(opened(name=str(folder)).build()).__name__ == "LlamaForCausalLM"
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '"llama"'])
+def test_broken_config(content: str, save: Callable[..., Path], refusal: Callable[..., str]) -> None:
+    folder = save()
+    (folder / "config.json").write_text(content)
+    assert "config.json: not the JSON description of a model" in refusal(name=str(folder))
+
+
+def test_names_of_nothing(tmp_path: Path, refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "no config.json there" in refusal(name=str(tmp_path))
+    assert "there is no such folder" in refusal(name=str(tmp_path / "none"))
+    assert "there is no such folder" in refusal(name="models/a/b")
+    assert "a folder or a hub id is needed" in refusal(name="")
+    assert "model.tokenizer: given './none'; there is no such folder" in refusal(shape=NEEDED, tokenizer="./none")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    started = time.monotonic()
+    said = refusal(name="no-such/model")
+    assert "model.name: given 'no-such/model'; no such folder, and the hub could not give it" in said
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("extra", [True, False])
+def test_tied_embeddings_need_no_second_copy(
+    extra: bool, save: Callable[..., Path], opened: Callable[..., Backbone]
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = save(tie_word_embeddings=True)
+    tensors = load_file(folder / "model.safetensors")
+    assert "lm_head.weight" not in tensors
+    if extra:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        save_file(tensors, folder / "model.safetensors")
+    backbone = opened(name=str(folder))
+    model = backbone.build()
+    fill(model, backbone.weights.read)
+    assert torch.equal(model.lm_head.weight, tensors["model.embed_tokens.weight"])  # type: ignore[union-attr,arg-type]
+
+
+def test_untied_embeddings_need_it(save: Callable[..., Path], refusal: Callable[..., str]) -> None:
+    folder = save(tie_word_embeddings=True)
+    change(folder, tie_word_embeddings=False)
+    assert "the weights lack 1 of the" in refusal(name=str(folder))
+
+
+def test_a_tokenizer_is_trained_once_for_a_text_and_a_size(tmp_path: Path) -> None:
+    trained = 0
+
+    def opened(size: int, text: list[str]) -> Any:
+        nonlocal trained
+        reads = 0
+
+        def texts() -> Iterable[str]:
+            nonlocal reads
+            reads += 1
+            return iter(text)
+
+        config = ModelConfig(shape={**NEEDED, "vocab_size": size})
+        backbone = open_backbone(config, seed=0, dtype=torch.float32, cache=tmp_path, texts=texts)
+        trained += reads - 1  # it is read once to be recognised
+        return backbone.tokenizer
+
+    assert len(opened(300, TEXT)) == 300
+    assert trained == 1
+    first = opened(300, TEXT)
+    assert trained == 1
+    assert len(opened(310, TEXT)) == 310
+    assert opened(300, TEXT[:200]).get_vocab() != first.get_vocab()
+    assert trained == 3
+
+
+def gradients(model: nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
+    """Loss, gradients, and how many numbers the forward pass keeps for the backward pass."""
+    kept = 0
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal kept
+        if not isinstance(tensor, nn.Parameter):
+            kept += tensor.numel()
+        return tensor
+
+    ids = torch.randint(0, PIECES, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model.train()(input_ids=ids, labels=ids, use_cache=False).loss
+        seen = kept
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, seen
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_activation_checkpointing_saves_memory_and_changes_nothing(lora: bool, opened: Callable[..., Backbone]) -> None:
+    from dscl.model.surgery import LoraConfig, add_lora
+
+    results = []
+    for checkpointing in (False, True):
+        backbone = opened(shape={**SHAPE, "num_hidden_layers": 4}, activation_checkpointing=checkpointing)
+        model = backbone.build()
+        fill(model, backbone.weights.read)
+        results.append(gradients(add_lora(model, LoraConfig(), 0) if lora else model))
+    (loss, grads, kept), (loss2, grads2, kept2) = results
+    assert torch.equal(loss, loss2)
+    assert grads.keys() == grads2.keys()
+    assert len(grads) > 10
+    assert all(torch.equal(grads[name], grads2[name]) for name in grads)
+    assert kept2 < 0.5 * kept

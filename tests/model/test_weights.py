@@ -1,0 +1,156 @@
+"""Weights, stretch by stretch: from safetensors files however they are laid out, and from a seed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dscl.errors import UserError
+from dscl.model.weights import BLOCK, DrawnWeights, StoredWeights, draw_normal
+
+TENSORS = {
+    "matrix": torch.arange(42.0).view(6, 7),
+    "stack": torch.arange(60.0).view(5, 3, 4),
+    "vector": torch.arange(11.0),
+    "scalar": torch.tensor(3.0),
+}
+SHAPES = {name: tensor.shape for name, tensor in TENSORS.items()}
+INDEX = "model.safetensors.index.json"
+
+
+def write_shards(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    files = {name: f"model-{i}.safetensors" for i, name in enumerate(tensors)}
+    for name, file in files.items():
+        save_file({name: tensors[name]}, folder / file)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files}))
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    write_shards(tmp_path, TENSORS)
+    return tmp_path
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", ["single", "sharded"])
+def test_any_stretch_of_any_tensor(layout: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    tensors = {name: tensor.to(dtype) for name, tensor in TENSORS.items()}
+    if layout == "single":
+        save_file(tensors, tmp_path / "model.safetensors")
+    else:
+        write_shards(tmp_path, tensors)
+    weights = StoredWeights(tmp_path)
+    weights.check(SHAPES)
+    for name, tensor in tensors.items():
+        flat = tensor.reshape(-1)
+        for start in range(len(flat)):
+            for stop in range(start + 1, len(flat) + 1):
+                read = weights.read(name, tensor.shape, start, stop)
+                assert read.dtype == dtype
+                assert torch.equal(read, flat[start:stop])
+
+
+def test_a_single_file_goes_before_an_index_as_in_transformers(sharded: Path) -> None:
+    save_file({"matrix": torch.zeros(2, 2)}, sharded / "model.safetensors")
+    assert torch.equal(StoredWeights(sharded).read("matrix", torch.Size((2, 2)), 0, 4), torch.zeros(4))
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(UserError) as raised:
+        StoredWeights(folder).check(SHAPES)
+    assert "\n" not in str(raised.value)
+    assert str(folder) in str(raised.value)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-9]), "not a readable safetensors file"),
+        (lambda path: path.write_bytes(path.read_bytes()[:5]), "not a readable safetensors file"),
+        (lambda path: path.write_bytes(b""), "not a readable safetensors file"),
+        (lambda path: path.write_bytes(b"PK\x03\x04 a pickle" * 9), "not a readable safetensors file"),
+        (lambda path: path.unlink(), "missing; copy or download it again"),
+        (lambda path: save_file({"other": torch.zeros(1)}, path), "says that tensor matrix is in it, and it is not"),
+        (
+            lambda path: save_file({"matrix": torch.zeros(7, 6)}, path),
+            r"shape [7, 6], the configuration asks for [6, 7]",
+        ),
+        (lambda path: save_file({"matrix": torch.zeros(6, 7, dtype=torch.int8)}, path), "is of type I8; allowed"),
+    ],
+)
+def test_damaged_file(damage: Callable[[Path], None], message: str, sharded: Path) -> None:
+    damage(sharded / "model-0.safetensors")
+    said = refusal(sharded)
+    assert message in said
+    assert "model-0.safetensors" in said
+
+
+@pytest.mark.parametrize("outside", ["../{}", "{}/../x/model-0.safetensors", "/etc/passwd", "sub/model.safetensors"])
+def test_an_index_that_leads_elsewhere(outside: str, sharded: Path) -> None:
+    index = json.loads((sharded / INDEX).read_text())
+    index["weight_map"]["matrix"] = outside.format(sharded.name)
+    (sharded / INDEX).write_text(json.dumps(index))
+    assert "only files of its own folder" in refusal(sharded)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"matrix": 3}}', "\xff"]
+)
+def test_an_index_that_is_none(content: str, sharded: Path) -> None:
+    (sharded / INDEX).write_bytes(content.encode("latin-1"))
+    assert "not a readable index of weights" in refusal(sharded)
+
+
+def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
+    torch.save({"matrix": torch.zeros(2)}, tmp_path / "pytorch_model.bin")
+    assert "weights are read from safetensors only" in refusal(tmp_path)
+
+
+def test_tensors_that_are_not_there(sharded: Path) -> None:
+    with pytest.raises(UserError, match=r"lack 1 of the 2 tensors .*, first matrx \(did you mean 'matrix'\?\)"):
+        StoredWeights(sharded).check({"matrix": SHAPES["matrix"], "matrx": SHAPES["matrix"]})
+
+
+def test_drawn_norms_and_biases() -> None:
+    weights = DrawnWeights(0, 0.02)
+    assert torch.equal(weights.read("layer.norm.weight", torch.Size((5,)), 1, 4), torch.ones(3))
+    assert torch.equal(weights.read("layer.bias", torch.Size((5,)), 1, 4), torch.zeros(3))
+
+
+def test_drawn_stretches_are_those_of_the_whole() -> None:
+    shape = torch.Size((3, BLOCK // 2 + 7))
+    weights = DrawnWeights(4, 0.5)
+    whole = weights.read("w", shape, 0, shape.numel())
+    assert whole.shape == (shape.numel(),)
+    for start, stop in [(0, 1), (5, 9), (BLOCK - 1, BLOCK + 1), (BLOCK, shape.numel()), (3, shape.numel() - 1), (7, 7)]:
+        assert torch.equal(weights.read("w", shape, start, stop), whole[start:stop])
+
+
+def test_drawn_by_seed_and_name_alone() -> None:
+    torch.manual_seed(1)
+    first = draw_normal(0, "a", 0, 100, 1.0)
+    torch.manual_seed(2)
+    assert torch.equal(draw_normal(0, "a", 0, 100, 1.0), first)
+    others = [
+        draw_normal(1, "a", 0, 100, 1.0),
+        draw_normal(0, "b", 0, 100, 1.0),
+        draw_normal(0, "a", BLOCK, BLOCK + 100, 1.0),
+    ]
+    assert all((other - first).abs().max() > 0.1 for other in others)
+    state = torch.get_rng_state()
+    draw_normal(0, "a", 0, 100, 1.0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_drawn_is_normal() -> None:
+    values = draw_normal(0, "a", 0, 4 * BLOCK, 0.3)
+    assert abs(values.mean()) < 0.003
+    assert abs(values.std() - 0.3) < 0.003
+    inside = [(values.abs() < 0.3 * k).float().mean().item() for k in (1, 2, 3)]
+    assert inside == pytest.approx([0.6827, 0.9545, 0.9973], abs=0.004)

@@ -1,0 +1,235 @@
+"""The program `dscl`: its help, its one line for a wrong word, its exit statuses, and a dry run of everything."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dscl import cli, dist
+from dscl.cli import guarded, main
+from dscl.errors import Failure, UserError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SHAPE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 300}
+
+
+@pytest.fixture(autouse=True)
+def no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a shell has it, whatever started the tests."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "DSCL_SPAWNED_BY", "DSCL_REPORT_TO"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A recipe, and two tasks in the layout of CL_Benchmark."""
+    for task, labels in (("color", ["red", "blue"]), ("sound", ["loud", "soft"])):
+        folder = tmp_path / "data" / task
+        folder.mkdir(parents=True)
+        (folder / "labels.json").write_text(json.dumps(labels))
+        for split, count in (("train", 24), ("dev", 4), ("test", 6)):
+            records = [
+                {"label": labels[i % 2], "sentence": f"the {task} of {split} thing number {i} is {labels[i % 2]}"}
+                for i in range(count)
+            ]
+            (folder / f"{split}.json").write_text(json.dumps(records))
+    recipe = {
+        "run_dir": str(tmp_path / "out"),
+        "model": {"shape": SHAPE},
+        "stream": [{"name": task, "path": str(tmp_path / "data" / task)} for task in ("color", "sound")],
+        "train": {"global_batch": 4, "micro_batch": 2, "max_length": 128, "epochs": 2},
+        "data": {"cache_dir": str(tmp_path / "cache")},
+        "deepspeed": "ds_configs/zero1.json",
+    }
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+    return tmp_path
+
+
+def dscl(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "dscl", *words],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(list(words)) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("dscl: ")
+    assert err.count("\n") == 1
+    return err.removeprefix("dscl: ").rstrip("\n")
+
+
+@pytest.mark.parametrize("words", [[], *([verb] for verb in cli.VERBS)])
+def test_help_explains_with_an_example(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([*words, "--help"])
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    assert f"example:\n  dscl {' '.join(words)}" in shown
+    assert all(verb in shown for verb in cli.VERBS) or words
+
+
+def test_program_answers_at_once_and_needs_no_torch() -> None:
+    start = time.monotonic()
+    shown = dscl("--help", PYTHONPROFILEIMPORTTIME="1")
+    assert time.monotonic() - start < 1.5
+    assert shown.returncode == 0
+    assert shown.stdout.startswith("usage: dscl ")
+    assert "dscl.cli" in shown.stderr
+    imported = {line.rsplit("|", 1)[-1].strip() for line in shown.stderr.splitlines()}
+    assert not {"torch", "transformers", "numpy"} & imported
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "no verb given; allowed: train, eval; see dscl --help"),
+        (["trian"], "trian: no such verb (did you mean 'train'?); allowed: train, eval; see dscl --help"),
+        (["--fast"], "the following arguments are required: VERB; see dscl --help"),
+        (["train"], "the following arguments are required: RECIPE.yaml; see dscl train --help"),
+        (["train", "--nproc"], "argument --nproc: expected one argument; see dscl train --help"),
+        (
+            ["train", "r.yaml", "--np", "2"],
+            "--np: not understood; allowed: key=value and options, see dscl train --help",
+        ),
+        (["train", "r.yaml", "--dry"], "--dry: not understood; allowed: key=value and options, see dscl train --help"),
+        (
+            ["eval", "out", "--dry-run"],
+            "--dry-run: not understood; allowed: key=value and options, see dscl eval --help",
+        ),
+        (["train", "r.yaml", "--dry-run", "more"], "more: not understood; allowed: key=value and options, see"),
+        (["train", "r.yaml", "--nproc", "0"], "--nproc: given '0'; allowed: a whole number of at least 1, or auto"),
+        (["train", "r.yaml", "--nproc=x"], "--nproc: given 'x'; allowed: a whole number of at least 1, or auto"),
+    ],
+)
+def test_wrong_words_are_told_in_one_line(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert told in refusal(capsys, *words)
+
+
+def test_nproc_within_another_launcher(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RANK", "0")
+    assert "a launcher has already started the ranks" in refusal(capsys, "train", "r.yaml", "--nproc", "2")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "r.yaml", "a=1", "b=2", "--nproc", "2"],
+        ["train", "r.yaml", "--nproc", "2", "a=1", "b=2"],
+        ["train", "r.yaml", "a=1", "--nproc=2", "b=2"],
+        ["train", "--nproc", "2", "r.yaml", "a=1", "b=2"],
+        ["train", "--nproc", "2", "--", "r.yaml", "a=1", "b=2"],
+    ],
+)
+def test_words_may_stand_before_and_after_options(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    options = cli._read(words)
+    assert (options.recipe, options.nproc, options.dry_run) == ("r.yaml", "2", False)
+    assert options.assignments == ["a=1", "b=2"]
+    spawned: list[Any] = []
+
+    def spawn(*given: Any) -> int:
+        spawned.append(given)
+        return 75
+
+    monkeypatch.setattr(cli, "spawn", spawn)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert main(words) == 75
+    assert spawned == [(2, words)]
+
+
+def test_spawned_rank_runs_although_its_words_say_nproc(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[Any] = []
+    monkeypatch.setenv("DSCL_SPAWNED_BY", str(os.getppid()))
+    monkeypatch.setattr(cli, "die_with_parent", lambda: None)  # the tests are to live on
+    monkeypatch.setattr(cli, "spawn", lambda *_: pytest.fail("spawned again"))
+
+    def run(options: Any) -> int:
+        ran.append(options.recipe)
+        return 0
+
+    monkeypatch.setattr(cli, "_run", run)
+    assert main(["train", "r.yaml", "--nproc", "2"]) == 0
+    assert ran == ["r.yaml"]
+
+
+def failing(error: BaseException) -> Any:
+    def work() -> int:
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "told"),
+    [
+        (UserError("x: given 1;\nallowed: 2"), 2, "dscl: x: given 1; allowed: 2\n"),
+        (Failure("the disk is full"), 1, "dscl: the disk is full\n"),
+        (KeyboardInterrupt(), 1, "dscl: interrupted; run the same command again to resume\n"),
+    ],
+)
+def test_exit_statuses(error: BaseException, status: int, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert guarded(failing(error)) == status
+    assert capsys.readouterr().err == told
+    assert guarded(lambda: guarded(failing(error))) == status  # told by the inner one alone
+    assert capsys.readouterr().err == told
+
+
+def test_internal_failure_shows_its_traceback_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert guarded(lambda: guarded(failing(ZeroDivisionError("inside")))) == 1
+    shown = capsys.readouterr().err
+    assert shown.count("Traceback (most recent call last)") == 1
+    assert shown.rstrip().endswith("ZeroDivisionError: inside")
+
+
+def test_rank_tells_its_mistake_before_it_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+
+    @contextmanager
+    def session() -> Iterator[None]:
+        yield
+        events.append("left")
+
+    monkeypatch.setattr(dist, "session", session)
+    monkeypatch.setattr(cli, "tell", lambda status, text, **_: events.append(text))
+    assert main(["train", "no-such.yaml"]) == 2
+    assert events == ["dscl: no-such.yaml: no such recipe; give the path of a YAML file", "left"]
+
+
+def test_two_ranks_tell_a_mistake_once(project: Path) -> None:
+    done = dscl("train", str(project / "r.yaml"), "--nproc", "2", "train.lr=-1", "--dry-run")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "dscl: train.lr: given -1.0; it must be above 0.0\n"
+    assert not (project / "out").exists()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_dry_run_checks_everything_and_writes_no_run(project: Path, count: int) -> None:
+    settings = f"deepspeed=ds_configs/zero{2 * count - 1}.json"
+    done = dscl("train", str(project / "r.yaml"), "--dry-run", f"--nproc={count}", settings)
+    assert done.returncode == 0, done.stderr
+    assert not (project / "out").exists()
+    hidden, pieces, wide = 32, 300, 128  # the intermediate size's default: 8/3 of the hidden size, in steps of 64
+    parameters = pieces * hidden + 4 * hidden * hidden + 3 * hidden * wide + 3 * hidden
+    assert f"{parameters:,} parameters, of which {parameters:,} train (sequential)" in done.stdout
+    assert f"ranks:    {count} on cpu, ZeRO stage {2 * count - 1}" in done.stdout
+    for task in ("color", "sound"):
+        line = next(line for line in done.stdout.splitlines() if line.startswith(f"task:     {task}: "))
+        assert "24 train, 4 dev, 6 test samples; " in line
+        assert line.endswith(" tokens an epoch, 2 epochs, 12 steps; accuracy")
+    assert "steps:    24 in all; nothing was trained" in done.stdout
+    assert "precision: bf16" in done.stdout  # the resolved recipe, defaults included

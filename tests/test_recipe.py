@@ -1,0 +1,205 @@
+"""The recipe as a whole: the contract's keys, one owner for every setting, and runs that may or may not go on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dscl.engine import OWNED_BY_JSON, OWNED_BY_RECIPE, read_settings
+from dscl.errors import UserError
+from dscl.recipe import MAY_CHANGE, SECTIONS, Recipe, difference, read_recipe, resolve
+
+CONTRACT = """
+run_dir: out/first
+seed: 0
+model: {name: path-or-hub-id}
+method: {name: sequential, tune: full}
+stream:
+  - {name: agnews, path: data/agnews, metric: accuracy, epochs: 2, train_limit: 1000, test_limit: 300}
+  - {name: sst2, path: data/sst2}
+train: {lr: 3.0e-4, schedule: cosine, warmup: 0.03, weight_decay: 0.0, grad_clip: 1.0, epochs: 1,
+        global_batch: 16, micro_batch: 4, max_length: 256, packing: false, precision: bf16}
+evaluate: {mode: rank, batch: 16, max_new_tokens: 32}
+deepspeed: ds_configs/zero3.json
+checkpoint: {every: 200, keep: 2}
+observe: {every: 10}
+"""
+
+OWNED = {name.partition(".")[0] for name in OWNED_BY_RECIPE}
+DEEPSPEED_NAMES = sorted({*OWNED_BY_JSON, *OWNED, "zero_stage", "offload_param", "stage3_max_live_parameters"})
+
+
+@pytest.fixture
+def contract(tmp_path: Path) -> str:
+    path = tmp_path / "r.yaml"
+    path.write_text(CONTRACT)
+    return str(path)
+
+
+def refusal(given: dict[str, Any], **changes: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        resolve({**given, **changes})
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
+
+
+@pytest.fixture
+def small() -> dict[str, Any]:
+    return {"run_dir": "out/x", "stream": [{"name": "a", "path": "data/a"}]}
+
+
+def test_contract_is_a_complete_recipe_and_states_the_defaults(contract: str) -> None:
+    recipe = read_recipe(contract)
+    assert [task.name for task in recipe.stream] == ["agnews", "sst2"]
+    assert (recipe.stream[0].epochs, recipe.stream[1].epochs) == (2, None)
+    bare = resolve({**yaml.safe_load(CONTRACT), "train": None, "evaluate": {}, "checkpoint": {}, "observe": None})
+    assert bare == dataclasses.replace(recipe, source=bare.source)
+
+
+def test_resolved_recipe_reads_back_as_itself(tmp_path: Path, contract: str) -> None:
+    odd = ["run_dir='1e-4'", 'model.name="no"', 'stream.0.template="{prompt}: \\"é\\" # 😀\\n\\t- x"', "train.lr=1e-5"]
+    odd += ['stream.1.labels=["yes", "1", "~", " a", "a: b"]', "method.tune=lora", "method.lora.rank=4"]
+    for words in ([], odd):
+        recipe = read_recipe(contract, words)
+        again = tmp_path / "again.yaml"
+        again.write_text(recipe.text(), "utf-8")
+        assert dataclasses.replace(read_recipe(str(again)), source=recipe.source) == recipe
+        assert difference(yaml.safe_load(recipe.text()), recipe.document()) == ""
+
+
+def test_recipe_text_names_every_setting(small: dict[str, Any]) -> None:
+    document = yaml.safe_load(resolve(small).text())
+    for section, config in SECTIONS.items():
+        assert set(document[section]) == {field.name for field in dataclasses.fields(config)}
+    assert set(document) == {field.name for field in dataclasses.fields(Recipe)} - {"source"}
+
+
+def test_overrides_reach_everywhere(contract: str) -> None:
+    words = ["method.tune=lora", "stream.1.epochs=3", "model.name=", "model.shape.hidden_size=64", "run_dir=out/a"]
+    recipe = read_recipe(contract, [*words, "stream_defaults.test_limit=7", "train.lr=1e-4", "data.bad_records=skip"])
+    assert recipe.method.tune == "lora"
+    assert [(task.epochs, task.test_limit) for task in recipe.stream] == [(2, 300), (3, 7)]
+    assert (recipe.model.name, recipe.model.shape) == (None, {"hidden_size": 64})
+    assert (recipe.run_dir, recipe.train.lr, recipe.data.bad_records) == ("out/a", 1e-4, "skip")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"trian": {}}, "trian: no such key (did you mean 'train'?); allowed here: run_dir, seed, deepspeed, method, "),
+        ({"train": {"epoch": 1}}, "train.epoch: no such key (did you mean 'epochs'?); allowed here: lr, schedule"),
+        ({"train": [1]}, "train: given a list; a mapping of keys is needed"),
+        ({"train": 3}, "train: given 3 (int); a mapping of keys is needed"),
+        ({"run_dir": None}, "run_dir: given nothing (null); text is needed"),
+        ({"run_dir": ""}, "run_dir: given ''; text that is not blank is needed"),
+        ({"seed": -1}, "seed: given -1; it must be at least 0"),
+        ({"seed": 2**63}, "seed: given 9223372036854775808; it must be at most 9223372036854775807"),
+        ({"method": {"name": "osft"}}, "method.name: given 'osft'; allowed: sequential"),
+        ({"method": {"name": "Sequental"}}, "(did you mean 'sequential'?)"),
+        ({"method": {"name": ["asr"]}}, "method.name: given a list; the name of a method is needed"),
+        ({"method": {"name": None}}, "method.name: given nothing (null); the name of a method is needed"),
+        ({"method": "sequential"}, "method: given 'sequential' (str); a mapping of keys is needed"),
+        ({"method": {"lora": {"rnk": 1}}}, "method.lora.rnk: no such key (did you mean 'rank'?)"),
+        ({"stream": None}, "stream: given nothing (null); a list of tasks is needed, for example [{name: sst2, "),
+        ({"stream": []}, "stream: given an empty list; a list of tasks is needed"),
+        ({"stream": {"name": "a"}}, "stream: given a mapping; a list of tasks is needed"),
+        ({"stream": ["a"]}, "stream.0: given 'a' (str); a mapping is needed"),
+        ({"stream": [{"name": "a"}]}, "stream.0.path: missing; give it in the recipe or as stream.0.path=VALUE"),
+        ({"stream": [{"name": 1, "path": "a"}]}, "stream.0.name: given 1 (int); text is needed, so write it in quotes"),
+        (
+            {"stream": [{"name": "a", "path": "a", "metrics": "x"}]},
+            "stream.0.metrics: no such key (did you mean 'metric'?)",
+        ),
+        ({"stream_defaults": {"epoch": 1}}, "stream_defaults.epoch: no such key (did you mean 'epochs'?)"),
+        ({"stream_defaults": {"epochs": 0}}, "stream_defaults.epochs: given 0; it must be at least 1"),
+        ({"stream_defaults": [1]}, "stream_defaults: given a list; a mapping of keys is needed"),
+        ({"deepspeed": {"bf16": {}}}, "deepspeed: given a mapping; the path of a DeepSpeed JSON is needed"),
+    ],
+)
+def test_refusals(small: dict[str, Any], changes: dict[str, Any], told: str) -> None:
+    assert told in refusal(small, **changes)
+
+
+def test_run_dir_and_stream_are_needed() -> None:
+    assert refusal({}).startswith("run_dir: missing; give it in the recipe or as run_dir=VALUE")
+    assert refusal({"run_dir": "x"}).startswith("stream: given nothing (null); a list of tasks is needed")
+
+
+@pytest.mark.parametrize("section", ["", "train", "method", "observe", "stream_defaults"])
+@pytest.mark.parametrize("name", DEEPSPEED_NAMES)
+def test_settings_of_deepspeed_are_sent_to_their_owner(small: dict[str, Any], section: str, name: str) -> None:
+    if (section, name) == ("observe", "tensorboard"):
+        pytest.skip("observe.tensorboard is dscl's own key")
+    told = refusal({**small, section: {name: 1}} if section else {**small, name: 1})
+    assert told.startswith(f"{section}.{name}: " if section else f"{name}: ")
+    owners = [owner for key, owner in OWNED_BY_RECIPE.items() if key.partition(".")[0] == name]
+    if owners:  # even where the JSON owns other keys of that section (bf16): it would refuse this one
+        assert f"in a recipe it is {owners[0]}" in told
+    else:
+        assert "belong to the DeepSpeed JSON; remove it here and name a file in deepspeed" in told
+
+
+@pytest.mark.parametrize("name", ["train_batch_size", "gradient_clipping", "optimizer", "scheduler", "tensorboard"])
+def test_settings_of_the_recipe_are_refused_in_the_json(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "z.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 1}, name: 1}))
+    with pytest.raises(UserError, match=f"sets {name}, which belongs to the recipe; remove it and set") as caught:
+        read_settings(path)
+    assert OWNED_BY_RECIPE[name] in str(caught.value)
+
+
+def test_deepspeed_file_is_found(tmp_path: Path, small: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "project" / "recipes"
+    folder.mkdir(parents=True)
+    recipe = resolve({**small, "deepspeed": "own/z.json"}, source=str(folder / "r.yaml"))
+    with pytest.raises(
+        UserError, match=r"^deepspeed: given 'own/z.json'; no such file here or beside the recipe"
+    ) as caught:
+        recipe.deepspeed_path()
+    assert "dscl brings ds_configs/ with zero0.json, " in str(caught.value)
+    for place in (tmp_path / "project", folder, tmp_path):  # each is nearer than the one before
+        (place / "own").mkdir()
+        (place / "own" / "z.json").write_text("{}")
+        assert recipe.deepspeed_path().resolve() == place / "own" / "z.json"
+    brought = resolve({**small, "deepspeed": "ds_configs/zero2.json"}, source=str(folder / "r.yaml")).deepspeed_path()
+    assert json.loads(brought.read_text())["zero_optimization"]["stage"] == 2
+    with pytest.raises(UserError, match=r"\(did you mean 'zero3.json'\?\)"):
+        resolve({**small, "deepspeed": "ds_configs/zero_3.json"}).deepspeed_path()
+    with pytest.raises(UserError, match="no such file"):
+        resolve({**small, "deepspeed": "~nobody-of-this-name/z.json"}).deepspeed_path()
+
+
+def test_home_folder_in_run_dir(small: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve({**small, "run_dir": "~/out"}).folder == tmp_path / "out"
+
+
+def test_difference_names_the_first_key_that_matters(contract: str) -> None:
+    def changed(*words: str) -> str:
+        return difference(read_recipe(contract).document(), read_recipe(contract, words).document())
+
+    assert changed() == ""
+    assert changed("run_dir=b", "observe.every=1", "checkpoint.every=1", "evaluate.batch=2", "data.cache_dir=c") == ""
+    assert changed("deepspeed=other.json") == ""
+    assert changed("train.lr=1", "seed=3") == "seed (there: 0, given: 3)"
+    assert changed("train.lr=1") == "train.lr (there: 0.0003, given: 1.0)"
+    assert changed("stream.1.path=p") == "stream.1.path (there: 'data/sst2', given: 'p')"
+    assert changed("stream=[{name: a, path: b}]") == "stream (there: 2 entries, given: 1 entries)"
+    assert changed("model.name=", "model.shape={a: 1}").startswith("model.name (there: 'path-or-hub-id', given: None)")
+    assert len(changed("model.name=" + "x" * 999)) < 200
+    assert difference(None, read_recipe(contract).document()) != ""  # a file that was cut short
+
+
+def test_what_may_change_exists(small: dict[str, Any]) -> None:
+    document = resolve(small).document()
+    for dotted in MAY_CHANGE:
+        node: Any = document
+        for part in dotted.split("."):
+            assert part in node, dotted
+            node = node[part]

@@ -104,7 +104,7 @@ class Checkpoints:
         dist.barrier()
 
     def newest(self) -> Path | None:
-        """The newest checkpoint that is whole, the same on every rank; damaged ones are passed over with a line each."""
+        """The newest whole checkpoint, the same on every rank; damaged ones are passed over with a line each."""
         for folder in reversed(dist.from_main(self._complete())):
             damage = next((found for found in dist.gather(_damage(folder)) if found), "")
             if not damage:

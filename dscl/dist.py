@@ -1,4 +1,4 @@
-"""Ranks: who am I, how many are we, sums and agreement. Everything works in a single process too, so callers need no `if`."""
+"""Ranks: who am I, how many are we, sums and agreement. All of it works alone too, so callers need no `if`."""
 
 from __future__ import annotations
 
@@ -64,10 +64,22 @@ def start() -> None:
     backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
     timeout = timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", "10")))
     if "RANK" in os.environ:
+        _check_environment()
         torch_dist.init_process_group(backend, timeout=timeout)
     else:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it even here
         torch_dist.init_process_group(backend, store=torch_dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def _check_environment() -> None:
+    """A launcher that sets RANK sets these as well; a hand-made environment may have forgotten one."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        value = os.environ.get(name)
+        if value is None or (name != "MASTER_ADDR" and not value.isdigit()):
+            raise UserError(
+                f"{name}: given {value!r} in the environment, where RANK is set; start the ranks by torchrun, "
+                "deepspeed, srun or --nproc, or unset RANK to run alone"
+            )
 
 
 def finish() -> None:

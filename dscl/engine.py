@@ -60,27 +60,47 @@ OWNED_BY_JSON = (
 def read_settings(path: Path) -> dict[str, Any]:
     """A DeepSpeed JSON, refused where it sets what the recipe owns or what nobody knows."""
     try:
-        settings = json.loads(path.read_text("utf-8"))
+        settings = json.loads(path.read_text("utf-8"), object_pairs_hook=_without_repetition)
     except (OSError, ValueError) as error:
         raise UserError(f"deepspeed: {path} is not a readable JSON file ({error})") from None
     if not isinstance(settings, dict):
         raise UserError(f"deepspeed: {path} holds no JSON object")
+    for name in settings:
+        if name not in (*OWNED_BY_JSON, *OWNED_BY_RECIPE):
+            allowed = ", ".join(OWNED_BY_JSON)
+            raise UserError(
+                f"deepspeed: {path}: no such key {name!r}{nearest(name, OWNED_BY_JSON)}; allowed: {allowed}"
+            )
+    for name in ("zero_optimization", "bf16", "fp16", "data_types"):
+        if not isinstance(settings.get(name, {}), dict):
+            raise UserError(f"deepspeed: {path}: {name}: given {json.dumps(settings[name])}; an object is needed")
     for dotted, owner in OWNED_BY_RECIPE.items():
         outer, _, inner = dotted.partition(".")
         if outer in settings and (not inner or inner in settings[outer]):
-            raise UserError(f"deepspeed: {path} sets {dotted}, which belongs to the recipe; remove it and set {owner} there")
-    for name in settings:
-        if name not in OWNED_BY_JSON:
             raise UserError(
-                f"deepspeed: {path}: no such key {name!r}{nearest(name, OWNED_BY_JSON)}; allowed: {', '.join(OWNED_BY_JSON)}"
+                f"deepspeed: {path} sets {dotted}, which belongs to the recipe; remove it and set {owner} there"
             )
     zero = settings.get("zero_optimization", {})
-    if zero.get("stage", 0) not in (0, 1, 2, 3):
-        raise UserError(f"deepspeed: {path}: zero_optimization.stage: given {zero['stage']!r}; allowed: 0, 1, 2, 3")
+    stage = zero.get("stage", 0)
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        raise UserError(f"deepspeed: {path}: zero_optimization.stage: given {json.dumps(stage)}; allowed: 0, 1, 2, 3")
     for name in ("offload_param", "offload_optimizer"):
-        if zero.get(name, {}).get("device") == "nvme":
-            raise UserError(f"deepspeed: {path}: {name} to nvme is not supported; allowed: cpu, none")
+        device = zero[name].get("device") if isinstance(zero.get(name), dict) else zero.get(name, "none")
+        if device not in ("cpu", "none"):
+            raise UserError(
+                f'deepspeed: {path}: {name}: given {device!r}; allowed: {{"device": "cpu"}}, or leave it out'
+            )
+        if name in zero and not isinstance(zero[name], dict):
+            raise UserError(f'deepspeed: {path}: {name}: given {zero[name]!r}; write {{"device": "{device}"}}')
     return settings
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"the key {name!r} is given twice")
+    return dict(pairs)
 
 
 @dataclass(frozen=True)
@@ -216,7 +236,7 @@ class Engine:
     def fragments(self) -> Iterator[Fragment]:
         """This rank's stretches of all trainable tensors, at any stage. Views: writing into them is training them."""
         masters = self._whole_masters() if self.stage == 0 else {}
-        for name, parameter in self.module.named_parameters():
+        for name, parameter in self._parameters():
             if not parameter.requires_grad:
                 continue
             if self.stage == 0:
@@ -232,7 +252,9 @@ class Engine:
                 if held:
                     read = parameter._z3_optimizer._get_fp32_opt_state_partition
                     views = [read(parameter, True, kind)[0][:held] for kind in (None, *MOMENTS)]
-                    yield Fragment(name, parameter.ds_shape, start, views[0].detach(), dict(zip(MOMENTS, views[1:], strict=True)))
+                    yield Fragment(
+                        name, parameter.ds_shape, start, views[0].detach(), dict(zip(MOMENTS, views[1:], strict=True))
+                    )
             elif parameter._hp_mapping is not None:
                 mapping = parameter._hp_mapping
                 flat = self.optimizer.param_groups[mapping.param_group_index]["params"][0]
@@ -243,7 +265,7 @@ class Engine:
                 yield Fragment(name, parameter.shape, start, mapping.hp_fragment.detach(), moments)
 
     def shares(self) -> Iterator[Fragment]:
-        """Fragments that together cover every tensor once: where all ranks hold everything, each gives an equal share."""
+        """Fragments that together cover every tensor once: where all ranks hold all of it, each gives a part."""
         for fragment in self.fragments():
             if self.stage != 0:
                 yield fragment
@@ -263,7 +285,11 @@ class Engine:
                 moment.copy_(read(fragment.name, kind, fragment.start, fragment.stop))
         for state in self.optimizer.state.values():
             if "step" in state:
-                state["step"] = torch.full_like(state["step"], optimizer_steps) if torch.is_tensor(state["step"]) else optimizer_steps
+                state["step"] = (
+                    torch.full_like(state["step"], optimizer_steps)
+                    if torch.is_tensor(state["step"])
+                    else optimizer_steps
+                )
         self.publish()
 
     @torch.no_grad()
@@ -273,7 +299,7 @@ class Engine:
             for parameter, master in self._whole_masters().items():
                 parameter.data.copy_(master)
         elif self.stage == 3:
-            parameters = dict(self.module.named_parameters())
+            parameters = dict(self._parameters())
             for fragment in self.fragments():
                 parameters[fragment.name].ds_tensor[: fragment.master.numel()].copy_(fragment.master)
             whole = self.deepspeed.optimizer.persistent_parameters  # small ones, which every rank keeps in full
@@ -313,6 +339,10 @@ class Engine:
         # The device only: an override of the dtype would round the rotary embedding's frequencies as well.
         return deepspeed.zero.Init(config_dict_or_path=config, tensor_overrides=[DeepSpeedTensorOverride.device])
 
+    def _parameters(self) -> Iterable[tuple[str, Any]]:
+        """By name; DeepSpeed hangs attributes on them that torch's type does not have."""
+        return self.module.named_parameters()
+
     def _whole_masters(self) -> dict[nn.Parameter, torch.Tensor]:
         """ZeRO 0: the fp32 tensor behind each trainable parameter (the parameter itself in fp32)."""
         wrapper = self.deepspeed.optimizer
@@ -339,7 +369,7 @@ class Engine:
 
 
 def _join_deepspeed() -> None:
-    """DeepSpeed joins the process group that is there. On CPUs it announces its extension by a bare print, once a rank."""
+    """DeepSpeed joins the process group that is there; on CPUs it says so by a bare print on every rank."""
     if not deepspeed.comm.is_initialized():
         with redirect_stdout(io.StringIO()):
             deepspeed.init_distributed(verbose=False)
@@ -348,7 +378,8 @@ def _join_deepspeed() -> None:
 @torch.no_grad()
 def fill(module: nn.Module, read: Callable[[str, torch.Size, int, int], torch.Tensor]) -> None:
     """Give every parameter its values; of a sharded one each rank reads just the stretch that it holds."""
-    for name, parameter in module.named_parameters():
+    parameters: Iterable[tuple[str, Any]] = module.named_parameters()
+    for name, parameter in parameters:
         if hasattr(parameter, "ds_tensor"):
             chunk = parameter.ds_tensor.numel()
             start = min(chunk * dist.rank(), parameter.ds_numel)

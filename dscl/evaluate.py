@@ -24,7 +24,9 @@ from dscl.model.tokenizer import Tokenizer, pad_id
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    mode: str = key("rank", choices=("rank", "generate"), help="rank the labels (tasks without labels generate), or generate")
+    mode: str = key(
+        "rank", choices=("rank", "generate"), help="rank the labels (tasks without labels generate), or generate"
+    )
     batch: int = key(16, at_least=1, help="prompts that a rank evaluates at once")
     max_new_tokens: int = key(32, at_least=1, help="longest generated answer")
     tasks: str = key("all", choices=("all", "seen"), help="after each task, evaluate all tasks or those trained so far")
@@ -48,7 +50,11 @@ class Exam:
 
 
 def take(
-    exam: Exam, engine: Engine, tokenizer: Tokenizer, config: EvaluateConfig, said: Callable[[int, int], None] = lambda *_: None
+    exam: Exam,
+    engine: Engine,
+    tokenizer: Tokenizer,
+    config: EvaluateConfig,
+    said: Callable[[int, int], None] = lambda *_: None,
 ) -> float:
     """The task's score in 0…1, the same on every rank. `said(done, of)` hears the progress."""
     samples, module = exam.task.test, engine.module
@@ -91,7 +97,7 @@ def _answers(
 def label_likelihoods(
     module: Any, prompts: list[Sequence[int]], labels: Sequence[Sequence[int]], pad: int, device: torch.device
 ) -> torch.Tensor:
-    """log p(label | prompt) for every prompt and label, [prompts, labels]: each prompt passes through the model once."""
+    """log p(label | prompt), [prompts, labels]; each prompt passes through the model once for all labels."""
     batch = prompt_batch(prompts, pad).to(device)
     first = module(
         input_ids=batch.input_ids,

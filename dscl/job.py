@@ -82,7 +82,9 @@ def open_job(recipe: Recipe) -> Job:
     """Read and check everything up to the first step, except the model's weights."""
     settings = read_settings(recipe.deepspeed_path())
     if recipe.train.precision == "bf16" and dist.device().type == "cpu" and not _has_bf16(torch.cpu.get_capabilities()):
-        log.warning("train.precision: this CPU emulates bf16, many times slower than fp32; set train.precision=fp32 here")
+        log.warning(
+            "train.precision: this CPU emulates bf16, many times slower than fp32; set train.precision=fp32 here"
+        )
     method = find_method(recipe.method.name)(recipe.method, recipe.seed)
     tasks = load_stream(recipe.stream, recipe.data, recipe.seed)
 

@@ -48,10 +48,11 @@ class Position:
 
 def train(recipe: Recipe) -> None:
     """Train the recipe's stream, or what is left of it, and show the scores. The ranks have joined already."""
-    claim(recipe)
+    refuse_another_run(recipe)
     if finished(recipe):
         return
     job = open_job(recipe)
+    claim(recipe)
     engine = job.engine()
     checkpoints = Checkpoints(recipe.folder / "checkpoints", recipe.checkpoint.keep)
     position = resume(checkpoints, engine, job)
@@ -135,7 +136,7 @@ def resume(checkpoints: Checkpoints, engine: Engine, job: Job) -> Position:
 
 
 def publish(recipe: Recipe, job: Job, position: Position) -> dict[str, Any]:
-    """Write `scores.json`, so that a reader finds either the old one or the new one, whole."""
+    """Write `scores.json`."""
     document = scores.build(
         method=recipe.method.name,
         tasks=[lesson.task.name for lesson in job.lessons],
@@ -145,32 +146,45 @@ def publish(recipe: Recipe, job: Job, position: Position) -> dict[str, Any]:
         complete=position.task == len(job.lessons),
     )
     if dist.is_main():
-        partial = recipe.folder / "scores.json.partial"
-        partial.write_text(json.dumps(document, indent=1), "utf-8")
-        os.replace(partial, recipe.folder / "scores.json")
+        write_whole(recipe.folder / "scores.json", json.dumps(document, indent=1))
     return document
 
 
-def claim(recipe: Recipe) -> None:
-    """The run directory is new, or holds this very run: a restart with other settings is refused."""
+def refuse_another_run(recipe: Recipe) -> None:
+    """A run directory that has results of other settings is not touched."""
     stored = recipe.folder / "recipe.yaml"
-    if stored.is_file():
-        changed = difference(yaml.safe_load(stored.read_text("utf-8")), recipe.document())
-        if changed:
-            raise UserError(
-                f"run_dir: {recipe.run_dir} holds a run with another {changed}; "
-                "choose another run_dir, remove that folder, or give the settings it was started with"
-            )
-    dist.barrier()  # all have compared before one writes
+    if not any(recipe.folder.glob("checkpoints/step-*")) or not stored.is_file():
+        return
+    try:
+        there = yaml.safe_load(stored.read_text("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{stored}: cannot be read ({' '.join(str(error).split())}); choose another run_dir") from None
+    if changed := difference(there, recipe.document()):
+        raise UserError(
+            f"run_dir: {recipe.run_dir} holds a run with another {changed}; "
+            "choose another run_dir, remove that folder, or give the settings it was started with"
+        )
+
+
+def claim(recipe: Recipe) -> None:
+    """Make the run directory and write the resolved recipe into it."""
+    dist.barrier()  # all have read what was there
     problem = ""
     if dist.is_main():
         try:
             recipe.folder.mkdir(parents=True, exist_ok=True)
-            stored.write_text(recipe.text(), "utf-8")
+            write_whole(recipe.folder / "recipe.yaml", recipe.text())
         except OSError as error:
             problem = f"run_dir: {recipe.run_dir} cannot be written ({error.strerror}); choose another"
     if problem := dist.from_main(problem):
         raise UserError(problem)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A reader finds either the old file or the new one, never a part."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, "utf-8")
+    os.replace(partial, path)
 
 
 def finished(recipe: Recipe) -> bool:
@@ -192,7 +206,9 @@ def rehearse(recipe: Recipe) -> None:
     job = open_job(recipe)
     with closing(job.engine()) as engine:
         names = engine.fingerprints()
-        sizes = {name: p.ds_numel if hasattr(p, "ds_numel") else p.numel() for name, p in engine.module.named_parameters()}
+        sizes = {
+            name: p.ds_numel if hasattr(p, "ds_numel") else p.numel() for name, p in engine.module.named_parameters()
+        }
     if not dist.is_main():
         return
     trained = sum(sizes[name] for name in names)
@@ -212,8 +228,14 @@ def evaluate(run_dir: str, assignments: Sequence[str]) -> None:
     """`dscl eval`: the newest checkpoint of a run on all its tasks, as one line of JSON."""
     for assignment in assignments:
         if not assignment.startswith("evaluate."):
-            raise UserError(f"{assignment}: only evaluate.* can be changed for an evaluation; the rest is the run's own")
-    recipe = read_recipe(str(Path(run_dir) / "recipe.yaml"), [*assignments, f"run_dir={json.dumps(run_dir)}"])
+            raise UserError(
+                f"{assignment}: only evaluate.* can be changed for an evaluation; the rest is the run's own"
+            )
+    stored = Path(run_dir).expanduser() / "recipe.yaml"
+    if not stored.is_file():
+        raise UserError(f"{run_dir}: no run there (it would hold recipe.yaml); give the run_dir of a training run")
+    assignments = [*assignments, f"run_dir={json.dumps(run_dir, ensure_ascii=False)}"]
+    recipe = read_recipe(str(stored), assignments)
     job = open_job(recipe)
     with closing(job.engine()) as engine:
         newest = Checkpoints(recipe.folder / "checkpoints", recipe.checkpoint.keep).newest()
@@ -222,7 +244,8 @@ def evaluate(run_dir: str, assignments: Sequence[str]) -> None:
         position, method = load(newest, engine)
         job.method.load_state(method)
         marks = {
-            lesson.task.name: take(lesson.exam, engine, job.backbone.tokenizer, recipe.evaluate) for lesson in job.lessons
+            lesson.task.name: take(lesson.exam, engine, job.backbone.tokenizer, recipe.evaluate)
+            for lesson in job.lessons
         }
     if dist.is_main():
         print(json.dumps({"checkpoint": newest.name, "tasks_trained": position["task"], "scores": marks}), flush=True)

@@ -99,8 +99,8 @@ class Watch:
         still = [name for name, value in now.items() if value == self._start[name]]
         if len(still) == len(now):
             raise Failure(
-                f"task {self.task}: after {self._seen} steps no trainable tensor has moved, so nothing is being learned; "
-                "check train.lr and what method trains"
+                f"task {self.task}: after {self._seen} steps no trainable tensor has moved, so nothing is being "
+                "learned; check train.lr and what method trains"
             )
         if still and self._seen > 1:  # LoRA's A has no gradient before B has moved, which takes a step
             more = f" and {len(still) - SHOWN} more" if len(still) > SHOWN else ""

@@ -62,7 +62,9 @@ def test_single_token_labels_need_no_second_pass() -> None:
 def test_greedy_generation_equals_transformers() -> None:
     module = model()
     with torch.no_grad():
-        frequent = generate(module, PROMPTS, 12, VOCABULARY, PAD, CPU)[0][3]  # a token that does come up: let it end rows
+        frequent = generate(module, PROMPTS, 12, VOCABULARY, PAD, CPU)[0][
+            3
+        ]  # a token that does come up: let it end rows
         got = generate(module, PROMPTS, 12, frequent, PAD, CPU)
         for prompt, row in zip(PROMPTS, got, strict=True):
             expected = module.generate(
@@ -84,7 +86,9 @@ def exam(ranked: bool) -> Exam:
         said = [Words().decode(row, True) for row in rows]
         assert all(said)
         samples = tuple(Sample("", s, (s if i != 2 else "no",), "made") for i, s in enumerate(said))
-    task = Task("toy", (), (), samples, names if ranked else None, "accuracy" if ranked else "rouge_l", TaskConfig("toy", ""))
+    task = Task(
+        "toy", (), (), samples, names if ranked else None, "accuracy" if ranked else "rouge_l", TaskConfig("toy", "")
+    )
     return Exam(task, PROMPTS, LABELS if ranked else None)
 
 

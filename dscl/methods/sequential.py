@@ -1,4 +1,4 @@
-"""Sequential fine-tuning: one task after another with nothing kept. The plain baseline, and the template for a method."""
+"""Sequential fine-tuning: one task after another, nothing kept. The baseline, and the template for a method."""
 
 from __future__ import annotations
 

@@ -34,24 +34,16 @@ def add_lora(model: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
             raise UserError(
                 f"method.lora.targets: given {target!r}, which no layer matches; layers here: {', '.join(endings)}"
             )
-    dtype = next(model.parameters()).dtype
     peft = PeftLoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # hinted as a whole number; any serves
         lora_dropout=config.dropout,
         target_modules=list(config.targets),
     )
-    model = inject_adapter_in_model(peft, model)
+    model = inject_adapter_in_model(peft, model)  # which freezes the rest, and starts with B zero
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            is_adapter = "lora_" in name
-            parameter.requires_grad_(is_adapter)
-            if not is_adapter:
-                continue
-            parameter.data = parameter.data.to(dtype)
             if "lora_A" in name:  # the spread of PEFT's own initialisation: uniform on ±1/√d has this deviation
                 deviation = 1.0 / math.sqrt(3 * parameter.shape[1])
                 parameter.copy_(draw_normal(seed, name, 0, parameter.numel(), deviation).view_as(parameter))
-            else:
-                parameter.zero_()
     return model

@@ -141,7 +141,6 @@ def _follow_sentencepiece(tokenizer: Tokenizer, processor: sentencepiece.Sentenc
         byte_fallback=True,
     )
     backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
-    backend.pre_tokenizer = None
     tokenizer.split_special_tokens = tokenizer.chat_template is None
 
 

@@ -23,7 +23,22 @@ from dscl.engine import Engine
 from dscl.errors import Failure, UserError
 from dscl.recipe import Recipe, resolve
 
-WORDS = "red blue green cat dog bird runs sleeps sings fast slow today here there".split()
+WORDS = (
+    "red",
+    "blue",
+    "green",
+    "cat",
+    "dog",
+    "bird",
+    "runs",
+    "sleeps",
+    "sings",
+    "fast",
+    "slow",
+    "today",
+    "here",
+    "there",
+)
 TIMINGS = ("tokens_per_s", "seconds")
 
 
@@ -33,13 +48,19 @@ class Killed(BaseException):
 
 def write_tasks(folder: Path) -> None:
     """Two small tasks in the CL_Benchmark layout; their sizes fit no batch."""
-    for task, (labels, train_size) in {"colour": (["warm", "cold"], 37), "animal": (["yes", "no", "maybe"], 30)}.items():
+    for task, (labels, train_size) in {
+        "colour": (["warm", "cold"], 37),
+        "animal": (["yes", "no", "maybe"], 30),
+    }.items():
         generator = random.Random(task)
         (folder / task).mkdir(parents=True)
         (folder / task / "labels.json").write_text(json.dumps(labels))
         for split, size in (("train", train_size), ("test", 11)):
             records = [
-                {"label": generator.choice(labels), "sentence": " ".join(generator.choices(WORDS, k=generator.randint(3, 9)))}
+                {
+                    "label": generator.choice(labels),
+                    "sentence": " ".join(generator.choices(WORDS, k=generator.randint(3, 9))),
+                }
                 for _ in range(size)
             ]
             (folder / task / f"{split}.json").write_text(json.dumps(records))
@@ -50,9 +71,12 @@ def recipe_of(folder: Path, run: str, stage: int = 0, **changes: Any) -> dict[st
         "run_dir": str(folder / run),
         "model": {
             "shape": {
-                "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-                "intermediate_size": 48, "vocab_size": 300,
-            }  # fmt: skip
+                "hidden_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "intermediate_size": 48,
+                "vocab_size": 300,
+            }
         },
         "method": {"name": "sequential"},
         "stream": [{"name": name, "path": str(folder / name)} for name in ("colour", "animal")],

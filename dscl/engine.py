@@ -21,6 +21,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime.zero.partition_parameters import DeepSpeedTensorOverride
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from torch import nn
 
 from dscl import dist
@@ -45,7 +46,6 @@ OWNED_BY_RECIPE = {
 }
 OWNED_BY_JSON = (
     "zero_optimization",
-    "zero_force_ds_cpu_optimizer",
     "data_types",
     "bf16",
     "fp16",
@@ -130,11 +130,14 @@ class SkippableAdamW(torch.optim.AdamW):
         return None if self.skip else super().step(closure)
 
 
+ZERO_SUPPORTED_OPTIMIZERS.append(SkippableAdamW)  # DeepSpeed knows optimizers by their exact type; this is AdamW
+
+
 class Engine:
     """Build the sharded model, fill it from its weights, and train it step by step.
 
-    `build` makes the bare module, `read(name, shape, start, stop)` gives stretches of its tensors, and `prepare` decides
-    what trains (it may add modules) once the backbone is in place.
+    `build` makes the bare module, `read(name, shape, start, stop)` gives stretches of its tensors, and `prepare`
+    decides what trains (it may add modules) once the backbone is in place.
     """
 
     def __init__(
@@ -165,7 +168,6 @@ class Engine:
             "gradient_accumulation_steps": 1,  # every step says itself where it ends
             "gradient_clipping": 0.0 if self._clips_itself else grad_clip,
             "steps_per_print": None,
-            "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,  # torch's own fused AdamW serves the CPU too
         }
         for kind in ("bf16", "fp16"):
@@ -202,7 +204,8 @@ class Engine:
     ) -> torch.Tensor:
         """One optimizer step over the global batch; returns this rank's sum of losses (on the device, not waited for).
 
-        `loss` sums over the target tokens of a micro-batch; `targets` counts them over all ranks.
+        `loss` sums over the target tokens of a micro-batch; `targets` counts them over all ranks. With
+        `skip_non_finite` a step whose loss or gradient is not finite changes nothing.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -217,6 +220,9 @@ class Engine:
         self.optimizer.skip = skip_non_finite and dist.any_rank(not bool(torch.isfinite(total)))
         if self._clips_itself:
             self.last_norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.grad_clip or math.inf)
+            self.optimizer.skip |= skip_non_finite and not math.isfinite(self.last_norm)
+        elif skip_non_finite and hasattr(self.deepspeed.optimizer, "check_grad_overflow"):
+            self.deepspeed.optimizer.check_grad_overflow = True  # in bf16, ZeRO 1 and 2 look only when told to
         self.deepspeed.step()
         if not self._clips_itself:
             self.last_norm = self.deepspeed.get_global_grad_norm()
@@ -319,9 +325,14 @@ class Engine:
         values = dist.sum_(torch.tensor([sums[name] for name in names], dtype=torch.int64))
         return dict(zip(names, values.tolist(), strict=True))
 
+    @property
+    def scales_loss(self) -> bool:
+        """Whether it is fp16, whose loss scaling tries scales out and leaves out the steps in which one overflows."""
+        return self.dtype is torch.float16
+
     def loss_scale(self) -> dict[str, float]:
         """The state of fp16's dynamic loss scaling; empty for the other precisions."""
-        if self.dtype is not torch.float16:
+        if not self.scales_loss:
             return {}
         scaler = self._loss_scaler()
         return {k: v for k, v in vars(scaler).items() if isinstance(v, int | float) and not isinstance(v, bool)}

@@ -99,7 +99,8 @@ class Checkpoints:
                 + (f"{kept[-1].name} is intact: make room and run again to go on from it" if kept else "none was there")
             )
         if dist.is_main():
-            for old in self._complete()[: -self.keep]:
+            # Later ones are damaged (newest() passed them over), so that they do not count as kept.
+            for old in [p for p in self._complete() if p.name <= name][: -self.keep]:
                 shutil.rmtree(old, ignore_errors=True)
         dist.barrier()
 

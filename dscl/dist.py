@@ -62,7 +62,10 @@ def start() -> None:
     else:
         os.environ["DS_ACCELERATOR"] = "cpu"
     backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
-    timeout = timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", "10")))
+    minutes = os.environ.get("DEEPSPEED_TIMEOUT", "10")
+    if not minutes.isdecimal() or int(minutes) < 1:
+        raise UserError(f"DEEPSPEED_TIMEOUT: given {minutes!r}; a whole number of minutes, at least 1, is needed")
+    timeout = timedelta(minutes=int(minutes))
     if "RANK" in os.environ:
         _check_environment()
         torch_dist.init_process_group(backend, timeout=timeout)

@@ -95,6 +95,16 @@ def read_settings(path: Path) -> dict[str, Any]:
             )
         if name in zero and not isinstance(zero[name], dict):
             raise UserError(f'deepspeed: {path}: {name}: given {zero[name]!r}; write {{"device": "{device}"}}')
+        least = {"offload_param": 3, "offload_optimizer": 1}[name]
+        if device == "cpu" and stage < least:
+            raise UserError(f"deepspeed: {path}: {name} does nothing at stage {stage}; allowed from stage {least} on")
+    for dotted in ("zero_hpz_partition_size", "offload_optimizer.ratio"):  # a second copy of the weights; Adam twice
+        outer, _, inner = dotted.partition(".")
+        given = zero.get(outer, {}).get(inner, 1) if inner else zero.get(outer, 1)
+        if given != 1:
+            raise UserError(
+                f"deepspeed: {path}: zero_optimization.{dotted}: given {json.dumps(given)}; allowed: 1, or leave it out"
+            )
     return settings
 
 
@@ -221,8 +231,6 @@ class Engine:
         if self._clips_itself:
             self.last_norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.grad_clip or math.inf)
             self.optimizer.skip |= skip_non_finite and not math.isfinite(self.last_norm)
-        elif skip_non_finite and hasattr(self.deepspeed.optimizer, "check_grad_overflow"):
-            self.deepspeed.optimizer.check_grad_overflow = True  # in bf16, ZeRO 1 and 2 look only when told to
         self.deepspeed.step()
         if not self._clips_itself:
             self.last_norm = self.deepspeed.get_global_grad_norm()

@@ -15,6 +15,7 @@ from dscl.data.encode import Encoded, answer_room, encode, encode_answers, encod
 from dscl.data.stream import load_stream
 from dscl.data.task import Task
 from dscl.engine import DTYPES, Engine, read_settings
+from dscl.errors import UserError
 from dscl.evaluate import Exam
 from dscl.maths.schedule import learning_rate
 from dscl.methods import Method, find_method
@@ -83,6 +84,12 @@ def open_job(recipe: Recipe) -> Job:
     if recipe.train.precision == "bf16" and dist.device().type == "cpu" and not _has_bf16(torch.cpu.get_capabilities()):
         log.warning(
             "train.precision: this CPU emulates bf16, many times slower than fp32; set train.precision=fp32 here"
+        )
+    if recipe.train.packing and recipe.train.micro_batch > 1 and recipe.model.attention == "flash_attention_2":
+        raise UserError(
+            f"train.micro_batch: given {recipe.train.micro_batch}; with train.packing and model.attention="
+            "flash_attention_2 only 1 is allowed, since flash attention separates packed samples only in a single row; "
+            "set train.micro_batch=1 (and a larger train.max_length), or model.attention=sdpa"
         )
     method = find_method(recipe.method.name)(recipe.method, recipe.seed)
     tasks = load_stream(recipe.stream, recipe.data, recipe.seed)

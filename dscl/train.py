@@ -18,7 +18,7 @@ import yaml
 from dscl import dist
 from dscl.checkpoint import Checkpoints, load
 from dscl.engine import Engine
-from dscl.errors import UserError
+from dscl.errors import Failure, UserError
 from dscl.evaluate import take
 from dscl.job import Job, Lesson, open_job
 from dscl.maths import scores
@@ -75,8 +75,8 @@ def train(recipe: Recipe) -> None:
             ]
             position.matrix.append(row)
             position.task, position.step, position.learned = position.task + 1, 0, False
+            save(checkpoints, position, engine, job)  # before scores.json may say that the run is complete
             observer.scores(publish(recipe, job, position))
-            save(checkpoints, position, engine, job)
     finished(recipe)
 
 
@@ -146,14 +146,19 @@ def publish(recipe: Recipe, job: Job, position: Position) -> dict[str, Any]:
         complete=position.task == len(job.lessons),
     )
     if dist.is_main():
-        write_whole(recipe.folder / "scores.json", json.dumps(document, indent=1))
+        path = recipe.folder / "scores.json"
+        try:
+            write_whole(path, json.dumps(document, indent=1))
+        except OSError as error:
+            raise Failure(f"{path}: cannot be written ({error.strerror}); make room and run again to go on") from None
     return document
 
 
 def refuse_another_run(recipe: Recipe) -> None:
     """A run directory that has results of other settings is not touched."""
     stored = recipe.folder / "recipe.yaml"
-    if not any(recipe.folder.glob("checkpoints/step-*")) or not stored.is_file():
+    results = (*recipe.folder.glob("checkpoints/step-*"), *recipe.folder.glob("scores.json"))
+    if not results or not stored.is_file():
         return
     try:
         there = yaml.safe_load(stored.read_text("utf-8"))

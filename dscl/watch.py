@@ -50,7 +50,8 @@ class Watch:
         self._seen += 1
         if len(self._pending) >= self.every or last:
             self.flush()
-        if self._seen == MUST_HAVE_MOVED or (last and self._seen < MUST_HAVE_MOVED):
+        # A few steps at the end of a task, after a restart, prove nothing: their rates may be too small to be seen.
+        if self._seen == MUST_HAVE_MOVED or (last and self._seen == number + 1 < MUST_HAVE_MOVED):
             self._check_movement()
 
     def flush(self) -> None:
@@ -65,13 +66,15 @@ class Watch:
         for entry, total in zip(entries, sums, strict=True):
             plan, norm = entry["plan"], entry["grad_norm"]
             loss = total / plan.targets
-            finite = math.isfinite(loss)
+            trouble = "" if math.isfinite(loss) else f"the loss is {loss}"
+            if not trouble and norm is not None and _finite(norm) is None and not self.engine.scales_loss:
+                trouble = "the gradient is not finite"
             self.record(
                 {
                     "step": entry["step"],
                     "task": self.task,
                     "epoch": plan.epoch,
-                    "loss": loss if finite else None,
+                    "loss": loss if math.isfinite(loss) else None,
                     "lr": entry["lr"],
                     "grad_norm": _finite(norm),
                     "tokens": plan.tokens,
@@ -80,13 +83,13 @@ class Watch:
                     "seconds": elapsed / len(entries),
                 }
             )
-            if not finite:
-                self._not_finite(entry["number"], entry["step"], loss)
+            if trouble:
+                self._not_finite(entry["number"], entry["step"], trouble)
 
-    def _not_finite(self, number: int, step: int, loss: float) -> None:
+    def _not_finite(self, number: int, step: int, trouble: str) -> None:
         sources = self.sources(number)
         records = "; ".join(sources[:SHOWN]) + (f"; and {len(sources) - SHOWN} more" if len(sources) > SHOWN else "")
-        told = f"task {self.task}, step {step}: the loss is {loss}; its records: {records}"
+        told = f"task {self.task}, step {step}: {trouble}; its records: {records}"
         if not self.skipping:
             raise Failure(
                 f"{told}. The run stops and no checkpoint is written from it; lower train.lr, look at these records, "
@@ -110,6 +113,7 @@ class Watch:
             )
 
 
-def _finite(value: Any) -> float | None:
-    number = float("nan") if value is None else float(value)
-    return number if math.isfinite(number) else None
+def _finite(norm: Any) -> float | None:
+    """A gradient's norm as a number; DeepSpeed says -1 for one that is not finite."""
+    number = float("nan") if norm is None else float(norm)
+    return number if math.isfinite(number) and number >= 0.0 else None

@@ -51,6 +51,18 @@ def test_likelihoods_equal_one_plain_pass_each() -> None:
     torch.testing.assert_close(got, expected.float(), rtol=1e-5, atol=1e-5)
 
 
+def test_many_labels_are_ranked_a_few_at_a_time() -> None:
+    """So that memory does not grow with the label set; the values are those of all labels at once."""
+    module, rows = model(), []
+    labels = [[token, *([12] * (token % 3)), EOS] for token in range(20, 31)]
+    module.register_forward_pre_hook(lambda _m, _a, given: rows.append(len(given["input_ids"])), with_kwargs=True)
+    with torch.no_grad():
+        got = label_likelihoods(module, PROMPTS, labels, PAD, CPU)
+    assert max(rows) <= 4 * len(PROMPTS)
+    expected = torch.tensor([[alone(module, prompt, label) for label in labels] for prompt in PROMPTS])
+    torch.testing.assert_close(got, expected.float(), rtol=1e-5, atol=1e-5)
+
+
 def test_single_token_labels_need_no_second_pass() -> None:
     module = model()
     with torch.no_grad():

@@ -153,6 +153,25 @@ def test_settings_of_the_recipe_are_refused_in_the_json(tmp_path: Path, name: st
     assert OWNED_BY_RECIPE[name] in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("zero", "told"),
+    [
+        ({"stage": 0, "offload_optimizer": {"device": "cpu"}}, "offload_optimizer does nothing at stage 0"),
+        ({"stage": 2, "offload_param": {"device": "cpu"}}, "offload_param does nothing at stage 2"),
+        ({"stage": 3, "zero_hpz_partition_size": 2}, "zero_optimization.zero_hpz_partition_size: given 2; allowed: 1"),
+        (
+            {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}},
+            "zero_optimization.offload_optimizer.ratio: given 0.5; allowed: 1",
+        ),
+    ],
+)
+def test_zero_settings_that_would_do_nothing_or_harm_are_refused(tmp_path: Path, zero: Any, told: str) -> None:
+    path = tmp_path / "z.json"
+    path.write_text(json.dumps({"zero_optimization": zero}))
+    with pytest.raises(UserError, match=told):
+        read_settings(path)
+
+
 def test_deepspeed_file_is_found(tmp_path: Path, small: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "project" / "recipes"

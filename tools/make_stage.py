@@ -2,17 +2,17 @@
 
     python tools/make_stage.py --out out/stage --seed 0
 
-An invented language has things of four kinds, adjectives of three moods, people of four nations, places of four lands
-and times of three tenses. Every sentence names one of each; a task asks for one of the five, and its sentences have a
-form of their own, so that one model can learn all tasks together while learning one overwrites what the same words
-meant in the one before. Tasks are written in the CL_Benchmark layout, the model as safetensors.
+In an invented language every word has five senses, and the form of a sentence says which of them counts: in a report
+a word stands for a kind of thing, in a letter for a nation. A sentence holds four words of one sense, and a task asks
+which. So one model can learn all five tasks together, while learning one overwrites what the words meant in another.
+Before any task the model reads unlabelled text, in which each sentence is followed by a word that goes with its sense.
+Tasks are written in the CL_Benchmark layout, the model as a folder with safetensors and a sentencepiece tokenizer.
 """
 
 from __future__ import annotations
 
 import argparse
 import fcntl
-import hashlib
 import json
 import os
 import random
@@ -25,10 +25,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dscl.errors import Failure, UserError
+from dscl.errors import UserError
+from dscl.observe.quiet import quiet
 
 VERSION = 1  # of what this file makes; a change of it makes every stage new
-Words = dict[str, list[str]]  # the words of each label
+PER_SENTENCE = 4  # words of one sense in a sentence
+COMPANIONS = 3  # words that go with a sense, in pretraining text only
 
 LABELS = {
     "kind": ("animal", "tool", "food", "garment"),
@@ -48,107 +50,115 @@ FORMS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """The size of everything; part of the cache's key."""
+    """The size of everything; a stage of other settings is another stage."""
 
-    words: int = 48
-    train: int = 400  # samples of each task
-    test: int = 120
+    words: int = 36
+    train: int = 320  # samples of each task
+    test: int = 100
     vocab_size: int = 640
     hidden_size: int = 128
-    layers: int = 4
+    layers: int = 3
     heads: int = 4
-    context: int = 96  # tokens in a row of pretraining
-    rows: int = 32  # in a step
-    steps: int = 160
-    lr: float = 4.0e-3
+    steps: int = 300  # of pretraining
+    batch: int = 64  # lines in a step, each used once
+    lr: float = 3.0e-3
 
 
 class Language:
     """An invented vocabulary, drawn from a seed: each word has one sense for every task."""
 
     def __init__(self, seed: int, settings: Settings) -> None:
-        self.random = random.Random(f"dscl stage {VERSION} {seed}")
+        self._random = random.Random(f"dscl stage {VERSION} {seed}")
         words: set[str] = set()
         while len(words) < settings.words:
-            words.add(self._syllable() + self._syllable())
-        self.words: dict[str, dict[str, list[str]]] = {}
+            words.add(self._syllables(2))
+        self._words: dict[str, dict[str, list[str]]] = {}
+        self._companions: dict[str, list[str]] = {}
         for task, labels in LABELS.items():
             order = sorted(words)
-            self.random.shuffle(order)
-            self.words[task] = {label: order[i :: len(labels)] for i, label in enumerate(labels)}
+            self._random.shuffle(order)
+            self._words[task] = {label: order[i :: len(labels)] for i, label in enumerate(labels)}
+            self._companions |= {label: [self._syllables(3) for _ in range(COMPANIONS)] for label in labels}
 
     def sentence(self, task: str) -> tuple[str, str]:
-        """A sentence of the task's form, all of whose words have one sense in it, and that label."""
-        label = self.random.choice(LABELS[task])
-        return self.random.choice(FORMS[task]).format(*self.random.sample(self.words[task][label], 4)), label
+        """A sentence of the task's form, all of whose words have one sense in it, and that sense's label."""
+        label = self._random.choice(LABELS[task])
+        words = self._random.sample(self._words[task][label], PER_SENTENCE)
+        return self._random.choice(FORMS[task]).format(*words), label
 
-    def samples(self, task: str, count: int, taken: set[str]) -> list[dict[str, str]]:
-        """Distinct samples, none of them in `taken`, which grows."""
-        found: list[dict[str, str]] = []
+    def samples(self, task: str, count: int) -> list[dict[str, str]]:
+        """Samples that all differ, as CL_Benchmark's records."""
+        found: dict[str, str] = {}
         while len(found) < count:
             sentence, label = self.sentence(task)
-            if sentence not in taken:
-                taken.add(sentence)
-                found.append({"label": label, "sentence": sentence})
-        return found
+            found[sentence] = label
+        return [{"label": label, "sentence": sentence} for sentence, label in found.items()]
 
-    def _syllable(self) -> str:
-        return self.random.choice("bdfgklmnprstvz") + self.random.choice("aeiou")
+    def text(self) -> str:
+        """Unlabelled text: a sentence of any form, followed by a word that goes with its sense."""
+        sentence, label = self.sentence(self._random.choice(list(FORMS)))
+        return f"{sentence}\nAnswer: {self._random.choice(self._companions[label])}"
+
+    def _syllables(self, count: int) -> str:
+        return "".join(self._random.choice("bdfgklmnprstvz") + self._random.choice("aeiou") for _ in range(count))
 
 
-def make_stage(folder: Path, seed: int, settings: Settings) -> None:
-    """Have the stage in `folder`: at once where it is there, else built beside it and renamed when whole."""
+def make_stage(folder: Path, seed: int, settings: Settings) -> bool:
+    """Have the stage in `folder`; False where it is there already. It gets its name when all of it is written."""
     key = {"version": VERSION, "seed": seed, "settings": asdict(settings)}
     with _alone(folder):
-        stored = _key(folder)
+        stored = _stored_key(folder)
         if stored == key:
-            return
+            return False
         if stored is None and folder.exists():
-            raise UserError(f"--out: given {str(folder)!r}, which holds something else; give a folder that is not there yet")
-        partial = folder.with_name(f"{folder.name}.partial")
+            raise UserError(
+                f"--out: given {str(folder)!r}, which holds something else; give a folder that is not there yet"
+            )
+        partial = folder.parent / f"{folder.name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         language = Language(seed, settings)
         _write_tasks(partial, language, settings)
         _write_model(partial / "model", language, seed, settings)
         (partial / "stage.json").write_text(json.dumps(key, indent=1), "utf-8")
-        if folder.exists():
+        if stored is not None:
             shutil.rmtree(folder)
         os.replace(partial, folder)
+    return True
 
 
 def _write_tasks(folder: Path, language: Language, settings: Settings) -> None:
     for task, labels in LABELS.items():
         (folder / task).mkdir()
-        taken: set[str] = set()
-        train = language.samples(task, settings.train, taken)
-        test = language.samples(task, settings.test, taken)
-        for name, content in (("train", train), ("test", test), ("labels", labels)):
+        samples = language.samples(task, settings.train + settings.test)
+        contents = {"train": samples[: settings.train], "test": samples[settings.train :], "labels": labels}
+        for name, content in contents.items():
             (folder / task / f"{name}.json").write_text(json.dumps(content, ensure_ascii=False, indent=1), "utf-8")
 
 
 def _write_model(folder: Path, language: Language, seed: int, settings: Settings) -> None:
     from dscl.model.tokenizer import load_tokenizer, train_tokenizer
 
-    texts = [language.sentence(language.random.choice(list(FORMS)))[0] for _ in range(settings.steps * settings.rows * settings.context // 14)]
+    texts = [language.text() for _ in range(settings.steps * settings.batch)]
+    # Often, so that labels become whole pieces. Quoted, as sentencepiece would else learn "Answer" only with a space
+    # before it, and no prompt has one there.
     answers = [f'"Answer: {label}"' for labels in LABELS.values() for label in labels]
-    train_tokenizer(texts[:4000] + 50 * answers, settings.vocab_size, folder)
-    model = _pretrain(texts, load_tokenizer(folder), seed, settings)
-    model.save_pretrained(folder)
+    train_tokenizer(texts[:4000] + 200 * answers, settings.vocab_size, folder)
+    tokenizer = load_tokenizer(folder)
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    lines = [[tokenizer.bos_token_id, *ids, tokenizer.eos_token_id] for ids in encoded]
+    _pretrain(lines, seed, settings).save_pretrained(folder)
 
 
-def _pretrain(texts: Sequence[str], tokenizer: Any, seed: int, settings: Settings) -> Any:
-    """A small LLaMA after a short while on `texts`, in plain torch."""
+def _pretrain(lines: Sequence[list[int]], seed: int, settings: Settings) -> Any:
+    """A small LLaMA that has read the encoded lines once, in plain torch and single precision."""
     import torch
+    from torch.nn.utils.rnn import pad_sequence
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from dscl.maths.schedule import learning_rate
     from dscl.observe.progress import Progress
 
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    ids = [i for line in tokenizer(texts, add_special_tokens=False)["input_ids"] for i in (bos, *line, eos)]
-    count = settings.rows * settings.context
-    batches = torch.tensor(ids[: len(ids) // count * count]).view(-1, settings.rows, settings.context)
     torch.manual_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = LlamaConfig(
@@ -159,31 +169,34 @@ def _pretrain(texts: Sequence[str], tokenizer: Any, seed: int, settings: Setting
         num_attention_heads=settings.heads,
         max_position_embeddings=512,
         tie_word_embeddings=True,
-        bos_token_id=bos,
-        eos_token_id=eos,
+        bos_token_id=lines[0][0],
+        eos_token_id=lines[0][-1],
     )
-    model = LlamaForCausalLM(config).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1, betas=(0.9, 0.95))
+    model: torch.nn.Module = LlamaForCausalLM(config)
+    model.to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1, betas=(0.9, 0.98))
     progress = Progress([("pretraining", settings.steps)], every=10)
-    started = time.monotonic()
     for step in range(settings.steps):
-        batch = batches[step % len(batches)].to(device)
-        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+        started = time.monotonic()
+        chosen = [torch.tensor(ids) for ids in lines[step * settings.batch : (step + 1) * settings.batch]]
+        # Padding stands on the right, where causal attention does not see it.
+        inputs = pad_sequence(chosen, batch_first=True).to(device)
+        labels = pad_sequence(chosen, batch_first=True, padding_value=-100).to(device)
+        loss = model(input_ids=inputs, labels=labels, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        lr = learning_rate(step, settings.steps, peak=settings.lr, kind="cosine", warmup=0.05)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = learning_rate(step, settings.steps, peak=settings.lr, kind="cosine", warmup=0.05)
         optimizer.step()
         optimizer.zero_grad()
-        rate = (step + 1) * count / (time.monotonic() - started)
+        rate = sum(map(len, chosen)) / (time.monotonic() - started)
         progress.steps([{"step": step + 1, "loss": loss.item(), "tokens_per_s": rate}])
     progress.close()
     return model.cpu()
 
 
-def _key(folder: Path) -> Any:
-    """What a finished stage in `folder` was made from; None where there is none."""
+def _stored_key(folder: Path) -> Any:
+    """What the stage in `folder` was made from; None where there is no stage."""
     try:
         return json.loads((folder / "stage.json").read_text("utf-8"))
     except (OSError, ValueError):
@@ -192,30 +205,45 @@ def _key(folder: Path) -> Any:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time makes this folder."""
+    """One process at a time makes this folder; the others wait."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(f"{folder.name}.lock"), "w") as file:
+    with open(folder.parent / f"{folder.name}.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-class Parser(argparse.ArgumentParser):
+class _Parser(argparse.ArgumentParser):
+    """argparse, except that a wrong word is told in one line."""
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
 
 
+def _seed(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"given {text!r}; a whole number of at least 0 is needed")
+    return int(text)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="make_stage", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True, metavar="DIR", help="the folder to make")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="decides words, samples and weights (default 0)")
-    for k, v in asdict(Settings()).items(): parser.add_argument("--"+k, type=type(v), default=v)
+    parser = _Parser(
+        prog="make_stage", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the folder to make")
+    parser.add_argument("--seed", default=0, type=_seed, metavar="N", help="decides everything in it (default 0)")
+    quiet()
     try:
         given = parser.parse_args(arguments)
-        v = vars(given)
-        make_stage(Path(given.out), given.seed, Settings(**{k: v[k] for k in asdict(Settings())}))
+        started = time.monotonic()
+        made = make_stage(given.out, given.seed, Settings())
     except UserError as error:
         print(f"make_stage: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"make_stage: {error.filename or '--out'} cannot be written ({error.strerror})", file=sys.stderr)
+        return 1
+    how = f"made in {time.monotonic() - started:.0f} s" if made else "there already"
+    print(f"stage: {given.out} ({how})", flush=True)
     return 0
 
 

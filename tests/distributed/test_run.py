@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 
 from dscl import checkpoint, dist, train
 from dscl.engine import Engine
@@ -312,14 +316,23 @@ def test_a_full_disk_keeps_the_checkpoint_before(ranks: Any, tasks: Path) -> Non
     assert outcome(tasks / "full") == outcome(tasks / "full-whole")
 
 
-def exploding(document: dict[str, Any], at: int) -> tuple[str, str]:
-    """The loss of step `at` is NaN on rank 1."""
+def not_a_number(loss: torch.Tensor) -> torch.Tensor:
+    return loss * float("nan")
+
+
+def endless_slope(loss: torch.Tensor) -> torch.Tensor:
+    """The same loss, with a gradient that is not finite: a square root's slope at zero."""
+    return loss + (loss * 0.0).sqrt()
+
+
+def exploding(document: dict[str, Any], at: int, spoil: Any = not_a_number) -> tuple[str, str]:
+    """The loss of step `at` is NaN on rank 1, or its gradient."""
     original, calls = Engine.step, [0]
 
     def step(self: Engine, loss: Any, batches: Any, **k: Any) -> Any:
         calls[0] += 1
         if calls[0] == at and dist.rank() == 1:
-            return original(self, lambda m, b: loss(m, b) * float("nan"), batches, **k)
+            return original(self, lambda m, b: spoil(loss(m, b)), batches, **k)
         return original(self, loss, batches, **k)
 
     Engine.step = step  # type: ignore[method-assign]
@@ -341,12 +354,108 @@ def test_a_loss_that_is_not_finite_stops_the_run(ranks: Any, tasks: Path, stage:
     assert bad["step"] >= 5
 
 
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (0, "bf16"), (1, "bf16"), (2, "fp32"), (3, "fp32")])
+def test_a_gradient_that_is_not_finite_stops_the_run(ranks: Any, tasks: Path, stage: int, precision: str) -> None:
+    """Even where the loss is sound: the step's weights are lost, or DeepSpeed has left the step out unasked."""
+    name = f"slope{stage}{precision}"
+    document = recipe_of(tasks, name, stage, train__precision=precision, checkpoint__every=4)
+    for kind, message in ranks(2)(exploding, document, 4, endless_slope):
+        assert kind == "Failure"
+        assert "task colour, step 4: the gradient is not finite" in message
+    assert sorted(p.name for p in (tasks / name / "checkpoints").iterdir()) == ["step-00000000"]
+
+
 def test_a_loss_that_is_not_finite_may_be_skipped(ranks: Any, tasks: Path) -> None:
     document = recipe_of(tasks, "skip", 2, train__non_finite="skip")
     assert ranks(2)(exploding, document, 5) == [("nothing", "")] * 2
     losses = [record["loss"] for record in metrics(tasks / "skip")]
     assert losses[4] is None
     assert all(loss is not None for i, loss in enumerate(losses) if i != 4)
+
+
+LORA = {"name": "sequential", "tune": "lora", "lora": {"dropout": 0.1}}
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_lora_resumes_bitwise_and_stores_only_itself(ranks: Any, tasks: Path, stage: int) -> None:
+    ranks(2)(run, recipe_of(tasks, f"lora-whole{stage}", stage, method=LORA))
+    ranks(2)(run_until, recipe_of(tasks, f"lora-died{stage}", stage, method=LORA), [("step", 5), ("step", 8)])
+    assert outcome(tasks / f"lora-died{stage}") == outcome(tasks / f"lora-whole{stage}")
+    newest = max((tasks / f"lora-whole{stage}" / "checkpoints").iterdir())
+    for path in newest.glob("rank-*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            assert all("lora_" in name for name in file.keys())  # noqa: SIM118 - not a dict
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_packing_changes_no_loss(ranks: Any, tasks: Path, stage: int) -> None:
+    """Through the whole run; and with a step of more samples than there are, and one of a single sample."""
+    ranks(2)(run, recipe_of(tasks, f"loose{stage}", stage, train__global_batch=12))
+    ranks(2)(run, recipe_of(tasks, f"packed{stage}", stage, train__global_batch=12, train__packing=True))
+    loose, packed = metrics(tasks / f"loose{stage}"), metrics(tasks / f"packed{stage}")
+    assert [r["loss"] for r in packed] == pytest.approx([r["loss"] for r in loose], rel=1e-5)
+    assert {r["targets"] for r in loose} == {r["targets"] for r in packed}
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_task_with_fewer_samples_than_ranks(ranks: Any, tasks: Path, stage: int) -> None:
+    stream = [{"name": n, "path": str(tasks / n), "train_limit": 1, "test_limit": 1} for n in ("colour", "animal")]
+    for packing in (False, True):
+        name = f"single{stage}{packing}"
+        ranks(2)(run, recipe_of(tasks, name, stage, stream=stream, train__packing=packing, train__epochs=3))
+        assert len(metrics(tasks / name)) == 6
+
+
+def scored(run_dir: Path) -> str:
+    said = io.StringIO()
+    with redirect_stdout(said):
+        train.evaluate(str(run_dir), [])
+    return said.getvalue()
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_eval_repeats_the_last_row(ranks: Any, tasks: Path, stage: int) -> None:
+    run_dir = tasks / f"scored{stage}"
+    ranks(2)(run, recipe_of(tasks, run_dir.name, stage, train__lr=0.02, train__epochs=6))
+    document = json.loads((run_dir / "scores.json").read_text())
+    assert document["matrix"][-1] != document["before"]
+    for world in (1, 2):
+        line = json.loads(ranks(world)(scored, run_dir)[0])
+        assert list(line["scores"].values()) == document["matrix"][-1]
+        assert line["tasks_trained"] == 2
+
+
+def test_packing_with_flash_attention_needs_single_rows(ranks: Any, tasks: Path) -> None:
+    """transformers' flash attention looks for packed samples only in batches of one row, and would mix them."""
+    document = recipe_of(tasks, "flash", train__packing=True, model__attention="flash_attention_2")
+    ((kind, message),) = ranks(1)(failing, document)
+    assert kind == "UserError"
+    assert "train.micro_batch: given 2" in message
+
+
+def test_a_damaged_later_checkpoint_does_not_count_as_kept(ranks: Any, tasks: Path) -> None:
+    ranks(2)(run_until_killed, recipe_of(tasks, "later", checkpoint={"every": 3, "keep": 2}), 7)
+    folder = tasks / "later" / "checkpoints"
+    assert [p.name for p in sorted(folder.iterdir())] == ["step-00000003", "step-00000006"]
+    truncate(folder / "step-00000006")
+    ranks(2)(run_until_killed, recipe_of(tasks, "later", checkpoint={"every": 1, "keep": 1}), 2)
+    assert [p.name for p in sorted(folder.iterdir())] == ["step-00000004", "step-00000006"]
+
+
+def test_scores_say_complete_only_when_the_last_checkpoint_is_there(ranks: Any, tasks: Path) -> None:
+    ranks(2)(run, recipe_of(tasks, "last-whole"))
+    ranks(2)(run_until, recipe_of(tasks, "last"), [("save", 10)])  # the last one
+    assert outcome(tasks / "last") == outcome(tasks / "last-whole")
+
+
+def test_a_finished_run_without_checkpoints_is_not_another_ones(ranks: Any, tasks: Path) -> None:
+    document = recipe_of(tasks, "cleared")
+    ranks(1)(run, document)
+    shutil.rmtree(tasks / "cleared" / "checkpoints")
+    document["train"]["lr"] = 1e-5
+    ((kind, message),) = ranks(1)(failing, document)
+    assert kind == "UserError"
+    assert "train.lr" in message
 
 
 def standing(document: dict[str, Any], which: str) -> Any:

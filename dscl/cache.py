@@ -28,10 +28,10 @@ def folder_made_once(cache: Path, name: str, build: Callable[[Path], None]) -> P
     folder = cache / name
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with _locked(cache / f"{name}.lock", fcntl.LOCK_SH):
+        with locked(cache / f"{name}.lock", fcntl.LOCK_SH):
             if is_intact(folder):
                 return folder
-        with _locked(cache / f"{name}.lock", fcntl.LOCK_EX):
+        with locked(cache / f"{name}.lock", fcntl.LOCK_EX):
             if is_intact(folder):
                 return folder
             if folder.exists():
@@ -59,7 +59,8 @@ def is_intact(folder: Path) -> bool:
 
 
 @contextmanager
-def _locked(path: Path, mode: int) -> Iterator[None]:
+def locked(path: Path, mode: int = fcntl.LOCK_EX) -> Iterator[None]:
+    """Hold a lock that ends with the process, however that ends."""
     with open(path, "a") as file:
         fcntl.flock(file, mode)
         yield

@@ -120,6 +120,10 @@ class Checkpoints:
 def load(folder: Path, engine: Engine) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Bring the engine to the checkpoint's state; returns the run's position and the method's state."""
     state = json.loads((folder / "state.json").read_text("utf-8"))
+    if state["format"] != FORMAT:
+        raise Failure(
+            f"{folder}: written in format {state['format']}, this dscl reads {FORMAT}; use the one that wrote it"
+        )
     with ExitStack() as stack:
         engine.restore(_Stretches(folder, stack).read, state["optimizer_steps"])
     engine.restore_loss_scale(state["loss_scale"])

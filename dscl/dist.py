@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -66,12 +67,27 @@ def start() -> None:
     if not minutes.isdecimal() or int(minutes) < 1:
         raise UserError(f"DEEPSPEED_TIMEOUT: given {minutes!r}; a whole number of minutes, at least 1, is needed")
     timeout = timedelta(minutes=int(minutes))
+    _join_slurm()
     if "RANK" in os.environ:
         _check_environment()
         torch_dist.init_process_group(backend, timeout=timeout)
     else:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it even here
         torch_dist.init_process_group(backend, store=torch_dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def _join_slurm() -> None:
+    """`srun` numbers its tasks under names of its own; the first node of the step is where the others meet."""
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if "RANK" in os.environ or tasks == "1":
+        return
+    first = re.match(r"([^,\[]+)(?:\[(\d+))?", os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1"))
+    assert first is not None
+    job = int(os.environ.get("SLURM_JOB_ID", "0"))
+    meeting = {"MASTER_ADDR": first[1] + (first[2] or ""), "MASTER_PORT": str(20000 + job % 10000)}
+    names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+    for name, value in {**meeting, **{name: os.environ.get(theirs, "") for name, theirs in names.items()}}.items():
+        os.environ.setdefault(name, value)
 
 
 def _check_environment() -> None:

@@ -13,18 +13,23 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.zero.partition_parameters import DeepSpeedTensorOverride
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+from pydantic import ValidationError
 from torch import nn
+from torch.utils.cpp_extension import _get_build_directory
 
 from dscl import dist
+from dscl.cache import locked
 from dscl.config import nearest
 from dscl.errors import UserError
 
@@ -184,7 +189,7 @@ class Engine:
             if kind == precision or kind in settings:
                 config[kind] = {**settings.get(kind, {}), "enabled": kind == precision}
         _join_deepspeed()
-        with self._sharded_construction(config):
+        with _refusals(), self._sharded_construction(config):
             module = build()
         if self.stage != 3:
             module.to(self.device)
@@ -195,7 +200,8 @@ class Engine:
             raise UserError("method: nothing to train; no parameter of the model is trainable under these settings")
         # A rate of zero, because ZeRO makes its optimizer state with a step of its own: nothing may decay by it.
         self.optimizer = SkippableAdamW(trainable, lr=0.0, betas=betas, weight_decay=weight_decay, fused=True)
-        self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=config)
+        with _refusals():
+            self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=config)
         self._make_missing_state()
         self.reset_optimizer()
 
@@ -388,17 +394,40 @@ class Engine:
         return getattr(wrapper, "loss_scaler", None) or wrapper.loss_scale_config
 
 
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What DeepSpeed finds wrong in its settings, as one line."""
+    try:
+        yield
+    except (DeepSpeedConfigError, NotImplementedError, ValidationError) as error:
+        raise UserError(f"deepspeed: these settings are refused: {' '.join(str(error).split())[:300]}") from None
+
+
 def _join_deepspeed() -> None:
     """DeepSpeed joins the process group that is there; on CPUs it builds an extension first, and says so by a print."""
     if deepspeed.comm.is_initialized():
         return
     if shutil.which("ninja") is None:  # it is a dependency, but its folder need not be on the PATH
         os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    compiler = os.environ.get("CXX", "c++")
-    if dist.device().type == "cpu" and shutil.which(compiler) is None:
-        raise UserError(f"no C++ compiler found ({compiler}), which DeepSpeed needs on CPUs; install g++, or set CXX")
     with redirect_stdout(io.StringIO()):
+        if dist.device().type == "cpu":
+            _build_extension()
         deepspeed.init_distributed(verbose=False)
+
+
+def _build_extension() -> None:
+    """DeepSpeed's sums in shared memory, compiled at the first start on a machine.
+
+    torch guards a build by a mere file, which a process that is killed leaves behind for all others to wait on for
+    ever. A lock that dies with its holder stands around it here, so that whoever has it may remove such a file.
+    """
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        raise UserError(f"no C++ compiler found ({compiler}), which DeepSpeed needs on CPUs; install g++, or set CXX")
+    folder = Path(_get_build_directory("deepspeed_shm_comm", False))
+    with locked(folder.with_name(f"{folder.name}.dscl-lock")):
+        (folder / "lock").unlink(missing_ok=True)
+        get_accelerator().create_op_builder("ShareMemCommBuilder").load()
 
 
 @torch.no_grad()

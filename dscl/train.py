@@ -59,6 +59,8 @@ def train(recipe: Recipe) -> None:
     steps = [(lesson.task.name, lesson.steps) for lesson in job.lessons]
     with closing(engine), Observer(recipe.folder, recipe.observe, dist.is_main(), steps, position.total) as observer:
         observer.recipe(recipe.text())
+        if position.matrix:  # a kill may have come between the checkpoint and what is shown of it
+            observer.scores(publish(recipe, job, position))
         if position.before is None and recipe.evaluate.before:
             position.before = [examine(engine, job, lesson, observer) for lesson in job.lessons]
             save(checkpoints, position, engine, job)
@@ -129,8 +131,6 @@ def resume(checkpoints: Checkpoints, engine: Engine, job: Job) -> Position:
     stored, method = load(newest, engine)
     job.method.load_state(method)
     position = Position(**stored)
-    if position.matrix:  # a kill may have come between the checkpoint and this file
-        publish(job.recipe, job, position)
     log.info("resumed from %s: task %d of %d", newest.name, min(position.task + 1, len(job.lessons)), len(job.lessons))
     return position
 
@@ -194,8 +194,10 @@ def write_whole(path: Path, text: str) -> None:
 
 def finished(recipe: Recipe) -> bool:
     """Whether the run in this directory is complete; if so, its scores and where to look are shown."""
-    path = recipe.folder / "scores.json"
-    document: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    try:
+        document: dict[str, Any] = json.loads((recipe.folder / "scores.json").read_text("utf-8"))
+    except (OSError, ValueError):  # not there yet; a damaged one is written anew from the checkpoint
+        return False
     if not document.get("complete"):
         return False
     if dist.is_main():

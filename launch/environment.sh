@@ -83,6 +83,8 @@ dscl_environment() {
         why="$(dscl_satisfied "$base" 2>&1)" || dscl_stop "the environment in $DSCL_VENV is not right ($why); remove it and run again"
     fi
     export DSCL_PYTHON="$base" PATH="$(dirname "$base"):$PATH" PYTHONPATH="$DSCL_HOME${PYTHONPATH:+:$PYTHONPATH}"
+    # Built for this environment's torch; another environment's build would be thrown away, and throw this one away.
+    [ "$base" != "$DSCL_VENV/bin/python" ] || export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$DSCL_VENV/torch_extensions}"
     if ! nvidia-smi -L 2>/dev/null | grep -q GPU; then
         export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
     fi

@@ -12,19 +12,18 @@ Tasks are written in the CL_Benchmark layout, the model as a folder with safeten
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import os
 import random
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from dscl.cache import locked
 from dscl.errors import UserError
 from dscl.observe.quiet import quiet
 
@@ -106,7 +105,8 @@ class Language:
 def make_stage(folder: Path, seed: int, settings: Settings) -> bool:
     """Have the stage in `folder`; False where it is there already. It gets its name when all of it is written."""
     key = {"version": VERSION, "seed": seed, "settings": asdict(settings)}
-    with _alone(folder):
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(folder.parent / f"{folder.name}.lock"):
         stored = _stored_key(folder)
         if stored == key:
             return False
@@ -159,6 +159,7 @@ def _pretrain(lines: Sequence[list[int]], seed: int, settings: Settings) -> Any:
     from dscl.maths.schedule import learning_rate
     from dscl.observe.progress import Progress
 
+    torch.set_num_threads(1)  # the same weights on any number of cores, and steps too small to gain by more
     torch.manual_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = LlamaConfig(
@@ -201,15 +202,6 @@ def _stored_key(folder: Path) -> Any:
         return json.loads((folder / "stage.json").read_text("utf-8"))
     except (OSError, ValueError):
         return None
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time makes this folder; the others wait."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.parent / f"{folder.name}.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 class _Parser(argparse.ArgumentParser):

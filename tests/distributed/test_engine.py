@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -16,6 +18,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import LlamaConfig
 
+import dscl.engine
 from dscl import dist
 from dscl.engine import Engine, fill
 from dscl.model.backbone import Backbone, ModelConfig
@@ -401,3 +404,36 @@ def test_weights_do_not_depend_on_how_they_are_read() -> None:
     fill(other, in_halves)
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_killed_build_does_not_block_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch waits for ever while this file is there, whoever left it."""
+    folder = tmp_path / "built"
+    folder.mkdir()
+    (folder / "lock").touch()
+    seen = []
+
+    class Builder:
+        def create_op_builder(self, name: str) -> Builder:
+            return self
+
+        def load(self) -> None:
+            seen.append((folder / "lock").exists())
+
+    monkeypatch.setattr(dscl.engine, "_get_build_directory", lambda name, verbose: str(folder))
+    monkeypatch.setattr(dscl.engine, "get_accelerator", Builder)
+    dscl.engine._build_extension()
+    assert seen == [False]
+
+
+@pytest.mark.parametrize(("nodes", "first"), [("n1", "n1"), ("gpu[003-006,9]", "gpu003"), ("a7,b[1-2]", "a7")])
+def test_ranks_that_srun_started_are_joined(monkeypatch: pytest.MonkeyPatch, nodes: str, first: str) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "unset")  # so that it is restored
+        monkeypatch.delenv(name)
+    slurm = {"STEP_NUM_TASKS": "16", "STEP_NODELIST": nodes, "PROCID": "9", "LOCALID": "1", "JOB_ID": "1234567"}
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    dist._join_slurm()
+    assert (dist.rank(), dist.world(), dist.local_rank()) == (9, 16, 1)
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == (first, "24567")

@@ -53,6 +53,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
+    given = [word for word in given if not word.startswith("--local_rank=")]  # DeepSpeed's launcher adds it
     return guarded(lambda: _start(given))
 
 

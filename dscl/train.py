@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -203,7 +204,7 @@ def finished(recipe: Recipe) -> bool:
     if dist.is_main():
         print(f"\n{score_table(document)}\n")
         print(f"complete: {recipe.run_dir} (scores.json, metrics.jsonl, checkpoints/)")
-        print(f"look:     tensorboard --logdir {recipe.folder / 'tensorboard'}")
+        print(f"look:     {sys.executable} -m tensorboard.main --logdir {recipe.folder / 'tensorboard'}")
         print("again:    remove that folder, or give another run_dir", flush=True)
     return True
 

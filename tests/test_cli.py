@@ -233,3 +233,10 @@ def test_dry_run_checks_everything_and_writes_no_run(project: Path, count: int) 
         assert line.endswith(" tokens an epoch, 2 epochs, 12 steps; accuracy")
     assert "steps:    24 in all; nothing was trained" in done.stdout
     assert "precision: bf16" in done.stdout  # the resolved recipe, defaults included
+
+
+def test_the_word_that_deepspeeds_launcher_adds_is_no_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--local_rank=0", "train", "--help"])
+    assert ended.value.code == 0
+    assert "RECIPE.yaml" in capsys.readouterr().out

@@ -1,8 +1,10 @@
 """Checkpoints that can be trusted: complete or not there, checked before use, readable by any number of ranks.
 
-One folder a checkpoint. Every rank writes its own stretches of the trainable tensors (safetensors); the main rank adds
-the run's position (JSON), the method's state, and last of all the marker `complete.json` with every file's size and
-checksum. The folder gets its final name only then, so a kill or a full disk leaves the one before untouched.
+One folder a checkpoint. Every rank writes its own stretches of the trainable tensors and its method's rows
+(safetensors); the main rank adds the run's position (JSON), the method's state, and last of all the marker
+`complete.json` with every file's size and checksum. The folder gets its final name only then, so a kill or a full disk
+leaves the one before untouched. What ended tasks left for ever is written once, into the run's folder; the marker
+vouches for it too.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import logging
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +28,13 @@ from dscl import dist
 from dscl.config import key
 from dscl.engine import Engine, Fragment
 from dscl.errors import Failure
+from dscl.methods import Method
 
 log = logging.getLogger("dscl")
 MARKER = "complete.json"
-FORMAT = 1
+FORMAT = 2
+Sum = dict[str, int]  # of a file: its bytes and its checksum
+ROWS = "rows"  # of the method, among a rank's stretches
 
 
 @dataclass(frozen=True)
@@ -43,17 +48,25 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = folder, keep
+        self._left: dict[str, Sum] = {}  # files of ended tasks, by their path in the run's folder
 
-    def save(
-        self,
-        name: str,
-        position: Mapping[str, Any],
-        engine: Engine,
-        method: Mapping[str, torch.Tensor],
-    ) -> None:
+    def leave(self, write: Callable[[], Iterable[Path]]) -> None:
+        """The main rank writes what an ended task leaves; the checkpoints from now on vouch for these files."""
+        problem = ""
+        if dist.is_main():
+            try:
+                for path in write():
+                    _sync(path)
+                    self._left[str(path.relative_to(self.folder.parent))] = _facts(path)
+            except OSError as error:
+                problem = str(error)
+        if problem := dist.from_main(problem):
+            raise Failure(f"{self.folder.parent}: cannot be written ({problem}); make room and run again to go on")
+
+    def save(self, name: str, position: Mapping[str, Any], engine: Engine, method: Method) -> None:
         """Write one checkpoint, all ranks together; on any rank's failure the previous one stays and the run stops."""
         final, partial = self.folder / name, self.folder / f"{name}.partial"
-        written: dict[str, dict[str, int]] = {}
+        written: dict[str, Sum] = {}
         problem = ""
         try:
             if dist.is_main():
@@ -64,9 +77,10 @@ class Checkpoints:
         dist.barrier()
         try:
             mine = partial / f"rank-{dist.rank():05d}.safetensors"
-            written[mine.name] = _write_tensors(mine, dict(_named(engine.shares())))
+            rows = {f"{ROWS}|0|{name}": values for name, values in method.rows().items()}
+            written[mine.name] = _write_tensors(mine, {**dict(_named(engine.shares())), **rows})
             if dist.is_main():
-                written["method.safetensors"] = _write_tensors(partial / "method.safetensors", dict(method))
+                written["method.safetensors"] = _write_tensors(partial / "method.safetensors", method.state())
                 state = {
                     "format": FORMAT,
                     "world": dist.world(),
@@ -82,7 +96,7 @@ class Checkpoints:
         if not problem and dist.is_main():
             try:
                 files = {name: facts for report, _ in reports for name, facts in report.items()}
-                _write_bytes(partial / MARKER, json.dumps({"files": files}).encode())
+                _write_bytes(partial / MARKER, json.dumps({"files": files, "left": self._left}).encode())
                 if final.exists():  # left by an earlier start, and found damaged by this one
                     shutil.rmtree(final)
                 os.replace(partial, final)
@@ -109,6 +123,7 @@ class Checkpoints:
         for folder in reversed(dist.from_main(self._complete())):
             damage = next((found for found in dist.gather(_damage(folder)) if found), "")
             if not damage:
+                self._left = json.loads((folder / MARKER).read_text("utf-8"))["left"]
                 return folder
             log.warning("checkpoint %s is damaged (%s); going back to the one before", folder.name, damage)
         return None
@@ -117,8 +132,8 @@ class Checkpoints:
         return sorted(p for p in self.folder.glob("step-*") if p.is_dir() and not p.name.endswith(".partial"))
 
 
-def load(folder: Path, engine: Engine) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Bring the engine to the checkpoint's state; returns the run's position and the method's state."""
+def load(folder: Path, engine: Engine, method: Method) -> dict[str, Any]:
+    """Bring the engine and the method to the checkpoint's state; returns the run's position."""
     state = json.loads((folder / "state.json").read_text("utf-8"))
     if state["format"] != FORMAT:
         raise Failure(
@@ -128,8 +143,20 @@ def load(folder: Path, engine: Engine) -> tuple[dict[str, Any], dict[str, torch.
         engine.restore(_Stretches(folder, stack).read, state["optimizer_steps"])
     engine.restore_loss_scale(state["loss_scale"])
     with safe_open(folder / "method.safetensors", framework="pt") as file:
-        method = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    return state["position"], method
+        values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    method.load_state(values, _rows(folder))
+    return dict(state["position"])
+
+
+def _rows(folder: Path) -> dict[str, torch.Tensor]:
+    """This rank's part of the rows that all ranks had gathered, however many there were."""
+    parts: dict[str, list[torch.Tensor]] = {}
+    for path in sorted(folder.glob("rank-*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for stored in file.keys():  # noqa: SIM118 - not a dict
+                if stored.startswith(f"{ROWS}|"):
+                    parts.setdefault(stored.split("|", 2)[2], []).append(file.get_tensor(stored))
+    return {name: torch.cat(values)[dist.rank() :: dist.world()] for name, values in parts.items()}
 
 
 class _Stretches:
@@ -141,6 +168,8 @@ class _Stretches:
             file = stack.enter_context(safe_open(path, framework="pt"))
             for stored in file.keys():  # noqa: SIM118 - not a dict
                 kind, start, name = stored.split("|", 2)
+                if kind == ROWS:
+                    continue
                 (length,) = file.get_slice(stored).get_shape()
                 self._held.setdefault((name, kind), []).append((int(start), int(start) + length, file, stored))
         for pieces in self._held.values():
@@ -164,14 +193,18 @@ def _named(shares: Iterable[Fragment]) -> Iterator[tuple[str, torch.Tensor]]:
             yield f"{kind}|{share.start}|{share.name}", values
 
 
-def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, int]:
+def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> Sum:
     save_file({name: value.detach().contiguous() for name, value in tensors.items()}, path)
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    _sync(path)
     return _facts(path)
 
 
-def _write_bytes(path: Path, content: bytes) -> dict[str, int]:
+def _sync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _write_bytes(path: Path, content: bytes) -> Sum:
     with open(path, "wb") as file:
         file.write(content)
         file.flush()
@@ -179,7 +212,7 @@ def _write_bytes(path: Path, content: bytes) -> dict[str, int]:
     return _facts(path)
 
 
-def _facts(path: Path) -> dict[str, int]:
+def _facts(path: Path) -> Sum:
     checksum = 0
     with open(path, "rb") as file:
         while block := file.read(1 << 22):
@@ -190,12 +223,14 @@ def _facts(path: Path) -> dict[str, int]:
 def _damage(folder: Path) -> str:
     """What is wrong with this rank's share of the checkpoint's files; empty when all is well."""
     try:
-        marker = json.loads((folder / MARKER).read_text("utf-8"))["files"]
+        marker = json.loads((folder / MARKER).read_text("utf-8"))
+        files = [(folder / name, facts) for name, facts in sorted(marker["files"].items())]
+        files += [(folder.parent.parent / name, facts) for name, facts in sorted(marker["left"].items())]
     except (OSError, ValueError, KeyError):
         return f"{MARKER} is missing or unreadable"
-    for index, (name, facts) in enumerate(sorted(marker.items())):
+    for index, (path, facts) in enumerate(files):
+        name = path.name if path.parent == folder else path.relative_to(folder.parent.parent)
         if index % dist.world() == dist.rank():
-            path = folder / name
             if not path.is_file():
                 return f"{name} is missing"
             if path.stat().st_size != facts["bytes"]:

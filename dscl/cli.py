@@ -7,11 +7,13 @@ and wrong words answer at once.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from dscl import __version__
@@ -38,10 +40,37 @@ EVAL_EXAMPLE = """example:
 
 Evaluates the newest checkpoint of a run on all its tasks and prints one JSON line; the run itself is not changed."""
 
+GENERATE_EXAMPLE = """example:
+  dscl generate out/a --prompt "The film was a joy. Answer:" --prompt "Shares fell. Answer:"
+  dscl generate out/export --file prompts.jsonl --json > answers.jsonl
+
+Prompts are given in the form that the tasks were trained on: a text file or the standard input holds one a line;
+prompts of several lines go into a .json or .jsonl file. Each answer comes after the task that the prompt went to (base:
+to none, so the base model answers) and the lead that this task had over the second best."""
+
+EXPORT_EXAMPLE = """example:
+  dscl export out/a out/export
+
+Writes the adapters, the router and the tokenizer of the tasks that have ended, and where the base model lies, for
+dscl generate and, in Python, dscl.load."""
+
+ROUTE_EXAMPLE = """example:
+  dscl route-existing out/export --base models/llama --task news=adapters/news=news.txt \\
+      --task law=adapters/law=law.jsonl
+
+Writes an export of PEFT adapters that were trained elsewhere. Some prompts of every task (hundreds, if there are) pass
+through the lower layers of the base model; nothing is trained. Prompts stand one a line in a .txt file, or in a .json or
+.jsonl file as texts or as {"prompt": ...}."""
+
 VERBS = {
     "train": ("train a recipe's stream of tasks", TRAIN_EXAMPLE),
     "eval": ("evaluate a run's newest checkpoint", EVAL_EXAMPLE),
+    "generate": ("answer prompts, each by the adapter of its task", GENERATE_EXAMPLE),
+    "export": ("write what a run has learnt as a folder that needs nothing of the run", EXPORT_EXAMPLE),
+    "route-existing": ("make an export of adapters that were trained elsewhere", ROUTE_EXAMPLE),
 }
+RANKED = ("train", "eval")  # the verbs that ranks do together
+AT_ONCE = 64  # prompts that are answered before the first answer of them is shown
 
 
 class Parser(argparse.ArgumentParser):
@@ -81,6 +110,12 @@ def _start(given: list[str]) -> int:
     """Read the words; then be the spawner, or a rank."""
     die_with_parent()
     options = _read(given)
+    if options.verb not in RANKED:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise UserError(f"{options.verb}: runs in one process; start it without a launcher (WORLD_SIZE is set)")
+        quiet()
+        _log()
+        return _serve(options)
     if options.nproc is not None and not spawned():
         if "RANK" in os.environ:
             raise UserError("--nproc: a launcher has already started the ranks (RANK is set); leave --nproc out")
@@ -107,6 +142,75 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _serve(options: argparse.Namespace) -> int:
+    if options.verb == "generate":
+        return _generate(options)
+    from dscl import export
+
+    folder = Path(options.folder).expanduser()
+    if options.verb == "export":
+        export.export(Path(options.run).expanduser(), folder)
+    else:
+        settings = {name: getattr(options, name) for name in ("feature_layer", "width", "max_length", "precision")}
+        export.route_existing(folder, options.base, _existing(options.task), **settings)
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from dscl import serve
+
+    prompts = _prompts(options)
+    place = Path(options.place).expanduser()
+    if (place / serve.DESCRIPTION).is_file():
+        description = serve.read_description(place, options.base)
+    else:
+        from dscl import export  # with the training's imports, which an export does without
+
+        if options.base is not None:
+            raise UserError("--base: only for an export; a run's base model is the one that its recipe names")
+        description = export.describe(place)
+    model = serve.open_model(description)
+    for start in range(0, len(prompts), AT_ONCE):
+        some = prompts[start : start + AT_ONCE]
+        answers = model.generate(some, options.max_new_tokens, options.task or ...)
+        for prompt, answer in zip(some, answers, strict=True):
+            if options.json:
+                found = {"prompt": prompt, "task": answer.task, "margin": answer.margin, "distance": answer.distance}
+                print(json.dumps({**found, "answer": answer.text}, ensure_ascii=False), flush=True)
+            else:
+                margin = "" if answer.margin is None else f", margin {answer.margin:.2f}"
+                print(f"[{answer.task or 'base'}{margin}] {answer.text}", flush=True)
+    return 0
+
+
+def _prompts(options: argparse.Namespace) -> list[str]:
+    from dscl import serve
+
+    if options.prompt is not None:
+        return list(options.prompt)
+    if options.file not in (None, "-"):
+        return serve.read_prompts(Path(options.file).expanduser())
+    piped = options.file == "-" or not sys.stdin.isatty()
+    prompts = serve.split_lines(sys.stdin.buffer.read(), "the standard input") if piped else []
+    if not prompts:
+        raise UserError("no prompt given; give --prompt TEXT, --file FILE, or lines on the standard input")
+    return prompts
+
+
+def _existing(words: list[str]) -> dict[str, tuple[Path, Path]]:
+    """The tasks that route-existing was given, by name."""
+    tasks: dict[str, tuple[Path, Path]] = {}
+    for word in words:
+        parts = word.split("=")
+        if len(parts) != 3 or not all(part.strip() for part in parts):
+            raise UserError(f"--task: given {word!r}; NAME=ADAPTER_FOLDER=PROMPTS_FILE is needed")
+        name, adapter, prompts = parts
+        if name in tasks:
+            raise UserError(f"--task: {name!r} is given twice; give each task a name of its own")
+        tasks[name] = (Path(adapter).expanduser(), Path(prompts).expanduser())
+    return tasks
+
+
 def _read(given: list[str]) -> argparse.Namespace:
     allowed = f"allowed: {', '.join(VERBS)}; see dscl --help"
     if not given:
@@ -115,8 +219,9 @@ def _read(given: list[str]) -> argparse.Namespace:
         raise UserError(f"{given[0]}: no such verb{nearest(given[0], VERBS)}; {allowed}")
     options, rest = _parser().parse_known_args(given)
     for word in rest:  # argparse loses positional words that follow an option
-        if word.startswith("-") or "=" not in word:
-            raise UserError(f"{word}: not understood; allowed: key=value and options, see dscl {options.verb} --help")
+        allowed = "key=value and options" if options.verb in RANKED else "options"
+        if word.startswith("-") or "=" not in word or options.verb not in RANKED:
+            raise UserError(f"{word}: not understood; allowed: {allowed}, see dscl {options.verb} --help")
         options.assignments.append(word)
     return options
 
@@ -131,7 +236,8 @@ def _parser() -> Parser:
         made[verb] = subparsers.add_parser(
             verb, help=what, description=what, epilog=example, formatter_class=raw, allow_abbrev=False
         )
-        made[verb].add_argument("--nproc", metavar="N|auto", help="start N ranks here (auto: one for each GPU)")
+        if verb in RANKED:
+            made[verb].add_argument("--nproc", metavar="N|auto", help="start N ranks here (auto: one for each GPU)")
     train, evaluate = made["train"], made["eval"]
     words: dict[str, Any] = {"nargs": "*", "default": []}
     train.add_argument("recipe", metavar="RECIPE.yaml")
@@ -139,7 +245,36 @@ def _parser() -> Parser:
     train.add_argument("--dry-run", action="store_true", help="build and check everything, show the plan, stop")
     evaluate.add_argument("run", metavar="RUN_DIR")
     evaluate.add_argument("assignments", **words, metavar="evaluate.key=value", help="overrides of evaluate.*")
+    _add_serving(made["generate"], made["export"], made["route-existing"])
     return parser
+
+
+def _add_serving(generate: Parser, export: Parser, route: Parser) -> None:
+    generate.add_argument("place", metavar="RUN_DIR|EXPORT")
+    source = generate.add_mutually_exclusive_group()
+    source.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be given several times")
+    source.add_argument("--file", metavar="FILE", help=".txt, .json or .jsonl with prompts; -: the standard input")
+    generate.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="longest answer (default: 32)")
+    generate.add_argument("--task", metavar="NAME", help="use this task's adapter for all prompts, and route none")
+    generate.add_argument("--base", metavar="MODEL", help="where an export's base model lies, if it was moved")
+    generate.add_argument("--json", action="store_true", help="one JSON object a line")
+    export.add_argument("run", metavar="RUN_DIR")
+    export.add_argument("folder", metavar="DIR")
+    route.add_argument("folder", metavar="DIR")
+    route.add_argument("--base", required=True, metavar="MODEL", help="a model folder or a hub id")
+    route.add_argument(
+        "--task", action="append", required=True, metavar="NAME=ADAPTER_FOLDER=PROMPTS_FILE", help="one for each task"
+    )
+    route.add_argument("--feature-layer", type=int, metavar="N", help="its input decides (default: an eighth of all)")
+    route.add_argument("--width", type=int, metavar="E", help="features (default: twice the hidden size, from 1024)")
+    route.add_argument(
+        "--max-length",
+        type=int,
+        default=512,
+        metavar="N",
+        help="tokens of a prompt that count, its last (default: 512)",
+    )
+    route.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="of the base (default: bf16)")
 
 
 def _log() -> None:

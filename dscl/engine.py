@@ -243,6 +243,26 @@ class Engine:
         self.optimizer.skip = False
         return total
 
+    @torch.no_grad()
+    def start_over(self, read: Callable[[str, torch.Size, int, int], torch.Tensor] | None) -> None:
+        """A new task: a fresh optimizer, and the trainable tensors as `read` gives them, or as they are."""
+        self.reset_optimizer()
+        if read is not None:
+            for fragment in self.fragments():
+                fragment.master.copy_(read(fragment.name, fragment.shape, fragment.start, fragment.stop))
+            self.publish()
+
+    @torch.no_grad()
+    def whole(self) -> dict[str, torch.Tensor]:
+        """The trainable tensors' masters, complete, on every rank. For methods that train little."""
+        shapes = {name: _shape(p) for name, p in self._parameters() if p.requires_grad}
+        tensors = {name: torch.zeros(math.prod(shape), device=self.device) for name, shape in shapes.items()}
+        for share in self.shares():
+            tensors[share.name][share.start : share.stop] = share.master
+        for tensor in tensors.values():  # summed as whole numbers, so that not even the sign of a zero is lost
+            dist.sum_(tensor.view(torch.int32))
+        return {name: tensor.view(shapes[name]) for name, tensor in tensors.items()}
+
     def reset_optimizer(self) -> None:
         """A fresh start of the same optimizer: moments and step counters zero, as if just built."""
         for state in self.optimizer.state.values():
@@ -392,6 +412,12 @@ class Engine:
     def _loss_scaler(self) -> Any:
         wrapper = self.deepspeed.optimizer
         return getattr(wrapper, "loss_scaler", None) or wrapper.loss_scale_config
+
+
+def _shape(parameter: Any) -> torch.Size:
+    """Of the whole parameter, of which ZeRO-3 leaves a stand-in."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
 
 
 @contextmanager

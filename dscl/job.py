@@ -11,14 +11,14 @@ import torch
 
 from dscl import dist
 from dscl.data.batches import Batch, Schedule, collate
-from dscl.data.encode import Encoded, answer_room, encode, encode_answers, encode_prompts
+from dscl.data.encode import Encoded, answer_room, bos_id, encode, encode_answers, encode_prompts, fingerprint
 from dscl.data.stream import load_stream
 from dscl.data.task import Task
 from dscl.engine import DTYPES, Engine, read_settings
 from dscl.errors import UserError
 from dscl.evaluate import Exam
 from dscl.maths.schedule import learning_rate
-from dscl.methods import Method, find_method
+from dscl.methods import Facts, Method, find_method
 from dscl.model.backbone import Backbone, open_backbone
 from dscl.model.tokenizer import pad_id
 from dscl.recipe import Recipe
@@ -36,6 +36,7 @@ class Lesson:
     exam: Exam
     packing: bool
     pad: int
+    bos: int | None
     peak: float
     decay: str
     warmup: float
@@ -46,7 +47,8 @@ class Lesson:
 
     def micro_batches(self, step: int) -> list[Batch]:
         rows = self.schedule.micro_batches(step, dist.rank())
-        return [collate(batch, self.data, self.pad, self.packing) for batch in rows]
+        first = step < self.schedule.steps_per_epoch
+        return [collate(batch, self.data, self.pad, self.packing, self.bos, first) for batch in rows]
 
     def learning_rate(self, step: int) -> float:
         return learning_rate(step, self.steps, peak=self.peak, kind=self.decay, warmup=self.warmup)
@@ -91,7 +93,6 @@ def open_job(recipe: Recipe) -> Job:
             "flash_attention_2 only 1 is allowed, since flash attention separates packed samples only in a single row; "
             "set train.micro_batch=1 (and a larger train.max_length), or model.attention=sdpa"
         )
-    method = find_method(recipe.method.name)(recipe.method, recipe.seed)
     tasks = load_stream(recipe.stream, recipe.data, recipe.seed)
 
     def texts() -> Iterator[str]:
@@ -106,7 +107,19 @@ def open_job(recipe: Recipe) -> Job:
         cache=recipe.data.cache,
         texts=texts,
     )
-    lessons = tuple(_lesson(recipe, task, backbone) for task in tasks)
+    # One limit for the whole stream, so that a prompt is read the same whichever task it belongs to.
+    room = max(answer_room(task.labels, backbone.tokenizer, recipe.evaluate.max_new_tokens) for task in tasks)
+    lessons = tuple(_lesson(recipe, task, backbone, room) for task in tasks)
+    facts = Facts(
+        seed=recipe.seed,
+        tasks=tuple(task.name for task in tasks),
+        base=str(recipe.model.name or "model.shape"),
+        model=backbone.fingerprint(),
+        tokenizer=fingerprint(backbone.tokenizer),
+        prompt_limit=recipe.train.max_length - room,
+        precision=recipe.train.precision,
+    )
+    method = find_method(recipe.method.name)(recipe.method, facts)
     return Job(recipe, settings, backbone, method, lessons)
 
 
@@ -114,10 +127,10 @@ def _has_bf16(capabilities: Mapping[str, Any]) -> bool:
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def _lesson(recipe: Recipe, task: Task, backbone: Backbone) -> Lesson:
+def _lesson(recipe: Recipe, task: Task, backbone: Backbone, room: int) -> Lesson:
     train, tokenizer = recipe.train, backbone.tokenizer
+    bos = bos_id(tokenizer)
     ranked = task.labels is not None and recipe.evaluate.mode == "rank"
-    room = answer_room(task.labels, tokenizer, recipe.evaluate.max_new_tokens)
     data = encode(task.train, tokenizer, max_length=train.max_length, cache=recipe.data.cache, room=room)
     prompts = encode_prompts(task.test, tokenizer, max_length=train.max_length, room=room)
     for split, cut, count in (("training", data.cut, len(data)), ("test", prompts.cut, len(task.test))):
@@ -141,9 +154,10 @@ def _lesson(recipe: Recipe, task: Task, backbone: Backbone) -> Lesson:
         task=task,
         data=data,
         schedule=schedule,
-        exam=Exam(task, prompts.ids, encode_answers(task.labels or (), tokenizer) if ranked else None),
+        exam=Exam(task, prompts.ids, encode_answers(task.labels or (), tokenizer) if ranked else None, bos),
         packing=train.packing,
         pad=pad_id(tokenizer),
+        bos=bos,
         peak=task.settings.lr or train.lr,
         decay=train.schedule,
         warmup=train.warmup,

@@ -106,8 +106,16 @@ NAMES = (*(field.name for field in dataclasses.fields(TopConfig)), "method", "st
 
 
 def read_recipe(path: str, assignments: Iterable[str] = ()) -> Recipe:
-    """The recipe of a file, with overrides, or a UserError that names the key that is wrong."""
-    return resolve(override(read_yaml(path), assignments), source=path)
+    """The recipe of a file, with overrides, or a UserError that names the key that is wrong.
+
+    An override of `method.name` means another method: the file's keys for the one that it names do not apply to it.
+    """
+    given, assignments = read_yaml(path), list(assignments)
+    named = [override({}, [word])["method"]["name"] for word in assignments if word.startswith("method.name=")]
+    section = given.get("method")
+    if named and isinstance(section, dict) and named[-1] != section.get("name", "sequential"):
+        given = {**given, "method": {}}
+    return resolve(override(given, assignments), source=path)
 
 
 def resolve(given: Mapping[str, Any], source: str = "recipe") -> Recipe:

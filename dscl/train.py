@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import zlib
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -20,9 +21,10 @@ from dscl import dist
 from dscl.checkpoint import Checkpoints, load
 from dscl.engine import Engine
 from dscl.errors import Failure, UserError
-from dscl.evaluate import take
+from dscl.evaluate import Mark, take
 from dscl.job import Job, Lesson, open_job
 from dscl.maths import scores
+from dscl.methods import Ranks
 from dscl.observe import Observer, score_table
 from dscl.recipe import Recipe, difference, read_recipe
 from dscl.watch import Watch
@@ -40,6 +42,7 @@ class Position:
     total: int = 0  # steps done in the whole run
     before: list[float] | None = None
     matrix: list[list[float | None]] = field(default_factory=list)
+    routing: list[list[float | None]] = field(default_factory=list)  # shares of prompts that went to their own task
 
     def name(self) -> str:
         """Of this position's checkpoint; later positions sort after earlier ones."""
@@ -63,20 +66,21 @@ def train(recipe: Recipe) -> None:
         if position.matrix:  # a kill may have come between the checkpoint and what is shown of it
             observer.scores(publish(recipe, job, position))
         if position.before is None and recipe.evaluate.before:
-            position.before = [examine(engine, job, lesson, observer) for lesson in job.lessons]
+            position.before = [examine(engine, job, lesson, observer).score for lesson in job.lessons]
             save(checkpoints, position, engine, job)
         while position.task < len(job.lessons):
             lesson = job.lessons[position.task]
             if not position.learned:
                 learn(engine, job, lesson, position, checkpoints, observer)
-                job.method.end_task(position.task, lesson.task.name)
+                end(engine, job, lesson, position, checkpoints)
                 position.learned = True
                 save(checkpoints, position, engine, job)
             row = [
                 examine(engine, job, other, observer) if asked(recipe, index, position.task) else None
                 for index, other in enumerate(job.lessons)
             ]
-            position.matrix.append(row)
+            position.matrix.append([mark and mark.score for mark in row])
+            position.routing.append([mark and mark.routed for mark in row])
             position.task, position.step, position.learned = position.task + 1, 0, False
             save(checkpoints, position, engine, job)  # before scores.json may say that the run is complete
             observer.scores(publish(recipe, job, position))
@@ -90,13 +94,13 @@ def learn(
     recipe, name = job.recipe, lesson.task.name
     skipping = recipe.train.non_finite == "skip"
     if position.step == 0:
-        engine.reset_optimizer()
-        job.method.begin_task(position.task, name)
+        engine.start_over(job.method.begin_task(position.task, name))
     watch = Watch(engine, name, recipe.observe.every, skipping, lesson.sources, observer.step, observer.note)
     watch.begin()
     for number in range(position.step, lesson.steps):
-        # Each step draws from a seed of its own, so that a restart, or an evaluation in between, changes nothing.
-        torch.manual_seed(hash((recipe.seed, position.total, dist.rank())))
+        # Each step draws from a seed of its own, so that neither a restart, nor an evaluation in between, nor the
+        # tasks before this one change anything.
+        torch.manual_seed(hash((recipe.seed, zlib.crc32(name.encode()), number, dist.rank())))
         plan, lr = lesson.schedule.step(number), lesson.learning_rate(number)
         loss = engine.step(
             job.method.loss, lesson.micro_batches(number), targets=plan.targets, lr=lr, skip_non_finite=skipping
@@ -109,11 +113,18 @@ def learn(
             save(checkpoints, position, engine, job)
 
 
-def examine(engine: Engine, job: Job, lesson: Lesson, observer: Observer) -> float:
+def end(engine: Engine, job: Job, lesson: Lesson, position: Position, checkpoints: Checkpoints) -> None:
+    """The task's last step is done: the method takes from it what it keeps."""
+    name = lesson.task.name
+    job.method.end_task(position.task, name, Ranks(engine.whole, dist.sum_, dist.is_main()))
+    checkpoints.leave(lambda: job.method.leave(job.recipe.folder, name))
+
+
+def examine(engine: Engine, job: Job, lesson: Lesson, observer: Observer) -> Mark:
     def said(done: int, of: int) -> None:
         observer.evaluating(lesson.task.name, done, of)
 
-    return take(lesson.exam, engine, job.backbone.tokenizer, job.recipe.evaluate, said)
+    return take(lesson.exam, engine, job.method, job.backbone.tokenizer, job.recipe.evaluate, said)
 
 
 def asked(recipe: Recipe, task: int, after: int) -> bool:
@@ -121,7 +132,7 @@ def asked(recipe: Recipe, task: int, after: int) -> bool:
 
 
 def save(checkpoints: Checkpoints, position: Position, engine: Engine, job: Job) -> None:
-    checkpoints.save(position.name(), dataclasses.asdict(position), engine, job.method.state())
+    checkpoints.save(position.name(), dataclasses.asdict(position), engine, job.method)
 
 
 def resume(checkpoints: Checkpoints, engine: Engine, job: Job) -> Position:
@@ -129,10 +140,16 @@ def resume(checkpoints: Checkpoints, engine: Engine, job: Job) -> Position:
     newest = checkpoints.newest()
     if newest is None:
         return Position()
-    stored, method = load(newest, engine)
-    job.method.load_state(method)
-    position = Position(**stored)
+    position = restore(newest, engine, job)
     log.info("resumed from %s: task %d of %d", newest.name, min(position.task + 1, len(job.lessons)), len(job.lessons))
+    return position
+
+
+def restore(folder: Path, engine: Engine, job: Job) -> Position:
+    """Bring the engine and the method to where they were at this checkpoint."""
+    position = Position(**load(folder, engine, job.method))
+    ended = [lesson.task.name for lesson in job.lessons[: position.task + position.learned]]
+    job.method.recall(job.recipe.folder, ended, dist.is_main())
     return position
 
 
@@ -146,6 +163,8 @@ def publish(recipe: Recipe, job: Job, position: Position) -> dict[str, Any]:
         before=position.before,
         complete=position.task == len(job.lessons),
     )
+    if any(share is not None for row in position.routing for share in row):
+        document["routing"] = position.routing
     if dist.is_main():
         path = recipe.folder / "scores.json"
         try:
@@ -249,11 +268,14 @@ def evaluate(run_dir: str, assignments: Sequence[str]) -> None:
         newest = Checkpoints(recipe.folder / "checkpoints", recipe.checkpoint.keep).newest()
         if newest is None:
             raise UserError(f"{run_dir}: no checkpoint there yet; train first")
-        position, method = load(newest, engine)
-        job.method.load_state(method)
+        position = restore(newest, engine, job)
         marks = {
-            lesson.task.name: take(lesson.exam, engine, job.backbone.tokenizer, recipe.evaluate)
+            lesson.task.name: take(lesson.exam, engine, job.method, job.backbone.tokenizer, recipe.evaluate)
             for lesson in job.lessons
         }
+    found: dict[str, Any] = {"checkpoint": newest.name, "tasks_trained": position.task}
+    found["scores"] = {name: mark.score for name, mark in marks.items()}
+    if any(mark.routed is not None for mark in marks.values()):
+        found["routing"] = {name: mark.routed for name, mark in marks.items()}
     if dist.is_main():
-        print(json.dumps({"checkpoint": newest.name, "tasks_trained": position["task"], "scores": marks}), flush=True)
+        print(json.dumps(found), flush=True)

@@ -1,4 +1,4 @@
-"""Evaluation against brute force and against transformers' own generation, at every stage, with unequal shares."""
+"""Evaluation: the score of an exam is the same on every rank, at every stage, with unequal shares."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from typing import Any
 import pytest
 import torch
 
+from dscl.data.batches import prompt_batch
 from dscl.data.task import Sample, Task, TaskConfig
-from dscl.engine import fill
-from dscl.evaluate import EvaluateConfig, Exam, generate, label_likelihoods, take
-from tests.distributed.test_engine import VOCABULARY, backbone, make
+from dscl.evaluate import EvaluateConfig, Exam, take
+from dscl.methods import Facts
+from dscl.methods.sequential import Sequential, SequentialConfig
+from dscl.model.decode import generate
+from tests.distributed.test_engine import make
+from tests.model.test_decode import EOS, LABELS, PAD, PROMPTS, alone, model
 
-CPU = torch.device("cpu")
-EOS, PAD = 2, 0
-LABELS = [[11, EOS], [11, 12, EOS], [13, 14, 15, EOS]]
 RIGHT = pytest.approx(4 / 5, abs=1e-12)  # each exam is made so that one of its five answers is wrong
-PROMPTS = [[1, 20, 21, 22], [1, 30], [1, 40, 41, 42, 43, 44, 45], [1, 50, 51], [1, 60, 20, 33, 34]]
+METHOD = Sequential(SequentialConfig(), Facts(0, (), "", "", "", 0, ""))
 
 
 class Words:
@@ -29,63 +30,6 @@ class Words:
         return " ".join(str(i) for i in ids if not (skip_special_tokens and i in (PAD, EOS)))
 
 
-def model() -> Any:
-    built = backbone()
-    made = built.build()
-    fill(made, built.weights.read)
-    return made.eval()
-
-
-def alone(module: Any, prompt: list[int], label: list[int]) -> float:
-    """log p(label | prompt) from one plain forward pass over the two together."""
-    with torch.no_grad():
-        logits = module(input_ids=torch.tensor([prompt + label]), use_cache=False).logits[0].double().log_softmax(-1)
-    return sum(float(logits[len(prompt) - 1 + i, token]) for i, token in enumerate(label))
-
-
-def test_likelihoods_equal_one_plain_pass_each() -> None:
-    module = model()
-    with torch.no_grad():
-        got = label_likelihoods(module, PROMPTS, LABELS, PAD, CPU)
-    expected = torch.tensor([[alone(module, prompt, label) for label in LABELS] for prompt in PROMPTS])
-    torch.testing.assert_close(got, expected.float(), rtol=1e-5, atol=1e-5)
-
-
-def test_many_labels_are_ranked_a_few_at_a_time() -> None:
-    """So that memory does not grow with the label set; the values are those of all labels at once."""
-    module, rows = model(), []
-    labels = [[token, *([12] * (token % 3)), EOS] for token in range(20, 31)]
-    module.register_forward_pre_hook(lambda _m, _a, given: rows.append(len(given["input_ids"])), with_kwargs=True)
-    with torch.no_grad():
-        got = label_likelihoods(module, PROMPTS, labels, PAD, CPU)
-    assert max(rows) <= 4 * len(PROMPTS)
-    expected = torch.tensor([[alone(module, prompt, label) for label in labels] for prompt in PROMPTS])
-    torch.testing.assert_close(got, expected.float(), rtol=1e-5, atol=1e-5)
-
-
-def test_single_token_labels_need_no_second_pass() -> None:
-    module = model()
-    with torch.no_grad():
-        got = label_likelihoods(module, PROMPTS, [[5], [6]], PAD, CPU)
-    expected = torch.tensor([[alone(module, prompt, [label]) for label in (5, 6)] for prompt in PROMPTS])
-    torch.testing.assert_close(got, expected.float(), rtol=1e-5, atol=1e-5)
-
-
-def test_greedy_generation_equals_transformers() -> None:
-    module = model()
-    with torch.no_grad():
-        frequent = generate(module, PROMPTS, 12, VOCABULARY, PAD, CPU)[0][
-            3
-        ]  # a token that does come up: let it end rows
-        got = generate(module, PROMPTS, 12, frequent, PAD, CPU)
-        for prompt, row in zip(PROMPTS, got, strict=True):
-            expected = module.generate(
-                torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), do_sample=False,
-                max_new_tokens=12, eos_token_id=frequent, pad_token_id=PAD, use_cache=True,
-            )[0, len(prompt) :].tolist()  # fmt: skip
-            assert row == expected[: expected.index(frequent)] if frequent in expected else expected
-
-
 def exam(ranked: bool) -> Exam:
     names = tuple(Words().decode(label, True) for label in LABELS)
     module = model()
@@ -94,7 +38,7 @@ def exam(ranked: bool) -> Exam:
     samples = tuple(Sample("", answer, (answer,), "made") for answer in answers)
     if not ranked:
         with torch.no_grad():
-            rows = generate(module, PROMPTS, 4, EOS, PAD, CPU)
+            rows = generate(module, prompt_batch(PROMPTS, PAD), 4, EOS, PAD)
         said = [Words().decode(row, True) for row in rows]
         assert all(said)
         samples = tuple(Sample("", s, (s if i != 2 else "no",), "made") for i, s in enumerate(said))
@@ -106,9 +50,10 @@ def exam(ranked: bool) -> Exam:
 
 def score_at(stage: int, ranked: bool, batch: int, precision: str = "fp32") -> float:
     engine = make(stage, precision)
-    score = take(exam(ranked), engine, Words(), EvaluateConfig(batch=batch, max_new_tokens=4))
+    mark = take(exam(ranked), engine, METHOD, Words(), EvaluateConfig(batch=batch, max_new_tokens=4))
     engine.close()
-    return score
+    assert mark.routed is None
+    return mark.score
 
 
 @pytest.mark.parametrize("ranked", [True, False])

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from dscl.config import plain
 from dscl.engine import OWNED_BY_JSON, OWNED_BY_RECIPE, read_settings
 from dscl.errors import UserError
 from dscl.recipe import MAY_CHANGE, SECTIONS, Recipe, difference, read_recipe, resolve
@@ -77,6 +78,30 @@ def test_recipe_text_names_every_setting(small: dict[str, Any]) -> None:
     for section, config in SECTIONS.items():
         assert set(document[section]) == {field.name for field in dataclasses.fields(config)}
     assert set(document) == {field.name for field in dataclasses.fields(Recipe)} - {"source"}
+
+
+def test_another_method_leaves_the_keys_of_the_one_before(contract: str) -> None:
+    """The contract's own example: the file's `tune` is no key of asr."""
+    recipe = read_recipe(contract, ["method.name=asr", "method.width=64", "run_dir=out/a"])
+    assert (recipe.method.name, recipe.method.width) == ("asr", 64)
+    assert read_recipe(contract, ["method.name=sequential", "method.tune=lora"]).method.tune == "lora"
+    kept = read_recipe(contract, ["method.tune=lora", "method.name=sequential"]).method
+    assert kept.tune == "lora"
+    with pytest.raises(UserError, match=r"method\.tune: no such key"):
+        read_recipe(contract, ["method.name=asr", "method.tune=full"])
+
+
+def test_faithful_is_the_papers_settings_and_no_others(small: dict[str, Any]) -> None:
+    paper = resolve({**small, "method": {"name": "asr", "faithful": True}}).method
+    assert (paper.feature_layer, paper.width, paper.ridge, paper.reject) == (4, 10000, 100.0, False)
+    assert (paper.lora.rank, paper.lora.alpha, paper.lora.dropout, paper.lora.targets) == (
+        8, 32.0, 0.1, ("q_proj", "v_proj"),
+    )  # fmt: skip
+    again = resolve({**small, "method": resolve({**small, "method": plain(paper)}).document()["method"]}).method
+    assert again == paper
+    assert "method.width: given 64 together with faithful: true, which sets 10000" in refusal(
+        small, method={"name": "asr", "faithful": True, "width": 64}
+    )
 
 
 def test_overrides_reach_everywhere(contract: str) -> None:

@@ -7,7 +7,7 @@ position in the stream is a step number, so that resuming costs nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 IGNORE = -100
 MULTIPLE = 8  # of tokens in a row, for the kernels
 Row = list[int]
+Span = tuple[int, int, int]  # row, first token, end
 
 
 class Pairs(Protocol):
@@ -127,7 +128,8 @@ class Batch:
 
     `use_cache=False` is needed for more than memory: with a cache, transformers lets the samples of a packed row see
     each other. `keep` are the columns whose next token is a target in some row; `labels[:, k]` are the targets behind
-    column `keep[k]`, or -100.
+    column `keep[k]`, or -100. `prompts` says where each sample's prompt stands, without the token that every prompt
+    begins with; `first` is true where the task's samples are seen for the first time.
     """
 
     input_ids: torch.Tensor
@@ -136,32 +138,42 @@ class Batch:
     keep: torch.Tensor
     labels: torch.Tensor
     samples: list[int]
+    prompts: list[Span]
+    first: bool = False
 
     def to(self, device: torch.device | str) -> Batch:
         mask = self.attention_mask
-        return Batch(
+        return replace(
+            self,
             input_ids=self.input_ids.to(device),
             attention_mask=None if mask is None else mask.to(device),
             position_ids=self.position_ids.to(device),
             keep=self.keep.to(device),
             labels=self.labels.to(device),
-            samples=self.samples,
         )
 
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """Prompts to generate from, padded on the left."""
+    """Prompts to answer, padded on the left; `prompts` as in `Batch`."""
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     position_ids: torch.Tensor
+    prompts: list[Span]
 
     def to(self, device: torch.device | str) -> PromptBatch:
-        return PromptBatch(self.input_ids.to(device), self.attention_mask.to(device), self.position_ids.to(device))
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            attention_mask=self.attention_mask.to(device),
+            position_ids=self.position_ids.to(device),
+        )
 
 
-def collate(rows: Sequence[Row], encoded: Pairs, pad_id: int, packing: bool) -> Batch:
+def collate(
+    rows: Sequence[Row], encoded: Pairs, pad_id: int, packing: bool, bos_id: int | None = None, first: bool = False
+) -> Batch:
     """The tensors of one micro-batch; without rows, a filler: one token, no target.
 
     Not packed, rows are padded on the left, so that answers end in the same column and `keep` stays small. Packed, a
@@ -169,33 +181,43 @@ def collate(rows: Sequence[Row], encoded: Pairs, pad_id: int, packing: bool) -> 
     what keeps attention inside a sample; the padding at the end counts as one more such sample.
     """
     if not rows:
-        return _tensors([[pad_id]], [[0]], [[IGNORE]], pad_id, packing, [])
+        return _tensors([[pad_id]], [[0]], [[IGNORE]], pad_id, packing, [], [])
     ids: list[list[int]] = []
     positions: list[list[int]] = []
     targets: list[list[int]] = []
-    for row in rows:
+    prompts: list[Span] = []
+    for number, row in enumerate(rows):
         row_ids: list[int] = []
         row_positions: list[int] = []
         row_targets: list[int] = []
         for sample in row:
             prompt, answer = encoded[sample]
+            start = len(row_ids)
+            prompts.append((number, start + _begins(prompt, bos_id), start + len(prompt)))
             row_ids += [*prompt, *answer]
             row_positions += range(len(prompt) + len(answer))
             row_targets += [IGNORE] * (len(prompt) - 1) + [*answer, IGNORE]  # at each token, the one after it
         ids.append(row_ids)
         positions.append(row_positions)
         targets.append(row_targets)
-    return _tensors(ids, positions, targets, pad_id, packing, [sample for row in rows for sample in row])
+    samples = [sample for row in rows for sample in row]
+    return replace(_tensors(ids, positions, targets, pad_id, packing, samples, prompts), first=first)
 
 
-def prompt_batch(prompts: Sequence[Sequence[int]], pad_id: int) -> PromptBatch:
-    """A batch to generate from: padded on the left only as far as the longest prompt needs."""
+def prompt_batch(prompts: Sequence[Sequence[int]], pad_id: int, bos_id: int | None = None) -> PromptBatch:
+    """A batch of prompts to answer: padded on the left only as far as the longest needs."""
     width = max(map(len, prompts))
     return PromptBatch(
         input_ids=_padded(prompts, width, pad_id, left=True),
         attention_mask=_padded([[1] * len(prompt) for prompt in prompts], width, 0, left=True),
         position_ids=_padded([range(len(prompt)) for prompt in prompts], width, 0, left=True),
+        prompts=[(row, width - len(p) + _begins(p, bos_id), width) for row, p in enumerate(prompts)],
     )
+
+
+def _begins(prompt: Sequence[int], bos_id: int | None) -> int:
+    """Where a prompt's own tokens begin: after the one that stands before every text, unless that is all there is."""
+    return int(len(prompt) > 1 and prompt[0] == bos_id)
 
 
 def _tensors(
@@ -205,10 +227,13 @@ def _tensors(
     pad_id: int,
     packing: bool,
     samples: list[int],
+    prompts: list[Span],
 ) -> Batch:
     width = -(-max(map(len, ids)) // MULTIPLE) * MULTIPLE
     if packing:
         positions = [row + list(range(width - len(row))) for row in positions]
+    else:  # the padding comes before what a row holds
+        prompts = [(row, width - len(ids[row]) + a, width - len(ids[row]) + b) for row, a, b in prompts]
     labels = _padded(targets, width, IGNORE, left=not packing)
     keep = (labels != IGNORE).any(0).nonzero().flatten()
     if len(keep) == 0:
@@ -220,6 +245,7 @@ def _tensors(
         keep=keep,
         labels=labels[:, keep],
         samples=samples,
+        prompts=prompts,
     )
 
 

@@ -89,7 +89,7 @@ def encode(samples: Sequence[Sample], tokenizer: Any, *, max_length: int, cache:
 def encode_prompts(samples: Sequence[Sample], tokenizer: Any, *, max_length: int, room: int) -> Prompts:
     """The prompts alone, each cut to what `max_length` leaves beside `room` tokens of answer."""
     _check_room(max_length, room)
-    bos = _bos(tokenizer)
+    bos = bos_id(tokenizer)
     ids, cut = [], 0
     for start in range(0, len(samples), CHUNK):
         chunk = samples[start : start + CHUNK]
@@ -124,7 +124,7 @@ def fingerprint(tokenizer: Any) -> str:
         content.pop("padding", None)
     else:
         content = [sorted(tokenizer.get_vocab().items()), repr(tokenizer)]
-    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, _bos(tokenizer)]
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, bos_id(tokenizer)]
     text = json.dumps([type(tokenizer).__name__, special, tokenizer.chat_template, content], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -139,7 +139,7 @@ def _digest(samples: Sequence[Sample], tokenizer: Any, max_length: int, room: in
 
 def _pairs(samples: Sequence[Sample], tokenizer: Any, max_length: int, room: int) -> Iterator[tuple[Pair, bool]]:
     """((prompt ids, answer ids), whether the prompt was cut) for each sample."""
-    bos = _bos(tokenizer)
+    bos = bos_id(tokenizer)
     for start in range(0, len(samples), CHUNK):
         chunk = samples[start : start + CHUNK]
         prompts = _prompt_ids(chunk, tokenizer, bos)
@@ -186,7 +186,7 @@ def _fit(prompt: list[int], limit: int, bos: int | None) -> list[int]:
     return prompt[len(prompt) - limit :]
 
 
-def _bos(tokenizer: Any) -> int | None:
+def bos_id(tokenizer: Any) -> int | None:
     """The token that this tokenizer puts before a text, if it does (to have a bos token is not to use it)."""
     first = tokenizer("a", verbose=False)["input_ids"][:1]
     bos: int | None = tokenizer.bos_token_id

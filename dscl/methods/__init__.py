@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dscl.config import nearest
 from dscl.errors import UserError
-from dscl.methods.base import Method
+from dscl.methods.asr import Asr
+from dscl.methods.base import Facts, Method, Ranks
 from dscl.methods.sequential import Sequential
 
-METHODS: dict[str, type[Method]] = {"sequential": Sequential}
+METHODS: dict[str, type[Method]] = {"sequential": Sequential, "asr": Asr}
 
-__all__ = ["METHODS", "Method", "find_method"]
+__all__ = ["METHODS", "Facts", "Method", "Ranks", "find_method"]
 
 
 def find_method(name: str) -> type[Method]:

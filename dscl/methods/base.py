@@ -1,50 +1,98 @@
 """What a method is: it decides what trains, computes a loss, and may keep something from task to task.
 
 A method never calls backward, step, a collective or DeepSpeed, and it never logs. The trainer calls, in this order:
-`prepare` once; then for every task `begin_task`, `loss` for every micro-batch, `end_task`. A run that is killed and
-started again calls `prepare`, then `load_state` with what `state` gave when the checkpoint was written, and goes on in
-the middle: `begin_task` is not called a second time for a task that had begun.
+`prepare` once; then for every task `begin_task`, `loss` for every micro-batch, `end_task`, `leave`; and `answering`
+around whatever is evaluated. A run that is killed and started again calls `prepare`, `recall` with the tasks that had
+ended, `load_state` with what `state` and `rows` gave when the checkpoint was written, and goes on in the middle:
+`begin_task` is not called a second time for a task that had begun.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from dscl.data.batches import Batch
+from dscl.data.batches import Batch, PromptBatch
+
+Reader = Callable[[str, torch.Size, int, int], torch.Tensor]  # name, shape, start, stop → those elements
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a method may know of its job."""
+
+    seed: int
+    tasks: tuple[str, ...]  # in order
+    base: str  # how the backbone is named
+    model: str  # fingerprints: of the backbone's configuration and weights,
+    tokenizer: str  # and of what decides the tokenizer's output
+    prompt_limit: int  # tokens; longer prompts lose their beginning
+    precision: str
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """What a method may ask of all ranks when a task ends. Each must make the same calls in the same order."""
+
+    whole: Callable[[], dict[str, torch.Tensor]]  # the trained tensors, complete, in fp32
+    sum_: Callable[[torch.Tensor], torch.Tensor]  # added up over all ranks, in place
+    is_main: bool
 
 
 class Method(ABC):
     Config: ClassVar[type]  # a frozen dataclass whose first field is `name`; the recipe's `method:` is parsed into it
 
-    def __init__(self, config: Any, seed: int) -> None:
+    def __init__(self, config: Any, facts: Facts) -> None:
         self.config = config
-        self.seed = seed
+        self.facts = facts
 
     @abstractmethod
     def prepare(self, model: nn.Module) -> nn.Module:
         """Decide what trains (`requires_grad`), adding modules where needed. Called before the engine is built."""
 
-    def begin_task(self, index: int, name: str) -> None:  # noqa: B027 - optional
-        """A task starts. The optimizer has been reset; the weights are as the previous task left them."""
+    def begin_task(self, index: int, name: str) -> Reader | None:
+        """A task starts, with a fresh optimizer. What is returned gives the values that the trainable tensors start
+        from; None leaves them as the previous task did."""
+        return None
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """The sum (not the mean) over the batch's target tokens; the engine divides by the global count."""
         return answer_loss(model, batch)
 
-    def end_task(self, index: int, name: str) -> None:  # noqa: B027 - optional
+    def end_task(self, index: int, name: str, ranks: Ranks) -> None:  # noqa: B027 - optional
         """The task's last step is done; the task has not been evaluated yet."""
+
+    def leave(self, folder: Path, name: str) -> list[Path]:
+        """On the main rank: write what an ended task leaves for ever into the run's folder, and say which files."""
+        return []
+
+    def recall(self, folder: Path, names: Sequence[str], main: bool) -> None:  # noqa: B027 - optional
+        """Take back what these ended tasks left in the run's folder."""
+
+    def answering(self, batch: PromptBatch) -> AbstractContextManager[Sequence[str | None] | None]:
+        """Around all passes that answer a batch of prompts. A method that decides which task a prompt belongs to gives
+        a list that holds the decisions (None: no task's) after the first pass."""
+        return nullcontext()
 
     def state(self) -> dict[str, torch.Tensor]:
         """What must survive a restart besides the trainable tensors; the same on every rank."""
         return {}
 
-    def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        assert not state, f"{type(self).__name__} keeps no state, yet the checkpoint holds {sorted(state)}"
+    def rows(self) -> dict[str, torch.Tensor]:
+        """What this rank has gathered in the present task, a row each; after a restart any rank may get any row."""
+        return {}
+
+    def load_state(self, state: dict[str, torch.Tensor], rows: dict[str, torch.Tensor]) -> None:
+        given = sorted({**state, **rows})
+        assert not given, f"{type(self).__name__} keeps no state, yet the checkpoint holds {given}"
 
 
 def answer_loss(model: nn.Module, batch: Batch) -> torch.Tensor:

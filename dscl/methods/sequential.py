@@ -18,17 +18,16 @@ class SequentialConfig:
     tune: str = key("full", choices=("full", "lora"), help="all weights, or one LoRA shared by all tasks")
     lora: LoraConfig | None = key(None, help="the LoRA's settings, with tune: lora")
 
+    def __post_init__(self) -> None:
+        if self.tune == "full" and self.lora is not None:
+            raise UserError("method.lora: given together with tune: full; set method.tune=lora or remove method.lora")
+
 
 class Sequential(Method):
     Config = SequentialConfig
     config: SequentialConfig
 
-    def __init__(self, config: SequentialConfig, seed: int) -> None:
-        super().__init__(config, seed)
-        if config.tune == "full" and config.lora is not None:
-            raise UserError("method.lora: given together with tune: full; set method.tune=lora or remove method.lora")
-
     def prepare(self, model: nn.Module) -> nn.Module:
         if self.config.tune == "lora":
-            return add_lora(model, self.config.lora or LoraConfig(), self.seed)
+            return add_lora(model, self.config.lora or LoraConfig(), self.facts.seed)
         return model.requires_grad_(True)

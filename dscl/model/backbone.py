@@ -29,6 +29,7 @@ from dscl.model.weights import DrawnWeights, StoredWeights, Weights
 FETCHED = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt")
 NOT_FETCHED = ("*/*", "consolidated*")
 NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+TOLD_OTHERWISE = ("dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache", "architectures")
 COUNTS = (*NEEDED, "intermediate_size", "num_key_value_heads", "head_dim", "max_position_embeddings")
 
 
@@ -61,9 +62,14 @@ class Backbone:
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         return model
 
-    def parameters(self) -> int:
-        """The model's size, without building it."""
-        return sum(map(math.prod, _shapes(self.architecture, self.config.attention).values()))
+    def fingerprint(self) -> str:
+        """A hash of the configuration and of some of every tensor's values: two models that share it are the same."""
+        told = {k: v for k, v in self.architecture.to_dict().items() if k not in TOLD_OTHERWISE}
+        digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
+        for name, shape in sorted(_shapes(self.architecture, self.config.attention).items()):
+            some = self.weights.read(name, shape, 0, min(1024, math.prod(shape)))
+            digest.update(name.encode() + some.float().numpy().tobytes())
+        return digest.hexdigest()
 
 
 def open_backbone(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -27,13 +28,7 @@ class LoraConfig:
 
 def add_lora(model: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
     """Freeze the model and give every target a trainable LoRA: A drawn from the seed by name, B zero."""
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    for target in config.targets:
-        if not any(name == target or name.endswith("." + target) for name in linear):
-            endings = sorted({name.rsplit(".", 1)[-1] for name in linear})
-            raise UserError(
-                f"method.lora.targets: given {target!r}, which no layer matches; layers here: {', '.join(endings)}"
-            )
+    matching(model, config.targets)
     peft = PeftLoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # hinted as a whole number; any serves
@@ -43,7 +38,26 @@ def add_lora(model: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
     model = inject_adapter_in_model(peft, model)  # which freezes the rest, and starts with B zero
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_A" in name:  # the spread of PEFT's own initialisation: uniform on ±1/√d has this deviation
-                deviation = 1.0 / math.sqrt(3 * parameter.shape[1])
-                parameter.copy_(draw_normal(seed, name, 0, parameter.numel(), deviation).view_as(parameter))
+            if "lora_A" in name:
+                parameter.copy_(draw_a(seed, name, parameter.shape, 0, parameter.numel()).view_as(parameter))
     return model
+
+
+def draw_a(seed: int, name: str, shape: torch.Size, start: int, stop: int) -> torch.Tensor:
+    """Elements of a LoRA's first matrix, with the spread of PEFT's own: uniform on ±1/√d has this deviation."""
+    return draw_normal(seed, name, start, stop, 1.0 / math.sqrt(3 * shape[1]))
+
+
+def matching(model: nn.Module, targets: Iterable[str]) -> list[str]:
+    """The linear layers that the targets (names, or endings of names) mean, in the model's order."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    chosen: set[str] = set()
+    for target in targets:
+        meant = [name for name in linear if name == target or name.endswith("." + target)]
+        if not meant:
+            endings = sorted({name.rsplit(".", 1)[-1] for name in linear})
+            raise UserError(
+                f"method.lora.targets: given {target!r}, which no layer matches; layers here: {', '.join(endings)}"
+            )
+        chosen.update(meant)
+    return [name for name in linear if name in chosen]

@@ -64,7 +64,7 @@ class StoredWeights:
     def _tensor(self, name: str, shape: torch.Size) -> Iterator[Any]:
         """The stored tensor, not read yet, when it is of the expected shape and kind."""
         path = self._file_of[name]
-        with _open(path) as file:
+        with open_safetensors(path) as file:
             try:
                 part = file.get_slice(name)
             except SafetensorError:
@@ -86,7 +86,7 @@ class StoredWeights:
     def _find(self) -> dict[str, Path]:
         single, index = self.folder / SINGLE, self.folder / INDEX
         if single.is_file():  # the same preference as transformers'
-            with _open(single) as file:
+            with open_safetensors(single) as file:
                 return dict.fromkeys(file.keys(), single)
         if not index.is_file():
             raise UserError(
@@ -138,7 +138,7 @@ def draw_normal(seed: int, name: str, start: int, stop: int, std: float) -> torc
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[Any]:
+def open_safetensors(path: Path) -> Iterator[Any]:
     try:
         file = safe_open(path, framework="pt")
     except (SafetensorError, OSError, ValueError) as error:

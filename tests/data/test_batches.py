@@ -216,6 +216,22 @@ def test_shape_and_contents(packing: bool) -> None:
 
 
 @pytest.mark.parametrize("packing", [False, True])
+def test_prompts_say_where_each_prompts_own_tokens_stand(packing: bool) -> None:
+    rows = PACKED_ROWS if packing else [[i] for i in range(7)]
+    for first in (None, SAMPLES[0][0][0]):
+        batch = collate(rows, SAMPLES, PAD, packing, first, True)
+        assert batch.first
+        for sample, (row, start, stop) in zip(batch.samples, batch.prompts, strict=True):
+            prompt = SAMPLES[sample][0]
+            own = prompt[1:] if len(prompt) > 1 and prompt[0] == first else prompt
+            assert batch.input_ids[row, start:stop].tolist() == own
+    prompts = [[5], [5, 6, 7], [6, 5]]
+    alone = prompt_batch(prompts, PAD, 5)
+    own_tokens = [alone.input_ids[row, start:stop].tolist() for row, start, stop in alone.prompts]
+    assert own_tokens == [[5], [6, 7], [6, 5]]
+
+
+@pytest.mark.parametrize("packing", [False, True])
 def test_filler(model: Any, packing: bool) -> None:
     batch = collate([], SAMPLES, PAD, packing)
     assert batch.samples == []
@@ -234,7 +250,7 @@ def test_prompt_batch_gives_the_logits_of_each_prompt_alone(model: Any) -> None:
     for i, prompt in enumerate(prompts):
         assert batch.position_ids[i, -len(prompt) :].tolist() == list(range(len(prompt)))
     with torch.no_grad():
-        together = model(**vars(batch)).logits[:, -1]
+        together = model(batch.input_ids, batch.attention_mask, batch.position_ids).logits[:, -1]
         for i, prompt in enumerate(prompts):
             by_itself = model(input_ids=torch.tensor([prompt])).logits[0, -1]
             torch.testing.assert_close(together[i], by_itself, rtol=1e-5, atol=1e-5)

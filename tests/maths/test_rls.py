@@ -1,0 +1,361 @@
+"""The analytic router against its equations written out, the paper's recursion, and what must hold to the last bit."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from dscl.maths import rls
+from dscl.maths.rls import Expansion, Solution, Statistics, gather, solve
+
+DIM, WIDTH = 24, 96
+
+
+def pooled(seed: int, count: int, spread: float = 1.0, dim: int = DIM) -> Tensor:
+    """States of one task: a common part of all tasks, the task's own, and each prompt's own."""
+    common = 2 * torch.randn(dim, generator=torch.Generator().manual_seed(999))
+    draw = torch.Generator().manual_seed(seed)
+    return common + torch.randn(dim, generator=draw) + spread * torch.randn(count, dim, generator=draw)
+
+
+def exact(count: int, tasks: int = 5, width: int = WIDTH) -> tuple[Expansion, dict[str, Tensor]]:
+    expansion = Expansion(DIM, width, seed=3)
+    return expansion, {f"task{t}": expansion.rows(pooled(t, count + 7 * t)) for t in range(tasks)}
+
+
+def full(statistics: Statistics) -> Tensor:
+    """The Gram matrix by its definition of packing: the upper triangle row after row."""
+    gram = torch.zeros(statistics.width, statistics.width, dtype=torch.float64)
+    place = torch.triu_indices(statistics.width, statistics.width)
+    gram[place[0], place[1]] = statistics.gram.double()
+    return gram.triu() + gram.triu(1).T
+
+
+def same(a: Solution, b: Solution) -> bool:
+    assert a.rejection is not None
+    assert b.rejection is not None
+    tensors = [
+        (a.weights, b.weights),
+        (a.mean, b.mean),
+        (a.rejection.factor, b.rejection.factor),
+        (a.rejection.shortfall, b.rejection.shortfall),
+        (a.rejection.leverage, b.rejection.leverage),
+    ]
+    numbers = (a.names, a.intercept, a.ridge, a.condition) == (b.names, b.intercept, b.ridge, b.condition)
+    return numbers and all(torch.equal(x, y) for x, y in tensors)
+
+
+def equal(a: Statistics, b: Statistics) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.tensors(), b.tensors(), strict=True))
+
+
+def error(value: Tensor, expected: Tensor) -> float:
+    return float((value - expected).norm() / expected.norm())
+
+
+def test_features_are_those_of_integer_arithmetic() -> None:
+    expansion = Expansion(dim=40, width=30, seed=11)
+    rows = expansion.rows(pooled(0, 50, dim=40))
+    entries = []
+    for i in range(40):
+        bytes_ = hashlib.shake_256(f"11:{i}".encode()).digest(30 * 4)
+        entries.append([sum((b >> 4) + b % 16 for b in bytes_[4 * j : 4 * j + 4]) - 60 for j in range(30)])
+    expected = []
+    for row in rows.tolist():
+        products = [sum(q * entries[i][j] for i, q in enumerate(row)) for j in range(30)]
+        expected.append([min(255, (max(0, p) + expansion.divisor // 2) // expansion.divisor) for p in products])
+    features = expansion.features(rows)
+    assert features.tolist() == expected
+    assert 0.2 < float((features == 0).double().mean()) < 0.8  # the ReLU cuts, and not everything
+    assert float((features == 255).double().mean()) < 0.01
+
+
+@pytest.mark.parametrize(("dim", "value"), [(8192, None), (4096, 127)])
+def test_features_are_exact_for_large_models_and_extreme_rows(dim: int, value: int | None) -> None:
+    """Products reach 2**24 only in rows that `rows` cannot make; then fp32 would no longer do."""
+    expansion = Expansion(dim, 8, seed=0)
+    matrix = expansion._draw_integers()
+    rows = expansion.rows(pooled(0, 4, dim=dim))
+    if value is not None:
+        rows = (matrix[:, :4].T.sign() * value).to(torch.int8)
+        expansion.divisor = 1 << 17  # nothing is cut off at 255
+    products = rows.long() @ matrix.long()
+    assert (int(rows.long().abs().sum(1).max()) * 60 < 1 << 24) == (value is None)
+    expected = torch.div(products.clamp(min=0) + expansion.divisor // 2, expansion.divisor, rounding_mode="floor")
+    assert torch.equal(expansion.features(rows).long(), expected.clamp(max=255))
+
+
+def test_a_row_has_the_same_features_in_any_batch() -> None:
+    expansion, tasks = exact(50)
+    rows = torch.cat(list(tasks.values()))
+    alone = torch.cat([expansion.features(row[None]) for row in rows])
+    assert torch.equal(expansion.features(rows), alone)
+
+
+def test_rows_forget_scale_and_survive_huge_entries() -> None:
+    expansion = Expansion(DIM, WIDTH, seed=0)
+    states = pooled(0, 200)
+    rows = expansion.rows(states)
+    assert rows.dtype == torch.int8
+    assert torch.equal(expansion.rows(states * 1000), rows)
+    noisy = expansion.rows(states * (1 + 1e-6 * torch.randn_like(states)))
+    assert float((noisy != rows).double().mean()) < 1e-3
+    large = torch.randn(4, 4096, generator=torch.Generator().manual_seed(0))
+    large[:, :2] *= 1000
+    assert len(expansion_of(4096).rows(large)[:, 2:].unique()) > 40  # the others are not rounded to nothing
+    assert not expansion.rows(torch.zeros(3, DIM)).any()
+    assert expansion.rows(torch.zeros(0, DIM)).shape == (0, DIM)
+
+
+def expansion_of(dim: int) -> Expansion:
+    return Expansion(dim, WIDTH, seed=0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_states_that_are_not_finite_are_refused(bad: float) -> None:
+    states = pooled(0, 4)
+    states[2, 3] = bad
+    with pytest.raises(ValueError, match="not finite"):
+        expansion_of(DIM).rows(states)
+
+
+@pytest.mark.parametrize("count", [0, 1, 700])
+def test_statistics_are_the_sums(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rls, "STRIPE", 40)
+    monkeypatch.setattr(rls, "CHUNK", 300)
+    expansion = Expansion(DIM, WIDTH, seed=3)
+    rows = expansion.rows(pooled(0, count))
+    features = expansion.features(rows).long()
+    statistics = gather(rows, expansion)
+    assert torch.equal(full(statistics).long(), features.T @ features)
+    assert torch.equal(statistics.total.long(), features.sum(0))
+    assert statistics.count.tolist() == [count]
+    assert equal(statistics.compact(), Statistics(statistics.gram.int(), statistics.total, statistics.count))
+
+
+def test_sums_of_the_largest_features_are_exact() -> None:
+    """255² is odd: one addition beyond 2**24 in fp32 would round."""
+
+    class Largest(Expansion):
+        def features(self, rows: Tensor) -> Tensor:
+            return torch.full((len(rows), self.width), 255.0)
+
+    statistics = gather(torch.zeros(5001, DIM, dtype=torch.int8), Largest(DIM, 32, seed=0))
+    assert statistics.gram.unique().tolist() == [5001 * 255**2]
+
+
+def test_compact_keeps_what_does_not_fit() -> None:
+    expansion, tasks = exact(30)
+    statistics = gather(tasks["task0"], expansion)
+    large = Statistics(statistics.gram + 2**40, statistics.total, statistics.count)
+    assert large.compact().gram.dtype == torch.int64
+    assert torch.equal(large.compact().gram.double(), large.gram)
+    broken = Statistics(statistics.gram + 0.5, statistics.total, statistics.count)
+    assert equal(broken.compact(), broken)
+
+
+def test_any_order_of_tasks_gives_the_same_bits() -> None:
+    expansion, tasks = exact(60)
+    parts = {name: gather(rows, expansion) for name, rows in tasks.items()}
+    expected = solve(parts)
+    features = expansion.features(torch.cat(list(tasks.values())))
+    routes = expected.route(features)
+    for order in itertools.permutations(parts):
+        solution = solve({name: parts[name] for name in order})
+        assert same(solution, expected)
+        assert all(torch.equal(a, b) for a, b in zip(solution.route(features), routes, strict=True))
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 7])
+def test_any_split_into_shares_gives_the_same_bits(world: int) -> None:
+    expansion, tasks = exact(60)
+    whole = {name: gather(rows, expansion) for name, rows in tasks.items()}
+    parts = {}
+    for name, rows in tasks.items():
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(world))
+        shares = [gather(rows[order[rank::world]], expansion) for rank in range(world)]
+        parts[name] = shares[0]
+        for share in shares[1:]:
+            parts[name] += share
+        assert equal(parts[name], whole[name])
+    assert same(solve(parts), solve(whole))
+
+
+def test_what_was_added_can_be_taken_away_to_the_last_bit() -> None:
+    expansion, tasks = exact(60)
+    first, second = (gather(tasks[name], expansion) for name in ("task0", "task1"))
+    assert equal(first + second - second, first)
+    assert equal(first.compact() + second.compact() - second.compact(), first)
+
+
+def samples(expansion: Expansion, tasks: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Features of all prompts and their one-hot labels."""
+    names = sorted(tasks)
+    labels = torch.cat([torch.full((len(tasks[name]),), t) for t, name in enumerate(names)])
+    features = torch.cat([expansion.features(tasks[name]).double() for name in names])
+    return features, torch.nn.functional.one_hot(labels).double()
+
+
+@pytest.mark.parametrize("count", [12, 60])
+def test_weights_solve_the_penalised_least_squares(count: int) -> None:
+    """Against the normal equations with the intercept as an unpenalised column, and a weight for each prompt."""
+    expansion, tasks = exact(count)
+    features, labels = samples(expansion, tasks)
+    shares = labels @ (1 / (5 * labels.sum(0)))
+    solution = solve({name: gather(rows, expansion) for name, rows in tasks.items()}, ridge=0.1)
+    mean = shares @ features
+    ridge = 0.1 * float((shares @ features.square() - mean.square()).mean())
+    design = torch.cat([features, torch.ones(len(features), 1, dtype=torch.float64)], 1)
+    penalty = torch.full((WIDTH + 1,), ridge, dtype=torch.float64)
+    penalty[-1] = 0
+    normal = design.T @ (shares[:, None] * design) + penalty.diag()
+    expected = torch.linalg.solve(normal, design.T @ (shares[:, None] * labels))
+    assert error(solution.weights, expected[:-1]) < 1e-8
+    assert error(solution.scores(features), design @ expected) < 1e-8
+    assert solution.condition == pytest.approx(
+        float(torch.linalg.cond(features.T @ (shares[:, None] * features) - torch.outer(mean, mean)
+                                + ridge * torch.eye(WIDTH))), rel=0.1)  # fmt: skip
+
+
+def test_every_task_counts_alike() -> None:
+    expansion, tasks = exact(40)
+    parts = {name: gather(rows, expansion) for name, rows in tasks.items()}
+    expected = solve(parts, ridge=0.1)
+    parts["task2"] = parts["task2"] + parts["task2"] + parts["task2"]
+    assert error(solve(parts, ridge=0.1).weights, expected.weights) < 1e-9
+
+
+@pytest.mark.parametrize("kind", ["paper", "exact"])
+def test_the_papers_form_is_its_equation_and_its_recursion(kind: str) -> None:
+    """(G + λI)⁻¹C, and the same by the recursive update over blocks of prompts, in the paper's setting λ = 100."""
+    expansion = Expansion(DIM, WIDTH, seed=3, exact=kind == "exact")
+    tasks = {f"task{t}": expansion.rows(pooled(t, 50 + 9 * t)) for t in range(5)}
+    solution = solve({name: gather(rows, expansion) for name, rows in tasks.items()}, faithful=True)
+    features, labels = samples(expansion, tasks)
+    assert (features == 0).any()  # the ReLU is there
+    eye = torch.eye(WIDTH, dtype=torch.float64)
+    expected = torch.linalg.solve(features.T @ features + 100 * eye, features.T @ labels)
+    assert error(solution.weights, expected) < 1e-8
+    inverse, weights = eye / 100, torch.zeros(WIDTH, 5, dtype=torch.float64)
+    for block, y in zip(features.split(16), labels.split(16), strict=True):
+        middle = torch.linalg.inv(torch.eye(len(block), dtype=torch.float64) + block @ inverse @ block.T)
+        inverse = inverse - inverse @ block.T @ middle @ block @ inverse
+        weights = weights + inverse @ block.T @ (y - block @ weights)
+    assert error(solution.weights, weights) < 1e-8
+    assert torch.equal(solution.scores(features), features @ solution.weights)
+    assert solution.ridge == 100
+    assert solution.rejection is None
+
+
+def foretold(expansion: Expansion, tasks: dict[str, Tensor], factor: float) -> tuple[float, Tensor, Tensor]:
+    """`unseen` by explicit matrices over the prompts."""
+    features, labels = samples(expansion, tasks)
+    shares = labels @ (1 / (len(tasks) * labels.sum(0)))
+    mean = shares @ features
+    centred = features - mean
+    gram = centred.T @ (shares[:, None] * centred)
+    matrix = gram + factor * gram.diagonal().mean() * torch.eye(len(mean))
+    weights = torch.linalg.solve(matrix, centred.T @ (shares[:, None] * (labels - 1 / len(tasks))))
+    leverage = (centred @ torch.linalg.inv(matrix) * centred).sum(1)
+    per_task = labels / labels.sum(0)
+    own = 1 - per_task.T @ (shares * (1 + leverage))
+    squares = per_task.T @ (labels - 1 / len(tasks) - centred @ weights).square() / own[:, None].square()
+    return float(squares.sum() / len(tasks)), squares.diagonal().sqrt(), per_task.T @ leverage / own
+
+
+@pytest.mark.parametrize("count", [6, 40, 400])
+def test_ridge_and_distances_are_foretold_from_the_sums(count: int) -> None:
+    expansion, tasks = exact(count, width=64)
+    parts = {name: gather(rows, expansion) for name, rows in tasks.items()}
+    solution = solve(parts)
+    errors = {factor: foretold(expansion, tasks, factor)[0] for factor in rls.RIDGES}
+    assert solution.ridge == min(errors, key=errors.__getitem__)
+    _, shortfall, leverage = foretold(expansion, tasks, solution.ridge)
+    assert solution.rejection is not None
+    assert error(solution.rejection.shortfall, shortfall) < 1e-6
+    assert error(solution.rejection.leverage, leverage) < 1e-6
+
+
+def test_what_is_foretold_comes_true() -> None:
+    """The error on prompts that were left out one by one, with a task of few prompts among large ones."""
+    expansion = Expansion(DIM, 64, seed=3)
+    tasks = {f"task{t}": expansion.rows(pooled(t, count)) for t, count in enumerate((60, 12, 40))}
+    features, labels = samples(expansion, tasks)
+    shares = labels @ (1 / (3 * labels.sum(0)))
+    for factor in (0.03, 0.3, 3.0):
+        mean = shares @ features
+        ridge = factor * float((shares @ features.square() - mean.square()).mean())
+        per_task = torch.zeros(3, dtype=torch.float64)
+        for i in range(len(features)):
+            kept = shares.clone()
+            kept[i] = 0
+            centre, target = kept @ features / kept.sum(), kept @ labels / kept.sum()
+            x, y = features - centre, labels - target
+            gram = x.T @ (kept[:, None] * x) + ridge * torch.eye(64)
+            score = x[i] @ torch.linalg.solve(gram, x.T @ (kept[:, None] * y)) + target
+            t = int(labels[i].argmax())
+            per_task[t] += (labels[i] - score).square().sum() / labels[:, t].sum()
+        assert foretold(expansion, tasks, factor)[0] == pytest.approx(float(per_task.mean()), rel=0.15)
+
+
+def test_prompts_of_no_task_are_rejected_and_others_are_not() -> None:
+    expansion = Expansion(DIM, 256, seed=3)
+    parts = {f"task{t}": gather(expansion.rows(pooled(t, 150, 0.5)), expansion) for t in range(4)}
+    solution = solve(parts)
+
+    def route(seed: int) -> Tensor:
+        # Of the same task, and not the prompts that were gathered.
+        return solution.route(expansion.features(expansion.rows(pooled(seed, 1150, 0.5)[150:])))[0]
+
+    for t in range(4):
+        index = route(t)
+        assert float((index == t).double().mean()) > 0.96
+        assert float((index == -1).double().mean()) < 0.03
+    for other in range(10, 16):
+        assert float((route(other) == -1).double().mean()) > 0.9
+    assert (solve(parts, reject=False).route(torch.zeros(1, 256))[0] >= 0).all()
+
+
+@pytest.mark.parametrize("count", [20, 500])
+def test_a_single_task_takes_its_prompts_and_no_others(count: int) -> None:
+    expansion = Expansion(DIM, 256, seed=3)
+    states = pooled(0, count + 1000, 0.5)
+    solution = solve({"only": gather(expansion.rows(states[:count]), expansion)})
+    index, margin, distance = solution.route(expansion.features(expansion.rows(states[count:])))
+    assert float((index == 0).double().mean()) > 0.95
+    assert torch.isfinite(margin).all()
+    assert float(distance.mean()) == pytest.approx(2, rel=0.2)
+    far = solution.route(expansion.features(expansion.rows(pooled(10, 1000, 0.5))))[0]
+    assert float((far == -1).double().mean()) > (0.9 if count == 500 else 0.5)
+
+
+def test_margin_is_the_lead_over_the_second_best() -> None:
+    expansion, tasks = exact(40)
+    solution = solve({name: gather(rows, expansion) for name, rows in tasks.items()}, reject=False)
+    features = expansion.features(tasks["task1"])
+    index, margin, distance = solution.route(features)
+    ranked = solution.scores(features).sort(1, descending=True)
+    assert torch.equal(index, ranked.indices[:, 0])
+    assert torch.equal(margin, ranked.values[:, 0] - ranked.values[:, 1])
+    assert not distance.any()
+
+
+def test_what_cannot_be_solved_is_refused() -> None:
+    expansion, tasks = exact(10)
+    parts = {name: gather(rows, expansion) for name, rows in tasks.items()}
+    with pytest.raises(ValueError, match="'empty' has no samples"):
+        solve({**parts, "empty": gather(tasks["task0"][:0], expansion)})
+    with pytest.raises(ValueError, match=r"not positive definite with λ = .*give a larger ridge"):
+        solve(parts, ridge=1e-30)
+    with pytest.raises(ValueError, match=r"not positive definite with λ = 1e-30"):
+        solve(parts, ridge=1e-30, faithful=True)
+    with pytest.raises(ValueError, match="the same features"):
+        solve({"a": gather(tasks["task0"][:1], expansion)})
+    broken = Statistics(parts["task0"].gram * math.nan, parts["task0"].total, parts["task0"].count)
+    with pytest.raises(ValueError, match="not finite"):
+        solve({**parts, "task0": broken})

@@ -58,7 +58,7 @@ class Checkpoints:
                 for path in write():
                     _sync(path)
                     self._left[str(path.relative_to(self.folder.parent))] = _facts(path)
-            except OSError as error:
+            except (OSError, Failure) as error:
                 problem = str(error)
         if problem := dist.from_main(problem):
             raise Failure(f"{self.folder.parent}: cannot be written ({problem}); make room and run again to go on")

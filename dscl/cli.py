@@ -13,6 +13,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -59,8 +60,8 @@ ROUTE_EXAMPLE = """example:
       --task law=adapters/law=law.jsonl
 
 Writes an export of PEFT adapters that were trained elsewhere. Some prompts of every task (hundreds, if there are) pass
-through the lower layers of the base model; nothing is trained. Prompts stand one a line in a .txt file, or in a .json or
-.jsonl file as texts or as {"prompt": ...}."""
+through the lower layers of the base model; nothing is trained. Prompts stand one a line in a .txt file, or as texts or
+as {"prompt": ...} in a .json or .jsonl file."""
 
 VERBS = {
     "train": ("train a recipe's stream of tasks", TRAIN_EXAMPLE),
@@ -145,8 +146,7 @@ def _run(options: argparse.Namespace) -> int:
 def _serve(options: argparse.Namespace) -> int:
     if options.verb == "generate":
         return _generate(options)
-    from dscl import export
-
+    export = _export()
     folder = Path(options.folder).expanduser()
     if options.verb == "export":
         export.export(Path(options.run).expanduser(), folder)
@@ -163,12 +163,10 @@ def _generate(options: argparse.Namespace) -> int:
     place = Path(options.place).expanduser()
     if (place / serve.DESCRIPTION).is_file():
         description = serve.read_description(place, options.base)
+    elif options.base is not None:
+        raise UserError("--base: only for an export; a run's base model is the one that its recipe names")
     else:
-        from dscl import export  # with the training's imports, which an export does without
-
-        if options.base is not None:
-            raise UserError("--base: only for an export; a run's base model is the one that its recipe names")
-        description = export.describe(place)
+        description = _export().describe(place)
     model = serve.open_model(description)
     for start in range(0, len(prompts), AT_ONCE):
         some = prompts[start : start + AT_ONCE]
@@ -181,6 +179,15 @@ def _generate(options: argparse.Namespace) -> int:
                 margin = "" if answer.margin is None else f", margin {answer.margin:.2f}"
                 print(f"[{answer.task or 'base'}{margin}] {answer.text}", flush=True)
     return 0
+
+
+def _export() -> Any:
+    """The module that reads runs. DeepSpeed comes with it, and would warn where there is no GPU to be found."""
+    from dscl import dist
+
+    if dist.device().type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    return import_module("dscl.export")
 
 
 def _prompts(options: argparse.Namespace) -> list[str]:

@@ -52,10 +52,12 @@ class Exam:
 
 
 class Mark(NamedTuple):
-    """A task's score in 0…1 and, where the method decides which task a prompt belongs to, how often it was right."""
+    """A task's score in 0…1 and, where the method decides which task a prompt belongs to, the shares of prompts that
+    went to their own task and to none."""
 
     score: float
     routed: float | None = None
+    rejected: float | None = None
 
 
 def take(
@@ -72,7 +74,7 @@ def take(
     mine = order[dist.rank() :: dist.world()]
     rounds = -(-len(order) // (dist.world() * config.batch))
     metric, pad = METRICS[exam.task.metric], pad_id(tokenizer)
-    total, routes = torch.zeros(3, dtype=torch.float64), None
+    total, routes = torch.zeros(4, dtype=torch.float64), None
     was_training = module.training
     module.eval()
     with torch.no_grad():
@@ -89,10 +91,10 @@ def take(
                     answers = [tokenizer.decode(row, skip_special_tokens=True).strip() for row in tokens]
                 names = routes or [None] * len(answers)
                 for index, answer, name in zip(chosen, answers, names, strict=False):
-                    right = float(name == exam.task.name)
-                    total += torch.tensor([metric(answer, samples[index].references), 1.0, right])
+                    went = float(name == exam.task.name), float(name is None)
+                    total += torch.tensor([metric(answer, samples[index].references), 1.0, *went])
             said(number + 1, rounds)
     module.train(was_training)
-    score, count, right = dist.sum_(total.to(engine.device)).tolist()
+    score, count, right, rejected = dist.sum_(total.to(engine.device)).tolist()
     assert count == len(samples), f"{count} of {len(samples)} samples of {exam.task.name} were evaluated"
-    return Mark(score / count, None if routes is None else right / count)
+    return Mark(score / count) if routes is None else Mark(score / count, right / count, rejected / count)

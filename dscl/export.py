@@ -43,7 +43,8 @@ def describe(run_dir: Path) -> Description:
         router = router or Router(part.spec, recipe.method.ridge, bool(recipe.method.reject))
         router.add(name, part.statistics(name))
     assert router is not None
-    model = ModelConfig(_lasting(recipe.model.name), recipe.model.shape, str(_tokenizer_folder(recipe).absolute()))
+    base = recipe.model.name and serve.lasting(recipe.model.name)
+    model = ModelConfig(base, recipe.model.shape, str(_tokenizer_folder(recipe).absolute()))
     return Description(model, recipe.seed, tasks, router)
 
 
@@ -92,7 +93,7 @@ def route_existing(
         prompt_limit=max_length,
         precision=precision,
     )
-    model = ModelConfig(_lasting(base), tokenizer=place)
+    model = ModelConfig(serve.lasting(base), tokenizer=place)
     made = serve.open_model(Description(model, 0, {}, Router(spec)), slots=len(tasks))
     for name, (adapter, _) in tasks.items():
         made.add(name, adapter, prompts[name])
@@ -127,12 +128,6 @@ def _tokenizer_folder(recipe: Recipe) -> Path:
     dtype = DTYPES[recipe.train.precision]
     backbone = open_backbone(recipe.model, seed=recipe.seed, dtype=dtype, cache=recipe.data.cache, texts=texts)
     return Path(backbone.tokenizer.name_or_path)
-
-
-def _lasting(name: str | None) -> str | None:
-    """A model's name that holds from any working directory: the full path of a folder, or a hub id as it stands."""
-    folder = Path(name or "").expanduser()
-    return str(folder.absolute()) if name and folder.is_dir() else name
 
 
 def _show(folder: Path, description: Description) -> None:

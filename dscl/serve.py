@@ -131,29 +131,8 @@ class Model:
         if isinstance(task, str):
             self._check_there(task)
         answers: dict[int, Answer] = {}
-        eos, pad = self._tokenizer.eos_token_id, pad_id(self._tokenizer)
         for places, tensors in self._batches(prompts, batch):
-            routes: list[Route] = []
-
-            def decide(pooled: torch.Tensor, routes: list[Route] = routes) -> list[int | None]:
-                routes += self._decide(pooled)
-                return [self._bank.slot(route.task) for route in routes]
-
-            slots = None
-            if not isinstance(task, EllipsisType):
-                slots = [self._bank.slot(task)] * len(places)
-            elif any(layer_of(path) < self._router.spec.layer for path in self._bank.layers):
-                slots = decide(self._pooled(tensors))
-            with torch.no_grad(), self._routing.answering(tensors.prompts, decide):
-                if slots is not None:
-                    self._routing.choose(slots, self._like)
-                rows = generate(self._module, tensors, max_new_tokens, eos, pad)
-            for i, (place, row) in enumerate(zip(places, rows, strict=True)):
-                text = self._tokenizer.decode(row, skip_special_tokens=True).strip()
-                if isinstance(task, EllipsisType):
-                    answers[place] = Answer(text, routes[i].task, routes[i].margin, routes[i].distance)
-                else:
-                    answers[place] = Answer(text, task, None, None)
+            answers.update(zip(places, self._answer(tensors, max_new_tokens, task), strict=True))
         return [answers[place] for place in range(len(prompts))]
 
     def add(self, name: str, adapter_folder: str | Path, prompts: Sequence[str]) -> None:
@@ -207,6 +186,28 @@ class Model:
             places = order[start : start + size]
             tensors = prompt_batch([ids[place] for place in places], pad_id(self._tokenizer), bos_id(self._tokenizer))
             yield places, tensors.to(self._like.device)
+
+    def _answer(self, tensors: PromptBatch, max_new_tokens: int, task: str | EllipsisType | None) -> list[Answer]:
+        routes: list[Route] = []
+
+        def decide(pooled: torch.Tensor) -> list[int | None]:
+            routes.extend(self._decide(pooled))
+            return [self._bank.slot(route.task) for route in routes]
+
+        slots = None  # decided on the way
+        if not isinstance(task, EllipsisType):
+            slots = [self._bank.slot(task)] * len(tensors.prompts)
+        elif any(layer_of(path) < self._router.spec.layer for path in self._bank.layers):
+            slots = decide(self._pooled(tensors))
+        with torch.no_grad(), self._routing.answering(tensors.prompts, decide):
+            if slots is not None:
+                self._routing.choose(slots, self._like)
+            eos, pad = self._tokenizer.eos_token_id, pad_id(self._tokenizer)
+            rows = generate(self._module, tensors, max_new_tokens, eos, pad)
+        texts = [self._tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
+        if not isinstance(task, EllipsisType):
+            return [Answer(text, task, None, None) for text in texts]
+        return [Answer(text, r.task, r.margin, r.distance) for text, r in zip(texts, routes, strict=True)]
 
     def _pooled(self, tensors: PromptBatch) -> torch.Tensor:
         """The pooled hidden states of a batch, by a pass of the bare model that ends at the feature layer."""
@@ -265,7 +266,7 @@ def load(folder: str | Path, base: str | None = None, device: str | None = None,
     `base`: where the base model lies, if not where it lay when the export was written. `device`: a GPU where there is
     one. `slots`: room for so many tasks, should any be added; by default for those that are there.
     """
-    return open_model(read_description(Path(folder).expanduser(), base), device, slots)
+    return open_model(read_description(Path(folder).expanduser().absolute(), base), device, slots)
 
 
 def open_model(description: Description, device: str | None = None, slots: int | None = None) -> Model:
@@ -312,7 +313,7 @@ def read_description(folder: Path, base: str | None = None) -> Description:
     except (LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not the description of an export ({error!r}); copy it again") from None
     if base is not None:
-        model = ModelConfig(name=base)
+        model = ModelConfig(name=lasting(base))
     elif model.name is not None and Path(model.name).is_absolute() and not Path(model.name).is_dir():
         raise UserError(
             f"{folder}: its base model was at {model.name}, and is not there; say where it lies now (base=..., --base)"
@@ -329,6 +330,7 @@ def read_description(folder: Path, base: str | None = None) -> Description:
 def write(description: Description, folder: Path) -> None:
     """Write an export, in place of an earlier one; a process that is killed leaves no half of one by that name."""
     refuse_other(folder)
+    folder = folder.resolve()
     if not description.tasks:
         raise UserError(f"{folder}: there is no task to write; add one first")
     model, router = description.model, description.router
@@ -359,6 +361,12 @@ def write(description: Description, folder: Path) -> None:
         raise Failure(f"{folder}: the export cannot be written ({error.strerror or error})") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def lasting(name: str) -> str:
+    """A model's name that holds from any working directory: the full path of a folder, or a hub id as it stands."""
+    folder = Path(name).expanduser()
+    return str(folder.absolute()) if folder.is_dir() else name
 
 
 def refuse_other(folder: Path) -> None:

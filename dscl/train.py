@@ -42,7 +42,9 @@ class Position:
     total: int = 0  # steps done in the whole run
     before: list[float] | None = None
     matrix: list[list[float | None]] = field(default_factory=list)
-    routing: list[list[float | None]] = field(default_factory=list)  # shares of prompts that went to their own task
+    # Where a method routes: the shares of prompts that went to their own task, and to none.
+    routed: list[list[float | None]] = field(default_factory=list)
+    rejected: list[list[float | None]] = field(default_factory=list)
 
     def name(self) -> str:
         """Of this position's checkpoint; later positions sort after earlier ones."""
@@ -72,7 +74,7 @@ def train(recipe: Recipe) -> None:
             lesson = job.lessons[position.task]
             if not position.learned:
                 learn(engine, job, lesson, position, checkpoints, observer)
-                end(engine, job, lesson, position, checkpoints)
+                end(engine, job, lesson, position, checkpoints, observer)
                 position.learned = True
                 save(checkpoints, position, engine, job)
             row = [
@@ -80,7 +82,8 @@ def train(recipe: Recipe) -> None:
                 for index, other in enumerate(job.lessons)
             ]
             position.matrix.append([mark and mark.score for mark in row])
-            position.routing.append([mark and mark.routed for mark in row])
+            position.routed.append([mark and mark.routed for mark in row])
+            position.rejected.append([mark and mark.rejected for mark in row])
             position.task, position.step, position.learned = position.task + 1, 0, False
             save(checkpoints, position, engine, job)  # before scores.json may say that the run is complete
             observer.scores(publish(recipe, job, position))
@@ -113,10 +116,13 @@ def learn(
             save(checkpoints, position, engine, job)
 
 
-def end(engine: Engine, job: Job, lesson: Lesson, position: Position, checkpoints: Checkpoints) -> None:
+def end(
+    engine: Engine, job: Job, lesson: Lesson, position: Position, checkpoints: Checkpoints, observer: Observer
+) -> None:
     """The task's last step is done: the method takes from it what it keeps."""
     name = lesson.task.name
-    job.method.end_task(position.task, name, Ranks(engine.whole, dist.sum_, dist.is_main()))
+    if told := job.method.end_task(position.task, name, Ranks(engine.whole, dist.sum_, dist.is_main())):
+        observer.note(told)
     checkpoints.leave(lambda: job.method.leave(job.recipe.folder, name))
 
 
@@ -163,8 +169,8 @@ def publish(recipe: Recipe, job: Job, position: Position) -> dict[str, Any]:
         before=position.before,
         complete=position.task == len(job.lessons),
     )
-    if any(share is not None for row in position.routing for share in row):
-        document["routing"] = position.routing
+    if any(share is not None for row in position.routed for share in row):
+        document |= {"routed": position.routed, "rejected": position.rejected}
     if dist.is_main():
         path = recipe.folder / "scores.json"
         try:
@@ -276,6 +282,7 @@ def evaluate(run_dir: str, assignments: Sequence[str]) -> None:
     found: dict[str, Any] = {"checkpoint": newest.name, "tasks_trained": position.task}
     found["scores"] = {name: mark.score for name, mark in marks.items()}
     if any(mark.routed is not None for mark in marks.values()):
-        found["routing"] = {name: mark.routed for name, mark in marks.items()}
+        found["routed"] = {name: mark.routed for name, mark in marks.items()}
+        found["rejected"] = {name: mark.rejected for name, mark in marks.items()}
     if dist.is_main():
         print(json.dumps(found), flush=True)

@@ -98,8 +98,8 @@ def test_program_answers_at_once_and_needs_no_torch() -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ([], "no verb given; allowed: train, eval; see dscl --help"),
-        (["trian"], "trian: no such verb (did you mean 'train'?); allowed: train, eval; see dscl --help"),
+        ([], "no verb given; allowed: train, eval, generate, export, route-existing; see dscl --help"),
+        (["trian"], "trian: no such verb (did you mean 'train'?); allowed: train, eval, generate, export, route-exi"),
         (["--fast"], "the following arguments are required: VERB; see dscl --help"),
         (["train"], "the following arguments are required: RECIPE.yaml; see dscl train --help"),
         (["train", "--nproc"], "argument --nproc: expected one argument; see dscl train --help"),
@@ -113,6 +113,13 @@ def test_program_answers_at_once_and_needs_no_torch() -> None:
             "--dry-run: not understood; allowed: key=value and options, see dscl eval --help",
         ),
         (["train", "r.yaml", "--dry-run", "more"], "more: not understood; allowed: key=value and options, see"),
+        (["generate"], "the following arguments are required: RUN_DIR|EXPORT; see dscl generate --help"),
+        (["generate", "out", "--nproc", "2"], "--nproc: not understood; allowed: options, see dscl generate --help"),
+        (["generate", "out", "train.lr=1"], "train.lr=1: not understood; allowed: options, see dscl generate --help"),
+        (["generate", "out", "--max-new-tokens", "x"], "argument --max-new-tokens: invalid int value: 'x'; see dscl"),
+        (["export", "out"], "the following arguments are required: DIR; see dscl export --help"),
+        (["export", "out", "made", "more"], "more: not understood; allowed: options, see dscl export --help"),
+        (["route-existing", "made"], "the following arguments are required: --base, --task; see dscl route-existing"),
         (["train", "r.yaml", "--nproc", "0"], "--nproc: given '0'; allowed: a whole number of at least 1, or auto"),
         (["train", "r.yaml", "--nproc=x"], "--nproc: given 'x'; allowed: a whole number of at least 1, or auto"),
     ],
@@ -124,6 +131,22 @@ def test_wrong_words_are_told_in_one_line(words: list[str], told: str, capsys: p
 def test_nproc_within_another_launcher(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RANK", "0")
     assert "a launcher has already started the ranks" in refusal(capsys, "train", "r.yaml", "--nproc", "2")
+
+
+@pytest.mark.parametrize("words", [["generate", "out"], ["export", "out", "made"]])
+def test_verbs_of_one_process_within_a_launcher(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert f"{words[0]}: runs in one process; start it without a launcher" in refusal(capsys, *words)
+
+
+@pytest.mark.parametrize("words", [["generate", "no-such", "--prompt", "x"], ["export", "no-such", "made"]])
+def test_no_run_to_serve(words: list[str]) -> None:
+    done = dscl(*words, DS_ACCELERATOR="cuda")  # DeepSpeed is told where there is none, and has nothing to say
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("dscl: no-such: no run there (it would hold recipe.yaml) and no export (dscl.json); ")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

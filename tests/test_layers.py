@@ -27,8 +27,13 @@ LAYERS = {
 }
 # What only one file may import.
 ALONE = {"deepspeed": "dscl.engine", "torch.distributed": "dscl.dist"}
-# What a folder may not import although it stands higher: data knows no ranks; a method neither steps nor communicates.
-BARRED = {"dscl.data": ("dscl.dist", "dscl.model"), "dscl.methods": ("dscl.dist", "dscl.engine")}
+# What a part may not import although it stands as high: data knows no ranks; a method neither steps nor communicates;
+# what serves needs no DeepSpeed.
+BARRED = {
+    "dscl.data": ("dscl.dist", "dscl.model"),
+    "dscl.methods": ("dscl.dist", "dscl.engine"),
+    "dscl.serve": ("dscl.engine",),
+}
 # All that a folder may import beside itself and the standard library.
 ONLY = {"dscl.maths": ("torch",)}
 
@@ -116,6 +121,8 @@ def test_house_is_in_order() -> None:
         ("dscl.evaluate", "import torch\ntorch.distributed.barrier()"),
         ("dscl.methods.sequential", "from dscl.engine import Engine"),
         ("dscl.methods.sequential", "from dscl import dist"),
+        ("dscl.serve", "from dscl.engine import DTYPES"),
+        ("dscl.serve", "from dscl.methods.asr import Asr"),
         ("dscl.maths.scores", "import numpy"),
         ("dscl.maths.scores", "from dscl.errors import UserError"),
         ("dscl.train", "from dscl import cli"),

@@ -91,12 +91,14 @@ def table(rows: list[tuple[str, dict[str, Any], float]]) -> str:
 
 
 def routing(rows: list[tuple[str, dict[str, Any], float]]) -> str:
-    """The share of each task's test prompts that went to their own task, after the last task."""
-    lines = [f"| share routed right | {' | '.join(ORDER)} |", "|---" * (len(ORDER) + 1) + "|"]
+    """Where each task's test prompts went after the last task: to another task, and to none (rejected)."""
+    lines = [f"| shares sent to another task, to none | {' | '.join(ORDER)} |", "|---" * (len(ORDER) + 1) + "|"]
     for name, scores, _ in rows:
-        if "routing" in scores:
-            last = dict(zip(scores["tasks"], scores["routing"][-1], strict=True))
-            lines.append(f"| {name} | {' | '.join(f'{last[task]:.3f}' for task in ORDER)} |")
+        if "routed" in scores:
+            shares = zip(scores["routed"][-1], scores["rejected"][-1], strict=True)
+            last = dict(zip(scores["tasks"], shares, strict=True))
+            cells = [f"{1 - right - none:.3f}, {none:.3f}" for right, none in (last[task] for task in ORDER)]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

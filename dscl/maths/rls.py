@@ -32,7 +32,8 @@ CHUNK = 4096  # prompts whose features are in memory at once
 STRIPE = 512  # rows of a Gram matrix that are computed at once
 PAPER_RIDGE = 100.0
 LARGEST_CONDITION = 1e14  # beyond it hardly a digit of the weights is right
-RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # times the mean diagonal of the Gram matrix
+# Ridges to choose from, as multiples of the Gram matrix's mean diagonal: upwards from the usual one, and downwards.
+UPWARDS, DOWNWARDS = (0.1, 0.3, 1.0, 3.0, 10.0), (0.03, 0.01, 0.003)
 FAR = 5.5  # see `Rejection`
 
 
@@ -59,8 +60,8 @@ class Expansion:
         if not torch.isfinite(pooled).all():
             raise ValueError("the pooled hidden states hold values that are not finite")
         if not self.exact:
-            return pooled.float()
-        pooled = pooled.double()
+            return pooled.detach().float()
+        pooled = pooled.detach().double()
         size = pooled.abs().mean(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
         return (pooled * (SCALE / size)).round().clamp(-ROW_LIMIT, ROW_LIMIT).to(torch.int8)
 
@@ -70,7 +71,8 @@ class Expansion:
             return (rows.double() @ self._at(rows.device, torch.float64)).relu_()
         largest = int(rows.abs().sum(1, dtype=torch.int64).max()) * ENTRY_LIMIT + self.divisor if len(rows) else 0
         kind = torch.float32 if largest < EXACT else torch.float64
-        product = (rows.to(kind) @ self._at(rows.device, kind)).relu_()
+        with torch.autocast(rows.device.type, enabled=False):  # prompts are routed within a model's forward pass
+            product = (rows.to(kind) @ self._at(rows.device, kind)).relu_()
         product.add_(self.divisor // 2).mul_(1.0 / self.divisor).floor_().clamp_(max=FEATURE_LIMIT)
         return product.float()
 
@@ -184,7 +186,8 @@ class Rejection:
     Two things tell text of no task: no task claims it with the score that its own prompts get, and it lies where there
     were no prompts, so that its leverage `φ(G + λI)⁻¹φᵀ` is large. Each is divided by its average over the task's own
     prompts, which the statistics tell: of the prompts that were fitted, and by way of their leverage also of others.
-    So one limit suits any tasks, widths and layers: beyond FAR lies about one in a hundred of a task's own prompts.
+    So one limit suits any tasks, widths and layers: beyond FAR lies about one in a hundred of a task's own prompts. On
+    real text the sum told more than either part, and most when leverage counts twice.
     """
 
     factor: Tensor  # lower Cholesky factor of the system
@@ -232,8 +235,8 @@ def solve(
 ) -> Solution:
     """The router of these tasks, by Cholesky factorisation in fp64.
 
-    `ridge` is a multiple of the centred Gram matrix's mean diagonal; by default the one of RIDGES with the smallest
-    error on other prompts than those of the sums, which the sums foretell. In the paper's form (`faithful`) it is λ
+    `ridge` is a multiple of the centred Gram matrix's mean diagonal; by default the one with the smallest error of
+    several on other prompts than those of the sums, which the sums foretell. In the paper's form (`faithful`) it is λ
     itself, by default 100, nothing is centred, every prompt counts alike, and no prompt is rejected.
     """
     names = tuple(sorted(tasks))  # summed in this order, whatever order the tasks came in
@@ -248,14 +251,14 @@ def solve(
         fit = system.fit(ridge)
         return Solution(names, fit.weights, system.mean, 0.0, ridge, fit.condition, None)
     system = _System(parts, [1.0 / (len(parts) * int(part.count)) for part in parts], centred=True)
-    # The error falls and rises again along RIDGES.
     best: tuple[float, float, _Fit, Rejection] | None = None
-    for candidate in RIDGES if ridge is None else (ridge,):
-        fit = system.fit(candidate * system.scale)
-        error, rejection = system.unseen(fit)
-        if best is not None and error >= best[0]:
-            break
-        best = error, candidate, fit, rejection
+    for way in (UPWARDS, DOWNWARDS) if ridge is None else ((ridge,),):
+        for candidate in way:
+            fit = system.fit(candidate * system.scale)
+            error, rejection = system.unseen(fit)
+            if best is not None and error >= best[0]:
+                break  # along the ridges the error falls and then rises
+            best = error, candidate, fit, rejection
     assert best is not None
     _, chosen, fit, rejection = best
     kept = rejection if reject else None

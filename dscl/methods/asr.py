@@ -42,9 +42,11 @@ class AsrConfig:
     name: str = key("asr")
     faithful: bool = key(False, help="the paper's settings and its features in floating point; sets all keys below")
     feature_layer: int | None = key(
-        None, at_least=1, help="layers below are never adapted, the features are its input; default: an eighth of all"
+        None,
+        at_least=1,
+        help="layers below are never adapted, the features are its input; default: an eighth of all, from 2",
     )
-    width: int | None = key(None, at_least=8, at_most=65536, help="features; default: twice the hidden size, from 1024")
+    width: int | None = key(None, at_least=8, at_most=65536, help="features; default: twice the hidden size, from 2048")
     ridge: float | None = key(
         None, above=0.0, help="in units of the features' mean square; default: chosen from the statistics"
     )
@@ -75,8 +77,14 @@ class Asr(Method):
         self.routing = Routing(capacity=len(facts.tasks), rank=config.lora.rank)
         self._samples: list[int] = []
         self._rows: list[torch.Tensor] = []
+        self._finite: list[torch.Tensor] = []
 
     def prepare(self, model: nn.Module) -> nn.Module:
+        if not isinstance(getattr(getattr(model, "model", None), "layers", None), nn.ModuleList):
+            raise UserError(
+                "method.name: asr needs a model whose layers stand in model.layers (llama, mistral, qwen2, ...); "
+                f"this is a {type(model).__name__}"
+            )
         device = next(model.parameters()).device
         self.router = Router(self._spec(model.config), self.config.ridge, bool(self.config.reject), device)
         layer = self.router.spec.layer
@@ -102,16 +110,19 @@ class Asr(Method):
             loss = answer_loss(model, batch)
         # The answer stands behind its prompt, which therefore does not see it: these are the features of serving.
         self._samples += batch.samples
-        self._rows.append(self.router.rows(pooled()))
+        states = pooled()
+        self._finite.append(states.isfinite().all(1))  # not looked at now, which would make a GPU wait
+        self._rows.append(self.router.expansion.rows(states.nan_to_num()))
         return loss
 
-    def end_task(self, index: int, name: str, ranks: Ranks) -> None:
-        assert len(set(self._samples)) == len(self._samples), "a sample was counted twice"
-        statistics = gather(self._gathered(), self.router.expansion)
+    def end_task(self, index: int, name: str, ranks: Ranks) -> str:
+        samples, rows = self._gathered()
+        assert len(set(samples)) == len(samples), "a sample was counted twice"
+        statistics = gather(rows, self.router.expansion)
         for tensor in statistics.tensors():
             ranks.sum_(tensor)
         self.router.add(name, statistics)
-        self._samples, self._rows = [], []
+        self._samples, self._rows, self._finite = [], [], []
         trained = ranks.whole()
         layers = {}
         for path, layer in self.bank.layers.items():
@@ -119,6 +130,11 @@ class Asr(Method):
             layers[path] = Pair(a, b, layer.scale)
         self._adapter = Adapter(name, self.facts.base, layers)
         self.bank.add(self._adapter, self._slot(name))
+        solution = self.router.solution()
+        return (
+            f"task {name}: {int(statistics.count)} prompts join the router, which knows {len(solution.names)} tasks "
+            f"(ridge {solution.ridge:g}, condition {solution.condition:.1e})"
+        )
 
     def leave(self, folder: Path, name: str) -> list[Path]:
         adapter = folder / "adapters" / file_name(name)
@@ -152,14 +168,21 @@ class Asr(Method):
             yield decided
 
     def rows(self) -> dict[str, torch.Tensor]:
-        return {"samples": torch.tensor(self._samples, dtype=torch.int64), "features": self._gathered().cpu()}
+        samples, rows = self._gathered()
+        return {"samples": torch.tensor(samples, dtype=torch.int64), "features": rows.cpu()}
 
     def load_state(self, state: dict[str, torch.Tensor], rows: dict[str, torch.Tensor]) -> None:
         self._samples, self._rows = rows["samples"].tolist(), [rows["features"]]
+        self._finite = [torch.ones(len(self._samples), dtype=torch.bool)]
 
-    def _gathered(self) -> torch.Tensor:
-        empty = self.router.rows(torch.zeros(0, self.router.spec.dim))
-        return torch.cat([empty.to(self._rows[-1].device), *self._rows]) if self._rows else empty
+    def _gathered(self) -> tuple[list[int], torch.Tensor]:
+        """The task's prompts so far. One whose state is not finite does not count; its step has been told of."""
+        if not self._rows:
+            return [], self.router.rows(torch.zeros(0, self.router.spec.dim))
+        device = self._rows[-1].device
+        finite = torch.cat([mask.to(device) for mask in self._finite])
+        rows = torch.cat([part.to(device) for part in self._rows])
+        return [sample for sample, ok in zip(self._samples, finite.tolist(), strict=True) if ok], rows[finite]
 
     def _slot(self, name: str) -> int:
         """Of the tasks by name, so that the bank is the same in every order of tasks."""
@@ -167,7 +190,8 @@ class Asr(Method):
 
     def _spec(self, model: Any) -> Spec:
         layers, dim = model.num_hidden_layers, model.hidden_size
-        layer = max(1, layers // 8) if self.config.feature_layer is None else self.config.feature_layer
+        default = min(max(2, layers // 8), layers - 1)
+        layer = default if self.config.feature_layer is None else self.config.feature_layer
         if layer >= layers:
             raise UserError(
                 f"method.feature_layer: given {layer}; the model has {layers} layers, of which at least the last is "
@@ -177,7 +201,7 @@ class Asr(Method):
             kind="paper" if self.config.faithful else "exact",
             layer=layer,
             dim=dim,
-            width=self.config.width or max(1024, 2 * dim),
+            width=self.config.width or max(2048, 2 * dim),
             seed=self.facts.seed,
             model=self.facts.model,
             tokenizer=self.facts.tokenizer,

@@ -67,8 +67,9 @@ class Method(ABC):
         """The sum (not the mean) over the batch's target tokens; the engine divides by the global count."""
         return answer_loss(model, batch)
 
-    def end_task(self, index: int, name: str, ranks: Ranks) -> None:  # noqa: B027 - optional
-        """The task's last step is done; the task has not been evaluated yet."""
+    def end_task(self, index: int, name: str, ranks: Ranks) -> str:
+        """The task's last step is done; the task has not been evaluated yet. What is returned is shown to the user."""
+        return ""
 
     def leave(self, folder: Path, name: str) -> list[Path]:
         """On the main rank: write what an ended task leaves for ever into the run's folder, and say which files."""

@@ -16,8 +16,10 @@ from safetensors import safe_open
 from dscl import evaluate, train
 from dscl.data.batches import prompt_batch
 from dscl.job import open_job
-from dscl.methods.asr import Asr
+from dscl.methods import asr
+from dscl.methods.asr import PAPER, Asr
 from dscl.model import decode
+from dscl.model.routed import Routing
 from dscl.recipe import resolve
 from tests.distributed.test_run import metrics, outcome, recipe_of, run, run_until
 
@@ -118,7 +120,7 @@ def test_ranks_and_stages_change_at_most_few_entries(ranks: Any, tasks: Path, wo
             assert differing == 0
         seen = metrics(run_dir)
         assert [r["loss"] for r in seen] == pytest.approx([r["loss"] for r in losses], rel=1e-4)
-        assert scores(run_dir)["routing"] == scores(tasks / f"reference{world}")["routing"]
+        assert scores(run_dir)["routed"] == scores(tasks / f"reference{world}")["routed"]
 
 
 DEATHS = [
@@ -225,7 +227,7 @@ def mixed(document: dict[str, Any]) -> tuple[float, float, float, int]:
         for number in range(lesson.steps):
             plan = lesson.schedule.step(number)
             engine.step(job.method.loss, lesson.micro_batches(number), targets=plan.targets, lr=1e-2)
-        train.end(engine, job, lesson, train.Position(), NoFiles())  # type: ignore[arg-type]
+        train.end(engine, job, lesson, train.Position(), Nothing(), Nothing())  # type: ignore[arg-type]
     module, method, pad = engine.module.eval(), job.method, job.lessons[0].pad
     assert isinstance(method, Asr)
     prompts = [lesson.exam.prompts[i] for i in range(3) for lesson in job.lessons]
@@ -263,9 +265,12 @@ def mixed(document: dict[str, Any]) -> tuple[float, float, float, int]:
     return left_error, right_error, effect, different
 
 
-class NoFiles:
+class Nothing:
     def leave(self, write: Any) -> None:
         pass
+
+    def note(self, text: str) -> None:
+        assert "condition" in text
 
 
 def start_of(batch: Any, row: int) -> int:
@@ -329,7 +334,7 @@ def test_nothing_is_forgotten_to_the_last_bit(ranks: Any, tasks: Path) -> None:
                 compared += len(same)
     assert compared > 20
     document = scores(tasks / "bits")
-    right = document["routing"]
+    right = document["routed"]
     if all(right[i][j] == 1.0 for i in range(3) for j in range(i + 1)):
         assert document["summary"]["BWT"] == 0.0
 
@@ -347,3 +352,79 @@ def test_a_lost_or_damaged_task_is_learnt_again(ranks: Any, tasks: Path) -> None
     ranks(1)(run, recipe(tasks, "damaged", checkpoint={"every": 3, "keep": 99}))
     assert left(tasks / "damaged") == expected
     assert scores(tasks / "damaged")["complete"]
+
+
+def spoilt(document: dict[str, Any], at: int) -> None:
+    """One record makes the model's state NaN at its first visit."""
+    original, calls = Routing.at_feature_layer, [0]
+
+    def spoiling(self: Routing, hidden: torch.Tensor) -> None:
+        if self._decide is None and self._spans:
+            calls[0] += 1
+            if calls[0] == at:
+                hidden[0, -1] = float("nan")
+                hidden[0] = float("nan")
+        original(self, hidden)
+
+    Routing.at_feature_layer = spoiling  # type: ignore[method-assign]
+    try:
+        run(document)
+    finally:
+        Routing.at_feature_layer = original  # type: ignore[method-assign]
+
+
+def test_a_prompt_whose_state_is_not_finite_does_not_count(ranks: Any, tasks: Path) -> None:
+    ranks(1)(run, recipe(tasks, "finite"))
+    ranks(1)(spoilt, recipe(tasks, "spoilt", train={"non_finite": "skip"}), 2)
+    whole, fewer = statistics(tasks / "finite"), statistics(tasks / "spoilt")
+    for task, lost in (("colour", 1), ("animal", 0)):
+        assert int(whole[f"{task}: 0.count"]) - int(fewer[f"{task}: 0.count"]) == lost
+        assert all(torch.isfinite(value).all() for value in fewer.values())
+
+
+SMALL_PAPER = {**PAPER, "width": 96, "ridge": 100.0}
+
+
+def faithful(document: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A run with the paper's settings but for the width; its router's weights and what it was made of."""
+    asr.PAPER.update(SMALL_PAPER)
+    try:
+        run(document)
+        job = open_job(resolve(document))
+        engine = job.engine()
+        assert isinstance(job.method, Asr)
+        job.method.recall(resolve(document).folder, [lesson.task.name for lesson in job.lessons], True)
+        solution = job.method.router.solution()
+        targets = set(job.method.bank.layers)
+        assert targets == {f"model.layers.{i}.self_attn.{p}_proj" for i in (4, 5) for p in "qv"}
+        module = engine.module.eval()
+        states, labels = [], []
+        for index, name in enumerate(solution.names):
+            lesson = next(lesson for lesson in job.lessons if lesson.task.name == name)
+            for sample in range(len(lesson.data)):
+                prompt = lesson.data[sample][0]
+                with torch.no_grad():
+                    hidden = module(torch.tensor([prompt]), output_hidden_states=True).hidden_states[4][0]
+                states.append(hidden[1:].double().mean(0))  # the first is <s>, which is no prompt's own
+                labels.append(index)
+        engine.close()
+        return solution.weights, torch.stack(states), torch.tensor(labels)
+    finally:
+        asr.PAPER.update(PAPER_AS_IT_IS)
+
+
+PAPER_AS_IT_IS = dict(PAPER)
+
+
+def test_faithful_is_the_papers_equation(ranks: Any, tasks: Path) -> None:
+    """W = (ΦᵀΦ + 100 I)⁻¹ ΦᵀY in fp64, from every prompt alone, unpadded; P is drawn from the seed."""
+    document = recipe(tasks, "paper", 0, NAMES[:3])
+    document["model"]["shape"].update(num_hidden_layers=6)
+    document["method"] = {"name": "asr", "faithful": True}
+    for weights, states, labels in ranks(2)(faithful, document):
+        matrix = torch.randn(32, 96, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        features = (states @ matrix).relu()
+        gram = features.T @ features + 100.0 * torch.eye(96, dtype=torch.float64)
+        onehot = torch.nn.functional.one_hot(labels, 3).double()
+        expected = torch.linalg.solve(gram, features.T @ onehot)
+        assert (weights - expected).norm() <= 1e-4 * expected.norm()

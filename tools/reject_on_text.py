@@ -1,0 +1,52 @@
+"""Where real text goes: an export's tasks on their own test prompts, and text of no task, which should be rejected.
+
+python tools/compare_on_text.py --data ../shared/data --out out/text --only asr
+dscl export out/text/asr out/text-export
+python tools/reject_on_text.py out/text-export --data ../shared/data
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+import dscl
+
+TEMPLATE = "{}\nAnswer:"  # the one of cl_benchmark folders
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("export", help="a folder that dscl export wrote")
+    parser.add_argument("--data", type=Path, required=True, help="a folder with base/ and cl_benchmark/")
+    parser.add_argument("--count", type=int, default=200, help="prompts of each source (default 200)")
+    options = parser.parse_args()
+    model = dscl.load(options.export)
+    sources = {
+        folder.name: sentences(folder / "test.json") for folder in sorted((options.data / "cl_benchmark").iterdir())
+    }
+    with open(options.data / "base" / "heldout.jsonl", encoding="utf-8") as lines:
+        sources["held-out text"] = [next(iter(json.loads(line).values())) for line in lines]
+    print("| text | its own task | another task | rejected |\n|---|---|---|---|")
+    for kind in (True, False):
+        for name, texts in sources.items():
+            if (name in model.tasks) is not kind:
+                continue
+            some = random.Random(0).sample(texts, min(options.count, len(texts)))
+            routes = [route.task for route in model.route([TEMPLATE.format(text) for text in some])]
+            right, rejected = routes.count(name) / len(routes), routes.count(None) / len(routes)
+            own = f"{right:.3f}" if kind else "-"
+            print(
+                f"| {name}{'' if kind else ' (no task)'} | {own} | {1 - right - rejected:.3f} | {rejected:.3f} |",
+                flush=True,
+            )
+
+
+def sentences(path: Path) -> list[str]:
+    return [record["sentence"] for record in json.loads(path.read_text("utf-8"))]
+
+
+if __name__ == "__main__":
+    main()

@@ -32,8 +32,8 @@ from dscl import dist
 from dscl.cache import locked
 from dscl.config import nearest
 from dscl.errors import UserError
+from dscl.model.backbone import DTYPES
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 # Keys of a DeepSpeed JSON that the recipe owns, and where they are set there.

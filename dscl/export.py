@@ -12,12 +12,12 @@ from dscl.config import parse
 from dscl.data.encode import fingerprint
 from dscl.data.stream import load_stream
 from dscl.errors import UserError
-from dscl.methods.asr import AsrConfig
+from dscl.methods.asr import AsrConfig, feature_layer_of, width_of
 from dscl.model.adapters import file_name
-from dscl.model.backbone import ModelConfig, locate, open_backbone
+from dscl.model.backbone import DTYPES, ModelConfig, locate, open_backbone
 from dscl.recipe import Recipe, read_recipe
 from dscl.router import Router, Spec
-from dscl.serve import DTYPES, Description
+from dscl.serve import Description
 
 SHORTEST = 8  # tokens of a prompt that can be asked for, as of a row in a recipe
 
@@ -78,15 +78,11 @@ def route_existing(
     prompts = {name: serve.read_prompts(file) for name, (_, file) in tasks.items()}
     place = str(locate(base, "--base").absolute())
     backbone = open_backbone(ModelConfig(place), seed=0, dtype=DTYPES[precision], cache=Path(), texts=lambda: ())
-    layers, dim = backbone.architecture.num_hidden_layers, backbone.architecture.hidden_size
-    layer = config.feature_layer or max(1, layers // 8)
-    if layer >= layers:
-        raise UserError(f"--feature-layer: given {layer}; the model has {layers} layers, so at most {layers - 1}")
     spec = Spec(
         kind="exact",
-        layer=layer,
-        dim=dim,
-        width=config.width or max(1024, 2 * dim),
+        layer=feature_layer_of(config, backbone.architecture),
+        dim=backbone.architecture.hidden_size,
+        width=width_of(config, backbone.architecture),
         seed=0,
         model=backbone.fingerprint(),
         tokenizer=fingerprint(backbone.tokenizer),

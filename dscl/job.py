@@ -14,12 +14,12 @@ from dscl.data.batches import Batch, Schedule, collate
 from dscl.data.encode import Encoded, answer_room, bos_id, encode, encode_answers, encode_prompts, fingerprint
 from dscl.data.stream import load_stream
 from dscl.data.task import Task
-from dscl.engine import DTYPES, Engine, read_settings
+from dscl.engine import Engine, read_settings
 from dscl.errors import UserError
 from dscl.evaluate import Exam
 from dscl.maths.schedule import learning_rate
 from dscl.methods import Facts, Method, find_method
-from dscl.model.backbone import Backbone, open_backbone
+from dscl.model.backbone import DTYPES, Backbone, open_backbone
 from dscl.model.tokenizer import pad_id
 from dscl.recipe import Recipe
 

@@ -48,7 +48,7 @@ class Spec:
         for field in fields(self):
             mine, its = getattr(self, field.name), getattr(other, field.name)
             if mine != its:
-                return f"the router was built with {field.metadata['help']} {mine}, here it is {its}"
+                return f"the router was built with {field.metadata['help']} {_brief(mine)}, here it is {_brief(its)}"
         return ""
 
     def expansion(self) -> Expansion:
@@ -199,6 +199,11 @@ def _read(path: Path, expected: Spec | None) -> tuple[Spec, dict[str, Any], dict
         assert gram.dtype in KINDS and gram.shape == (packed(spec.width),)  # noqa: PT018
         tasks[name] = Statistics(gram, total, count)
     return spec, header["settings"], tasks
+
+
+def _brief(value: object) -> str:
+    """A fingerprint is told apart by its beginning."""
+    return str(value)[:12]
 
 
 def _checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

@@ -33,7 +33,7 @@ from dscl.data.task import BadRecord, Sample, check_text
 from dscl.errors import Failure, UserError
 from dscl.maths.rls import gather
 from dscl.model.adapters import CONFIG, WEIGHTS, Adapter, file_name, read_adapter
-from dscl.model.backbone import Backbone, ModelConfig, open_backbone
+from dscl.model.backbone import DTYPES, Backbone, ModelConfig, open_backbone
 from dscl.model.decode import generate
 from dscl.model.routed import Bank, RoutedLinear, Routing, add_routed, layer_of
 from dscl.model.tokenizer import load_tokenizer, pad_id
@@ -46,7 +46,6 @@ TOKENIZER_FILES = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
     "config.json",
 )  # fmt: skip
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PROMPT_FILES = (".txt", ".json", ".jsonl")
 
 

@@ -245,13 +245,13 @@ def test_adapters_of_others_are_routed_without_training(
 def test_defaults_are_those_of_the_method(base: Path, elsewhere: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
     export.route_existing(tmp_path / "made", str(base), elsewhere)
     spec = dscl.load(tmp_path / "made")._router.spec
-    assert (spec.kind, spec.layer, spec.width, spec.prompt_limit, spec.precision) == ("exact", 1, 1024, 512, "bf16")
+    assert (spec.kind, spec.layer, spec.width, spec.prompt_limit, spec.precision) == ("exact", 2, 2048, 512, "bf16")
 
 
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        (["--feature-layer", "4"], "--feature-layer: given 4; the model has 4 layers, so at most 3"),
+        (["--feature-layer", "4"], "feature_layer: given 4; the model has 4 layers, of which at least the first stays frozen"),
         (["--feature-layer", "0"], "feature_layer: given 0; it must be at least 1"),
         (["--feature-layer", "x"], "argument --feature-layer: invalid int value: 'x'"),
         (["--width", "4"], "width: given 4; it must be at least 8"),

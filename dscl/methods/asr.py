@@ -189,22 +189,31 @@ class Asr(Method):
         return sorted(self.facts.tasks).index(name)
 
     def _spec(self, model: Any) -> Spec:
-        layers, dim = model.num_hidden_layers, model.hidden_size
-        default = min(max(2, layers // 8), layers - 1)
-        layer = default if self.config.feature_layer is None else self.config.feature_layer
-        if layer >= layers:
-            raise UserError(
-                f"method.feature_layer: given {layer}; the model has {layers} layers, of which at least the last is "
-                f"adapted, so at most {layers - 1} is allowed"
-            )
         return Spec(
             kind="paper" if self.config.faithful else "exact",
-            layer=layer,
-            dim=dim,
-            width=self.config.width or max(2048, 2 * dim),
+            layer=feature_layer_of(self.config, model),
+            dim=model.hidden_size,
+            width=width_of(self.config, model),
             seed=self.facts.seed,
             model=self.facts.model,
             tokenizer=self.facts.tokenizer,
             prompt_limit=self.facts.prompt_limit,
             precision=self.facts.precision,
         )
+
+
+def feature_layer_of(config: AsrConfig, model: Any) -> int:
+    """The feature layer, for a model of this configuration."""
+    layers: int = model.num_hidden_layers
+    layer = min(max(2, layers // 8), layers - 1) if config.feature_layer is None else config.feature_layer
+    if not 1 <= layer < layers:
+        raise UserError(
+            f"feature_layer: given {layer}; the model has {layers} layers, of which at least the first stays frozen "
+            f"and the last is adapted, so 1 to {layers - 1} is allowed"
+        )
+    return layer
+
+
+def width_of(config: AsrConfig, model: Any) -> int:
+    """How many features a prompt is expanded to, for a model of this configuration."""
+    return config.width or max(2048, 2 * int(model.hidden_size))

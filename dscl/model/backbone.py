@@ -28,6 +28,7 @@ from dscl.model.weights import DrawnWeights, StoredWeights, Weights
 # no second copy of the weights in a subfolder or in another layout.
 FETCHED = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt")
 NOT_FETCHED = ("*/*", "consolidated*")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of weights, by train.precision
 NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 TOLD_OTHERWISE = ("dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache", "architectures")
 COUNTS = (*NEEDED, "intermediate_size", "num_key_value_heads", "head_dim", "max_position_embeddings")

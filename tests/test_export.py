@@ -251,7 +251,7 @@ def test_defaults_are_those_of_the_method(base: Path, elsewhere: dict[str, tuple
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        (["--feature-layer", "4"], "feature_layer: given 4; the model has 4 layers, of which at least the first stays frozen"),
+        (["--feature-layer", "4"], "feature_layer: given 4; the model has 4 layers, of which at least"),
         (["--feature-layer", "0"], "feature_layer: given 0; it must be at least 1"),
         (["--feature-layer", "x"], "argument --feature-layer: invalid int value: 'x'"),
         (["--width", "4"], "width: given 4; it must be at least 8"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from collections import Counter
 from pathlib import Path
 
 import dscl
@@ -29,19 +30,17 @@ def main() -> None:
     }
     with open(options.data / "base" / "heldout.jsonl", encoding="utf-8") as lines:
         sources["held-out text"] = [next(iter(json.loads(line).values())) for line in lines]
-    print("| text | its own task | another task | rejected |\n|---|---|---|---|")
+    print("| text | its own task | another task | rejected | mostly to |\n|---|---|---|---|---|")
     for kind in (True, False):
         for name, texts in sources.items():
             if (name in model.tasks) is not kind:
                 continue
             some = random.Random(0).sample(texts, min(options.count, len(texts)))
-            routes = [route.task for route in model.route([TEMPLATE.format(text) for text in some])]
-            right, rejected = routes.count(name) / len(routes), routes.count(None) / len(routes)
-            own = f"{right:.3f}" if kind else "-"
-            print(
-                f"| {name}{'' if kind else ' (no task)'} | {own} | {1 - right - rejected:.3f} | {rejected:.3f} |",
-                flush=True,
-            )
+            went = Counter(route.task for route in model.route([TEMPLATE.format(text) for text in some]))
+            own, rejected = went.pop(name, 0) / len(some), went.pop(None, 0) / len(some)
+            to = ", ".join(f"{task} {count / len(some):.3f}" for task, count in went.most_common(2))
+            title, first = (name, f"{own:.3f}") if kind else (f"{name} (no task)", "-")
+            print(f"| {title} | {first} | {1 - own - rejected:.3f} | {rejected:.3f} | {to} |", flush=True)
 
 
 def sentences(path: Path) -> list[str]:

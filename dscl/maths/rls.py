@@ -34,7 +34,7 @@ PAPER_RIDGE = 100.0
 LARGEST_CONDITION = 1e14  # beyond it hardly a digit of the weights is right
 # Ridges to choose from, as multiples of the Gram matrix's mean diagonal: upwards from the usual one, and downwards.
 UPWARDS, DOWNWARDS = (0.1, 0.3, 1.0, 3.0, 10.0), (0.03, 0.01, 0.003)
-FAR = 5.5  # see `Rejection`
+FAR, SURE = 5.5, 0.1  # see `Rejection`
 
 
 class Expansion:
@@ -187,7 +187,8 @@ class Rejection:
     were no prompts, so that its leverage `φ(G + λI)⁻¹φᵀ` is large. Each is divided by its average over the task's own
     prompts, which the statistics tell: of the prompts that were fitted, and by way of their leverage also of others.
     So one limit suits any tasks, widths and layers: beyond FAR lies about one in a hundred of a task's own prompts. On
-    real text the sum told more than either part, and most when leverage counts twice.
+    real text the sum told more than either part, and most when leverage counts twice. Where tasks are so unlike that
+    nearly all scores are 1, a small step from it means nothing: a shortfall is taken to be SURE at least.
     """
 
     factor: Tensor  # lower Cholesky factor of the system
@@ -333,7 +334,7 @@ class _System:
             squares = target.square() - 2 * target * (part.total @ fit.weights) / count + quadratic / count
             squares = squares.clamp(min=0) / own**2
             error += float(squares.sum()) / tasks
-            shortfalls.append(float(squares[t].sqrt()) if tasks > 1 else math.inf)
+            shortfalls.append(max(SURE, float(squares[t].sqrt())) if tasks > 1 else math.inf)
             leverages.append(leverage / own)
         return error, Rejection(fit.factor, self.mean.new_tensor(shortfalls), self.mean.new_tensor(leverages))
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dscl.maths import rls
-from dscl.maths.rls import Expansion, Solution, Statistics, gather, solve
+from dscl.maths.rls import SURE, Expansion, Solution, Statistics, gather, solve
 
 DIM, WIDTH = 24, 96
 
@@ -330,6 +330,21 @@ def test_prompts_of_no_task_are_rejected_and_others_are_not() -> None:
     for other in range(10, 16):
         assert float((route(other) == -1).double().mean()) > 0.9
     assert (solve(parts, reject=False).route(torch.zeros(1, 256))[0] >= 0).all()
+
+
+def test_a_small_step_from_certainty_is_no_reason_to_reject() -> None:
+    """Of tasks so unlike that all their prompts score 1, one with a score of 0.95 is as near as the others."""
+    expansion = Expansion(DIM, 256, seed=3)
+    states = {f"task{t}": pooled(t, 1150, 0.01) for t in range(2)}
+    solution = solve({name: gather(expansion.rows(rows[:150]), expansion) for name, rows in states.items()})
+    rejection = solution.rejection
+    assert rejection is not None
+    features = expansion.features(expansion.rows(states["task0"][150:]))
+    own = solution.scores(features)[:, 0]
+    assert (1 - own).square().mean().sqrt() < SURE / 10
+    centred, index = features.double() - solution.mean, torch.zeros(len(own), dtype=torch.long)
+    added = rejection.distance(centred, own - 0.05, index) - rejection.distance(centred, own, index)
+    torch.testing.assert_close(added, torch.full_like(added, 0.05 / SURE))
 
 
 @pytest.mark.parametrize("count", [20, 500])

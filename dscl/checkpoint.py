@@ -119,13 +119,22 @@ class Checkpoints:
         dist.barrier()
 
     def newest(self) -> Path | None:
-        """The newest whole checkpoint, the same on every rank; damaged ones are passed over with a line each."""
+        """The newest whole checkpoint, the same on every rank; damaged ones are passed over with a line each.
+
+        None if there are none at all; if none of those that are there is whole, that is for the user to decide on.
+        """
+        damage = ""
         for folder in reversed(dist.from_main(self._complete())):
             damage = next((found for found in dist.gather(_damage(folder)) if found), "")
             if not damage:
-                self._left = json.loads((folder / MARKER).read_text("utf-8"))["left"]
+                self._left = json.loads((folder / MARKER).read_text("utf-8")).get("left", {})
                 return folder
             log.warning("checkpoint %s is damaged (%s); going back to the one before", folder.name, damage)
+        if damage:
+            raise Failure(
+                f"{self.folder}: no checkpoint there is whole ({damage}); restore that file, or remove the run's "
+                "folder to start from nothing"
+            )
         return None
 
     def _complete(self) -> list[Path]:
@@ -225,7 +234,7 @@ def _damage(folder: Path) -> str:
     try:
         marker = json.loads((folder / MARKER).read_text("utf-8"))
         files = [(folder / name, facts) for name, facts in sorted(marker["files"].items())]
-        files += [(folder.parent.parent / name, facts) for name, facts in sorted(marker["left"].items())]
+        files += [(folder.parent.parent / name, facts) for name, facts in sorted(marker.get("left", {}).items())]
     except (OSError, ValueError, KeyError):
         return f"{MARKER} is missing or unreadable"
     for index, (path, facts) in enumerate(files):

@@ -42,12 +42,13 @@ EVAL_EXAMPLE = """example:
 Evaluates the newest checkpoint of a run on all its tasks and prints one JSON line; the run itself is not changed."""
 
 GENERATE_EXAMPLE = """example:
-  dscl generate out/a --prompt "The film was a joy. Answer:" --prompt "Shares fell. Answer:"
+  dscl generate out/a --prompt "The film was a joy." --template "{prompt}\\nAnswer:"
   dscl generate out/export --file prompts.jsonl --json > answers.jsonl
 
-Prompts are given in the form that the tasks were trained on: a text file or the standard input holds one a line;
-prompts of several lines go into a .json or .jsonl file. Each answer comes after the task that the prompt went to (base:
-to none, so the base model answers) and the lead that this task had over the second best."""
+Prompts are answered in the form that the tasks were trained on: --template makes it of them, or they have it already.
+A text file or the standard input holds one a line; prompts of several lines go into a .json or .jsonl file. Each answer
+comes after the task that the prompt went to (base: to none, so the base model answers) and the lead that this task had
+over the second best."""
 
 EXPORT_EXAMPLE = """example:
   dscl export out/a out/export
@@ -95,6 +96,9 @@ def guarded(work: Callable[[], int]) -> int:
         return _told(2, error)
     except Failure as error:
         return _told(1, error)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         tell(1, "dscl: interrupted; run the same command again to resume", patience=0.0)
     except Exception:
@@ -159,7 +163,7 @@ def _serve(options: argparse.Namespace) -> int:
 def _generate(options: argparse.Namespace) -> int:
     from dscl import serve
 
-    prompts = _prompts(options)
+    prompts = _templated(_prompts(options), options.template)
     place = Path(options.place).expanduser()
     if (place / serve.DESCRIPTION).is_file():
         description = serve.read_description(place, options.base)
@@ -170,7 +174,7 @@ def _generate(options: argparse.Namespace) -> int:
     model = serve.open_model(description)
     for start in range(0, len(prompts), AT_ONCE):
         some = prompts[start : start + AT_ONCE]
-        answers = model.generate(some, options.max_new_tokens, options.task or ...)
+        answers = model.generate(some, options.max_new_tokens, ... if options.task is None else options.task)
         for prompt, answer in zip(some, answers, strict=True):
             if options.json:
                 found = {"prompt": prompt, "task": answer.task, "margin": answer.margin, "distance": answer.distance}
@@ -202,6 +206,14 @@ def _prompts(options: argparse.Namespace) -> list[str]:
     if not prompts:
         raise UserError("no prompt given; give --prompt TEXT, --file FILE, or lines on the standard input")
     return prompts
+
+
+def _templated(prompts: list[str], template: str | None) -> list[str]:
+    if template is None:
+        return prompts
+    if "{prompt}" not in template:
+        raise UserError(f"--template: given {template!r}; it must hold {{prompt}}, where each prompt goes")
+    return [template.replace("\\n", "\n").replace("{prompt}", prompt) for prompt in prompts]
 
 
 def _existing(words: list[str]) -> dict[str, tuple[Path, Path]]:
@@ -261,6 +273,7 @@ def _add_serving(generate: Parser, export: Parser, route: Parser) -> None:
     source = generate.add_mutually_exclusive_group()
     source.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be given several times")
     source.add_argument("--file", metavar="FILE", help=".txt, .json or .jsonl with prompts; -: the standard input")
+    generate.add_argument("--template", metavar="TEXT", help="what each {prompt} is put into; \\n: a new line")
     generate.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="longest answer (default: 32)")
     generate.add_argument("--task", metavar="NAME", help="use this task's adapter for all prompts, and route none")
     generate.add_argument("--base", metavar="MODEL", help="where an export's base model lies, if it was moved")

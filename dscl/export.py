@@ -36,6 +36,11 @@ def describe(run_dir: Path) -> Description:
             f"{run_dir}: a run of method {recipe.method.name}; dscl generate and dscl export work for methods that "
             "keep adapters (asr)"
         )
+    if chats := [task.name for task in recipe.stream if task.chat]:
+        raise UserError(
+            f"{run_dir}: task {chats[0]!r} is a chat task (chat: true), which was not trained on plain prompts; use "
+            "dscl eval, or train on prompts that a template makes"
+        )
     tasks = {name: run_dir / "adapters" / file_name(name) for name in _ended(recipe)}
     router = None
     for name in tasks:

@@ -80,8 +80,11 @@ class Job:
         )
 
 
-def open_job(recipe: Recipe) -> Job:
-    """Read and check everything that can be without building the model."""
+def open_job(recipe: Recipe, longest: int | None = None) -> Job:
+    """Read and check everything that can be without building the model.
+
+    `longest`: the tokens that prompts leave free for answers, where they are not evaluate.max_new_tokens.
+    """
     settings = read_settings(recipe.deepspeed_path())
     if recipe.train.precision == "bf16" and dist.device().type == "cpu" and not _has_bf16(torch.cpu.get_capabilities()):
         log.warning(
@@ -108,7 +111,8 @@ def open_job(recipe: Recipe) -> Job:
         texts=texts,
     )
     # One limit for the whole stream, so that a prompt is read the same whichever task it belongs to.
-    room = max(answer_room(task.labels, backbone.tokenizer, recipe.evaluate.max_new_tokens) for task in tasks)
+    longest = recipe.evaluate.max_new_tokens if longest is None else longest
+    room = max(answer_room(task.labels, backbone.tokenizer, longest) for task in tasks)
     lessons = tuple(_lesson(recipe, task, backbone, room) for task in tasks)
     facts = Facts(
         seed=recipe.seed,

@@ -23,7 +23,16 @@ from dscl.model.backbone import DTYPES, ModelConfig
 from dscl.observe import ObserveConfig
 
 # Changing these between two starts of one run does not change what it computes.
-MAY_CHANGE = ("run_dir", "observe", "checkpoint", "data.cache_dir", "deepspeed", "evaluate.batch")
+MAY_CHANGE = (
+    "run_dir",
+    "observe",
+    "checkpoint",
+    "data.cache_dir",
+    "deepspeed",
+    "evaluate.batch",
+    "method.ridge",
+    "method.reject",
+)
 # How keys begin that people look for at a recipe's top level or under `train`, and that stand in the DeepSpeed JSON.
 INSIDE_ZERO = ("zero", "stage", "offload", "overlap_", "contiguous_", "reduce_", "allgather_", "sub_group")
 

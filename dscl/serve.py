@@ -15,6 +15,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,7 +169,8 @@ class Model:
         """Batches, each with its prompts' places; alike lengths meet, so that there is little padding."""
         if isinstance(prompts, str):
             raise UserError("prompts: given a single text; a list of texts is needed")
-        assert size >= 1
+        if size < 1:
+            raise UserError(f"batch: given {size}; a whole number of at least 1 is needed")
         samples = []
         for number, prompt in enumerate(prompts, start=1):
             try:
@@ -341,10 +343,11 @@ def write(description: Description, folder: Path) -> None:
         "tasks": list(description.tasks),
         "features": plain(router.spec),
     }
-    partial, old = (folder.with_name(folder.name + ending) for ending in (".partial", ".old"))
+    partial = old = folder
     try:
-        for left in (partial, old):
-            shutil.rmtree(left, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        workshop = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        partial, old = workshop / "new", workshop / "old"
         for name, adapter in description.tasks.items():
             _copy(adapter, partial / ADAPTERS / file_name(name), (CONFIG, WEIGHTS))
         _copy(Path(model.tokenizer), partial / TOKENIZER, TOKENIZER_FILES)
@@ -355,11 +358,11 @@ def write(description: Description, folder: Path) -> None:
         if folder.exists():
             os.replace(folder, old)
         os.replace(partial, folder)
-        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise Failure(f"{folder}: the export cannot be written ({error.strerror or error})") from None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial is not folder:
+            shutil.rmtree(partial.parent, ignore_errors=True)
 
 
 def lasting(name: str) -> str:

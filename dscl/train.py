@@ -121,7 +121,7 @@ def end(
 ) -> None:
     """The task's last step is done: the method takes from it what it keeps."""
     name = lesson.task.name
-    if told := job.method.end_task(position.task, name, Ranks(engine.whole, dist.sum_, dist.is_main())):
+    if told := job.method.end_task(position.task, name, Ranks(engine.whole, dist.sum_)):
         observer.note(told)
     checkpoints.leave(lambda: job.method.leave(job.recipe.folder, name))
 
@@ -155,7 +155,7 @@ def restore(folder: Path, engine: Engine, job: Job) -> Position:
     """Bring the engine and the method to where they were at this checkpoint."""
     position = Position(**load(folder, engine, job.method))
     ended = [lesson.task.name for lesson in job.lessons[: position.task + position.learned]]
-    job.method.recall(job.recipe.folder, ended, dist.is_main())
+    job.method.recall(job.recipe.folder, ended)
     return position
 
 
@@ -267,9 +267,10 @@ def evaluate(run_dir: str, assignments: Sequence[str]) -> None:
     stored = Path(run_dir).expanduser() / "recipe.yaml"
     if not stored.is_file():
         raise UserError(f"{run_dir}: no run there (it would hold recipe.yaml); give the run_dir of a training run")
-    assignments = [*assignments, f"run_dir={json.dumps(run_dir, ensure_ascii=False)}"]
-    recipe = read_recipe(str(stored), assignments)
-    job = open_job(recipe)
+    place = f"run_dir={json.dumps(run_dir, ensure_ascii=False)}"
+    recipe = read_recipe(str(stored), [*assignments, place])
+    # Prompts keep the room for answers that they had in training.
+    job = open_job(recipe, read_recipe(str(stored), [place]).evaluate.max_new_tokens)
     with closing(job.engine()) as engine:
         newest = Checkpoints(recipe.folder / "checkpoints", recipe.checkpoint.keep).newest()
         if newest is None:

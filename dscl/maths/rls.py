@@ -186,7 +186,7 @@ class Rejection:
     Two things tell text of no task: no task claims it with the score that its own prompts get, and it lies where there
     were no prompts, so that its leverage `φ(G + λI)⁻¹φᵀ` is large. Each is divided by its average over the task's own
     prompts, which the statistics tell: of the prompts that were fitted, and by way of their leverage also of others.
-    So one limit suits any tasks, widths and layers: beyond FAR lies about one in a hundred of a task's own prompts. On
+    So one limit suits any tasks, widths and layers: beyond FAR lie one or two in a hundred of a task's own prompts. On
     real text the sum told more than either part, and most when leverage counts twice. Where tasks are so unlike that
     nearly all scores are 1, a small step from it means nothing: a shortfall is taken to be SURE at least.
     """
@@ -252,6 +252,8 @@ def solve(
         fit = system.fit(ridge)
         return Solution(names, fit.weights, system.mean, 0.0, ridge, fit.condition, None)
     system = _System(parts, [1.0 / (len(parts) * int(part.count)) for part in parts], centred=True)
+    if len(parts) == 1 and system.scale <= 0:  # a single prompt, or the same one again: nothing to tell it from
+        return Solution(names, system.cross, system.mean, 1.0, ridge or UPWARDS[0], 1.0, None)
     best: tuple[float, float, _Fit, Rejection] | None = None
     for way in (UPWARDS, DOWNWARDS) if ridge is None else ((ridge,),):
         for candidate in way:
@@ -293,7 +295,7 @@ class _System:
         self.scale = float(self.gram.diagonal().mean())
         if not math.isfinite(self.scale):
             raise ValueError("the statistics hold values that are not finite; gather them again")
-        if self.scale <= 0:
+        if self.scale <= 0 and len(parts) > 1:
             raise ValueError("all prompts have the same features, so nothing tells tasks apart; give other prompts")
 
     def fit(self, ridge: float) -> _Fit:

@@ -88,12 +88,13 @@ class Asr(Method):
         device = next(model.parameters()).device
         self.router = Router(self._spec(model.config), self.config.ridge, bool(self.config.reject), device)
         layer = self.router.spec.layer
+        for target in self.lora.targets:
+            if not targets_above(model, layer, [target]):
+                raise UserError(
+                    f"method.lora.targets: given {target!r}, which stands in no layer from feature_layer={layer} on; "
+                    "what comes before and after those layers is the same for all tasks, so leave it out"
+                )
         targets = targets_above(model, layer, self.lora.targets)
-        if not targets:
-            raise UserError(
-                f"method.lora.targets: given {', '.join(self.lora.targets)}; none of these stands in a layer from "
-                f"feature_layer={layer} on, so nothing would train"
-            )
         self.bank = add_routed(model, self.routing, layer, targets)
         for routed in self.bank.layers.values():
             routed.make_trainable(self.lora)
@@ -130,11 +131,13 @@ class Asr(Method):
             layers[path] = Pair(a, b, layer.scale)
         self._adapter = Adapter(name, self.facts.base, layers)
         self.bank.add(self._adapter, self._slot(name))
-        solution = self.router.solution()
-        return (
-            f"task {name}: {int(statistics.count)} prompts join the router, which knows {len(solution.names)} tasks "
-            f"(ridge {solution.ridge:g}, condition {solution.condition:.1e})"
-        )
+        joined = f"task {name}: {int(statistics.count)} prompts join the router"
+        try:
+            solution = self.router.solution()
+        except UserError as error:  # what the task learnt is saved all the same; another ridge may serve
+            return f"{joined}, which cannot be solved: {error}"
+        told = f"ridge {solution.ridge:g}, condition {solution.condition:.1e}"
+        return f"{joined}, which knows {len(solution.names)} tasks ({told})"
 
     def leave(self, folder: Path, name: str) -> list[Path]:
         adapter = folder / "adapters" / file_name(name)
@@ -145,7 +148,7 @@ class Asr(Method):
         save_task(statistics, self.router.spec, name, self.router.statistics(name))
         return [*sorted(adapter.iterdir()), statistics]
 
-    def recall(self, folder: Path, names: Sequence[str], main: bool) -> None:
+    def recall(self, folder: Path, names: Sequence[str]) -> None:
         shapes = {path: (m.base.out_features, m.base.in_features) for path, m in self.bank.layers.items()}
         for name in names:
             adapter = read_adapter(folder / "adapters" / file_name(name), shapes)
@@ -177,9 +180,9 @@ class Asr(Method):
 
     def _gathered(self) -> tuple[list[int], torch.Tensor]:
         """The task's prompts so far. One whose state is not finite does not count; its step has been told of."""
+        device = self.router.device  # also where there are none: the ranks' sums meet on one kind of device
         if not self._rows:
-            return [], self.router.rows(torch.zeros(0, self.router.spec.dim))
-        device = self._rows[-1].device
+            return [], self.router.rows(torch.zeros(0, self.router.spec.dim, device=device))
         finite = torch.cat([mask.to(device) for mask in self._finite])
         rows = torch.cat([part.to(device) for part in self._rows])
         return [sample for sample, ok in zip(self._samples, finite.tolist(), strict=True) if ok], rows[finite]

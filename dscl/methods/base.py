@@ -2,8 +2,8 @@
 
 A method never calls backward, step, a collective or DeepSpeed, and it never logs. The trainer calls, in this order:
 `prepare` once; then for every task `begin_task`, `loss` for every micro-batch, `end_task`, `leave`; and `answering`
-around whatever is evaluated. A run that is killed and started again calls `prepare`, `recall` with the tasks that had
-ended, `load_state` with what `state` and `rows` gave when the checkpoint was written, and goes on in the middle:
+around whatever is evaluated. A run that is killed and started again calls `prepare`, `load_state` with what `state` and
+`rows` gave when the checkpoint was written, `recall` with the tasks that had ended, and goes on in the middle:
 `begin_task` is not called a second time for a task that had begun.
 """
 
@@ -44,7 +44,6 @@ class Ranks:
 
     whole: Callable[[], dict[str, torch.Tensor]]  # the trained tensors, complete, in fp32
     sum_: Callable[[torch.Tensor], torch.Tensor]  # added up over all ranks, in place
-    is_main: bool
 
 
 class Method(ABC):
@@ -75,7 +74,7 @@ class Method(ABC):
         """On the main rank: write what an ended task leaves for ever into the run's folder, and say which files."""
         return []
 
-    def recall(self, folder: Path, names: Sequence[str], main: bool) -> None:  # noqa: B027 - optional
+    def recall(self, folder: Path, names: Sequence[str]) -> None:  # noqa: B027 - optional
         """Take back what these ended tasks left in the run's folder."""
 
     def answering(self, batch: PromptBatch) -> AbstractContextManager[Sequence[str | None] | None]:

@@ -116,9 +116,10 @@ class RoutedLinear(nn.Module):
         gate = self.routing.gate
         if gate is None:
             return y
-        if len(gate) != len(x):  # the labels of a prompt stand side by side
+        if len(gate) != len(x):  # the labels of a prompt stand side by side; or a prompt's tokens, one after the other
+            assert len(x) % len(gate) == 0
             gate = gate.repeat_interleave(len(x) // len(gate), 0)
-        low = functional.linear(x, self.bank_a) * gate[:, None]
+        low = functional.linear(x, self.bank_a) * (gate[:, None] if x.ndim == 3 else gate)
         return y + functional.linear(low, self.bank_b)
 
     @torch.no_grad()
@@ -184,6 +185,11 @@ def add_routed(model: nn.Module, routing: Routing, feature_layer: int, targets: 
     def before(_module: nn.Module, args: tuple[Any, ...]) -> None:
         routing.at_feature_layer(args[0])
 
+    def as_in_serving(_module: nn.Module, _args: tuple[Any, ...]) -> None:
+        for layer in layers[:feature_layer]:
+            layer.eval()  # without dropout, or features would not be those of serving
+
+    model.register_forward_pre_hook(as_in_serving)
     layers[feature_layer].register_forward_pre_hook(before)
     return Bank(model, routing)
 

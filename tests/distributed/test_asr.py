@@ -21,7 +21,7 @@ from dscl.methods.asr import PAPER, Asr
 from dscl.model import decode
 from dscl.model.routed import Routing
 from dscl.recipe import resolve
-from tests.distributed.test_run import metrics, outcome, recipe_of, run, run_until
+from tests.distributed.test_run import failing, metrics, outcome, recipe_of, run, run_until
 
 NAMES = ("colour", "animal", "weather", "music", "food")
 LABELS = ("yes", "no", "maybe")
@@ -202,9 +202,12 @@ def features_served(document: dict[str, Any]) -> tuple[int, int, int]:
     return len(rows["samples"]), differing, rows["features"].numel()
 
 
-@pytest.mark.parametrize("packing", [False, True])
-def test_training_and_serving_compute_the_same_features(ranks: Any, tasks: Path, packing: bool) -> None:
+@pytest.mark.parametrize(("packing", "dropout"), [(False, 0.0), (True, 0.0), (False, 0.3)])
+def test_training_and_serving_compute_the_same_features(ranks: Any, tasks: Path, packing: bool, dropout: float) -> None:
+    """Also of a base model with dropout: it acts above the feature layer only."""
     document = recipe(tasks, "features", 0, train={"packing": packing, "epochs": 1})
+    document["model"]["shape"]["attention_dropout"] = dropout
+    document["method"]["feature_layer"] = 2
     counted, differing, total = ranks(1)(features_served, document)[0]
     assert counted == round(SIZES[0] * 0.9)
     print(f"packing {packing}: {differing} of {total} entries differ")
@@ -339,19 +342,45 @@ def test_nothing_is_forgotten_to_the_last_bit(ranks: Any, tasks: Path) -> None:
         assert document["summary"]["BWT"] == 0.0
 
 
-def test_a_lost_or_damaged_task_is_learnt_again(ranks: Any, tasks: Path) -> None:
-    """What an ended task left belongs to the checkpoints: damaged, the run goes back to before that task's end."""
-    ranks(1)(run, recipe(tasks, "intact"))
-    expected = left(tasks / "intact")
-    ranks(1)(run, recipe(tasks, "damaged", checkpoint={"every": 3, "keep": 99}))
-    path = tasks / "damaged" / "router" / "animal.safetensors"
+def damage(run_dir: Path) -> None:
+    path = run_dir / "router" / "animal.safetensors"
     content = bytearray(path.read_bytes())
     content[-9] ^= 1
     path.write_bytes(content)
-    (tasks / "damaged" / "scores.json").unlink()
-    ranks(1)(run, recipe(tasks, "damaged", checkpoint={"every": 3, "keep": 99}))
-    assert left(tasks / "damaged") == expected
+    (run_dir / "scores.json").unlink()
+
+
+def test_a_damaged_task_is_learnt_again_where_a_checkpoint_of_before_is_there(ranks: Any, tasks: Path) -> None:
+    """What an ended task left belongs to the checkpoints: damaged, the run goes back to before that task's end."""
+    ranks(1)(run, recipe(tasks, "intact"))
+    kept = recipe(tasks, "damaged", checkpoint={"every": 3, "keep": 99})
+    ranks(1)(run, kept)
+    damage(tasks / "damaged")
+    ranks(1)(run, kept)
+    assert left(tasks / "damaged") == left(tasks / "intact")
     assert scores(tasks / "damaged")["complete"]
+
+
+def test_without_a_whole_checkpoint_nothing_is_trained_anew_unasked(ranks: Any, tasks: Path) -> None:
+    ranks(2)(run, recipe(tasks, "lost"))
+    damage(tasks / "lost")
+    for kind, told in ranks(2)(failing, recipe(tasks, "lost")):
+        assert kind == "Failure"
+        assert "router/animal.safetensors does not match its checksum" in told
+        assert "restore that file, or remove the run's folder" in told
+
+
+def test_a_ridge_that_fails_loses_nothing(ranks: Any, tasks: Path) -> None:
+    """The task is saved before the router is needed, and the ridge may be given anew."""
+    document = recipe(tasks, "ridge", asr={"ridge": 1e-18}, evaluate={"before": False})
+    for kind, told in ranks(2)(failing, document):
+        assert kind == "UserError"
+        assert "give a larger ridge" in told
+    assert len(list((tasks / "ridge" / "checkpoints").glob("*-learned"))) == 1
+    ranks(2)(run, recipe(tasks, "ridge", asr={"ridge": 0.1}, evaluate={"before": False}))
+    ranks(2)(run, recipe(tasks, "ridge-whole", asr={"ridge": 0.1}, evaluate={"before": False}))
+    assert left(tasks / "ridge") == left(tasks / "ridge-whole")
+    assert scores(tasks / "ridge") == scores(tasks / "ridge-whole")
 
 
 def spoilt(document: dict[str, Any], at: int) -> None:
@@ -393,7 +422,7 @@ def faithful(document: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torc
         job = open_job(resolve(document))
         engine = job.engine()
         assert isinstance(job.method, Asr)
-        job.method.recall(resolve(document).folder, [lesson.task.name for lesson in job.lessons], True)
+        job.method.recall(resolve(document).folder, [lesson.task.name for lesson in job.lessons])
         solution = job.method.router.solution()
         targets = set(job.method.bank.layers)
         assert targets == {f"model.layers.{i}.self_attn.{p}_proj" for i in (4, 5) for p in "qv"}

@@ -360,6 +360,14 @@ def test_a_single_task_takes_its_prompts_and_no_others(count: int) -> None:
     assert float((far == -1).double().mean()) > (0.9 if count == 500 else 0.5)
 
 
+def test_a_single_prompt_makes_a_router() -> None:
+    expansion = Expansion(DIM, 64, seed=3)
+    only = {"only": gather(expansion.rows(pooled(0, 1)), expansion)}
+    index, margin, distance = solve(only).route(expansion.features(expansion.rows(pooled(1, 5))))
+    assert index.tolist() == [0] * 5
+    assert (margin.tolist(), distance.tolist()) == ([1.0] * 5, [0.0] * 5)
+
+
 def test_margin_is_the_lead_over_the_second_best() -> None:
     expansion, tasks = exact(40)
     solution = solve({name: gather(rows, expansion) for name, rows in tasks.items()}, reject=False)
@@ -381,7 +389,7 @@ def test_what_cannot_be_solved_is_refused() -> None:
     with pytest.raises(ValueError, match=r"not positive definite with λ = 1e-30"):
         solve(parts, ridge=1e-30, faithful=True)
     with pytest.raises(ValueError, match="the same features"):
-        solve({"a": gather(tasks["task0"][:1], expansion)})
+        solve({name: gather(tasks["task0"][:1], expansion) for name in "ab"})
     broken = Statistics(parts["task0"].gram * math.nan, parts["task0"].total, parts["task0"].count)
     with pytest.raises(ValueError, match="not finite"):
         solve({**parts, "task0": broken})

@@ -47,6 +47,8 @@ def test_rows_equal_a_loop_over_adapters(rank: int, slots: list[int | None]) -> 
     torch.testing.assert_close(routed(x), expected, rtol=1e-12, atol=1e-12)
     repeated = x.repeat_interleave(3, 0)  # the labels of each prompt, side by side
     torch.testing.assert_close(routed(repeated), expected.repeat_interleave(3, 0), rtol=1e-12, atol=1e-12)
+    flat = routed(x.flatten(0, 1))  # as the experts of a mixture model see it
+    torch.testing.assert_close(flat, expected.flatten(0, 1), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from dscl import cli, dist
-from dscl.cli import guarded, main
+from dscl.cli import _templated, guarded, main
 from dscl.errors import Failure, UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -263,3 +263,22 @@ def test_the_word_that_deepspeeds_launcher_adds_is_no_mistake(capsys: pytest.Cap
         main(["--local_rank=0", "train", "--help"])
     assert ended.value.code == 0
     assert "RECIPE.yaml" in capsys.readouterr().out
+
+
+def test_a_template_is_put_around_every_prompt() -> None:
+    assert _templated(["a", "b"], None) == ["a", "b"]
+    assert _templated(["a {x}", "b"], r"{prompt}\nAnswer:") == ["a {x}\nAnswer:", "b\nAnswer:"]
+    with pytest.raises(UserError, match=r"--template: given 'Answer:'; it must hold \{prompt\}"):
+        _templated(["a"], "Answer:")
+
+
+def test_a_reader_that_leaves_early_is_no_failure() -> None:
+    """As `dscl generate ... | head -1`."""
+    work = "lambda: [print('x', flush=True) for _ in range(9999)] and 0"
+    program = f"import sys; from dscl.cli import guarded; sys.exit(guarded({work}))"
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert (process.wait(60), process.stderr.read()) == (0, b"")

@@ -2,8 +2,9 @@
 
     python tools/compare_on_text.py --data ../shared/data --out out/text
 
-The base model and the tasks are those of the data folder (base/, cl_benchmark/). Runs: `asr` in two task orders, and
-`sequential` with all weights and with one LoRA. A run that is complete is not run again.
+The base model and the tasks are those of the data folder (base/, cl_benchmark/). Runs: `asr` in two task orders, with
+features of the default layer and of a later one, and `sequential` with all weights and with one LoRA. A run that is
+complete is not run again.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ LORA = {"rank": 8, "alpha": 16.0}
 RUNS: dict[str, tuple[dict[str, Any], float, int]] = {  # method, learning rate, direction of the order
     "asr": ({"name": "asr", "lora": LORA}, 4e-3, 1),
     "asr, reversed order": ({"name": "asr", "lora": LORA}, 4e-3, -1),
+    "asr, layer 5": ({"name": "asr", "lora": LORA, "feature_layer": 5}, 4e-3, 1),
+    "asr, layer 5, reversed order": ({"name": "asr", "lora": LORA, "feature_layer": 5}, 4e-3, -1),
     "sequential, one LoRA": ({"name": "sequential", "tune": "lora", "lora": LORA}, 4e-3, 1),
     "sequential, all weights": ({"name": "sequential", "tune": "full"}, 3e-4, 1),
 }

@@ -63,6 +63,10 @@ class Backbone:
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         return model
 
+    def parameters(self) -> int:
+        """The model's size, without building it."""
+        return sum(map(math.prod, _shapes(self.architecture, self.config.attention).values()))
+
     def fingerprint(self) -> str:
         """A hash of the configuration and of some of every tensor's values: two models that share it are the same."""
         told = {k: v for k, v in self.architecture.to_dict().items() if k not in TOLD_OTHERWISE}

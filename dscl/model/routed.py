@@ -34,7 +34,6 @@ class Routing:
     capacity: int
     rank: int
     gate: torch.Tensor | None = None  # None: the bare model
-    slots: Sequence[int | None] = ()  # what was decided for the present batch
     _spans: Sequence[Span] | None = None
     _pooled: torch.Tensor | None = None
     _decide: Decision | None = None
@@ -49,12 +48,12 @@ class Routing:
             self._spans = None  # activation checkpointing passes here once more, when it is no longer asked for
 
     @contextmanager
-    def answering(self, spans: Sequence[Span], decide: Decision) -> Iterator[Routing]:
+    def answering(self, spans: Sequence[Span], decide: Decision) -> Iterator[None]:
         """The first pass decides each row's adapter when it reaches the feature layer; later passes keep to that."""
         assert [row for row, _, _ in spans] == list(range(len(spans))), "one prompt a row"
         self._spans, self._decide = spans, decide
         try:
-            yield self
+            yield
         finally:
             self._spans = self._decide = self.gate = None
 
@@ -64,7 +63,6 @@ class Routing:
         for row, slot in enumerate(slots):
             if slot is not None:
                 gate[row, slot] = 1.0
-        self.slots = slots
         self.gate = gate.expand(-1, -1, self.rank).flatten(1).to(device=like.device, dtype=like.dtype)
 
     def at_feature_layer(self, hidden: torch.Tensor) -> None:

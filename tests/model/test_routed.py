@@ -137,10 +137,9 @@ def test_the_first_pass_decides_from_the_feature_layer_on() -> None:
         seen.append(pooled)
         return [2, None, 0, 1]
 
-    with bank.routing.answering(SPANS, decide) as routing, torch.no_grad():
+    with bank.routing.answering(SPANS, decide), torch.no_grad():
         first = model(input_ids=IDS, use_cache=True)
         second = model(input_ids=IDS[:, :1], past_key_values=copy.deepcopy(first.past_key_values)).logits
-        assert routing.slots == [2, None, 0, 1]
     assert len(seen) == 1  # later passes keep to the decision
     torch.testing.assert_close(seen[0], expected, rtol=1e-6, atol=1e-6)
     assert torch.equal(model(input_ids=IDS).logits, plain(input_ids=IDS).logits)  # and afterwards it is gone

@@ -35,6 +35,7 @@ MARKER = "complete.json"
 FORMAT = 2
 Sum = dict[str, int]  # of a file: its bytes and its checksum
 ROWS = "rows"  # of the method, among a rank's stretches
+OWNED = "owned-"  # begins the name of a file with what a rank keeps of its own matrices
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = folder, keep
         self._left: dict[str, Sum] = {}  # files of ended tasks, by their path in the run's folder
+        # What this rank owned when it last wrote it, and where that is.
+        self._last: tuple[Path, Sum, dict[str, tuple[torch.Tensor, int]]] | None = None
 
     def leave(self, write: Callable[[], Iterable[Path]]) -> None:
         """The main rank writes what an ended task leaves; the checkpoints from now on vouch for these files."""
@@ -79,6 +82,9 @@ class Checkpoints:
             mine = partial / f"rank-{dist.rank():05d}.safetensors"
             rows = {f"{ROWS}|0|{name}": values for name, values in method.rows().items()}
             written[mine.name] = _write_tensors(mine, {**dict(_named(engine.shares())), **rows})
+            if owned := method.owned():
+                path = partial / f"{OWNED}{dist.rank():05d}.safetensors"
+                written[path.name] = self._write_owned(path, owned, final / path.name)
             if dist.is_main():
                 written["method.safetensors"] = _write_tensors(partial / "method.safetensors", method.state())
                 state = {
@@ -118,6 +124,24 @@ class Checkpoints:
                 shutil.rmtree(old, ignore_errors=True)
         dist.barrier()
 
+    def _write_owned(self, path: Path, owned: dict[str, torch.Tensor], final: Path) -> Sum:
+        """It seldom changes within a task, and is large: while it does not, checkpoints share one file."""
+        versions = {name: (tensor, tensor._version) for name, tensor in owned.items()}
+        if self._last is not None:
+            before, facts, stored = self._last
+            if versions.keys() == stored.keys() and all(
+                tensor is stored[name][0] and version == stored[name][1] for name, (tensor, version) in versions.items()
+            ):
+                try:
+                    os.link(before, path)
+                    self._last = final, facts, versions
+                    return facts
+                except OSError:  # a file system without links, or the file is gone
+                    pass
+        facts = _write_tensors(path, owned)
+        self._last = final, facts, versions
+        return facts
+
     def newest(self) -> Path | None:
         """The newest whole checkpoint, the same on every rank; damaged ones are passed over with a line each.
 
@@ -154,6 +178,8 @@ def load(folder: Path, engine: Engine, method: Method) -> dict[str, Any]:
     with safe_open(folder / "method.safetensors", framework="pt") as file:
         values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     method.load_state(values, _rows(folder))
+    with ExitStack() as stack:
+        method.load_owned(_owned(folder, stack))
     return dict(state["position"])
 
 
@@ -166,6 +192,21 @@ def _rows(folder: Path) -> dict[str, torch.Tensor]:
                 if stored.startswith(f"{ROWS}|"):
                     parts.setdefault(stored.split("|", 2)[2], []).append(file.get_tensor(stored))
     return {name: torch.cat(values)[dist.rank() :: dist.world()] for name, values in parts.items()}
+
+
+def _owned(folder: Path, stack: ExitStack) -> Callable[[str], dict[str, torch.Tensor]]:
+    """What was kept of a matrix, whichever rank owned it then."""
+    places: dict[str, dict[str, tuple[Any, str]]] = {}
+    for path in sorted(folder.glob(f"{OWNED}*.safetensors")):
+        file = stack.enter_context(safe_open(path, framework="pt"))
+        for stored in file.keys():  # noqa: SIM118 - not a dict
+            matrix, what = stored.rsplit("|", 1)
+            places.setdefault(matrix, {})[what] = file, stored
+
+    def read(matrix: str) -> dict[str, torch.Tensor]:
+        return {what: file.get_tensor(stored) for what, (file, stored) in places.get(matrix, {}).items()}
+
+    return read
 
 
 class _Stretches:

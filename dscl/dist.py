@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -111,6 +111,15 @@ def sum_(tensor: torch.Tensor) -> torch.Tensor:
     if world() > 1:
         torch_dist.all_reduce(tensor)
     return tensor
+
+
+def exchange(sent: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
+    """Give each rank its flat tensor of `sent`, and get one from each, of these sizes."""
+    if world() == 1:
+        return list(sent)
+    arrived = sent[0].new_empty(sum(sizes))
+    torch_dist.all_to_all_single(arrived, torch.cat(list(sent)), list(sizes), [part.numel() for part in sent])
+    return list(arrived.split(list(sizes)))
 
 
 def any_rank(flag: bool) -> bool:

@@ -33,6 +33,7 @@ from dscl.cache import locked
 from dscl.config import nearest
 from dscl.errors import UserError
 from dscl.model.backbone import DTYPES
+from dscl.owners import Constraint, Rounds, Stretch, deal
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -130,29 +131,52 @@ class Fragment:
     start: int
     master: torch.Tensor
     moments: dict[str, torch.Tensor]
+    holder: torch.Tensor  # the optimizer's own tensor, of which the master is a view
+
+    @property
+    def gradient(self) -> torch.Tensor:
+        """Of this stretch, as the optimizer is about to use it."""
+        assert self.holder.grad is not None
+        at = self.master.storage_offset() - self.holder.storage_offset()
+        return self.holder.grad.view(-1).narrow(0, at, self.master.numel())
 
     @property
     def stop(self) -> int:
         return self.start + self.master.numel()
 
 
-class SkippableAdamW(torch.optim.AdamW):
-    """AdamW whose step can be left out: ZeRO then clears the gradients and nothing else changes."""
+def _nothing(tensors: Sequence[torch.Tensor]) -> None:
+    pass
+
+
+class HookedAdamW(torch.optim.AdamW):
+    """AdamW whose step can be left out (ZeRO then clears the gradients and nothing else changes), and with calls
+    before and after it: on the fp32 masters and their gradients, before ZeRO casts and gathers what came out."""
 
     skip = False
+    before: Callable[[Sequence[torch.Tensor]], None] = staticmethod(_nothing)
+    after: Callable[[Sequence[torch.Tensor]], None] = staticmethod(_nothing)
 
+    @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        return None if self.skip else super().step(closure)
+        if self.skip:
+            return None
+        stepped = [tensor for group in self.param_groups for tensor in group["params"]]
+        self.before(stepped)
+        result = super().step(closure)
+        self.after(stepped)
+        return result
 
 
-ZERO_SUPPORTED_OPTIMIZERS.append(SkippableAdamW)  # DeepSpeed knows optimizers by their exact type; this is AdamW
+ZERO_SUPPORTED_OPTIMIZERS.append(HookedAdamW)  # DeepSpeed knows optimizers by their exact type; this is AdamW
 
 
 class Engine:
     """Build the sharded model, fill it from its weights, and train it step by step.
 
     `build` makes the bare module, `read(name, shape, start, stop)` gives stretches of its tensors, and `prepare`
-    decides what trains (it may add modules) once the backbone is in place.
+    decides what trains (it may add modules) once the backbone is in place. Then `constraint` is asked for, which may
+    name trained matrices that every step has to leave in a certain state.
     """
 
     def __init__(
@@ -162,6 +186,7 @@ class Engine:
         build: Callable[[], nn.Module],
         read: Callable[[str, torch.Size, int, int], torch.Tensor],
         prepare: Callable[[nn.Module], nn.Module],
+        constraint: Callable[[], Constraint | None] = lambda: None,
         precision: str,
         micro_batch: int = 1,
         weight_decay: float = 0.0,
@@ -199,11 +224,19 @@ class Engine:
         if not trainable:
             raise UserError("method: nothing to train; no parameter of the model is trainable under these settings")
         # A rate of zero, because ZeRO makes its optimizer state with a step of its own: nothing may decay by it.
-        self.optimizer = SkippableAdamW(trainable, lr=0.0, betas=betas, weight_decay=weight_decay, fused=True)
+        self.optimizer = HookedAdamW(trainable, lr=0.0, betas=betas, weight_decay=weight_decay, fused=True)
         with _refusals():
             self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=config)
         self._make_missing_state()
         self.reset_optimizer()
+        self.constraint = constraint()
+        if self.constraint is not None:
+            self._deal(self.constraint)
+
+    @property
+    def hold_every(self) -> int:
+        """After how many steps the constraint is made to hold."""
+        return self.constraint.every if self.constraint is not None else 1
 
     @property
     def module(self) -> nn.Module:
@@ -217,12 +250,15 @@ class Engine:
         targets: int,
         lr: float,
         skip_non_finite: bool = False,
+        hold: bool = True,
     ) -> torch.Tensor:
         """One optimizer step over the global batch; returns this rank's sum of losses (on the device, not waited for).
 
         `loss` sums over the target tokens of a micro-batch; `targets` counts them over all ranks. With
-        `skip_non_finite` a step whose loss or gradient is not finite changes nothing.
+        `skip_non_finite` a step whose loss or gradient is not finite changes nothing. `hold`: whether the constraint,
+        if there is one, is made to hold after it.
         """
+        self._holding = hold
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.module.train()
@@ -263,6 +299,17 @@ class Engine:
             dist.sum_(tensor.view(torch.int32))
         return {name: tensor.view(shapes[name]) for name, tensor in tensors.items()}
 
+    @torch.no_grad()
+    def visit(
+        self,
+        look: Callable[[str, torch.Tensor], None],
+        names: Iterable[str] | None = None,
+        said: Callable[[int, int], None] = lambda *_: None,
+    ) -> None:
+        """Constrained matrices (all, or these), complete and in fp32, each shown to its owner, one at a time."""
+        named = list(self._views) if names is None else list(names)
+        self._rounds.visit(named, self._views, look, change=False, at_once=1, said=said)
+
     def reset_optimizer(self) -> None:
         """A fresh start of the same optimizer: moments and step counters zero, as if just built."""
         for state in self.optimizer.state.values():
@@ -284,7 +331,7 @@ class Engine:
                 master = masters[parameter]
                 state = self.optimizer.state[master]
                 moments = {kind: state[kind].view(-1) for kind in MOMENTS}
-                yield Fragment(name, parameter.shape, 0, master.detach().view(-1), moments)
+                yield Fragment(name, parameter.shape, 0, master.detach().view(-1), moments, master)
             elif self.stage == 3:
                 whole = parameter.ds_numel
                 chunk = parameter.ds_tensor.numel()
@@ -293,9 +340,9 @@ class Engine:
                 if held:
                     read = parameter._z3_optimizer._get_fp32_opt_state_partition
                     views = [read(parameter, True, kind)[0][:held] for kind in (None, *MOMENTS)]
-                    yield Fragment(
-                        name, parameter.ds_shape, start, views[0].detach(), dict(zip(MOMENTS, views[1:], strict=True))
-                    )
+                    moments = dict(zip(MOMENTS, views[1:], strict=True))
+                    holder = self.deepspeed.optimizer.fp32_partitioned_groups_flat[self._sub_group(parameter)]
+                    yield Fragment(name, parameter.ds_shape, start, views[0].detach(), moments, holder)
             elif parameter._hp_mapping is not None:
                 mapping = parameter._hp_mapping
                 flat = self.optimizer.param_groups[mapping.param_group_index]["params"][0]
@@ -303,7 +350,7 @@ class Engine:
                 views = [self.optimizer.state[flat][kind].narrow(0, place.start, place.numel) for kind in MOMENTS]
                 start = mapping.lp_fragment_address.start
                 moments = dict(zip(MOMENTS, views, strict=True))
-                yield Fragment(name, parameter.shape, start, mapping.hp_fragment.detach(), moments)
+                yield Fragment(name, parameter.shape, start, mapping.hp_fragment.detach(), moments, flat)
 
     def shares(self) -> Iterator[Fragment]:
         """Fragments that together cover every tensor once: where all ranks hold all of it, each gives a part."""
@@ -315,7 +362,8 @@ class Engine:
             start, stop = (whole * r // dist.world() for r in (dist.rank(), dist.rank() + 1))
             if start < stop:
                 moments = {kind: value[start:stop] for kind, value in fragment.moments.items()}
-                yield Fragment(fragment.name, fragment.shape, start, fragment.master[start:stop], moments)
+                master = fragment.master[start:stop]
+                yield Fragment(fragment.name, fragment.shape, start, master, moments, fragment.holder)
 
     @torch.no_grad()
     def restore(self, read: Callable[[str, str, int, int], torch.Tensor], optimizer_steps: int) -> None:
@@ -377,6 +425,44 @@ class Engine:
 
     def close(self) -> None:
         self.deepspeed.destroy()
+
+    def _deal(self, constraint: Constraint) -> None:
+        """Give every constrained matrix an owner, and have each optimizer step make the constraint hold."""
+        parameters = {name: p for name, p in self._parameters() if p.requires_grad}
+        costs = constraint.costs()
+        owners = deal(costs, dist.world())
+        fragments = {f.name: f for f in self.fragments() if f.name in costs}
+        held = {name: Stretch(f.start, f.stop) for name, f in fragments.items()}
+        self._views = {name: fragments[name].master if name in fragments else torch.empty(0) for name in costs}
+        self._rounds = Rounds(owners, {name: _shape(parameters[name]) for name in costs}, held, self.device)
+        constraint.own([name for name, owner in owners.items() if owner == dist.rank()], self.device)
+        # ZeRO-3 steps one sub-group at a time.
+        groups: dict[int, list[str]] = {}
+        for name in costs:
+            groups.setdefault(self._sub_group(parameters[name]) if self.stage == 3 else 0, []).append(name)
+
+        def names(stepped: Sequence[torch.Tensor]) -> list[str]:
+            if self.stage != 3:
+                return groups[0]
+            flat = self.deepspeed.optimizer.fp32_partitioned_groups_flat
+            return next(groups.get(index, []) for index, tensor in enumerate(flat) if tensor is stepped[0])
+
+        def before(stepped: Sequence[torch.Tensor]) -> None:
+            gradients = {name: fragments[name].gradient for name in names(stepped) if name in fragments}
+            self._rounds.visit(names(stepped), gradients, constraint.free, change=True)
+
+        def after(stepped: Sequence[torch.Tensor]) -> None:
+            if self._holding:
+                self._rounds.visit(names(stepped), self._views, constraint.hold, change=True)
+
+        if constraint.gradients:
+            self.optimizer.before = before
+        self.optimizer.after = after
+
+    def _sub_group(self, parameter: Any) -> int:
+        """ZeRO-3: which of the optimizer's tensors holds this rank's part of a parameter."""
+        wrapper = self.deepspeed.optimizer
+        return int(wrapper.grad_position[wrapper.get_param_id(parameter)][0])
 
     def _sharded_construction(self, config: dict[str, Any]) -> Any:
         """ZeRO-3 shards every layer as soon as it is made, so no rank ever holds the whole model."""

@@ -73,6 +73,7 @@ class Job:
             build=self.backbone.build,
             read=self.backbone.weights.read,
             prepare=self.method.prepare,
+            constraint=self.method.constraint,
             precision=train.precision,
             micro_batch=train.micro_batch,
             weight_decay=train.weight_decay,

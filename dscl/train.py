@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,12 +19,13 @@ import yaml
 
 from dscl import dist
 from dscl.checkpoint import Checkpoints, load
+from dscl.data.batches import Batch
 from dscl.engine import Engine
 from dscl.errors import Failure, UserError
 from dscl.evaluate import Mark, take
 from dscl.job import Job, Lesson, open_job
 from dscl.maths import scores
-from dscl.methods import Ranks
+from dscl.methods import Look, Ranks
 from dscl.observe import Observer, score_table
 from dscl.recipe import Recipe, difference, read_recipe
 from dscl.watch import Watch
@@ -97,7 +98,8 @@ def learn(
     recipe, name = job.recipe, lesson.task.name
     skipping = recipe.train.non_finite == "skip"
     if position.step == 0:
-        engine.start_over(job.method.begin_task(position.task, name))
+        ranks = ranks_of(engine, lesson, f"task {name}: beginning", observer)
+        engine.start_over(job.method.begin_task(position.task, name, ranks))
     watch = Watch(engine, name, recipe.observe.every, skipping, lesson.sources, observer.step, observer.note)
     watch.begin()
     for number in range(position.step, lesson.steps):
@@ -105,13 +107,19 @@ def learn(
         # tasks before this one change anything.
         torch.manual_seed(hash((recipe.seed, zlib.crc32(name.encode()), number, dist.rank())))
         plan, lr = lesson.schedule.step(number), lesson.learning_rate(number)
-        loss = engine.step(
-            job.method.loss, lesson.micro_batches(number), targets=plan.targets, lr=lr, skip_non_finite=skipping
-        )
         position.step, position.total = number + 1, position.total + 1
         last = position.step == lesson.steps
+        saving = position.total % recipe.checkpoint.every == 0 and not last
+        loss = engine.step(
+            job.method.loss,
+            lesson.micro_batches(number),
+            targets=plan.targets,
+            lr=lr,
+            skip_non_finite=skipping,
+            hold=last or saving or position.step % engine.hold_every == 0,
+        )
         watch.add(number, position.total, plan, lr, loss, last)
-        if position.total % recipe.checkpoint.every == 0 and not last:
+        if saving:
             watch.flush()
             save(checkpoints, position, engine, job)
 
@@ -121,9 +129,30 @@ def end(
 ) -> None:
     """The task's last step is done: the method takes from it what it keeps."""
     name = lesson.task.name
-    if told := job.method.end_task(position.task, name, Ranks(engine.whole, dist.sum_)):
+    if told := job.method.end_task(position.task, name, ranks_of(engine, lesson, f"task {name}: ending", observer)):
         observer.note(told)
     checkpoints.leave(lambda: job.method.leave(job.recipe.folder, name))
+
+
+def ranks_of(engine: Engine, lesson: Lesson, doing: str, observer: Observer) -> Ranks:
+    """What a method may ask of all ranks around this lesson's training."""
+
+    def batches(samples: int) -> Iterator[Batch]:
+        seen = 0
+        for number in range(lesson.schedule.steps_per_epoch):
+            if seen >= samples:
+                return
+            yield from (batch.to(engine.device) for batch in lesson.micro_batches(number))
+            seen += len(lesson.schedule.step(number).samples)
+
+    def visit(look: Look, names: Sequence[str]) -> None:
+        engine.visit(look, names, lambda done, of: observer.working(doing, done, of))
+
+    def refuse(problem: str) -> None:
+        if problem := next(filter(None, dist.gather(problem)), ""):
+            raise UserError(problem)
+
+    return Ranks(engine.device, engine.module, batches, engine.whole, visit, dist.sum_, refuse)
 
 
 def examine(engine: Engine, job: Job, lesson: Lesson, observer: Observer) -> Mark:

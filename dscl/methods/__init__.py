@@ -5,12 +5,13 @@ from __future__ import annotations
 from dscl.config import nearest
 from dscl.errors import UserError
 from dscl.methods.asr import Asr
-from dscl.methods.base import Facts, Method, Ranks
+from dscl.methods.base import Facts, Look, Method, Ranks
+from dscl.methods.osft import Osft
 from dscl.methods.sequential import Sequential
 
-METHODS: dict[str, type[Method]] = {"sequential": Sequential, "asr": Asr}
+METHODS: dict[str, type[Method]] = {"sequential": Sequential, "asr": Asr, "osft": Osft}
 
-__all__ = ["METHODS", "Facts", "Method", "Ranks", "find_method"]
+__all__ = ["METHODS", "Facts", "Look", "Method", "Ranks", "find_method"]
 
 
 def find_method(name: str) -> type[Method]:

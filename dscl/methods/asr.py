@@ -100,7 +100,7 @@ class Asr(Method):
             routed.make_trainable(self.lora)
         return model
 
-    def begin_task(self, index: int, name: str) -> Reader:
+    def begin_task(self, index: int, name: str, ranks: Ranks) -> Reader:
         # By the task's name, not its place: what a task learns does not depend on the tasks before it.
         return lambda tensor, *stretch: first_values(self.facts.seed, f"{name}:{tensor}", *stretch)
 

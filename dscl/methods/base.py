@@ -1,16 +1,16 @@
 """What a method is: it decides what trains, computes a loss, and may keep something from task to task.
 
 A method never calls backward, step, a collective or DeepSpeed, and it never logs. The trainer calls, in this order:
-`prepare` once; then for every task `begin_task`, `loss` for every micro-batch, `end_task`, `leave`; and `answering`
-around whatever is evaluated. A run that is killed and started again calls `prepare`, `load_state` with what `state` and
-`rows` gave when the checkpoint was written, `recall` with the tasks that had ended, and goes on in the middle:
-`begin_task` is not called a second time for a task that had begun.
+`prepare` and `constraint` once; then for every task `begin_task`, `loss` for every micro-batch, `end_task`, `leave`;
+and `answering` around whatever is evaluated. A run that is killed and started again calls `prepare` and `constraint`,
+`load_state` and `load_owned` with what `state`, `rows` and `owned` gave when the checkpoint was written, `recall` with
+the tasks that had ended, and goes on in the middle: `begin_task` is not called a second time for a task that had begun.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional
 
 from dscl.data.batches import Batch, PromptBatch
+from dscl.owners import Constraint
 
 Reader = Callable[[str, torch.Size, int, int], torch.Tensor]  # name, shape, start, stop → those elements
 
@@ -38,12 +39,20 @@ class Facts:
     precision: str
 
 
+Look = Callable[[str, torch.Tensor], None]  # is shown a matrix by its name
+
+
 @dataclass(frozen=True)
 class Ranks:
-    """What a method may ask of all ranks when a task ends. Each must make the same calls in the same order."""
+    """What a method may ask of all ranks when a task begins or ends; each has to ask the same, in the same order."""
 
+    device: torch.device
+    module: nn.Module  # to make passes through, without gradients; equally many on every rank
+    batches: Callable[[int], Iterator[Batch]]  # about as many of the task's samples, in equally many batches a rank
     whole: Callable[[], dict[str, torch.Tensor]]  # the trained tensors, complete, in fp32
+    visit: Callable[[Look, Sequence[str]], None]  # these constrained matrices, complete, in fp32, each to its owner
     sum_: Callable[[torch.Tensor], torch.Tensor]  # added up over all ranks, in place
+    refuse: Callable[[str], None]  # stops all ranks with what one of them (or none: empty) has to complain of
 
 
 class Method(ABC):
@@ -57,7 +66,11 @@ class Method(ABC):
     def prepare(self, model: nn.Module) -> nn.Module:
         """Decide what trains (`requires_grad`), adding modules where needed. Called before the engine is built."""
 
-    def begin_task(self, index: int, name: str) -> Reader | None:
+    def constraint(self) -> Constraint | None:
+        """What must hold for trained matrices after every step. Asked once, after `prepare`."""
+        return None
+
+    def begin_task(self, index: int, name: str, ranks: Ranks) -> Reader | None:
         """A task starts, with a fresh optimizer. What is returned gives the values that the trainable tensors start
         from; None leaves them as the previous task did."""
         return None
@@ -89,6 +102,13 @@ class Method(ABC):
     def rows(self) -> dict[str, torch.Tensor]:
         """What this rank has gathered in the present task, a row each; after a restart any rank may get any row."""
         return {}
+
+    def owned(self) -> dict[str, torch.Tensor]:
+        """What this rank keeps of the matrices that are its own, as `matrix|what`."""
+        return {}
+
+    def load_owned(self, read: Callable[[str], dict[str, torch.Tensor]]) -> None:  # noqa: B027 - optional
+        """Take back what was kept of the matrices that are this rank's now; `read(matrix)` gives it, by what it is."""
 
     def load_state(self, state: dict[str, torch.Tensor], rows: dict[str, torch.Tensor]) -> None:
         given = sorted({**state, **rows})

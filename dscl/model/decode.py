@@ -1,4 +1,4 @@
-"""Answering a batch of prompts: rank a label set by likelihood, or generate greedily with a KV cache.
+"""Answering a batch of prompts: rank a label set by likelihood, or generate greedily; and texts of the model's own.
 
 Every rank makes equally many passes: under ZeRO-3 a pass is a collective, and a rank that stayed away would leave the
 others waiting. Alone, it is plain decoding.
@@ -15,6 +15,7 @@ import torch
 from dscl import dist
 from dscl.data.batches import PromptBatch
 
+BLOCK = 32  # texts drawn side by side
 LABELS_AT_ONCE = 4  # for each of them the prompts' keys and values are copied: at 7B half a megabyte a token
 
 
@@ -90,3 +91,28 @@ def generate(module: Any, batch: PromptBatch, max_new_tokens: int, eos: int, pad
         mask = torch.cat([mask, torch.ones_like(ids)], 1)
     rows = torch.stack(produced, 1).tolist()
     return [row[: row.index(eos)] if eos in row else row for row in rows]
+
+
+def sample_texts(module: Any, texts: int, length: int, seed: int, device: torch.device) -> list[torch.Tensor]:
+    """This rank's share of texts that the model makes up (temperature 1), in blocks of token ids.
+
+    Every block is drawn in the same way whichever rank draws it, so the texts do not depend on the number of ranks.
+    All ranks get equally many blocks; the last ones may be empty, and are not to be counted.
+    """
+    config = module.config
+    begins = next(token for token in (config.bos_token_id, config.eos_token_id, 0) if token is not None)
+    blocks = -(-texts // BLOCK)
+    drawn = []
+    for number in range(dist.rank(), -(-blocks // dist.world()) * dist.world(), dist.world()):
+        generator = torch.Generator().manual_seed(hash((seed, number)) % 2**63)
+        ids = torch.full((BLOCK, 1), begins, device=device)
+        cache, rows = None, [ids]
+        for _ in range(length - 1):
+            out = module(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = out.past_key_values
+            # The largest of log p + Gumbel noise is a draw from p.
+            noise = torch.rand(out.logits[:, -1].shape, generator=generator, dtype=torch.float64).log_().neg_().log_()
+            ids = (out.logits[:, -1].double() - noise.to(device)).argmax(-1, keepdim=True)
+            rows.append(ids)
+        drawn.append(torch.cat(rows, 1)[: max(0, texts - number * BLOCK)])
+    return drawn

@@ -77,6 +77,11 @@ class Observer:
         if self._main:
             self._progress.evaluating(task, done, total)
 
+    def working(self, doing: str, done: int, total: int) -> None:
+        """Work between two tasks has come that far."""
+        if self._main:
+            self._progress.working(doing, done, total)
+
     def scores(self, document: Mapping[str, Any]) -> None:
         """An evaluation of the tasks is over; `document` is the content of scores.json with its row."""
         if not self._main:

@@ -73,6 +73,7 @@ class Progress:
         self._shown = live != "off"
         self._now = now
         self._clock = Clock(now)
+        self._doing = "", 0.0  # and since when
         self._line = ""
         self._last_plain = -PLAIN_SECONDS
 
@@ -85,6 +86,13 @@ class Progress:
 
     def evaluating(self, task: str, done: int, total: int) -> None:
         self._show(f"evaluating {task} · {done}/{total}")
+
+    def working(self, doing: str, done: int, total: int) -> None:
+        now = self._now()
+        if doing != self._doing[0] or done == 1:
+            self._doing = doing, now
+        left = (now - self._doing[1]) / (done - 1) * (total - done) if done > 1 else None
+        self._show(f"{doing} · {done}/{total}" + (f" · {duration(left)} left" if left is not None else ""))
 
     def evaluated(self) -> None:
         self._clock.evaluated()

@@ -1,0 +1,369 @@
+"""Full fine-tuning in the free subspace (after arXiv 2504.07097): what earlier tasks use of each weight cannot change.
+
+What trains: the dense weights. What may not change: for each target matrix a protected subspace, which starts with what
+the base model needs and grows with every task, for good. It is held on the fp32 masters after the optimizer's step, by
+the one rank that owns the matrix. Who decides at inference: nobody; it is one model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from dscl.config import key
+from dscl.data.batches import Batch
+from dscl.errors import UserError
+from dscl.maths.subspace import (
+    READINGS,
+    Subspace,
+    count_by_energy,
+    count_by_share,
+    hold_flops,
+    moment_directions,
+    right_directions,
+    shares_by_importance,
+)
+from dscl.methods.base import Facts, Look, Method, Ranks
+from dscl.model.decode import sample_texts
+from dscl.model.moments import Changes, Moments
+from dscl.model.routed import layer_of
+from dscl.model.surgery import LLAMA_PROJECTIONS, matching
+
+Pass = tuple[dict[str, Any], torch.Tensor]  # a model's inputs, and how much each of their tokens counts
+
+TEXTS, LENGTH = 128, 128  # made up by the base model, to see what it needs in general
+SAMPLES = 256  # of an ended task, to see what it needs
+MEMORY = 1 << 31  # bytes of second moments gathered in one go; the rest is left to further passes
+# The paper's settings; a recipe that asks for them may not ask for others.
+PAPER: dict[str, Any] = {
+    "reading": "paper",
+    "basis": "weights",
+    "allocate": "importance",
+    "least": 0.1,
+    "share": 0.8,
+    "updates": 0.0,
+    "gradients": True,
+}
+DEFAULT: dict[str, Any] = {
+    "reading": "input",
+    "basis": "activations",
+    "allocate": "fixed",
+    "share": 0.5,
+    "updates": 0.9,
+    "gradients": False,
+}
+
+
+@dataclass(frozen=True)
+class OsftConfig:
+    name: str = key("osft")
+    faithful: bool = key(False, help="the paper's settings: sets the keys from `reading` to `gradients`")
+    reading: str | None = key(
+        None,
+        choices=READINGS,
+        help="what may not change: the outputs of protected inputs; that and the protected outputs; or, as the paper "
+        "prints it, only what leads from the ones to the others; default: input",
+    )
+    basis: str | None = key(
+        None,
+        choices=("weights", "activations", "both"),
+        help="whose strongest directions are protected for the base model; default: activations",
+    )
+    allocate: str | None = key(
+        None,
+        choices=("fixed", "importance", "energy"),
+        help="`share` is of each matrix's rank; or the most that the paper's importance gives; or of the energy",
+    )
+    share: float | None = key(None, at_least=0.0, at_most=1.0, help="how much is protected from the start; default 0.5")
+    least: float | None = key(None, at_least=0.0, at_most=1.0, help="with allocate: importance, the least share")
+    updates: float | None = key(
+        None,
+        at_least=0.0,
+        at_most=1.0,
+        help="after each task, the directions with this share of its change's energy are protected; 0: none",
+    )
+    gradients: bool | None = key(None, help="free the gradients of their protected part too, before AdamW sees them")
+    project_every: int = key(1, at_least=1, help="steps between projections; one always comes before a checkpoint")
+    targets: tuple[str, ...] = key(LLAMA_PROJECTIONS, help="names (or endings of names) of the constrained layers")
+    rest: str = key(
+        "frozen", choices=("frozen", "free", "protected"), help="embeddings, head and norms; norms are never protected"
+    )
+
+    def __post_init__(self) -> None:
+        for name, value in (PAPER if self.faithful else DEFAULT).items():
+            given = getattr(self, name)
+            if self.faithful and given is not None and given != value:
+                raise UserError(
+                    f"method.{name}: given {given} together with faithful: true, which sets {value}; remove one of them"
+                )
+            object.__setattr__(self, name, value if given is None else given)
+        if self.allocate != "importance" and self.least is not None:
+            raise UserError(
+                f"method.least: given {self.least} with allocate: {self.allocate}, which has no use for it; remove it, "
+                "or set method.allocate=importance"
+            )
+        if self.allocate == "importance":
+            object.__setattr__(self, "least", 0.1 if self.least is None else self.least)
+            if self.least > self.share:  # type: ignore[operator]
+                raise UserError(f"method.least: given {self.least}, more than share={self.share}, the most; lower it")
+
+
+class Osft(Method):
+    """Its own constraint: the engine asks it to hold the matrices that this rank owns."""
+
+    Config = OsftConfig
+    config: OsftConfig
+
+    def __init__(self, config: OsftConfig, facts: Facts) -> None:
+        super().__init__(config, facts)
+        self.every = config.project_every
+        self.gradients = bool(config.gradients)
+        self._shapes: dict[str, tuple[int, int]] = {}  # of the constrained weights
+        self._layers: dict[str, str] = {}  # the linear layers among them
+        self._mine: list[str] = []
+        self._spaces: dict[str, Subspace] = {}
+        self._start: dict[str, torch.Tensor] = {}  # my matrices as the task found them
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        model.requires_grad_(self.config.rest == "free")
+        modules = dict(model.named_modules())
+        for layer in matching(model, self.config.targets):
+            linear = modules[layer]
+            assert isinstance(linear, nn.Linear)
+            self._shapes[f"{layer}.weight"] = linear.out_features, linear.in_features
+            self._layers[f"{layer}.weight"] = layer
+            linear.weight.requires_grad_(True)
+        if self.config.rest == "protected":
+            for name, parameter in model.named_parameters():
+                shape = getattr(parameter, "ds_shape", parameter.shape)
+                if len(shape) == 2 and name not in self._shapes:
+                    self._shapes[name] = int(shape[0]), int(shape[1])
+                    parameter.requires_grad_(True)
+        return model
+
+    # ---- the constraint, asked of this rank for the matrices that it owns
+
+    def constraint(self) -> Osft:
+        return self
+
+    def costs(self) -> dict[str, float]:
+        return {name: float(self._flops(rows, columns)) for name, (rows, columns) in self._shapes.items()}
+
+    def _flops(self, rows: int, columns: int) -> int:
+        half = count_by_share(0.5, rows, columns)  # how much will be protected is not known yet
+        return hold_flops(str(self.config.reading), rows, columns, half, half)
+
+    def own(self, names: Sequence[str], device: torch.device) -> None:
+        self._mine, self._device = list(names), device
+
+    def hold(self, name: str, weight: torch.Tensor) -> None:
+        self._spaces[name].hold_(weight)
+
+    def free(self, name: str, gradient: torch.Tensor) -> None:
+        self._spaces[name].free_(gradient)
+
+    # ---- what is protected
+
+    def begin_task(self, index: int, name: str, ranks: Ranks) -> None:
+        if index == 0:
+            texts = self._texts(ranks)
+            self._protect(ranks, lambda: _made_up(texts))
+        if self.config.updates and name != self.facts.tasks[-1]:
+            self._start = {}
+
+            def keep(matrix: str, weight: torch.Tensor) -> None:
+                self._start[matrix] = weight.to("cpu", copy=True)
+
+            ranks.visit(keep, list(self._shapes))
+
+    def end_task(self, index: int, name: str, ranks: Ranks) -> str:
+        if name == self.facts.tasks[-1]:
+            return ""
+        if self.config.updates:
+            self._visit(ranks, list(self._shapes), self._keep_update)
+            self._start = {}
+        if self.config.allocate != "fixed":
+            self._protect(ranks, lambda: _seen(ranks.batches(SAMPLES)))
+        return self._told(ranks, name)
+
+    def _keep_update(self, matrix: str, weight: torch.Tensor) -> None:
+        """Protect the directions in which the task that ended changed this matrix."""
+        space, change = self._spaces[matrix], weight.double() - self._start[matrix].to(weight.device).double()
+        share = self.config.updates or 0.0
+        sides = [right_directions(change, space.right), right_directions(change.T, space.left)]
+        space.grow(weight, *(found.vectors[:, : count_by_energy(found, share)] for found in sides))
+
+    def _texts(self, ranks: Ranks) -> list[torch.Tensor]:
+        """Texts that the base model makes up, if any are needed: what it needs in general shows in them."""
+        if self.config.basis == "weights" and self.config.allocate != "importance":
+            return []
+        training = ranks.module.training
+        ranks.module.eval()
+        with torch.no_grad():
+            texts = sample_texts(ranks.module, TEXTS, LENGTH, self.facts.seed, ranks.device)
+        ranks.module.train(training)
+        return texts
+
+    def _protect(self, ranks: Ranks, passes: Callable[[], Iterable[Pass]]) -> None:
+        """Protect the strongest directions of the weights, of what the passes give the layers, or of both."""
+        shares = dict.fromkeys(self._shapes, self.config.share or 0.0)
+        if self.config.allocate == "importance":
+            shares = self._important(ranks, passes)
+        for names in self._portions():
+            moments = Moments()
+            layers = [self._layers[name] for name in names if name in self._layers]
+            if self.config.basis != "weights" and layers:
+                with moments.gathering(ranks.module, layers):
+                    _pass_through(ranks.module, passes(), moments)
+                for site in sorted(moments.sums):
+                    ranks.sum_(moments.sums[site])
+
+            def look(name: str, weight: torch.Tensor, moments: Moments = moments) -> None:
+                site = moments.site.get(self._layers.get(name, ""))
+                self._extend(name, weight, shares[name], None if site is None else moments.sums[site])
+
+            self._visit(ranks, names, look)
+
+    def _extend(self, name: str, weight: torch.Tensor, share: float, inputs: torch.Tensor | None) -> None:
+        """Protect up to this share of a matrix; `inputs` is their second moment, or None if weights alone count."""
+        reading = str(self.config.reading)
+        space = self._spaces.setdefault(name, Subspace.empty(reading, weight))
+        right = self._strongest(weight, inputs, space.right, share)
+        left = space.left[:, :0]
+        if reading != "input":
+            exact = weight.double()
+            outputs = None if inputs is None else exact @ inputs @ exact.T
+            left = self._strongest(weight.T, outputs, space.left, share)
+        space.grow(weight, right, left)
+
+    def _strongest(
+        self, root: torch.Tensor, moment: torch.Tensor | None, taken: torch.Tensor, share: float
+    ) -> torch.Tensor:
+        """What is to join `taken`, of the directions of a moment, of `rootᵀ root`, or of both, each counting alike."""
+        if moment is None:
+            found, whole = right_directions(root, taken), float(root.double().square().sum())
+        else:
+            if self.config.basis == "both":
+                exact = root.double()
+                moment = _scaled(moment) + _scaled(exact.T @ exact)
+            found, whole = moment_directions(moment, taken), float(moment.trace())
+        if self.config.allocate == "energy":
+            rest = float(found.energies.sum())
+            count = count_by_energy(found, max(0.0, 1.0 - (1.0 - share) * whole / rest)) if rest else 0
+        else:
+            count = max(0, count_by_share(share, *root.shape) - taken.shape[1])
+        return found.vectors[:, :count]
+
+    def _important(self, ranks: Ranks, passes: Callable[[], Iterable[Pass]]) -> dict[str, float]:
+        """The paper's share for each matrix, by the importance of the decoder layer that it stands in."""
+        layers: Any = ranks.module.get_submodule("model.layers")
+        changes = Changes(len(layers), ranks.device)
+        with changes.gathering(layers):
+            _pass_through(ranks.module, passes(), changes)
+        ranks.sum_(changes.sums)
+        assert self.config.least is not None
+        assert self.config.share is not None
+        try:
+            found = shares_by_importance(changes.means(), self.config.least, self.config.share).tolist()
+        except ArithmeticError as error:
+            raise UserError(f"method.allocate: given importance, but {error}; set method.allocate=fixed") from None
+        return {name: found[layer_of(name)] if layer_of(name) >= 0 else self.config.share for name in self._shapes}
+
+    def _portions(self) -> list[list[str]]:
+        """The matrices in portions whose inputs' second moments fit into memory together, decoder layer by layer."""
+        portions: list[list[str]] = [[]]
+        room, layer = MEMORY, None
+        for name, (_, columns) in self._shapes.items():
+            room -= 8 * columns**2
+            if room < 0 and layer != layer_of(name):
+                portions.append([])
+                room = MEMORY - 8 * columns**2
+            layer = layer_of(name)
+            portions[-1].append(name)
+        return portions
+
+    def _visit(self, ranks: Ranks, names: Sequence[str], look: Look) -> None:
+        """Show matrices to their owners; what one of them finds wrong stops all ranks, with one line."""
+        wrong = ""
+
+        def guarded(name: str, weight: torch.Tensor) -> None:
+            nonlocal wrong
+            try:
+                look(name, weight)
+            except ArithmeticError as error:
+                wrong = wrong or f"method osft: {name}: {error}; start from weights, and a rate, that stay finite"
+
+        ranks.visit(guarded, names)
+        ranks.refuse(wrong)
+
+    def _told(self, ranks: Ranks, name: str) -> str:
+        """How much is free now, over all ranks."""
+        counts = torch.tensor([self._room(space) for space in self._spaces.values()], dtype=torch.float64)
+        free, whole = ranks.sum_(counts.view(-1, 2).sum(0).to(ranks.device)).tolist()
+        return f"task {name}: {1 - free / whole:.1%} of the directions are protected from now on"
+
+    @staticmethod
+    def _room(space: Subspace) -> tuple[int, int]:
+        """The free directions of a matrix, and all."""
+        right, left = (len(basis) - basis.shape[1] for basis in (space.right, space.left))
+        if space.reading == "input":
+            return right, len(space.right)
+        return right + left, len(space.right) + len(space.left)
+
+    # ---- what survives a restart
+
+    def owned(self) -> dict[str, torch.Tensor]:
+        kept = {f"{name}|{what}": t for name, space in self._spaces.items() for what, t in space.tensors().items()}
+        return kept | {f"{name}|start": weight for name, weight in self._start.items()}
+
+    def load_owned(self, read: Callable[[str], dict[str, torch.Tensor]]) -> None:
+        for name in self._mine:
+            tensors = read(name)
+            if "start" in tensors:
+                self._start[name] = tensors.pop("start")
+            if tensors:
+                moved = {what: tensor.to(self._device) for what, tensor in tensors.items()}
+                self._spaces[name] = Subspace.of(str(self.config.reading), moved)
+
+
+def _scaled(moment: torch.Tensor) -> torch.Tensor:
+    return moment / moment.trace().clamp_min(torch.finfo(moment.dtype).tiny)
+
+
+def _pass_through(model: Any, passes: Iterable[Pass], gatherer: Moments | Changes) -> None:
+    """Let the model see texts while something is gathered from it."""
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        for inputs, weights in passes:
+            gatherer.weights = weights
+            model(**inputs, use_cache=False, logits_to_keep=1)
+    model.train(training)
+
+
+def _seen(batches: Iterable[Batch]) -> Iterator[Pass]:
+    """The task's own samples: what is asked and what is answered count alike."""
+    for batch in batches:
+        prompts, answers = (torch.zeros(batch.input_ids.shape, dtype=torch.float64) for _ in range(2))
+        for row, start, stop in batch.prompts:
+            prompts[row, start:stop] = 1
+        answers[:, batch.keep.cpu()] = (batch.labels.cpu() != -100).double()
+        weights = (prompts / prompts.sum().clamp_min(1) + answers / answers.sum().clamp_min(1)) * len(batch.samples)
+        inputs = {
+            "input_ids": batch.input_ids,
+            "attention_mask": batch.attention_mask,
+            "position_ids": batch.position_ids,
+        }
+        yield inputs, weights.to(batch.input_ids.device)
+
+
+def _made_up(texts: Iterable[torch.Tensor]) -> Iterator[Pass]:
+    """Texts of the model's own. A rank without one takes part with one that does not count."""
+    for ids in texts:
+        inputs = ids if len(ids) else torch.zeros(1, ids.shape[1], dtype=torch.long, device=ids.device)
+        weight = 1.0 if len(ids) else 0.0
+        yield {"input_ids": inputs}, torch.full(inputs.shape, weight, dtype=torch.float64, device=ids.device)

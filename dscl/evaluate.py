@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional
 
 from dscl import dist
 from dscl.config import key
@@ -32,6 +33,12 @@ class EvaluateConfig:
     max_new_tokens: int = key(32, at_least=1, help="longest generated answer")
     tasks: str = key("all", choices=("all", "seen"), help="after each task, evaluate all tasks or those trained so far")
     before: bool = key(True, help="also evaluate before any training; FWT needs it, and tasks: all")
+    heldout: str | None = key(
+        None, help="texts (.jsonl with `text`, or lines) whose mean loss shows what the model can do in general"
+    )
+
+
+TEXTS_AT_ONCE = 4  # of held-out texts, each of whose tokens needs its logits
 
 
 METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
@@ -98,3 +105,37 @@ def take(
     score, count, right, rejected = dist.sum_(total.to(engine.device)).tolist()
     assert count == len(samples), f"{count} of {len(samples)} samples of {exam.task.name} were evaluated"
     return Mark(score / count) if routes is None else Mark(score / count, right / count, rejected / count)
+
+
+def loss_on(
+    texts: Sequence[Sequence[int]],
+    engine: Engine,
+    method: Method,
+    tokenizer: Tokenizer,
+    said: Callable[[int, int], None] = lambda *_: None,
+) -> float:
+    """The mean loss per token of running texts, the same on every rank."""
+    module, pad = engine.module, pad_id(tokenizer)
+    mine = sorted(texts, key=len)[dist.rank() :: dist.world()]
+    rounds = -(-len(texts) // (dist.world() * TEXTS_AT_ONCE))
+    total = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    was_training = module.training
+    module.eval()
+    with torch.no_grad():
+        for number in range(rounds):
+            chosen = mine[number * TEXTS_AT_ONCE : (number + 1) * TEXTS_AT_ONCE]
+            batch = prompt_batch(chosen or texts[:1], pad).to(engine.device)
+            with method.answering(batch):
+                logits = module(
+                    input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids
+                ).logits
+            for row in range(len(chosen)):
+                start = batch.prompts[row][1]
+                loss = functional.cross_entropy(
+                    logits[row, start:-1].float(), batch.input_ids[row, start + 1 :], reduction="sum"
+                )
+                total += torch.stack([loss.double(), torch.tensor(len(chosen[row]) - 1.0, device=loss.device)])
+            said(number + 1, rounds)
+    module.train(was_training)
+    loss, tokens = dist.sum_(total).tolist()
+    return float(loss / tokens)

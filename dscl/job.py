@@ -14,6 +14,7 @@ from dscl.data.batches import Batch, Schedule, collate
 from dscl.data.encode import Encoded, answer_room, bos_id, encode, encode_answers, encode_prompts, fingerprint
 from dscl.data.stream import load_stream
 from dscl.data.task import Task
+from dscl.data.texts import encode_texts, read_texts
 from dscl.engine import Engine, read_settings
 from dscl.errors import UserError
 from dscl.evaluate import Exam
@@ -65,6 +66,7 @@ class Job:
     backbone: Backbone
     method: Method
     lessons: tuple[Lesson, ...]
+    heldout: list[list[int]]  # texts that show what the model can do in general
 
     def engine(self) -> Engine:
         train = self.recipe.train
@@ -125,7 +127,11 @@ def open_job(recipe: Recipe, longest: int | None = None) -> Job:
         precision=recipe.train.precision,
     )
     method = find_method(recipe.method.name)(recipe.method, facts)
-    return Job(recipe, settings, backbone, method, lessons)
+    heldout: list[list[int]] = []
+    if recipe.evaluate.heldout is not None:
+        texts_there = read_texts(recipe.evaluate.heldout, "evaluate.heldout")
+        heldout = encode_texts(texts_there, backbone.tokenizer, recipe.train.max_length)
+    return Job(recipe, settings, backbone, method, lessons, heldout)
 
 
 def _has_bf16(capabilities: Mapping[str, Any]) -> bool:

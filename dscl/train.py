@@ -22,7 +22,7 @@ from dscl.checkpoint import Checkpoints, load
 from dscl.data.batches import Batch
 from dscl.engine import Engine
 from dscl.errors import Failure, UserError
-from dscl.evaluate import Mark, take
+from dscl.evaluate import Mark, loss_on, take
 from dscl.job import Job, Lesson, open_job
 from dscl.maths import scores
 from dscl.methods import Look, Ranks
@@ -46,6 +46,7 @@ class Position:
     # Where a method routes: the shares of prompts that went to their own task, and to none.
     routed: list[list[float | None]] = field(default_factory=list)
     rejected: list[list[float | None]] = field(default_factory=list)
+    heldout: list[float] = field(default_factory=list)  # where asked for: before training, and after each task
 
     def name(self) -> str:
         """Of this position's checkpoint; later positions sort after earlier ones."""
@@ -68,8 +69,10 @@ def train(recipe: Recipe) -> None:
         observer.recipe(recipe.text())
         if position.matrix:  # a kill may have come between the checkpoint and what is shown of it
             observer.scores(publish(recipe, job, position))
-        if position.before is None and recipe.evaluate.before:
-            position.before = [examine(engine, job, lesson, observer).score for lesson in job.lessons]
+        if (recipe.evaluate.before or job.heldout) and position.before is None and not position.heldout:
+            if recipe.evaluate.before:
+                position.before = [examine(engine, job, lesson, observer).score for lesson in job.lessons]
+            position.heldout += general(engine, job, observer)
             save(checkpoints, position, engine, job)
         while position.task < len(job.lessons):
             lesson = job.lessons[position.task]
@@ -85,6 +88,7 @@ def train(recipe: Recipe) -> None:
             position.matrix.append([mark and mark.score for mark in row])
             position.routed.append([mark and mark.routed for mark in row])
             position.rejected.append([mark and mark.rejected for mark in row])
+            position.heldout += general(engine, job, observer)
             position.task, position.step, position.learned = position.task + 1, 0, False
             save(checkpoints, position, engine, job)  # before scores.json may say that the run is complete
             observer.scores(publish(recipe, job, position))
@@ -162,6 +166,17 @@ def examine(engine: Engine, job: Job, lesson: Lesson, observer: Observer) -> Mar
     return take(lesson.exam, engine, job.method, job.backbone.tokenizer, job.recipe.evaluate, said)
 
 
+def general(engine: Engine, job: Job, observer: Observer) -> list[float]:
+    """The loss on held-out texts, where there are any."""
+    if not job.heldout:
+        return []
+
+    def said(done: int, of: int) -> None:
+        observer.evaluating("held-out texts", done, of)
+
+    return [loss_on(job.heldout, engine, job.method, job.backbone.tokenizer, said)]
+
+
 def asked(recipe: Recipe, task: int, after: int) -> bool:
     return recipe.evaluate.tasks == "all" or task <= after
 
@@ -200,6 +215,8 @@ def publish(recipe: Recipe, job: Job, position: Position) -> dict[str, Any]:
     )
     if any(share is not None for row in position.routed for share in row):
         document |= {"routed": position.routed, "rejected": position.rejected}
+    if position.heldout:
+        document["heldout"] = position.heldout
     if dist.is_main():
         path = recipe.folder / "scores.json"
         try:
@@ -309,10 +326,13 @@ def evaluate(run_dir: str, assignments: Sequence[str]) -> None:
             lesson.task.name: take(lesson.exam, engine, job.method, job.backbone.tokenizer, recipe.evaluate)
             for lesson in job.lessons
         }
+        heldout = [loss_on(job.heldout, engine, job.method, job.backbone.tokenizer)] if job.heldout else []
     found: dict[str, Any] = {"checkpoint": newest.name, "tasks_trained": position.task}
     found["scores"] = {name: mark.score for name, mark in marks.items()}
     if any(mark.routed is not None for mark in marks.values()):
         found["routed"] = {name: mark.routed for name, mark in marks.items()}
         found["rejected"] = {name: mark.rejected for name, mark in marks.items()}
+    if heldout:
+        found["heldout"] = heldout[0]
     if dist.is_main():
         print(json.dumps(found), flush=True)

@@ -9,7 +9,7 @@ import torch
 
 from dscl.data.batches import prompt_batch
 from dscl.data.task import Sample, Task, TaskConfig
-from dscl.evaluate import EvaluateConfig, Exam, take
+from dscl.evaluate import EvaluateConfig, Exam, loss_on, take
 from dscl.methods import Facts
 from dscl.methods.sequential import Sequential, SequentialConfig
 from dscl.model.decode import generate
@@ -64,3 +64,19 @@ def test_five_prompts_on_two_ranks_at_every_stage(ranks: Any, stage: int, ranked
 
 def test_more_ranks_than_prompts_of_a_batch(ranks: Any) -> None:
     assert ranks(2)(score_at, 3, True, 64) == [RIGHT] * 2
+
+
+TEXTS = [[1, 5, 9, 3], [1, 2], [1, 7, 7, 7, 7, 4, 2], [1, 8, 3], [1, 6, 2, 9, 9, 9]]
+
+
+def loss_at(stage: int) -> float:
+    engine = make(stage)
+    loss = loss_on(TEXTS, engine, METHOD, Words())
+    engine.close()
+    return loss
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_the_loss_on_texts_is_the_mean_over_their_tokens(ranks: Any, stage: int) -> None:
+    expected = -sum(alone(model(), [text[0]], text[1:]) for text in TEXTS) / sum(len(text) - 1 for text in TEXTS)
+    assert ranks(2)(loss_at, stage) == [pytest.approx(expected, rel=1e-6)] * 2

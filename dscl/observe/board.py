@@ -41,6 +41,8 @@ class Board:
         for name, value in document["summary"].items():
             if value is not None:
                 self._writer.add_scalar(f"summary/{name}", value, step)
+        if document.get("heldout"):
+            self._writer.add_scalar("summary/heldout_loss", document["heldout"][-1], step)
         self._writer.add_image("scores", score_picture(document), step, dataformats="HWC")
         self._writer.flush()
 

@@ -218,6 +218,7 @@ def test_count_by_energy_is_the_fewest_that_hold_the_share() -> None:
     assert [count([1 / 3] * 7, share) for share in (0, 0.99, 1)] == [0, 7, 7]
     assert [count([], share) for share in (0, 0.5, 1)] == [0, 0, 0]
     assert count([1, 1e-9], 1) == 2
+    assert count([0.7, 0.3, 0.1], 7 / 11) == 1  # rounding aside: 0.7 < 7 / 11 * (0.7 + 0.3 + 0.1)
 
 
 def test_shares_by_importance_are_the_papers() -> None:

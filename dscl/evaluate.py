@@ -16,7 +16,7 @@ from torch.nn import functional
 from dscl import dist
 from dscl.config import key
 from dscl.data.batches import prompt_batch
-from dscl.data.task import Task
+from dscl.data.task import Sample, Task
 from dscl.engine import Engine
 from dscl.maths import text
 from dscl.methods.base import Method
@@ -32,6 +32,7 @@ class EvaluateConfig:
     batch: int = key(16, at_least=1, help="prompts that a rank evaluates at once")
     max_new_tokens: int = key(32, at_least=1, help="longest generated answer")
     tasks: str = key("all", choices=("all", "seen"), help="after each task, evaluate all tasks or those trained so far")
+    split: str = key("test", choices=("test", "dev"), help="dev: to choose settings without looking at the test split")
     before: bool = key(True, help="also evaluate before any training; FWT needs it, and tasks: all")
     heldout: str | None = key(
         None, help="texts (.jsonl with `text`, or lines) whose mean loss shows what the model can do in general"
@@ -50,9 +51,10 @@ METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
 
 @dataclass(frozen=True)
 class Exam:
-    """One task's test split, ready to be put to a model."""
+    """One task's test split (or another), ready to be put to a model."""
 
     task: Task
+    samples: Sequence[Sample]
     prompts: Sequence[Sequence[int]]
     labels: Sequence[Sequence[int]] | None  # the label set's tokens where it is ranked, else None
     bos: int | None = None  # the token that stands before every prompt, if one does
@@ -76,7 +78,7 @@ def take(
     said: Callable[[int, int], None] = lambda *_: None,
 ) -> Mark:
     """The task's mark, the same on every rank. `said(done, of)` hears the progress."""
-    samples, module = exam.task.test, engine.module
+    samples, module = exam.samples, engine.module
     order = sorted(range(len(samples)), key=lambda i: (len(exam.prompts[i]), i))  # alike lengths, little padding
     mine = order[dist.rank() :: dist.world()]
     rounds = -(-len(order) // (dist.world() * config.batch))

@@ -143,8 +143,11 @@ def _lesson(recipe: Recipe, task: Task, backbone: Backbone, room: int) -> Lesson
     bos = bos_id(tokenizer)
     ranked = task.labels is not None and recipe.evaluate.mode == "rank"
     data = encode(task.train, tokenizer, max_length=train.max_length, cache=recipe.data.cache, room=room)
-    prompts = encode_prompts(task.test, tokenizer, max_length=train.max_length, room=room)
-    for split, cut, count in (("training", data.cut, len(data)), ("test", prompts.cut, len(task.test))):
+    examined = task.test if recipe.evaluate.split == "test" else task.dev
+    if not examined:
+        raise UserError(f"evaluate.split: given dev, but task {task.name} has no dev split; set its dev_share above 0")
+    prompts = encode_prompts(examined, tokenizer, max_length=train.max_length, room=room)
+    for split, cut, count in (("training", data.cut, len(data)), (recipe.evaluate.split, prompts.cut, len(examined))):
         if cut and dist.is_main():
             log.warning(
                 "task %s: %d of %d %s prompts are longer than train.max_length=%d allows and lose their beginning",
@@ -165,7 +168,7 @@ def _lesson(recipe: Recipe, task: Task, backbone: Backbone, room: int) -> Lesson
         task=task,
         data=data,
         schedule=schedule,
-        exam=Exam(task, prompts.ids, encode_answers(task.labels or (), tokenizer) if ranked else None, bos),
+        exam=Exam(task, examined, prompts.ids, encode_answers(task.labels or (), tokenizer) if ranked else None, bos),
         packing=train.packing,
         pad=pad_id(tokenizer),
         bos=bos,

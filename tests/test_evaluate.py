@@ -45,7 +45,7 @@ def exam(ranked: bool) -> Exam:
     task = Task(
         "toy", (), (), samples, names if ranked else None, "accuracy" if ranked else "rouge_l", TaskConfig("toy", "")
     )
-    return Exam(task, PROMPTS, LABELS if ranked else None)
+    return Exam(task, samples, PROMPTS, LABELS if ranked else None)
 
 
 def score_at(stage: int, ranked: bool, batch: int, precision: str = "fp32") -> float:

@@ -39,8 +39,8 @@ class Directions(NamedTuple):
 def right_directions(root: Tensor, taken: Tensor | None = None) -> Directions:
     """Eigenvectors of `rootᵀ root`, that is right singular vectors, after orthonormal columns `taken` were taken out.
 
-    From the smaller of the two Gram matrices, which is faster than an SVD. As far as gaps tell directions apart, they are
-    right to 1e-6 down to 1e-5 of the largest singular value; those below about 1e-6 of it are left out.
+    From the smaller of the two Gram matrices. As far as gaps tell directions apart, they are right to 1e-6 down to 1e-5
+    of the largest singular value; those below about 1e-6 of it are left out.
     """
     free, blur = _Complement(taken), max(_blur(root, taken), max(root.shape) * EPS)
     root = root.double()

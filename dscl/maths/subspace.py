@@ -228,6 +228,16 @@ class Subspace:
         if self.reading == "two_sided":
             self.coimage = torch.cat([self.coimage, (U[:, known_left:].T @ exact).to(self.coimage.dtype)])
 
+    def release(self, right: slice, left: slice) -> None:
+        """Give directions back: these columns of `right` and `left` are free from now on."""
+        (keep, keep_left) = (_without(basis.shape[1], part) for basis, part in ((self.right, right), (self.left, left)))
+        self.right, self.left = self.right[:, keep], self.left[:, keep_left]
+        if self.reading == "paper":
+            self.core = self.core[keep_left][:, keep]
+        else:
+            self.image = self.image[:, keep]
+            self.coimage = self.coimage[keep_left]
+
     @torch.no_grad()
     def hold_(self, weight: Tensor) -> None:
         """`weight` becomes the nearest matrix that keeps what is held, in place."""
@@ -267,6 +277,11 @@ class Subspace:
             return float((U.T @ image).norm())
         coimage = U.T @ change - (U.T @ image) @ V.T  # without what the image counts already; empty under `input`
         return math.hypot(float(image.norm()), float(coimage.norm()))
+
+
+def _without(count: int, part: slice) -> list[int]:
+    gone = set(range(count)[part])
+    return [index for index in range(count) if index not in gone]
 
 
 def _appended(basis: Tensor, new: Tensor) -> Tensor:

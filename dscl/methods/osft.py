@@ -86,6 +86,12 @@ class OsftConfig:
         at_most=1.0,
         help="after each task, the directions with this share of its change's energy are protected; 0: none",
     )
+    when_short: str = key(
+        "share",
+        choices=("share", "give_back", "stop"),
+        help="a task that needs more room than an equal part of what is free gets that part; or gets all, and the base "
+        "gives back its weakest directions where the next task finds too little; or all, and that task is refused",
+    )
     gradients: bool | None = key(None, help="free the gradients of their protected part too, before AdamW sees them")
     project_every: int = key(1, at_least=1, help="steps between projections; one always comes before a checkpoint")
     targets: tuple[str, ...] = key(LLAMA_PROJECTIONS, help="names (or endings of names) of the constrained layers")
@@ -127,11 +133,12 @@ class Osft(Method):
         self._mine: list[str] = []
         self._spaces: dict[str, Subspace] = {}
         self._start: dict[str, torch.Tensor] = {}  # my matrices as the task found them
+        self._base: dict[str, torch.Tensor] = {}  # of right and left: the base's directions now, and what it left free
 
     def prepare(self, model: nn.Module) -> nn.Module:
         model.requires_grad_(self.config.rest == "free")
         modules = dict(model.named_modules())
-        for layer in matching(model, self.config.targets):
+        for layer in matching(model, self.config.targets, "method.targets"):
             linear = modules[layer]
             assert isinstance(linear, nn.Linear)
             self._shapes[f"{layer}.weight"] = linear.out_features, linear.in_features
@@ -172,6 +179,12 @@ class Osft(Method):
         if index == 0:
             texts = self._texts(ranks)
             self._protect(ranks, lambda: _made_up(texts))
+            for matrix, space in self._spaces.items():
+                sides = space.right, space.left
+                self._base[matrix] = torch.tensor([s.shape[1] for s in sides] + [len(s) - s.shape[1] for s in sides])
+        elif self.config.when_short == "give_back":
+            self._give_back()
+        self._check_room(name, ranks)
         if self.config.updates and name != self.facts.tasks[-1]:
             self._start = {}
 
@@ -184,18 +197,55 @@ class Osft(Method):
         if name == self.facts.tasks[-1]:
             return ""
         if self.config.updates:
-            self._visit(ranks, list(self._shapes), self._keep_update)
+
+            def keep(matrix: str, weight: torch.Tensor) -> None:
+                self._keep_change(matrix, weight, len(self.facts.tasks) - index - 1)
+
+            self._visit(ranks, list(self._shapes), keep)
             self._start = {}
         if self.config.allocate != "fixed":
             self._protect(ranks, lambda: _seen(ranks.batches(SAMPLES)))
         return self._told(ranks, name)
 
-    def _keep_update(self, matrix: str, weight: torch.Tensor) -> None:
-        """Protect the directions in which the task that ended changed this matrix."""
+    def _keep_change(self, matrix: str, weight: torch.Tensor, to_come: int) -> None:
+        """Protect the directions in which the task that ended changed this matrix; `to_come`: how many tasks are."""
         space, change = self._spaces[matrix], weight.double() - self._start[matrix].to(weight.device).double()
-        share = self.config.updates or 0.0
-        sides = [right_directions(change, space.right), right_directions(change.T, space.left)]
-        space.grow(weight, *(found.vectors[:, : count_by_energy(found, share)] for found in sides))
+        kept = [space.left[:, :0], space.left[:, :0]]
+        sides = ((change, space.right), (change.T, space.left))
+        for side, (root, taken) in enumerate(sides[:1] if space.reading == "input" else sides):
+            found = right_directions(root, taken)
+            count = count_by_energy(found, self.config.updates or 0.0)
+            if self.config.when_short == "share":
+                count = min(count, (len(taken) - taken.shape[1]) // (to_come + 1))
+            kept[side] = found.vectors[:, :count]
+        space.grow(weight, *kept)
+
+    def _give_back(self) -> None:
+        """Where tasks have left less than an equal part of the first room, the base's weakest directions are freed."""
+        for matrix, space in self._spaces.items():
+            parts = []
+            for side, basis in enumerate((space.right, space.left)):
+                held, room = (int(self._base[matrix][at]) for at in (side, side + 2))
+                short = room // len(self.facts.tasks) - (len(basis) - basis.shape[1])
+                parts.append(slice(held - min(held, max(0, short)), held))
+                self._base[matrix][side] = parts[-1].start
+            if any(part.start < part.stop for part in parts):
+                space.release(*parts)
+
+    def _check_room(self, name: str, ranks: Ranks) -> None:
+        """A task needs free directions; where there are none, or by `when_short: stop` too few, it is told now."""
+        stuck = sum(self._is_full(space) for space in self._spaces.values())
+        count = int(ranks.sum_(torch.tensor([stuck], dtype=torch.int64, device=ranks.device)))
+        if count == len(self._shapes) or (count and self.config.when_short == "stop"):
+            raise UserError(
+                f"method osft: task {name} finds no free direction in {count} of {len(self._shapes)} matrices; "
+                "run again with method.when_short=give_back, or start anew with a lower method.share or method.updates"
+            )
+
+    @staticmethod
+    def _is_full(space: Subspace) -> bool:
+        full = [basis.shape[1] == len(basis) for basis in (space.right, space.left)]
+        return all(full) if space.reading == "paper" else any(full)
 
     def _texts(self, ranks: Ranks) -> list[torch.Tensor]:
         """Texts that the base model makes up, if any are needed: what it needs in general shows in them."""
@@ -318,6 +368,7 @@ class Osft(Method):
 
     def owned(self) -> dict[str, torch.Tensor]:
         kept = {f"{name}|{what}": t for name, space in self._spaces.items() for what, t in space.tensors().items()}
+        kept |= {f"{name}|base": counts for name, counts in self._base.items()}
         return kept | {f"{name}|start": weight for name, weight in self._start.items()}
 
     def load_owned(self, read: Callable[[str], dict[str, torch.Tensor]]) -> None:
@@ -325,6 +376,8 @@ class Osft(Method):
             tensors = read(name)
             if "start" in tensors:
                 self._start[name] = tensors.pop("start")
+            if "base" in tensors:
+                self._base[name] = tensors.pop("base")
             if tensors:
                 moved = {what: tensor.to(self._device) for what, tensor in tensors.items()}
                 self._spaces[name] = Subspace.of(str(self.config.reading), moved)

@@ -48,7 +48,7 @@ def draw_a(seed: int, name: str, shape: torch.Size, start: int, stop: int) -> to
     return draw_normal(seed, name, start, stop, 1.0 / math.sqrt(3 * shape[1]))
 
 
-def matching(model: nn.Module, targets: Iterable[str]) -> list[str]:
+def matching(model: nn.Module, targets: Iterable[str], setting: str = "method.lora.targets") -> list[str]:
     """The linear layers that the targets (names, or endings of names) mean, in the model's order."""
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     chosen: set[str] = set()
@@ -56,8 +56,6 @@ def matching(model: nn.Module, targets: Iterable[str]) -> list[str]:
         meant = [name for name in linear if name == target or name.endswith("." + target)]
         if not meant:
             endings = sorted({name.rsplit(".", 1)[-1] for name in linear})
-            raise UserError(
-                f"method.lora.targets: given {target!r}, which no layer matches; layers here: {', '.join(endings)}"
-            )
+            raise UserError(f"{setting}: given {target!r}, which no layer matches; layers here: {', '.join(endings)}")
         chosen.update(meant)
     return [name for name in linear if name in chosen]

@@ -310,6 +310,26 @@ class Engine:
         named = list(self._views) if names is None else list(names)
         self._rounds.visit(named, self._views, look, change=False, at_once=1, said=said)
 
+    def probe(self, loss: Callable[[nn.Module], torch.Tensor], back: bool) -> None:
+        """One pass through the model as it stands, for hooks on what flows between its layers.
+
+        With `back` the loss's gradient follows, which reaches activations only: no parameter gets one, nothing trains.
+        """
+        module: Any = self.module
+        training, trained = module.training, [p for p in module.parameters() if p.requires_grad]
+        module.eval().requires_grad_(False)
+        hook = module.get_input_embeddings().register_forward_hook(lambda *given: given[-1].requires_grad_(back))
+        try:
+            with torch.set_grad_enabled(back):
+                value = loss(module)
+            if back:
+                value.backward()
+        finally:
+            hook.remove()
+            module.train(training)
+            for parameter in trained:
+                parameter.requires_grad_(True)
+
     def reset_optimizer(self) -> None:
         """A fresh start of the same optimizer: moments and step counters zero, as if just built."""
         for state in self.optimizer.state.values():

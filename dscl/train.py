@@ -156,7 +156,7 @@ def ranks_of(engine: Engine, lesson: Lesson, doing: str, observer: Observer) -> 
         if problem := next(filter(None, dist.gather(problem)), ""):
             raise UserError(problem)
 
-    return Ranks(engine.device, engine.module, batches, engine.whole, visit, dist.sum_, refuse)
+    return Ranks(engine.device, engine.module, engine.probe, batches, engine.whole, visit, dist.sum_, refuse)
 
 
 def examine(engine: Engine, job: Job, lesson: Lesson, observer: Observer) -> Mark:

@@ -47,7 +47,8 @@ class Ranks:
     """What a method may ask of all ranks when a task begins or ends; each has to ask the same, in the same order."""
 
     device: torch.device
-    module: nn.Module  # to make passes through, without gradients; equally many on every rank
+    module: nn.Module  # to ask for texts; equally often on every rank
+    probe: Callable[[Callable[[nn.Module], torch.Tensor], bool], None]  # `Engine.probe`, likewise
     batches: Callable[[int], Iterator[Batch]]  # about as many of the task's samples, in equally many batches a rank
     whole: Callable[[], dict[str, torch.Tensor]]  # the trained tensors, complete, in fp32
     visit: Callable[[Look, Sequence[str]], None]  # these constrained matrices, complete, in fp32, each to its owner

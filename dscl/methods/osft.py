@@ -7,18 +7,21 @@ the one rank that owns the matrix. Who decides at inference: nobody; it is one m
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from dscl.config import key
 from dscl.data.batches import Batch
 from dscl.errors import UserError
 from dscl.maths.subspace import (
     READINGS,
+    Directions,
     Subspace,
     count_by_energy,
     count_by_share,
@@ -27,17 +30,16 @@ from dscl.maths.subspace import (
     right_directions,
     shares_by_importance,
 )
-from dscl.methods.base import Facts, Look, Method, Ranks
-from dscl.model.decode import sample_texts
+from dscl.methods.base import Facts, Look, Method, Ranks, answer_loss
+from dscl.model.decode import Drawn, sample_texts
 from dscl.model.moments import Changes, Moments
 from dscl.model.routed import layer_of
 from dscl.model.surgery import LLAMA_PROJECTIONS, matching
 
-Pass = tuple[dict[str, Any], torch.Tensor]  # a model's inputs, and how much each of their tokens counts
-
 TEXTS, LENGTH = 128, 128  # made up by the base model, to see what it needs in general
 SAMPLES = 256  # of an ended task, to see what it needs
 MEMORY = 1 << 31  # bytes of second moments gathered in one go; the rest is left to further passes
+ROWS = 4  # of texts, passed forward and back at once
 # The paper's settings; a recipe that asks for them may not ask for others.
 PAPER: dict[str, Any] = {
     "reading": "paper",
@@ -45,17 +47,28 @@ PAPER: dict[str, Any] = {
     "allocate": "importance",
     "least": 0.1,
     "share": 0.8,
-    "updates": 0.0,
+    "claim": "none",
     "gradients": True,
 }
 DEFAULT: dict[str, Any] = {
     "reading": "input",
-    "basis": "activations",
+    "basis": "sensitivity",
     "allocate": "fixed",
     "share": 0.5,
-    "updates": 0.9,
+    "claim": "sensitivity",
     "gradients": False,
 }
+
+
+class Pass(NamedTuple):
+    """One look of the model at something."""
+
+    counted: torch.Tensor  # how much each token counts, [rows, length]
+    loss: Callable[[Any], torch.Tensor]
+
+
+# For a matrix, what was found beside the directions taken, and the energy of all: how many more to protect.
+Count = Callable[[str, Directions, torch.Tensor, float], int]
 
 
 @dataclass(frozen=True)
@@ -70,8 +83,9 @@ class OsftConfig:
     )
     basis: str | None = key(
         None,
-        choices=("weights", "activations", "both"),
-        help="whose strongest directions are protected for the base model; default: activations",
+        choices=("weights", "activations", "both", "sensitivity"),
+        help="whose strongest directions are protected for the base model: the weights', the layers' inputs', both, or "
+        "those that the loss feels; the last three on texts that the model makes up; default: sensitivity",
     )
     allocate: str | None = key(
         None,
@@ -80,11 +94,14 @@ class OsftConfig:
     )
     share: float | None = key(None, at_least=0.0, at_most=1.0, help="how much is protected from the start; default 0.5")
     least: float | None = key(None, at_least=0.0, at_most=1.0, help="with allocate: importance, the least share")
-    updates: float | None = key(
+    claim: str | None = key(
         None,
-        at_least=0.0,
-        at_most=1.0,
-        help="after each task, the directions with this share of its change's energy are protected; 0: none",
+        choices=("sensitivity", "activations", "updates", "none"),
+        help="whose directions a finished task protects for good: those that its loss feels, that its inputs have, "
+        "that its change of the weights has; default: sensitivity",
+    )
+    claim_energy: float | None = key(
+        None, at_least=0.0, at_most=1.0, help="the share of their energy that is protected; default: 0.95"
     )
     when_short: str = key(
         "share",
@@ -107,6 +124,11 @@ class OsftConfig:
                     f"method.{name}: given {given} together with faithful: true, which sets {value}; remove one of them"
                 )
             object.__setattr__(self, name, value if given is None else given)
+        if self.claim == "none" and self.claim_energy is not None:
+            raise UserError(
+                f"method.claim_energy: given {self.claim_energy} with claim: none, which has no use for it; remove it"
+            )
+        object.__setattr__(self, "claim_energy", 0.95 if self.claim_energy is None else self.claim_energy)
         if self.allocate != "importance" and self.least is not None:
             raise UserError(
                 f"method.least: given {self.least} with allocate: {self.allocate}, which has no use for it; remove it, "
@@ -178,15 +200,14 @@ class Osft(Method):
     def begin_task(self, index: int, name: str, ranks: Ranks) -> None:
         if index == 0:
             texts = self._texts(ranks)
-            self._protect(ranks, lambda: _made_up(texts))
+            self._protect_more(ranks, lambda: _text_passes(texts))
             for matrix, space in self._spaces.items():
                 sides = space.right, space.left
                 self._base[matrix] = torch.tensor([s.shape[1] for s in sides] + [len(s) - s.shape[1] for s in sides])
         elif self.config.when_short == "give_back":
             self._give_back()
         self._check_room(name, ranks)
-        if self.config.updates and name != self.facts.tasks[-1]:
-            self._start = {}
+        if self.config.claim == "updates" and name != self.facts.tasks[-1]:
 
             def keep(matrix: str, weight: torch.Tensor) -> None:
                 self._start[matrix] = weight.to("cpu", copy=True)
@@ -194,31 +215,73 @@ class Osft(Method):
             ranks.visit(keep, list(self._shapes))
 
     def end_task(self, index: int, name: str, ranks: Ranks) -> str:
-        if name == self.facts.tasks[-1]:
+        to_come = len(self.facts.tasks) - index - 1
+        if not to_come:
             return ""
-        if self.config.updates:
 
-            def keep(matrix: str, weight: torch.Tensor) -> None:
-                self._keep_change(matrix, weight, len(self.facts.tasks) - index - 1)
+        def passes() -> Iterator[Pass]:
+            return _task_passes(ranks.batches(SAMPLES))
 
-            self._visit(ranks, list(self._shapes), keep)
+        def claimed(matrix: str, found: Directions, taken: torch.Tensor, whole: float) -> int:
+            count = count_by_energy(found, self.config.claim_energy or 0.0)
+            room = (len(taken) - taken.shape[1]) // (to_come + 1)
+            return min(count, room) if self.config.when_short == "share" else count
+
+        if self.config.claim != "none":
+            self._protect(ranks, str(self.config.claim), passes, claimed)
             self._start = {}
         if self.config.allocate != "fixed":
-            self._protect(ranks, lambda: _seen(ranks.batches(SAMPLES)))
+            self._protect_more(ranks, passes)
         return self._told(ranks, name)
 
-    def _keep_change(self, matrix: str, weight: torch.Tensor, to_come: int) -> None:
-        """Protect the directions in which the task that ended changed this matrix; `to_come`: how many tasks are."""
-        space, change = self._spaces[matrix], weight.double() - self._start[matrix].to(weight.device).double()
-        kept = [space.left[:, :0], space.left[:, :0]]
-        sides = ((change, space.right), (change.T, space.left))
-        for side, (root, taken) in enumerate(sides[:1] if space.reading == "input" else sides):
-            found = right_directions(root, taken)
-            count = count_by_energy(found, self.config.updates or 0.0)
-            if self.config.when_short == "share":
-                count = min(count, (len(taken) - taken.shape[1]) // (to_come + 1))
-            kept[side] = found.vectors[:, :count]
-        space.grow(weight, *kept)
+    def _protect_more(self, ranks: Ranks, passes: Callable[[], Iterable[Pass]]) -> None:
+        """Protect what the base, as it is now, needs most, up to the share that is set."""
+        assert self.config.share is not None
+        share = self.config.share
+        shares = self._important(ranks, passes) if self.config.allocate == "importance" else {}
+
+        def lacking(matrix: str, found: Directions, taken: torch.Tensor, whole: float) -> int:
+            if self.config.allocate != "energy":
+                return max(0, count_by_share(shares.get(matrix, share), *self._shapes[matrix]) - taken.shape[1])
+            rest = float(found.energies.sum())
+            return count_by_energy(found, max(0.0, 1.0 - (1.0 - share) * whole / rest)) if rest else 0
+
+        self._protect(ranks, str(self.config.basis), passes, lacking)
+
+    def _protect(self, ranks: Ranks, source: str, passes: Callable[[], Iterable[Pass]], count: Count) -> None:
+        """Every matrix protects as many more of its strongest directions as `count` says: strong in its weights, in
+        what the passes give it, in both, or in what the last task changed."""
+        for names in self._portions():
+            moments = Moments(felt=source == "sensitivity")
+            layers = [self._layers[name] for name in names if name in self._layers]
+            if source not in ("weights", "updates"):
+                with moments.gathering(ranks.module, layers):
+                    for each in passes():
+                        moments.counted = each.counted
+                        ranks.probe(each.loss, moments.felt)
+                for layer in sorted(moments.sums):
+                    ranks.sum_(moments.sums[layer])
+
+            def look(name: str, weight: torch.Tensor, moments: Moments = moments) -> None:
+                space = self._spaces.setdefault(name, Subspace.empty(str(self.config.reading), weight))
+                exact, inputs = weight.double(), moments.of(self._layers.get(name, ""))
+                outputs = None if inputs is None else exact @ inputs @ exact.T
+                if source == "updates":
+                    exact = exact - self._start[name].to(exact)
+
+                def strongest(root: torch.Tensor, moment: torch.Tensor | None, taken: torch.Tensor) -> torch.Tensor:
+                    if moment is not None and source == "both":
+                        moment = _scaled(moment) + _scaled(root.T @ root)
+                    found = right_directions(root, taken) if moment is None else moment_directions(moment, taken)
+                    whole = root.square().sum() if moment is None else moment.trace()
+                    return found.vectors[:, : count(name, found, taken, float(whole))]
+
+                right = strongest(exact, inputs, space.right)
+                one_sided = space.reading == "input"
+                left = space.left[:, :0] if one_sided else strongest(exact.T, outputs, space.left)
+                space.grow(weight, right, left)
+
+            self._visit(ranks, names, look)
 
     def _give_back(self) -> None:
         """Where tasks have left less than an equal part of the first room, the base's weakest directions are freed."""
@@ -238,8 +301,8 @@ class Osft(Method):
         count = int(ranks.sum_(torch.tensor([stuck], dtype=torch.int64, device=ranks.device)))
         if count == len(self._shapes) or (count and self.config.when_short == "stop"):
             raise UserError(
-                f"method osft: task {name} finds no free direction in {count} of {len(self._shapes)} matrices; "
-                "run again with method.when_short=give_back, or start anew with a lower method.share or method.updates"
+                f"method osft: task {name} finds no free direction in {count} of {len(self._shapes)} matrices; run "
+                "again with method.when_short=give_back, or start anew with a lower method.share or method.claim_energy"
             )
 
     @staticmethod
@@ -247,7 +310,7 @@ class Osft(Method):
         full = [basis.shape[1] == len(basis) for basis in (space.right, space.left)]
         return all(full) if space.reading == "paper" else any(full)
 
-    def _texts(self, ranks: Ranks) -> list[torch.Tensor]:
+    def _texts(self, ranks: Ranks) -> list[Drawn]:
         """Texts that the base model makes up, if any are needed: what it needs in general shows in them."""
         if self.config.basis == "weights" and self.config.allocate != "importance":
             return []
@@ -258,62 +321,14 @@ class Osft(Method):
         ranks.module.train(training)
         return texts
 
-    def _protect(self, ranks: Ranks, passes: Callable[[], Iterable[Pass]]) -> None:
-        """Protect the strongest directions of the weights, of what the passes give the layers, or of both."""
-        shares = dict.fromkeys(self._shapes, self.config.share or 0.0)
-        if self.config.allocate == "importance":
-            shares = self._important(ranks, passes)
-        for names in self._portions():
-            moments = Moments()
-            layers = [self._layers[name] for name in names if name in self._layers]
-            if self.config.basis != "weights" and layers:
-                with moments.gathering(ranks.module, layers):
-                    _pass_through(ranks.module, passes(), moments)
-                for site in sorted(moments.sums):
-                    ranks.sum_(moments.sums[site])
-
-            def look(name: str, weight: torch.Tensor, moments: Moments = moments) -> None:
-                site = moments.site.get(self._layers.get(name, ""))
-                self._extend(name, weight, shares[name], None if site is None else moments.sums[site])
-
-            self._visit(ranks, names, look)
-
-    def _extend(self, name: str, weight: torch.Tensor, share: float, inputs: torch.Tensor | None) -> None:
-        """Protect up to this share of a matrix; `inputs` is their second moment, or None if weights alone count."""
-        reading = str(self.config.reading)
-        space = self._spaces.setdefault(name, Subspace.empty(reading, weight))
-        right = self._strongest(weight, inputs, space.right, share)
-        left = space.left[:, :0]
-        if reading != "input":
-            exact = weight.double()
-            outputs = None if inputs is None else exact @ inputs @ exact.T
-            left = self._strongest(weight.T, outputs, space.left, share)
-        space.grow(weight, right, left)
-
-    def _strongest(
-        self, root: torch.Tensor, moment: torch.Tensor | None, taken: torch.Tensor, share: float
-    ) -> torch.Tensor:
-        """What is to join `taken`, of the directions of a moment, of `rootᵀ root`, or of both, each counting alike."""
-        if moment is None:
-            found, whole = right_directions(root, taken), float(root.double().square().sum())
-        else:
-            if self.config.basis == "both":
-                exact = root.double()
-                moment = _scaled(moment) + _scaled(exact.T @ exact)
-            found, whole = moment_directions(moment, taken), float(moment.trace())
-        if self.config.allocate == "energy":
-            rest = float(found.energies.sum())
-            count = count_by_energy(found, max(0.0, 1.0 - (1.0 - share) * whole / rest)) if rest else 0
-        else:
-            count = max(0, count_by_share(share, *root.shape) - taken.shape[1])
-        return found.vectors[:, :count]
-
     def _important(self, ranks: Ranks, passes: Callable[[], Iterable[Pass]]) -> dict[str, float]:
         """The paper's share for each matrix, by the importance of the decoder layer that it stands in."""
         layers: Any = ranks.module.get_submodule("model.layers")
         changes = Changes(len(layers), ranks.device)
         with changes.gathering(layers):
-            _pass_through(ranks.module, passes(), changes)
+            for each in passes():
+                changes.counted = each.counted
+                ranks.probe(each.loss, False)
         ranks.sum_(changes.sums)
         assert self.config.least is not None
         assert self.config.share is not None
@@ -387,36 +402,26 @@ def _scaled(moment: torch.Tensor) -> torch.Tensor:
     return moment / moment.trace().clamp_min(torch.finfo(moment.dtype).tiny)
 
 
-def _pass_through(model: Any, passes: Iterable[Pass], gatherer: Moments | Changes) -> None:
-    """Let the model see texts while something is gathered from it."""
-    training = model.training
-    model.eval()
-    with torch.no_grad():
-        for inputs, weights in passes:
-            gatherer.weights = weights
-            model(**inputs, use_cache=False, logits_to_keep=1)
-    model.train(training)
+def _text_passes(texts: Iterable[Drawn]) -> Iterator[Pass]:
+    """Texts that the model made up, a few rows at a time."""
+    for ids, counting in texts:
+        for at in range(0, len(ids), ROWS):
+            rows = ids[at : at + ROWS]
+            counts = (torch.arange(at, at + len(rows), device=ids.device) < counting)[:, None].expand(rows.shape)
+            yield Pass(counts.double(), functools.partial(_text_loss, rows, rows.masked_fill(~counts, -100)[:, 1:]))
 
 
-def _seen(batches: Iterable[Batch]) -> Iterator[Pass]:
+def _text_loss(ids: torch.Tensor, targets: torch.Tensor, model: Any) -> torch.Tensor:
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+
+
+def _task_passes(batches: Iterable[Batch]) -> Iterator[Pass]:
     """The task's own samples: what is asked and what is answered count alike."""
     for batch in batches:
         prompts, answers = (torch.zeros(batch.input_ids.shape, dtype=torch.float64) for _ in range(2))
         for row, start, stop in batch.prompts:
             prompts[row, start:stop] = 1
         answers[:, batch.keep.cpu()] = (batch.labels.cpu() != -100).double()
-        weights = (prompts / prompts.sum().clamp_min(1) + answers / answers.sum().clamp_min(1)) * len(batch.samples)
-        inputs = {
-            "input_ids": batch.input_ids,
-            "attention_mask": batch.attention_mask,
-            "position_ids": batch.position_ids,
-        }
-        yield inputs, weights.to(batch.input_ids.device)
-
-
-def _made_up(texts: Iterable[torch.Tensor]) -> Iterator[Pass]:
-    """Texts of the model's own. A rank without one takes part with one that does not count."""
-    for ids in texts:
-        inputs = ids if len(ids) else torch.zeros(1, ids.shape[1], dtype=torch.long, device=ids.device)
-        weight = 1.0 if len(ids) else 0.0
-        yield {"input_ids": inputs}, torch.full(inputs.shape, weight, dtype=torch.float64, device=ids.device)
+        counted = (prompts / prompts.sum().clamp_min(1) + answers / answers.sum().clamp_min(1)) * len(batch.samples)
+        yield Pass(counted.to(batch.input_ids.device), functools.partial(answer_loss, batch=batch))

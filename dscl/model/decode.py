@@ -15,6 +15,7 @@ import torch
 from dscl import dist
 from dscl.data.batches import PromptBatch
 
+Drawn = tuple[torch.Tensor, int]  # a block of texts, and how many of its rows count
 BLOCK = 32  # texts drawn side by side
 LABELS_AT_ONCE = 4  # for each of them the prompts' keys and values are copied: at 7B half a megabyte a token
 
@@ -93,11 +94,11 @@ def generate(module: Any, batch: PromptBatch, max_new_tokens: int, eos: int, pad
     return [row[: row.index(eos)] if eos in row else row for row in rows]
 
 
-def sample_texts(module: Any, texts: int, length: int, seed: int, device: torch.device) -> list[torch.Tensor]:
+def sample_texts(module: Any, texts: int, length: int, seed: int, device: torch.device) -> list[Drawn]:
     """This rank's share of texts that the model makes up (temperature 1), in blocks of token ids.
 
-    Every block is drawn in the same way whichever rank draws it, so the texts do not depend on the number of ranks.
-    All ranks get equally many blocks; the last ones may be empty, and are not to be counted.
+    Every block is drawn in the same way whichever rank draws it, so the texts do not depend on the number of ranks. All
+    ranks get equally many blocks of equal size; with each comes how many of its rows, the first ones, are to count.
     """
     config = module.config
     begins = next(token for token in (config.bos_token_id, config.eos_token_id, 0) if token is not None)
@@ -114,5 +115,5 @@ def sample_texts(module: Any, texts: int, length: int, seed: int, device: torch.
             noise = torch.rand(out.logits[:, -1].shape, generator=generator, dtype=torch.float64).log_().neg_().log_()
             ids = (out.logits[:, -1].double() - noise.to(device)).argmax(-1, keepdim=True)
             rows.append(ids)
-        drawn.append(torch.cat(rows, 1)[: max(0, texts - number * BLOCK)])
+        drawn.append((torch.cat(rows, 1), min(BLOCK, max(0, texts - number * BLOCK))))
     return drawn

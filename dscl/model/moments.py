@@ -15,40 +15,54 @@ from dscl.maths.subspace import cosines
 class Moments:
     """Sums of w·xxᵀ over the inputs x of linear layers, in fp64, so that the order of the sums is not seen in them.
 
-    Layers that are given the very same tensor (q, k and v; gate and up) share one sum: `site` says whose it is.
+    A token's weight is 1 if its input counts, or, `felt`, how much the loss feels the layer's output there: the squared
+    norm of its gradient. Not felt, layers that are given the very same tensor (q, k and v; gate and up) share a sum.
     """
 
-    def __init__(self) -> None:
-        self.site: dict[str, str] = {}
+    def __init__(self, felt: bool) -> None:
+        self.felt = felt
         self.sums: dict[str, torch.Tensor] = {}
-        self.weights = torch.empty(0)  # of the tokens of the present pass, [rows, length]
+        self.site: dict[str, str] = {}  # whose sum is a layer's
+        self.counted = torch.empty(0)  # [rows, length] of the present pass: which tokens count
         self._last: tuple[torch.Tensor, str] | None = None
 
     @contextmanager
     def gathering(self, model: nn.Module, layers: Sequence[str]) -> Iterator[None]:
-        """Within, every pass adds to the sums of these layers."""
+        """Within, every pass (with `felt`, forward and back) adds to the sums of these layers."""
         modules = dict(model.named_modules())
-        hooks = [modules[name].register_forward_pre_hook(self._hook(name)) for name in layers]
+        hook = self._feel if self.felt else self._see
+        hooks = [modules[name].register_forward_hook(hook(name)) for name in layers]
         try:
             yield
         finally:
-            for hook in hooks:
-                hook.remove()
+            for handle in hooks:
+                handle.remove()
             self._last = None
 
-    def _hook(self, name: str) -> Callable[[nn.Module, Any], None]:
-        def hook(_: nn.Module, inputs: Any) -> None:
-            given = inputs[0]
-            if self._last is not None and given is self._last[0]:
-                self.site[name] = self._last[1]
-                return
-            self._last = given, name
-            self.site[name] = name
-            rows = given.detach().flatten(0, 1).double()
-            part = rows.T @ (rows * self.weights.flatten()[:, None])
-            self.sums[name] = self.sums[name] + part if name in self.sums else part
+    def of(self, layer: str) -> torch.Tensor | None:
+        return self.sums[self.site[layer]] if layer in self.site else None
+
+    def _see(self, name: str) -> Callable[[nn.Module, Any, torch.Tensor], None]:
+        def hook(_: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+            if self._last is None or inputs[0] is not self._last[0]:
+                self._last = inputs[0], name
+                self._add(name, inputs[0], self.counted)
+            self.site[name] = self._last[1]
 
         return hook
+
+    def _feel(self, name: str) -> Callable[[nn.Module, Any, torch.Tensor], None]:
+        def hook(_: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+            given = inputs[0].detach()
+            output.register_hook(lambda gradient: self._add(name, given, gradient.double().square().sum(-1)))
+
+        self.site[name] = name
+        return hook
+
+    def _add(self, name: str, given: torch.Tensor, weights: torch.Tensor) -> None:
+        rows = given.detach().flatten(0, 1).double()
+        part = rows.T @ (rows * weights.flatten()[:, None])
+        self.sums[name] = self.sums[name] + part if name in self.sums else part
 
 
 class Changes:
@@ -56,7 +70,7 @@ class Changes:
 
     def __init__(self, layers: int, device: torch.device) -> None:
         self.sums = torch.zeros(layers + 1, dtype=torch.float64, device=device)  # the last: how many tokens
-        self.weights = torch.empty(0)
+        self.counted = torch.empty(0)
 
     @contextmanager
     def gathering(self, layers: nn.ModuleList) -> Iterator[None]:
@@ -69,7 +83,7 @@ class Changes:
 
     def _hook(self, index: int) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_: nn.Module, inputs: Any, output: Any) -> None:
-            counted = self.weights.flatten() > 0
+            counted = self.counted.flatten() > 0
             after = output[0] if isinstance(output, tuple) else output
             before, after = (x.detach().flatten(0, 1)[counted] for x in (inputs[0], after))
             self.sums[index] += cosines(before, after)

@@ -31,14 +31,17 @@ STREAMS = {
 ROWS: dict[str, dict[str, Any]] = {
     "free": {"name": "sequential"},
     "default": {},
-    "no update directions": {"updates": 0.0},
+    "claim: none": {"claim": "none"},
+    "claim: updates": {"claim": "updates"},
+    "rest: free": {"rest": "free"},
     "basis: weights": {"basis": "weights"},
-    "basis: both": {"basis": "both"},
-    "weights, no updates": {"basis": "weights", "updates": 0.0},
+    "gradients too": {"gradients": True},
     "reading: two_sided": {"reading": "two_sided"},
     "reading: paper": {"reading": "paper"},
-    "gradients too": {"gradients": True},
-    "rest: free": {"rest": "free"},
+    "basis: weights, claim: none": {"basis": "weights", "claim": "none"},
+    "claim: activations": {"claim": "activations"},
+    "basis: both": {"basis": "both"},
+    "basis: sensitivity": {"basis": "sensitivity"},
     "rest: protected": {"rest": "protected"},
     "share: 0.25": {"share": 0.25},
     "faithful": {"faithful": True},
@@ -53,7 +56,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=1000, help="training samples a task (default 1000)")
     parser.add_argument("--test", type=int, default=200, help="test (and dev) samples a task (default 200)")
     parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3], help="the grid")
+    parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 2e-3], help="the grid")
     parser.add_argument("--search", type=int, help="training samples a task in the search (default: as in the runs)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--at-once", type=int, default=2, help="runs side by side, of one process and thread each")
@@ -79,7 +82,9 @@ def main() -> None:
 def perform(row: str, lr: float, seed: int, split: str, options: argparse.Namespace) -> dict[str, Any]:
     """One run, unless it is done; its scores."""
     searching = split == "dev" and options.search
-    run = options.out / "-".join([options.stream, row, f"{lr:g}", str(seed), split]).replace(" ", "_").replace(",", "")
+    run = options.out / "-".join([options.stream, row, f"{lr:g}", str(seed), split]).replace(" ", "_").replace(
+        ",", ""
+    ).replace(":", "")
     scores, path = run / "scores.json", run.with_name(run.name + ".yaml")
     recipe = {
         "run_dir": str(run),

@@ -52,7 +52,7 @@ PAPER: dict[str, Any] = {
 }
 DEFAULT: dict[str, Any] = {
     "reading": "input",
-    "basis": "sensitivity",
+    "basis": "activations",
     "allocate": "fixed",
     "share": 0.5,
     "claim": "sensitivity",
@@ -85,7 +85,7 @@ class OsftConfig:
         None,
         choices=("weights", "activations", "both", "sensitivity"),
         help="whose strongest directions are protected for the base model: the weights', the layers' inputs', both, or "
-        "those that the loss feels; the last three on texts that the model makes up; default: sensitivity",
+        "those that the loss feels; the last three on texts that the model makes up; default: activations",
     )
     allocate: str | None = key(
         None,
@@ -101,7 +101,7 @@ class OsftConfig:
         "that its change of the weights has; default: sensitivity",
     )
     claim_energy: float | None = key(
-        None, at_least=0.0, at_most=1.0, help="the share of their energy that is protected; default: 0.95"
+        None, at_least=0.0, at_most=1.0, help="the share of their energy that is protected; default: 0.99"
     )
     when_short: str = key(
         "share",
@@ -128,7 +128,7 @@ class OsftConfig:
             raise UserError(
                 f"method.claim_energy: given {self.claim_energy} with claim: none, which has no use for it; remove it"
             )
-        object.__setattr__(self, "claim_energy", 0.95 if self.claim_energy is None else self.claim_energy)
+        object.__setattr__(self, "claim_energy", 0.99 if self.claim_energy is None else self.claim_energy)
         if self.allocate != "importance" and self.least is not None:
             raise UserError(
                 f"method.least: given {self.least} with allocate: {self.allocate}, which has no use for it; remove it, "

@@ -231,6 +231,7 @@ class Engine:
         self.reset_optimizer()
         self.constraint = constraint()
         if self.constraint is not None:
+            _refuse_other_steps(settings.get("zero_optimization", {}))
             self._deal(self.constraint)
 
     @property
@@ -518,6 +519,17 @@ class Engine:
     def _loss_scaler(self) -> Any:
         wrapper = self.deepspeed.optimizer
         return getattr(wrapper, "loss_scaler", None) or wrapper.loss_scale_config
+
+
+def _refuse_other_steps(zero: dict[str, Any]) -> None:
+    """These step the masters by other ways than the optimizer's `step`, where a constraint is made to hold."""
+    for dotted in ("zenflow", "offload_optimizer.super_offload"):
+        outer, _, inner = dotted.partition(".")
+        if zero.get(outer, {}).get(inner) if inner else zero.get(outer):
+            raise UserError(
+                f"deepspeed: zero_optimization.{dotted} steps past the optimizer, after whose steps this method brings "
+                "the weights back; remove it, or choose a method without a constraint"
+            )
 
 
 def _shape(parameter: Any) -> torch.Size:

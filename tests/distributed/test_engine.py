@@ -437,3 +437,47 @@ def test_ranks_that_srun_started_are_joined(monkeypatch: pytest.MonkeyPatch, nod
     dist._join_slurm()
     assert (dist.rank(), dist.world(), dist.local_rank()) == (9, 16, 1)
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == (first, "24567")
+
+
+def felt(module: nn.Module, seen: list[float]) -> torch.utils.hooks.RemovableHandle:
+    """Note the squared gradients of a projection's output."""
+
+    def hook(module: nn.Module, given: Any, output: torch.Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda gradient: seen.append(float(gradient.square().sum())))
+
+    return module.get_submodule("model.layers.0.mlp.gate_proj").register_forward_hook(hook)
+
+
+def probed_between_steps(stage: int, probing: bool) -> tuple[list[float], list[float]]:
+    engine = make(stage, stage3_param_persistence_threshold=100)
+    losses: list[float] = []
+    seen: list[float] = []
+    for step in range(3):
+        losses += go(engine, 2, step, step + 1)[0]
+        if probing:
+            handle = felt(engine.module, seen)
+            for back in (True, False):
+                engine.probe(lambda model: summed_loss(model, join(rows(7))), back)
+            handle.remove()
+    assert all(p.requires_grad for p in engine.module.parameters())
+    assert engine.module.training
+    engine.close()
+    return losses, seen
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_probe_is_felt_by_hooks_and_by_nothing_else(ranks: Any, expected: Any, stage: int) -> None:
+    undisturbed, probed = (ranks(2)(probed_between_steps, stage, probing) for probing in (False, True))
+    assert [losses for losses, _ in probed] == [losses for losses, _ in undisturbed]
+    model, whole = backbone().build(), []
+    fill(model, backbone().weights.read)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate(0), weight_decay=0.1)
+    (sum(summed_loss(model, toy) for toy in rows(0)) / targets(rows(0))).backward()  # type: ignore[union-attr]
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    felt(model, whole)
+    summed_loss(model, join(rows(7))).backward()
+    for _, seen in probed:
+        assert len(seen) == 3  # one for each step: without `back` there is no gradient
+        assert seen[0] == pytest.approx(whole[0], rel=1e-4)

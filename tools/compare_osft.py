@@ -1,11 +1,11 @@
 """OSFT's settings against free fine-tuning on real text: equal samples, steps and evaluation, rates searched on dev.
 
     python tools/compare_osft.py --data ../shared/data --out out/osft
-    python tools/compare_osft.py --data ../shared/data --out out/osft --stream eight --only free default
+    python tools/compare_osft.py --data ../shared/data --out out/osft --stream eight --only default --rates 1e-3
 
 The base model, its held-out texts and the tasks are those of the data folder. Every row searches its learning rate on
-the same grid (seed 0, dev split, OP), then runs with each seed on the test split. A run that is complete is not run
-again, so the command can be stopped and given again, and other rows added.
+the same grid (seed 0, dev split, OP), unless that is a single rate, then runs with each seed on the test split. A run
+that is complete is not run again, so the command can be stopped and given again, and other rows added.
 """
 
 from __future__ import annotations
@@ -65,12 +65,15 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(options.at_once) as pool:
         searches = {
-            row: {lr: pool.submit(perform, row, lr, 0, "dev", options) for lr in options.rates} for row in options.only
+            row: {
+                lr: pool.submit(perform, row, lr, 0, "dev", options) for lr in options.rates if len(options.rates) > 1
+            }
+            for row in options.only
         }
         finals = {}
         for row, runs in searches.items():
             found = {lr: run.result()["summary"]["OP"] for lr, run in runs.items()}
-            best = max(found, key=lambda lr: found[lr])
+            best = max(found, key=lambda lr: found[lr]) if found else options.rates[0]
             print(f"# {row}: OP on dev {', '.join(f'{lr:g}: {op:.3f}' for lr, op in found.items())}", flush=True)
             finals[row] = (
                 best,
@@ -99,7 +102,7 @@ def perform(row: str, lr: float, seed: int, split: str, options: argparse.Namesp
             "epochs": options.epochs,
         },
         "stream": [{"name": t, "path": str(options.data / "cl_benchmark" / t)} for t in STREAMS[options.stream]],
-        "train": {"lr": lr, "schedule": "linear", "global_batch": 16, "micro_batch": 8, "packing": True,
+        "train": {"lr": lr, "schedule": "linear", "global_batch": 8, "micro_batch": 8, "packing": True,
                   "max_length": 256, "precision": "fp32"},
         "evaluate": {"batch": 50, "tasks": "seen", "before": False, "split": split,
                      "heldout": str(options.data / "base" / "heldout.jsonl")},

@@ -102,7 +102,7 @@ def learn(
     recipe, name = job.recipe, lesson.task.name
     skipping = recipe.train.non_finite == "skip"
     if position.step == 0:
-        ranks = ranks_of(engine, lesson, f"task {name}: beginning", observer)
+        ranks = ranks_of(engine, lesson, f"beginning {name}", observer)
         engine.start_over(job.method.begin_task(position.task, name, ranks))
     watch = Watch(engine, name, recipe.observe.every, skipping, lesson.sources, observer.step, observer.note)
     watch.begin()
@@ -133,7 +133,7 @@ def end(
 ) -> None:
     """The task's last step is done: the method takes from it what it keeps."""
     name = lesson.task.name
-    if told := job.method.end_task(position.task, name, ranks_of(engine, lesson, f"task {name}: ending", observer)):
+    if told := job.method.end_task(position.task, name, ranks_of(engine, lesson, f"ending {name}", observer)):
         observer.note(told)
     checkpoints.leave(lambda: job.method.leave(job.recipe.folder, name))
 
@@ -149,14 +149,17 @@ def ranks_of(engine: Engine, lesson: Lesson, doing: str, observer: Observer) -> 
             yield from (batch.to(engine.device) for batch in lesson.micro_batches(number))
             seen += len(lesson.schedule.step(number).samples)
 
+    def said(what: str, done: int, of: int) -> None:
+        observer.working(f"{doing}, {what}", done, of)
+
     def visit(look: Look, names: Sequence[str]) -> None:
-        engine.visit(look, names, lambda done, of: observer.working(doing, done, of))
+        engine.visit(look, names, lambda done, of: said("matrices", done, of))
 
     def refuse(problem: str) -> None:
         if problem := next(filter(None, dist.gather(problem)), ""):
             raise UserError(problem)
 
-    return Ranks(engine.device, engine.module, engine.probe, batches, engine.whole, visit, dist.sum_, refuse)
+    return Ranks(engine.device, engine.module, engine.probe, batches, engine.whole, visit, dist.sum_, said, refuse)
 
 
 def examine(engine: Engine, job: Job, lesson: Lesson, observer: Observer) -> Mark:

@@ -211,7 +211,9 @@ def ranks_of(options: argparse.Namespace, engine: Engine) -> Ranks:
     def seen(_: int) -> Iterator[Batch]:
         yield from batches(options, options.micro)
 
-    return Ranks(engine.device, engine.module, engine.probe, seen, engine.whole, engine.visit, dist.sum_, refuse)
+    return Ranks(
+        engine.device, engine.module, engine.probe, seen, engine.whole, engine.visit, dist.sum_, lambda *_: None, refuse
+    )
 
 
 def batches(options: argparse.Namespace, count: int, first: int = 0) -> list[Batch]:

@@ -53,6 +53,7 @@ class Ranks:
     whole: Callable[[], dict[str, torch.Tensor]]  # the trained tensors, complete, in fp32
     visit: Callable[[Look, Sequence[str]], None]  # these constrained matrices, complete, in fp32, each to its owner
     sum_: Callable[[torch.Tensor], torch.Tensor]  # added up over all ranks, in place
+    said: Callable[[str, int, int], None]  # shows how far long work is: what, done, of how many
     refuse: Callable[[str], None]  # stops all ranks with what one of them (or none: empty) has to complain of
 
 

@@ -251,7 +251,7 @@ class Osft(Method):
     def _protect(self, ranks: Ranks, source: str, passes: Callable[[], Iterable[Pass]], count: Count) -> None:
         """Every matrix protects as many more of its strongest directions as `count` says: strong in its weights, in
         what the passes give it, in both, or in what the last task changed."""
-        for names in self._portions():
+        for number, names in enumerate(portions := self._portions()):
             moments = Moments(felt=source == "sensitivity")
             layers = [self._layers[name] for name in names if name in self._layers]
             if source not in ("weights", "updates"):
@@ -261,24 +261,24 @@ class Osft(Method):
                         ranks.probe(each.loss, moments.felt)
                 for layer in sorted(moments.sums):
                     ranks.sum_(moments.sums[layer])
+                ranks.said("passes", number + 1, len(portions))
 
             def look(name: str, weight: torch.Tensor, moments: Moments = moments) -> None:
                 space = self._spaces.setdefault(name, Subspace.empty(str(self.config.reading), weight))
-                exact, inputs = weight.double(), moments.of(self._layers.get(name, ""))
-                outputs = None if inputs is None else exact @ inputs @ exact.T
-                if source == "updates":
-                    exact = exact - self._start[name].to(exact)
+                inputs = moments.of(self._layers.get(name, ""))
+                outputs = None if inputs is None else weight.double() @ inputs @ weight.double().T
+                root = weight - self._start[name].to(weight) if source == "updates" else weight
 
                 def strongest(root: torch.Tensor, moment: torch.Tensor | None, taken: torch.Tensor) -> torch.Tensor:
                     if moment is not None and source == "both":
-                        moment = _scaled(moment) + _scaled(root.T @ root)
+                        moment = _scaled(moment) + _scaled(root.double().T @ root.double())
                     found = right_directions(root, taken) if moment is None else moment_directions(moment, taken)
-                    whole = root.square().sum() if moment is None else moment.trace()
+                    whole = root.double().square().sum() if moment is None else moment.trace()
                     return found.vectors[:, : count(name, found, taken, float(whole))]
 
-                right = strongest(exact, inputs, space.right)
+                right = strongest(root, inputs, space.right)
                 one_sided = space.reading == "input"
-                left = space.left[:, :0] if one_sided else strongest(exact.T, outputs, space.left)
+                left = space.left[:, :0] if one_sided else strongest(root.T, outputs, space.left)
                 space.grow(weight, right, left)
 
             self._visit(ranks, names, look)
@@ -317,7 +317,14 @@ class Osft(Method):
         training = ranks.module.training
         ranks.module.eval()
         with torch.no_grad():
-            texts = sample_texts(ranks.module, TEXTS, LENGTH, self.facts.seed, ranks.device)
+            texts = sample_texts(
+                ranks.module,
+                TEXTS,
+                LENGTH,
+                self.facts.seed,
+                ranks.device,
+                functools.partial(ranks.said, "making up texts"),
+            )
         ranks.module.train(training)
         return texts
 
@@ -367,8 +374,10 @@ class Osft(Method):
 
     def _told(self, ranks: Ranks, name: str) -> str:
         """How much is free now, over all ranks."""
-        counts = torch.tensor([self._room(space) for space in self._spaces.values()], dtype=torch.float64)
-        free, whole = ranks.sum_(counts.view(-1, 2).sum(0).to(ranks.device)).tolist()
+        counts = [self._room(space) for space in self._spaces.values()]
+        free, whole = ranks.sum_(
+            torch.tensor([(0, 0), *counts], dtype=torch.int64, device=ranks.device).sum(0)
+        ).tolist()
         return f"task {name}: {1 - free / whole:.1%} of the directions are protected from now on"
 
     @staticmethod

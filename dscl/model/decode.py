@@ -7,7 +7,7 @@ others waiting. Alone, it is plain decoding.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -94,7 +94,14 @@ def generate(module: Any, batch: PromptBatch, max_new_tokens: int, eos: int, pad
     return [row[: row.index(eos)] if eos in row else row for row in rows]
 
 
-def sample_texts(module: Any, texts: int, length: int, seed: int, device: torch.device) -> list[Drawn]:
+def sample_texts(
+    module: Any,
+    texts: int,
+    length: int,
+    seed: int,
+    device: torch.device,
+    said: Callable[[int, int], None] = lambda *_: None,
+) -> list[Drawn]:
     """This rank's share of texts that the model makes up (temperature 1), in blocks of token ids.
 
     Every block is drawn in the same way whichever rank draws it, so the texts do not depend on the number of ranks. All
@@ -103,12 +110,14 @@ def sample_texts(module: Any, texts: int, length: int, seed: int, device: torch.
     config = module.config
     begins = next(token for token in (config.bos_token_id, config.eos_token_id, 0) if token is not None)
     blocks = -(-texts // BLOCK)
-    drawn = []
-    for number in range(dist.rank(), -(-blocks // dist.world()) * dist.world(), dist.world()):
+    drawn: list[Drawn] = []
+    numbers = range(dist.rank(), -(-blocks // dist.world()) * dist.world(), dist.world())
+    for number in numbers:
         generator = torch.Generator().manual_seed(hash((seed, number)) % 2**63)
         ids = torch.full((BLOCK, 1), begins, device=device)
         cache, rows = None, [ids]
-        for _ in range(length - 1):
+        for token in range(1, length):
+            said(len(drawn) * length + token, len(numbers) * length)
             out = module(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = out.past_key_values
             # The largest of log p + Gumbel noise is a draw from p.

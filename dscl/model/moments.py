@@ -62,7 +62,7 @@ class Moments:
     def _add(self, name: str, given: torch.Tensor, weights: torch.Tensor) -> None:
         rows = given.detach().flatten(0, 1).double()
         part = rows.T @ (rows * weights.flatten()[:, None])
-        self.sums[name] = self.sums[name] + part if name in self.sums else part
+        self.sums[name] = self.sums[name].add_(part) if name in self.sums else part
 
 
 class Changes:

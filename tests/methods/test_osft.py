@@ -48,7 +48,15 @@ class Alone:
         self.method.own(self.names, torch.device("cpu"))
         self.told = ""
         self.ranks = Ranks(
-            torch.device("cpu"), self.model, self._probe, self._batches, dict, self._visit, lambda t: t, self._refuse
+            torch.device("cpu"),
+            self.model,
+            self._probe,
+            self._batches,
+            dict,
+            self._visit,
+            lambda t: t,
+            print,
+            self._refuse,
         )
 
     def learn(self, task: str) -> None:

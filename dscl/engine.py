@@ -230,6 +230,7 @@ class Engine:
         self._make_missing_state()
         self.reset_optimizer()
         self.constraint = constraint()
+        self._loose = False  # whether steps were made since the constraint was last made to hold
         if self.constraint is not None:
             _refuse_other_steps(settings.get("zero_optimization", {}))
             self._deal(self.constraint)
@@ -278,6 +279,9 @@ class Engine:
         if not self._clips_itself:
             self.last_norm = self.deepspeed.get_global_grad_norm()
         self.optimizer.skip = False
+        if hold and self._loose:  # the step was left out, so that nothing brought back what those before it had done
+            self._bring_back(list(self._views))
+            self.publish()
         return total
 
     @torch.no_grad()
@@ -473,12 +477,19 @@ class Engine:
             self._rounds.visit(names(stepped), gradients, constraint.free, change=True)
 
         def after(stepped: Sequence[torch.Tensor]) -> None:
+            self._loose = True
             if self._holding:
-                self._rounds.visit(names(stepped), self._views, constraint.hold, change=True)
+                self._bring_back(names(stepped))
 
         if constraint.gradients:
             self.optimizer.before = before
         self.optimizer.after = after
+
+    def _bring_back(self, names: Sequence[str]) -> None:
+        """Make the constraint hold for these matrices' masters."""
+        assert self.constraint is not None
+        self._rounds.visit(names, self._views, self.constraint.hold, change=True)
+        self._loose = False
 
     def _sub_group(self, parameter: Any) -> int:
         """ZeRO-3: which of the optimizer's tensors holds this rank's part of a parameter."""

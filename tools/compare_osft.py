@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="where the runs go")
     parser.add_argument("--stream", default="four", choices=list(STREAMS))
     parser.add_argument("--train", type=int, default=1000, help="training samples a task (default 1000)")
-    parser.add_argument("--test", type=int, default=200, help="test (and dev) samples a task (default 200)")
+    parser.add_argument("--test", type=int, default=200, help="test samples a task (default 200; dev: 100)")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 2e-3], help="the grid")
     parser.add_argument("--search", type=int, help="training samples a task in the search (default: as in the runs)")
@@ -98,14 +98,14 @@ def perform(row: str, lr: float, seed: int, split: str, options: argparse.Namesp
         "stream_defaults": {
             "train_limit": options.search if searching else options.train,
             "test_limit": options.test,
-            "dev_limit": options.test,
+            "dev_limit": 100,
             "epochs": options.epochs,
         },
         "stream": [{"name": t, "path": str(options.data / "cl_benchmark" / t)} for t in STREAMS[options.stream]],
         "train": {"lr": lr, "schedule": "linear", "global_batch": 8, "micro_batch": 8, "packing": True,
                   "max_length": 256, "precision": "fp32"},
         "evaluate": {"batch": 50, "tasks": "seen", "before": False, "split": split,
-                     "heldout": str(options.data / "base" / "heldout.jsonl")},
+                     "heldout": str(options.data / "base" / "heldout.jsonl") if split == "test" else None},
         "deepspeed": "ds_configs/zero1.json",
         "checkpoint": {"every": 1000, "keep": 1},
         "observe": {"tensorboard": False, "live": "off"},

@@ -50,8 +50,6 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = folder, keep
         self._left: dict[str, Sum] = {}  # files of ended tasks, by their path in the run's folder
-        # What this rank owned when it last wrote it, and where that is.
-        self._last: tuple[Path, Sum, dict[str, tuple[torch.Tensor, int]]] | None = None
 
     def leave(self, write: Callable[[], Iterable[Path]]) -> None:
         """The main rank writes what an ended task leaves; the checkpoints from now on vouch for these files."""
@@ -84,7 +82,7 @@ class Checkpoints:
             written[mine.name] = _write_tensors(mine, {**dict(_named(engine.shares())), **rows})
             if owned := method.owned():
                 path = partial / f"{OWNED}{dist.rank():05d}.safetensors"
-                written[path.name] = self._write_owned(path, owned, final / path.name)
+                written[path.name] = _write_tensors(path, owned)
             if dist.is_main():
                 written["method.safetensors"] = _write_tensors(partial / "method.safetensors", method.state())
                 state = {
@@ -123,24 +121,6 @@ class Checkpoints:
             for old in [p for p in self._complete() if p.name <= name][: -self.keep]:
                 shutil.rmtree(old, ignore_errors=True)
         dist.barrier()
-
-    def _write_owned(self, path: Path, owned: dict[str, torch.Tensor], final: Path) -> Sum:
-        """It seldom changes within a task, and is large: while it does not, checkpoints share one file."""
-        versions = {name: (tensor, tensor._version) for name, tensor in owned.items()}
-        if self._last is not None:
-            before, facts, stored = self._last
-            if versions.keys() == stored.keys() and all(
-                tensor is stored[name][0] and version == stored[name][1] for name, (tensor, version) in versions.items()
-            ):
-                try:
-                    os.link(before, path)
-                    self._last = final, facts, versions
-                    return facts
-                except OSError:  # a file system without links, or the file is gone
-                    pass
-        facts = _write_tensors(path, owned)
-        self._last = final, facts, versions
-        return facts
 
     def newest(self) -> Path | None:
         """The newest whole checkpoint, the same on every rank; damaged ones are passed over with a line each.

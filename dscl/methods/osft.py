@@ -37,7 +37,7 @@ from dscl.model.routed import layer_of
 from dscl.model.surgery import LLAMA_PROJECTIONS, matching
 
 TEXTS, LENGTH = 128, 128  # made up by the base model, to see what it needs in general
-SAMPLES = 256  # of an ended task, to see what it needs
+SAMPLES = 128  # of an ended task, to see what it needs
 MEMORY = 1 << 31  # bytes of second moments gathered in one go; the rest is left to further passes
 ROWS = 4  # of texts, passed forward and back at once
 # The paper's settings; a recipe that asks for them may not ask for others.

@@ -13,7 +13,7 @@ from dscl.maths.subspace import cosines
 
 
 class Moments:
-    """Sums of w·xxᵀ over the inputs x of linear layers, in fp64, so that the order of the sums is not seen in them.
+    """Sums of w·xxᵀ over the inputs x of linear layers: fp32 within a pass, fp64 over them, whose order is not seen.
 
     A token's weight is 1 if its input counts, or, `felt`, how much the loss feels the layer's output there: the squared
     norm of its gradient. Not felt, layers that are given the very same tensor (q, k and v; gate and up) share a sum.
@@ -60,8 +60,8 @@ class Moments:
         return hook
 
     def _add(self, name: str, given: torch.Tensor, weights: torch.Tensor) -> None:
-        rows = given.detach().flatten(0, 1).double()
-        part = rows.T @ (rows * weights.flatten()[:, None])
+        rows = given.detach().flatten(0, 1).float() * weights.flatten().sqrt().float()[:, None]
+        part = (rows.T @ rows).double()
         self.sums[name] = self.sums[name].add_(part) if name in self.sums else part
 
 

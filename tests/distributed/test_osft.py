@@ -1,37 +1,56 @@
-"""OSFT on real ranks: the constraint holds on the weights, at every stage and size, against dense projectors in fp64."""
+"""OSFT on real ranks: the constraint holds on the weights at every stage and size, against dense projectors in fp64."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
+from transformers import LlamaConfig
 
 from dscl import dist, train
+from dscl.checkpoint import Checkpoints
 from dscl.engine import Engine, fill
+from dscl.job import open_job
 from dscl.maths.subspace import READINGS
-from dscl.methods import Facts
+from dscl.methods import Facts, osft
 from dscl.methods.osft import Osft, OsftConfig
-from tests.distributed.test_engine import (
-    OFFLOAD,
-    assemble,
-    backbone,
-    masters,
-    micro_batches,
-    rows,
-    summed_loss,
-    targets,
-    whole,
+from dscl.model.decode import BLOCK, sample_texts
+from dscl.model.moments import Moments
+from dscl.model.weights import DrawnWeights
+from dscl.owners import deal
+from dscl.recipe import resolve
+from tests.distributed.test_engine import OFFLOAD, assemble, backbone, masters, micro_batches, summed_loss, targets
+from tests.distributed.test_engine import rows as samples
+from tests.distributed.test_engine import whole as gathered
+from tests.distributed.test_run import (
+    Killed,
+    failing,
+    metrics,
+    outcome,
+    recipe_of,
+    run,
+    run_until,
+    run_until_killed,
+    told,
+    write_tasks,
 )
+from tests.model.test_moments import felt_moments
 
 STEPS = 6
+SHARE = 0.5
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-PLAIN = {"basis": "weights", "allocate": "fixed", "share": 0.5, "updates": 0.0, "gradients": False}
-PIECES = {"sub_group_size": 5000, "stage3_param_persistence_threshold": 100}
+PLAIN = {"basis": "weights", "allocate": "fixed", "share": SHARE, "claim": "none", "gradients": False, "rest": "free"}
+Tensors = dict[str, torch.Tensor]
 
 
 def rate(step: int) -> float:
@@ -43,30 +62,696 @@ def is_target(name: str) -> bool:
     return name.split(".")[-2] in SEVEN
 
 
+def leak(reading: str, change: torch.Tensor, right: torch.Tensor, left: torch.Tensor) -> float:
+    """How large the part of a change is that may not be, in fp64."""
+    change, right, left = change.double(), right.double(), left.double()
+    if reading == "paper":
+        return float((left.T @ change @ right).norm())
+    rest = left.T @ (change - change @ right @ right.T) if reading == "two_sided" else torch.zeros(1)
+    return math.hypot(float((change @ right).norm()), float(rest.norm()))
+
+
 # ---- plain torch in one process, with dense projectors in fp64
 
 
 @dataclass(frozen=True)
-class Projectors:
-    """On what a target weight's change may not hold."""
+class Dense:
+    """What of a weight may not change: its strongest directions, by a general SVD."""
 
-    reading: str
     start: torch.Tensor
     right: torch.Tensor  # V Vᵀ
     left: torch.Tensor  # U Uᵀ
 
     @classmethod
-    def of(cls, reading: str, weight: torch.Tensor, share: float) -> Projectors:
-        """Of the strongest directions of the weight, by a general SVD."""
-        exact = weight.detach().double().clone()
-        u, _, vt = torch.linalg.svd(exact)
-        count = int(share * min(exact.shape))
-        return cls(reading, exact, vt[:count].T @ vt[:count], u[:, :count] @ u[:, :count].T)
+    def of(cls, weight: torch.Tensor) -> Dense:
+        exact = weight.double()
+        left, _, right = torch.linalg.svd(exact)
+        left, right = (basis[:, : int(SHARE * min(exact.shape))] for basis in (left, right.T))
+        return cls(exact, right @ right.T, left @ left.T)
 
-    def protected(self, change: torch.Tensor) -> torch.Tensor:
-        """The part of a change that may not be."""
-        if self.reading == "input":
-            return change @ self.right
-        if self.reading == "paper":
-            return self.left @ change @ self.right
-        return change - (change - self.left @ change) + (change - self.left @ change) @ self.right
+    def free(self, reading: str, change: torch.Tensor) -> torch.Tensor:
+        """What of a change may be."""
+        kept = change - change @ self.right
+        if reading == "input":
+            return kept
+        return change - self.left @ change @ self.right if reading == "paper" else kept - self.left @ kept
+
+
+@functools.cache
+def reference(reading: str, gradients: bool = False) -> tuple[list[float], Tensors]:
+    built = backbone()
+    model = built.build()
+    fill(model, built.weights.read)
+    constrained = {p: Dense.of(p.detach()) for name, p in model.named_parameters() if is_target(name)}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.1)
+    losses = []
+    for step in range(STEPS):
+        batch = samples(step)
+        optimizer.param_groups[0]["lr"] = rate(step)
+        loss = sum((summed_loss(model, toy) for toy in batch), torch.zeros(())) / targets(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for weight, dense in constrained.items() if gradients else ():
+            weight.grad = dense.free(reading, weight.grad.double()).float()
+        optimizer.step()
+        with torch.no_grad():
+            for weight, dense in constrained.items():
+                weight.copy_(dense.start + dense.free(reading, weight.double() - dense.start))
+        losses.append(loss.item())
+    return losses, {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+# ---- the same by the engine
+
+
+class Silent:
+    def working(self, *_: Any) -> None:
+        pass
+
+
+def begun(stage: int, zero: dict[str, Any], precision: str = "fp32", **keys: Any) -> tuple[Engine, Osft]:
+    """An engine with the method's constraint, at the beginning of the first of two tasks."""
+    facts = Facts(0, ("first", "second"), base="", model="", tokenizer="", prompt_limit=0, precision=precision)
+    method = Osft(OsftConfig(**{**PLAIN, **keys}), facts)
+    built = backbone({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
+    engine = Engine(
+        {"zero_optimization": {"stage": stage, **zero}},
+        build=built.build,
+        read=built.weights.read,
+        prepare=method.prepare,
+        constraint=method.constraint,
+        precision=precision,
+        weight_decay=0.1,
+        grad_clip=1.0,
+    )
+    ranks = train.ranks_of(engine, None, "", Silent())  # type: ignore[arg-type]
+    engine.start_over(method.begin_task(0, "first", ranks))
+    return engine, method
+
+
+def go(engine: Engine, accumulation: int, steps: int = STEPS) -> list[float]:
+    losses = []
+    for step in range(steps):
+        batches, count = micro_batches(step, accumulation)
+        total = engine.step(summed_loss, batches, targets=count, lr=rate(step))
+        losses.append((dist.sum_(total) / count).item())
+    return losses
+
+
+Stretches = dict[str, list[tuple[int, torch.Tensor]]]
+
+
+@dataclass
+class Result:
+    """Of one rank."""
+
+    losses: list[float]
+    start: Stretches
+    weights: Stretches
+    moments: Stretches  # AdamW's first
+    owned: Tensors
+
+
+def trained(stage: int, zero: dict[str, Any], reading: str, accumulation: int, hold: bool, gradients: bool) -> Result:
+    engine, method = begun(stage, zero, reading=reading, gradients=gradients)
+    if not hold:
+        method.hold = lambda *_: None  # type: ignore[method-assign]
+    start, losses = masters(engine), go(engine, accumulation)
+    moments: Stretches = {}
+    for share in engine.shares():
+        moments.setdefault(share.name, []).append((share.start, share.moments["exp_avg"].clone()))
+    result = Result(losses, start, masters(engine), moments, method.owned())
+    engine.close()
+    return result
+
+
+def bases(results: list[Result]) -> Tensors:
+    """What all ranks own, which no two of them do."""
+    every = [name for result in results for name in result.owned]
+    assert len(set(every)) == len(every)
+    return {name: tensor for result in results for name, tensor in result.owned.items()}
+
+
+def leaks(reading: str, results: list[Result]) -> dict[str, tuple[float, float]]:
+    """Of every target: the protected part of its change against the weight, and of AdamW's first moment."""
+    owned = bases(results)
+    start, weights, moments = (assemble([getattr(r, of) for r in results]) for of in ("start", "weights", "moments"))
+    found = {}
+    for name in filter(is_target, start):
+        right, left = owned[f"{name}|right"], owned[f"{name}|left"]
+        shape = len(left), len(right)
+        change, moment = (weights[name].double() - start[name].double()).view(shape), moments[name].view(shape)
+        assert change.norm() > 0.1 * start[name].norm()  # there was something to be undone
+        found[name] = (
+            leak(reading, change, right, left) / float(start[name].norm()),
+            leak(reading, moment, right, left) / float(moment.norm()),
+        )
+    assert len(found) == 2 * len(SEVEN)
+    return found
+
+
+def check_parity(results: list[Result], losses: list[float], weights: Tensors) -> None:
+    for result in results:
+        assert result.losses == pytest.approx(losses, rel=1e-5)
+    found = assemble([result.weights for result in results])
+    assert sorted(found) == sorted(weights)
+    for name, values in found.items():
+        assert (values - weights[name].flatten()).norm() <= 1e-4 * weights[name].norm(), name
+    got, expected = (torch.cat([of[name].flatten() for name in sorted(found)]) for of in (found, weights))
+    assert (got - expected).norm() <= 1e-5 * expected.norm()
+
+
+SMALL = {"sub_group_size": 5000, "stage3_param_persistence_threshold": 100}
+SETTINGS = [
+    *((2, stage, {}, 4 - 3 * (stage % 2), reading) for stage in range(4) for reading in READINGS),
+    (1, 0, {}, 1, "paper"), (1, 1, OFFLOAD, 4, "input"), (1, 2, {}, 1, "two_sided"), (1, 3, SMALL, 4, "input"),
+    (2, 1, OFFLOAD, 4, "two_sided"), (2, 2, OFFLOAD, 1, "input"), (2, 3, {**OFFLOAD, **SMALL}, 4, "paper"),
+    (4, 0, {}, 1, "two_sided"), (4, 1, {}, 4, "input"), (4, 2, {}, 1, "paper"), (4, 3, SMALL, 1, "two_sided"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("world", "stage", "zero", "accumulation", "reading"), SETTINGS)
+def test_steps_equal_plain_torch_with_dense_projectors(
+    ranks: Any, world: int, stage: int, zero: dict[str, Any], accumulation: int, reading: str
+) -> None:
+    results = ranks(world)(trained, stage, zero, reading, accumulation, True, False)
+    check_parity(results, *reference(reading))
+    for name, (of_weight, _) in leaks(reading, results).items():
+        assert of_weight <= 1e-6, name
+
+
+@pytest.mark.parametrize(
+    ("stage", "zero", "reading"),
+    [(0, {}, "input"), (1, {}, "paper"), *((2, OFFLOAD, reading) for reading in READINGS), (3, SMALL, "two_sided")],
+)
+def test_the_optimizer_keeps_nothing_of_projected_gradients(
+    ranks: Any, stage: int, zero: dict[str, Any], reading: str
+) -> None:
+    results = ranks(2)(trained, stage, zero, reading, 1, True, True)
+    check_parity(results, *reference(reading, gradients=True))
+    for name, (of_weight, of_moment) in leaks(reading, results).items():
+        assert max(of_weight, of_moment) <= 1e-6, name
+
+
+@pytest.mark.parametrize(
+    ("stage", "zero", "reading"), [(0, {}, "paper"), *((2, {}, reading) for reading in READINGS), (3, SMALL, "input")]
+)
+def test_without_the_projection_it_would_be_noticed(ranks: Any, stage: int, zero: dict[str, Any], reading: str) -> None:
+    """Projected gradients alone are no constraint: AdamW's scaling and weight decay leave the subspace."""
+    held = leaks(reading, ranks(2)(trained, stage, zero, reading, 1, True, False))
+    assert min(of_moment for _, of_moment in held.values()) > 1e-2
+    for gradients in (False, True):
+        free = leaks(reading, ranks(2)(trained, stage, zero, reading, 1, False, gradients))
+        for name in held:
+            assert free[name][0] > 1e3 * held[name][0], name
+
+
+def low_precision(stage: int, zero: dict[str, Any]) -> tuple[bool, Result]:
+    """Whether the model's bf16 weights are the rounded masters on this rank, after two steps."""
+    engine, method = begun(stage, zero, "bf16", reading="input")
+    start, losses = masters(engine), go(engine, 1, 2)
+    found = masters(engine)
+    whole, same = assemble(dist.gather(found)), True
+    for name, parameter in engine.module.named_parameters():
+        with gathered(parameter):
+            same &= torch.equal(parameter.detach().flatten(), whole[name].bfloat16())
+    result = Result(losses, start, found, found, method.owned())
+    engine.close()
+    return same, result
+
+
+@pytest.mark.parametrize(("stage", "zero"), [(0, {}), (1, {}), (2, OFFLOAD), (3, SMALL)])
+def test_bf16_weights_are_the_rounded_masters(ranks: Any, stage: int, zero: dict[str, Any]) -> None:
+    told = ranks(2)(low_precision, stage, zero)
+    assert all(same for same, _ in told)
+    assert max(of for of, _ in leaks("input", [result for _, result in told]).values()) <= 1e-6
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_each_rank_keeps_its_own_bases_alone(ranks: Any, world: int) -> None:
+    results = ranks(world)(trained, 3, {}, "two_sided", 1, True, False)
+    owned = bases(results)
+    shapes = {
+        n.split("|")[0]: (len(owned[f"{n.split('|')[0]}|left"]), len(t)) for n, t in owned.items() if "|right" in n
+    }
+    assert len(shapes) == 2 * len(SEVEN)
+    owners = deal({name: float(rows * columns * min(rows, columns)) for name, (rows, columns) in shapes.items()}, world)
+    for rank, result in enumerate(results):
+        assert {name.split("|")[0] for name in result.owned} == {name for name in shapes if owners[name] == rank}
+    sizes = [sum(tensor.numel() for tensor in result.owned.values()) for result in results]
+    assert max(sizes) <= 1.15 * sum(sizes) / world
+
+
+# ---- whole runs of three tasks
+
+
+BASIC = {
+    "name": "osft", "reading": "input", "basis": "activations", "allocate": "fixed", "share": 0.25, "claim": "updates",
+    "claim_energy": 0.5, "when_short": "share", "gradients": False, "project_every": 1, "rest": "frozen",
+}  # fmt: skip
+NAMES = {"colour": "colour", "animal": "animal", "again": "colour"}
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("osft")
+    write_tasks(folder)
+    return folder
+
+
+def recipe(folder: Path, name: str, stage: int, keep: int = 2, every: int = 3, **keys: Any) -> dict[str, Any]:
+    """Of 5, 4 and 5 steps."""
+    document = recipe_of(folder, name, stage, train__epochs=1, train__lr=2e-2, train__weight_decay=0.1)
+    document["method"] = {**BASIC, **keys}
+    document["stream"] = [{"name": name, "path": str(folder / path)} for name, path in NAMES.items()]
+    document["checkpoint"] = {"every": every, "keep": keep}
+    document["evaluate"] = {"before": False, "tasks": "seen"}
+    return document
+
+
+def quick(function: Callable[..., Any], *arguments: Any) -> Any:
+    """On a rank: with few and short texts of the model's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(osft, "TEXTS", 40)
+        patch.setattr(osft, "LENGTH", 8)
+        return function(*arguments)
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    return sorted((run_dir / "checkpoints").iterdir())
+
+
+def stored(checkpoint: Path) -> tuple[Tensors, Tensors]:
+    """The masters, flat, and what the owners kept, of all ranks."""
+    parts: list[Stretches] = []
+    owned: Tensors = {}
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        parts.append({})
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                if path.name.startswith("owned-"):
+                    assert name not in owned
+                    owned[name] = file.get_tensor(name)
+                elif name.startswith("master|"):
+                    _, start, parameter = name.split("|")
+                    parts[-1].setdefault(parameter, []).append((int(start), file.get_tensor(name)))
+    return assemble(parts), owned
+
+
+def excess(reading: str, weight: torch.Tensor, kept: Tensors) -> float:
+    """How far a weight is from what was fixed of it, relative to its size."""
+    right, left = kept["right"].double(), kept["left"].double()
+    exact = weight.double().view(len(left), len(right))
+    if reading == "paper":
+        off = float((left.T @ exact @ right - kept["core"]).norm())
+    else:
+        off = math.hypot(
+            float((exact @ right - kept["image"]).norm()), float((left.T @ exact - kept["coimage"]).norm())
+        )
+    return off / float(exact.norm())
+
+
+def of_matrices(owned: Tensors) -> dict[str, Tensors]:
+    """What is kept of each matrix."""
+    found: dict[str, Tensors] = {}
+    for name, tensor in owned.items():
+        matrix, what = name.rsplit("|", 1)
+        found.setdefault(matrix, {})[what] = tensor
+    return found
+
+
+def worst(reading: str, weights: Tensors, owned: Tensors) -> float:
+    kept = of_matrices(owned)
+    assert len(kept) == 2 * len(SEVEN)
+    return max(excess(reading, weights[name], tensors) for name, tensors in kept.items())
+
+
+CHOICES: list[dict[str, Any]] = [
+    {"reading": "input"},
+    {"reading": "two_sided", "basis": "both", "allocate": "energy", "share": 0.3, "gradients": True},
+    {
+        "reading": "paper",
+        "basis": "weights",
+        "allocate": "importance",
+        "share": 0.4,
+        "least": 0.1,
+        "claim": "activations",
+    },
+    {"reading": "input", "basis": "sensitivity", "claim": "sensitivity"},
+]
+
+
+@pytest.mark.parametrize(("stage", "choice"), [(0, 0), (2, 0), (2, 1), (2, 2), (2, 3), (3, 1), (3, 3)])
+def test_what_was_protected_once_stays_so(ranks: Any, tasks: Path, stage: int, choice: int) -> None:
+    reading = CHOICES[choice]["reading"]
+    document = recipe(tasks, f"nested{stage}-{choice}", stage, keep=99, **CHOICES[choice])
+    ranks(2)(quick, run, document)
+    learned = [stored(path) for path in checkpoints(Path(document["run_dir"])) if path.name.endswith("-learned")]
+    assert len(learned) == 3
+    final = learned[-1][0]
+    grown = 0
+    for (weights, owned), (_, later) in itertools.pairwise(learned):
+        assert worst(reading, weights, owned) <= 1e-6
+        assert worst(reading, final, owned) <= 1e-6
+        for name, tensor in owned.items():
+            assert torch.equal(later[name][tuple(map(slice, tensor.shape))], tensor), name
+        grown += sum(later[name].shape != tensor.shape for name, tensor in owned.items() if name.endswith("|right"))
+        assert any((final[name] - weights[name]).norm() > 0.1 * weights[name].norm() for name in weights)
+    assert grown >= len(SEVEN)
+
+
+def outputs(document: dict[str, Any], weights: list[Tensors], owned: Tensors) -> tuple[float, float]:
+    """Of the first task's own inputs of every target, under the first and the last of these weights: how much what the
+    layer answers to their protected parts differs, at most, and what it answers to all of them, at least."""
+    job = open_job(resolve(document))
+    model = job.backbone.build()
+    fill(model, lambda name, shape, start, stop: weights[0].get(name, job.backbone.weights.read(name, shape, 0, stop)))
+    inputs: Tensors = {}
+    modules = dict(model.named_modules())
+    for matrix in of_matrices(owned):
+        hook = functools.partial(lambda name, _m, given: inputs.__setitem__(name, given[0].flatten(0, 1)), matrix)
+        modules[matrix.removesuffix(".weight")].register_forward_pre_hook(hook)
+    protected, whole = 0.0, math.inf
+    batch = job.lessons[0].micro_batches(0)[0]
+    with torch.no_grad():
+        model(batch.input_ids, batch.attention_mask, batch.position_ids)
+    for matrix, kept in of_matrices(owned).items():
+        given, right = inputs[matrix].double(), kept["right"].double()
+        change = (weights[-1][matrix] - weights[0][matrix]).double().view(len(kept["left"]), len(right))
+        size = given.norm() * weights[0][matrix].norm()
+        protected = max(protected, float((given @ right @ right.T @ change.T).norm() / size))
+        whole = min(whole, float((given @ change.T).norm() / size))
+    return protected, whole
+
+
+def test_protected_inputs_get_the_same_answers_after_later_tasks(ranks: Any, tasks: Path) -> None:
+    document = recipe(tasks, "answers", 2, keep=99, share=0.5)
+    ranks(2)(quick, run, document)
+    learned = [stored(path) for path in checkpoints(tasks / "answers") if path.name.endswith("-learned")]
+    protected, whole = outputs(document, [weights for weights, _ in learned], learned[0][1])
+    assert protected <= 1e-6
+    assert whole > 1e-3
+
+
+# ---- projections now and then
+
+
+def watched(document: dict[str, Any]) -> list[tuple[str, float]]:
+    """Run; how far this rank's matrices are from what is fixed of them, after each step and where it counts."""
+    seen: list[tuple[str, float]] = []
+    engines: list[Engine] = []
+
+    def look(where: str) -> None:
+        engine, found = engines[-1], [0.0]
+        method = engine.constraint
+        assert isinstance(method, Osft)
+        kept = of_matrices(method.owned())
+        engine.visit(lambda name, weight: found.append(excess("input", weight, kept[name])))
+        seen.append((where, max(found)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        step, save, take = Engine.step, Checkpoints.save, train.take
+
+        def stepping(self: Engine, *a: Any, **k: Any) -> Any:
+            engines.append(self)
+            result = step(self, *a, **k)
+            look("step")
+            return result
+
+        def saving(self: Checkpoints, name: str, *a: Any) -> None:
+            save(self, name, *a)
+            if engines:
+                look("save")
+
+        def taking(*a: Any) -> Any:
+            if engines:
+                look("take")
+            return take(*a)
+
+        patch.setattr(Engine, "step", stepping)
+        patch.setattr(Checkpoints, "save", saving)
+        patch.setattr(train, "take", taking)
+        run(document)
+    return seen
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_between_projections_it_may_be_off_but_never_where_it_counts(ranks: Any, tasks: Path, stage: int) -> None:
+    document = recipe(tasks, f"seldom{stage}", stage, keep=99, every=3, project_every=4)
+    results = ranks(2)(quick, watched, document)
+    steps = torch.tensor([[off for where, off in seen if where == "step"] for seen in results]).amax(0).tolist()
+    # Tasks of 5, 4 and 5 steps; checkpoints after steps 3, 6 and 12 of all, and after every task.
+    assert len(steps) == 14
+    for step, off in enumerate(steps, start=1):
+        assert off <= 1e-6 if step in (3, 4, 5, 6, 9, 12, 13, 14) else off > 1e-4, step
+    for seen in results:
+        others = [(where, off) for where, off in seen if where != "step"]
+        assert {where for where, _ in others} == {"save", "take"}
+        assert max(off for _, off in others) <= 1e-6
+    for path in checkpoints(Path(document["run_dir"])):
+        assert worst("input", *stored(path)) <= 1e-6
+
+
+# ---- restarts
+
+
+PLACES = {
+    "begin": (Osft, "begin_task"),
+    "end": (Osft, "end_task"),
+    "visit": (Engine, "visit"),
+    "step": (Engine, "step"),
+}
+
+
+def killed_after(document: dict[str, Any], deaths: list[tuple[str, int]]) -> None:
+    """Run; die right after the n-th call of a function, start again, die at the next place; then run to the end."""
+    for name, count in deaths:
+        owner, attribute = PLACES[name]
+        original, calls = getattr(owner, attribute), [0]
+
+        def dying(*a: Any, original: Any = original, calls: list[int] = calls, count: int = count, **k: Any) -> Any:
+            result = original(*a, **k)
+            calls[0] += 1
+            if calls[0] == count:
+                raise Killed
+            return result
+
+        setattr(owner, attribute, dying)
+        try:
+            with pytest.raises(Killed):
+                run(document)
+        finally:
+            setattr(owner, attribute, original)
+    run(document)
+
+
+ANYWHERE = run_until, [("step", 2), ("save", 3), ("take", 3), ("step", 4), ("shares", 1), ("gather", 2)]
+AROUND_TASKS = killed_after, [("begin", 1), ("step", 1), ("end", 1), ("begin", 1), ("end", 1), ("step", 2)]
+WITHIN = killed_after, [("visit", 1), ("visit", 2), ("visit", 3), ("visit", 1), ("visit", 2), ("visit", 2)]
+WITHIN_FEW = killed_after, [("visit", 1), ("visit", 2), ("visit", 1), ("visit", 2), ("visit", 1)]
+SHORT = {"when_short": "give_back", "share": 0.75, "claim_energy": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("stage", "keys", "ways"),
+    [
+        (0, CHOICES[1], (ANYWHERE, AROUND_TASKS, WITHIN)),
+        (2, {"project_every": 4, **SHORT}, (ANYWHERE, AROUND_TASKS, WITHIN)),
+        (3, CHOICES[3], (AROUND_TASKS, WITHIN_FEW)),
+    ],
+)
+def test_a_run_that_died_ends_as_one_that_did_not(
+    ranks: Any, tasks: Path, stage: int, keys: dict[str, Any], ways: list[Any]
+) -> None:
+    ranks(2)(quick, run, recipe(tasks, f"whole{stage}", stage, **keys))
+    expected = outcome(tasks / f"whole{stage}")
+    assert {"owned-00000.safetensors", "owned-00001.safetensors"} <= set(expected[-1])
+    for number, (killed, deaths) in enumerate(ways):
+        name = f"died{stage}-{number}"
+        ranks(2)(quick, killed, recipe(tasks, name, stage, **keys), deaths)
+        assert outcome(tasks / name) == expected, deaths
+
+
+def slower(document: dict[str, Any]) -> dict[str, Any]:
+    """At a rate at which the last bits, in which numbers of ranks differ, do not grow so fast."""
+    document["train"]["lr"] = 5e-3
+    return document
+
+
+@pytest.mark.parametrize(("before", "after", "stage"), [(2, 1, 1), (1, 2, 2), (2, 4, 3), (4, 1, 0)])
+def test_another_number_of_ranks_deals_the_owners_anew(
+    ranks: Any, tasks: Path, before: int, after: int, stage: int
+) -> None:
+    if not (tasks / "size-whole").exists():
+        ranks(1)(quick, run, slower(recipe(tasks, "size-whole", 0)))
+    document = slower(recipe(tasks, f"size{before}{after}", stage))
+    ranks(before)(quick, run_until_killed, document, 8)  # in the second task, after a checkpoint within it
+    ranks(after)(quick, run, document)
+    run_dir = Path(document["run_dir"])
+    whole, changed = metrics(tasks / "size-whole"), metrics(run_dir)
+    assert [r["step"] for r in changed] == [r["step"] for r in whole]
+    assert [r["loss"] for r in changed] == pytest.approx([r["loss"] for r in whole], rel=1e-5)
+    newest = checkpoints(run_dir)[-1]
+    assert len(list(newest.glob("owned-*"))) == after
+    assert worst("input", *stored(newest)) <= 1e-6
+
+
+def test_damage_to_what_an_owner_kept_is_noticed(ranks: Any, tasks: Path) -> None:
+    ranks(2)(quick, run, recipe(tasks, "sound", 0))
+    ranks(2)(quick, run_until_killed, recipe(tasks, "damaged", 0), 8)
+    older, newer = checkpoints(tasks / "damaged")
+    path = newer / "owned-00001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    lines = ranks(2)(quick, told, recipe(tasks, "damaged", 0))[0]
+    assert any(f"{newer.name} is damaged (owned-00001.safetensors does not match its checksum)" in x for x in lines)
+    assert any(f"resumed from {older.name}" in line for line in lines)
+    assert outcome(tasks / "damaged") == outcome(tasks / "sound")
+
+
+# ---- at the edges
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"targets": ["q_proj", "gate"]}, "method.targets: given 'gate', which no layer matches; layers here: "),
+        ({"share": 1.5}, "method.share: given 1.5"),
+        ({"share": -0.1}, "method.share: given -0.1"),
+        ({"claim_energy": 2}, "method.claim_energy: given 2"),
+        ({"project_every": 0}, "method.project_every: given 0"),
+        ({"reading": "output"}, "method.reading: given 'output'"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(ranks: Any, tasks: Path, keys: dict[str, Any], told: str) -> None:
+    for kind, message in ranks(2)(quick, failing, recipe(tasks, "refused", 1, **keys)):
+        assert kind == "UserError"
+        assert told in message
+        assert "\n" not in message
+
+
+def spoilt(document: dict[str, Any], matrix: str) -> tuple[str, str]:
+    """One element of a weight is not finite from the start."""
+    original = DrawnWeights.read
+
+    def read(self: DrawnWeights, name: str, shape: torch.Size, start: int, stop: int) -> torch.Tensor:
+        values = original(self, name, shape, start, stop)
+        if name == matrix and start == 0:
+            values[0] = math.inf
+        return values
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DrawnWeights, "read", read)
+        return failing(document)
+
+
+def exploded(document: dict[str, Any], matrix: str, at: int) -> tuple[str, str]:
+    """After a task's last step a weight is not finite."""
+    original, calls = Engine.step, [0]
+
+    def step(self: Engine, *a: Any, **k: Any) -> Any:
+        result = original(self, *a, **k)
+        calls[0] += 1
+        for fragment in self.fragments() if calls[0] == at else ():
+            if fragment.name == matrix and fragment.start == 0:
+                fragment.master[0] = math.nan
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "step", step)
+        return failing(document)
+
+
+@pytest.mark.parametrize("basis", ["weights", "activations"])
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_weight_that_is_not_finite_is_told_in_one_line(ranks: Any, tasks: Path, stage: int, basis: str) -> None:
+    matrix = "model.layers.1.mlp.up_proj.weight"
+    document = recipe(tasks, f"spoilt{stage}{basis}", stage, basis=basis)
+    for results in (
+        ranks(2)(quick, spoilt, document, matrix),
+        ranks(2)(quick, exploded, recipe(tasks, f"exploded{stage}{basis}", stage, basis=basis), matrix, 5),
+    ):
+        assert results[0] == results[1]
+        kind, message = results[0]
+        assert kind == "UserError"
+        assert "not finite" in message
+        assert "\n" not in message
+
+
+# ---- texts of the model's own
+
+
+def sampled(stage: int, texts: int, length: int) -> list[torch.Tensor]:
+    engine, _ = begun(stage, {})
+    engine.module.eval()
+    with torch.no_grad():
+        blocks = sample_texts(engine.module, texts, length, 3, engine.device)
+    engine.close()
+    assert all(ids.shape == (BLOCK, length) for ids, _ in blocks)  # also where some or none of them count
+    return [ids[:counting] for ids, counting in blocks]
+
+
+def test_the_models_texts_do_not_depend_on_ranks_or_stages(ranks: Any) -> None:
+    texts = 3 * BLOCK + 5
+    expected: torch.Tensor | None = None
+    for world, stage in ((1, 0), (1, 3), (2, 0), (2, 3), (4, 0), (4, 3)):
+        blocks = ranks(world)(sampled, stage, texts, 9)
+        assert len({len(of_rank) for of_rank in blocks}) == 1  # equally many passes
+        got = torch.cat([of_rank[number] for number in range(len(blocks[0])) for of_rank in blocks])
+        assert got.shape == (texts, 9)
+        expected = got if expected is None else expected
+        assert torch.equal(got, expected), (world, stage)
+    assert len(set(map(tuple, expected.tolist()))) == texts
+
+
+def test_the_models_texts_follow_its_distribution() -> None:
+    """Pearson's statistic of the second and third tokens against what the model itself says of them."""
+    built = backbone()
+    shape = LlamaConfig(**{**built.architecture.to_dict(), "vocab_size": 7, "bos_token_id": 3})
+    model: Any = dataclasses.replace(built, architecture=shape).build()
+    fill(model, DrawnWeights(5, 0.08).read)
+    model.eval()
+    with torch.no_grad():
+        ids = torch.cat([ids[:counting] for ids, counting in sample_texts(model, 4000, 3, 0, torch.device("cpu"))])
+        expected = model(torch.tensor([[3, token] for token in range(7)])).logits.double().softmax(-1)
+    assert ids.shape == (4000, 3)
+    assert (ids[:, 0] == 3).all()
+    observed = torch.zeros(7, 7, dtype=torch.float64).index_put((ids[:, 1], ids[:, 2]), torch.ones(1).double(), True)
+    second = 4000 * expected[0, 0]
+    third = observed.sum(1, keepdim=True) * expected[:, 1]
+    assert second.max() > 2 * second.min()  # not what an even draw would give
+    assert float(((observed.sum(1) - second) ** 2 / second).sum()) < 34  # 6 degrees of freedom: one in 100 000
+    assert float(((observed - third) ** 2 / third).sum()) < 95  # 42 degrees
+
+
+# ---- a look through the model
+
+
+def probed(stage: int, zero: dict[str, Any], accumulation: int) -> tuple[list[float], Tensors]:
+    """Moments that the loss feels, of rows that the ranks share; and the losses of the steps that follow."""
+    engine, method = begun(stage, zero, reading="input")
+    moments = Moments(felt=True)
+    engine.module.train()
+    with moments.gathering(engine.module, [name.removesuffix(".weight") for name in method.costs()]):
+        for toy in samples(0)[dist.rank() :: dist.world()]:
+            engine.probe(functools.partial(summed_loss, toy=toy), True)
+    assert engine.module.training
+    losses = go(engine, accumulation)
+    engine.close()
+    return losses, {layer: dist.sum_(moments.sums[layer]) for layer in sorted(moments.sums)}
+
+
+@pytest.mark.parametrize(
+    ("world", "stage", "zero"), [(1, 3, {}), (2, 0, {}), (2, 1, {}), (2, 2, OFFLOAD), (2, 3, SMALL), (4, 3, {})]
+)
+def test_a_probe_feels_the_loss_and_leaves_nothing_behind(
+    ranks: Any, world: int, stage: int, zero: dict[str, Any]
+) -> None:
+    expected = felt_moments(samples(0))
+    for losses, sums in ranks(world)(probed, stage, zero, 4 // world):
+        assert losses == pytest.approx(reference("input")[0], rel=1e-5)
+        assert sorted(sums) == sorted(expected)
+        for layer, of_layer in expected.items():
+            assert (sums[layer] - of_layer).norm() <= 1e-5 * of_layer.norm(), layer

@@ -138,7 +138,7 @@ def free() -> Sequential:
 
 
 def constrained(reading: str, **settings: Any) -> Osft:
-    given = {"reading": reading, "basis": "weights", "rest": "free", "share": SHARE, "claim": "none", **settings}
+    given = {"reading": reading, "basis": ("weights",), "rest": "free", "share": SHARE, "claim": (), **settings}
     return Osft(parse(OsftConfig, {"name": "osft", **given}), FACTS)
 
 
@@ -309,12 +309,16 @@ def setup(options: argparse.Namespace, sides: dict[str, Side]) -> None:
         yield row("PEFT: get_peft_model", theirs, {})
         for reading in READINGS:
             yield row(f"{reading}, basis: weights", sides[reading].setup, sides[reading].parts)
-        other = side(options, constrained("input", basis="activations", claim="sensitivity"))
+        other = side(options, constrained("input", basis=("activations",), claim=("activations", "sensitivity")))
         yield row("input, basis: activations", other.setup, other.parts)
         with clocks([*PARTS, (other.engine, "probe")]) as parts:
             ranks = ranks_of(options, other.engine)
             seconds, _ = timed(lambda: other.method.end_task(0, "a", ranks))
-        yield row(f"end of a task of {options.micro * options.rows} samples, claim: sensitivity", seconds, parts)
+        yield row(
+            f"end of a task of {options.micro * options.rows} samples, claim: activations and sensitivity",
+            seconds,
+            parts,
+        )
         other.engine.close()
 
     table(["Set-up", "seconds", "PEFT's over it (bar: ≥ 10 for weights)", "of which"], rows())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -40,22 +41,29 @@ TEXTS, LENGTH = 128, 128  # made up by the base model, to see what it needs in g
 SAMPLES = 128  # of an ended task, to see what it needs
 MEMORY = 1 << 31  # bytes of second moments gathered in one go; the rest is left to further passes
 ROWS = 4  # of texts, passed forward and back at once
+# Where directions come from. Of several sources each counts alike.
+SOURCES = {
+    "weights": "those in which the weights are strong",
+    "activations": "in which the layer's inputs are",
+    "sensitivity": "in which they are where the loss feels the layer's output",
+    "updates": "in which the task changed the weights",
+}
 # The paper's settings; a recipe that asks for them may not ask for others.
 PAPER: dict[str, Any] = {
     "reading": "paper",
-    "basis": "weights",
+    "basis": ("weights",),
     "allocate": "importance",
     "least": 0.1,
     "share": 0.8,
-    "claim": "none",
+    "claim": (),
     "gradients": True,
 }
 DEFAULT: dict[str, Any] = {
     "reading": "input",
-    "basis": "activations",
+    "basis": ("activations",),
     "allocate": "fixed",
-    "share": 0.5,
-    "claim": "sensitivity",
+    "share": 0.25,
+    "claim": ("updates", "activations", "sensitivity"),
     "gradients": False,
 }
 
@@ -81,24 +89,22 @@ class OsftConfig:
         help="what may not change: the outputs of protected inputs; that and the protected outputs; or, as the paper "
         "prints it, only what leads from the ones to the others; default: input",
     )
-    basis: str | None = key(
+    basis: tuple[str, ...] | None = key(
         None,
-        choices=("weights", "activations", "both", "sensitivity"),
-        help="whose strongest directions are protected for the base model: the weights', the layers' inputs', both, or "
-        "those that the loss feels; the last three on texts that the model makes up; default: activations",
+        help="the base model's directions to protect, of weights, activations and sensitivity, the last two on texts "
+        "that the model makes up; default: activations",
     )
     allocate: str | None = key(
         None,
         choices=("fixed", "importance", "energy"),
         help="`share` is of each matrix's rank; or the most that the paper's importance gives; or of the energy",
     )
-    share: float | None = key(None, at_least=0.0, at_most=1.0, help="how much is protected from the start; default 0.5")
+    share: float | None = key(None, at_least=0.0, at_most=1.0, help="how much is protected at the start; default: 0.25")
     least: float | None = key(None, at_least=0.0, at_most=1.0, help="with allocate: importance, the least share")
-    claim: str | None = key(
+    claim: tuple[str, ...] | None = key(
         None,
-        choices=("sensitivity", "activations", "updates", "none"),
-        help="whose directions a finished task protects for good: those that its loss feels, that its inputs have, "
-        "that its change of the weights has; default: sensitivity",
+        help="a finished task's directions to protect for good, of updates, activations and sensitivity, on its own "
+        "samples; []: none; default: all three",
     )
     claim_energy: float | None = key(
         None, at_least=0.0, at_most=1.0, help="the share of their energy that is protected; default: 0.99"
@@ -124,9 +130,13 @@ class OsftConfig:
                     f"method.{name}: given {given} together with faithful: true, which sets {value}; remove one of them"
                 )
             object.__setattr__(self, name, value if given is None else given)
-        if self.claim == "none" and self.claim_energy is not None:
+        for name, allowed in (("basis", tuple(SOURCES)[:3]), ("claim", tuple(SOURCES)[1:])):
+            given = getattr(self, name)
+            if not set(given) <= set(allowed) or len(set(given)) < len(given) or (name == "basis" and not given):
+                raise UserError(f"method.{name}: given {list(given)}; allowed: one or several of {', '.join(allowed)}")
+        if not self.claim and self.claim_energy is not None:
             raise UserError(
-                f"method.claim_energy: given {self.claim_energy} with claim: none, which has no use for it; remove it"
+                f"method.claim_energy: given {self.claim_energy} with claim: [], which has no use for it; remove it"
             )
         object.__setattr__(self, "claim_energy", 0.99 if self.claim_energy is None else self.claim_energy)
         if self.allocate != "importance" and self.least is not None:
@@ -207,7 +217,7 @@ class Osft(Method):
         elif self.config.when_short == "give_back":
             self._give_back()
         self._check_room(name, ranks)
-        if self.config.claim == "updates" and name != self.facts.tasks[-1]:
+        if self._claims("updates") and name != self.facts.tasks[-1]:
 
             def keep(matrix: str, weight: torch.Tensor) -> None:
                 self._start[matrix] = weight.to("cpu", copy=True)
@@ -227,8 +237,8 @@ class Osft(Method):
             room = (len(taken) - taken.shape[1]) // (to_come + 1)
             return min(count, room) if self.config.when_short == "share" else count
 
-        if self.config.claim != "none":
-            self._protect(ranks, str(self.config.claim), passes, claimed)
+        if self.config.claim:
+            self._protect(ranks, self.config.claim, passes, claimed)
             self._start = {}
         if self.config.allocate != "fixed":
             self._protect_more(ranks, passes)
@@ -246,42 +256,72 @@ class Osft(Method):
             rest = float(found.energies.sum())
             return count_by_energy(found, max(0.0, 1.0 - (1.0 - share) * whole / rest)) if rest else 0
 
-        self._protect(ranks, str(self.config.basis), passes, lacking)
+        assert self.config.basis is not None
+        self._protect(ranks, self.config.basis, passes, lacking)
 
-    def _protect(self, ranks: Ranks, source: str, passes: Callable[[], Iterable[Pass]], count: Count) -> None:
-        """Every matrix protects as many more of its strongest directions as `count` says: strong in its weights, in
-        what the passes give it, in both, or in what the last task changed."""
+    def _protect(
+        self, ranks: Ranks, sources: Sequence[str], passes: Callable[[], Iterable[Pass]], count: Count
+    ) -> None:
+        """Every matrix protects as many more directions as `count` says, the strongest in these sources."""
         for number, names in enumerate(portions := self._portions()):
-            moments = Moments(felt=source == "sensitivity")
             layers = [self._layers[name] for name in names if name in self._layers]
-            if source not in ("weights", "updates"):
-                with moments.gathering(ranks.module, layers):
-                    for each in passes():
+            seen = {
+                kind: Moments(felt=kind == "sensitivity") for kind in ("activations", "sensitivity") if kind in sources
+            }
+            with ExitStack() as stack:
+                for moments in seen.values():
+                    stack.enter_context(moments.gathering(ranks.module, layers))
+                for each in passes() if seen else ():
+                    for moments in seen.values():
                         moments.counted = each.counted
-                        ranks.probe(each.loss, moments.felt)
+                    ranks.probe(each.loss, "sensitivity" in seen)
+            for moments in seen.values():
                 for layer in sorted(moments.sums):
                     ranks.sum_(moments.sums[layer])
                 ranks.said("passes", number + 1, len(portions))
 
-            def look(name: str, weight: torch.Tensor, moments: Moments = moments) -> None:
+            def look(name: str, weight: torch.Tensor, seen: dict[str, Moments] = seen) -> None:
                 space = self._spaces.setdefault(name, Subspace.empty(str(self.config.reading), weight))
-                inputs = moments.of(self._layers.get(name, ""))
-                outputs = None if inputs is None else weight.double() @ inputs @ weight.double().T
-                root = weight - self._start[name].to(weight) if source == "updates" else weight
-
-                def strongest(root: torch.Tensor, moment: torch.Tensor | None, taken: torch.Tensor) -> torch.Tensor:
-                    if moment is not None and source == "both":
-                        moment = _scaled(moment) + _scaled(root.double().T @ root.double())
-                    found = right_directions(root, taken) if moment is None else moment_directions(moment, taken)
-                    whole = root.double().square().sum() if moment is None else moment.trace()
-                    return found.vectors[:, : count(name, found, taken, float(whole))]
-
-                right = strongest(root, inputs, space.right)
-                one_sided = space.reading == "input"
-                left = space.left[:, :0] if one_sided else strongest(root.T, outputs, space.left)
+                roots = {"weights": weight}
+                if name in self._start:
+                    roots["updates"] = weight - self._start[name].to(weight)
+                given = {kind: moments.of(self._layers.get(name, "")) for kind, moments in seen.items()}
+                inputs = {kind: moment for kind, moment in given.items() if moment is not None}
+                exact = weight.double()
+                # A matrix that is no linear layer's is given nothing; it is judged by its weights.
+                found = {kind: roots[kind] for kind in roots if kind in sources or not (inputs or "updates" in sources)}
+                right = self._strongest(name, found, inputs, space.right, count)
+                left = space.left[:, :0]
+                if space.reading != "input":
+                    turned = {kind: root.T for kind, root in found.items()}
+                    outputs = {kind: exact @ moment @ exact.T for kind, moment in inputs.items()}
+                    left = self._strongest(name, turned, outputs, space.left, count)
                 space.grow(weight, right, left)
 
             self._visit(ranks, names, look)
+
+    @staticmethod
+    def _strongest(
+        name: str,
+        roots: dict[str, torch.Tensor],
+        moments: dict[str, torch.Tensor],
+        taken: torch.Tensor,
+        count: Count,
+    ) -> torch.Tensor:
+        """Of the directions beside those taken the strongest, in `rootᵀ root` and in moments."""
+        if len(roots) == 1 and not moments:
+            (root,) = roots.values()
+            found, whole = right_directions(root, taken), float(root.double().square().sum())
+        else:
+            parts = [*moments.values(), *(root.double().T @ root.double() for root in roots.values())]
+            moment = (
+                sum((_scaled(part, taken) for part in parts), torch.zeros_like(parts[0])) if parts[1:] else parts[0]
+            )
+            found, whole = moment_directions(moment, taken), float(moment.trace())
+        return found.vectors[:, : count(name, found, taken, whole)]
+
+    def _claims(self, source: str) -> bool:
+        return source in (self.config.claim or ())
 
     def _give_back(self) -> None:
         """Where tasks have left less than an equal part of the first room, the base's weakest directions are freed."""
@@ -312,7 +352,7 @@ class Osft(Method):
 
     def _texts(self, ranks: Ranks) -> list[Drawn]:
         """Texts that the base model makes up, if any are needed: what it needs in general shows in them."""
-        if self.config.basis == "weights" and self.config.allocate != "importance":
+        if self.config.basis == ("weights",) and self.config.allocate != "importance":
             return []
         training = ranks.module.training
         ranks.module.eval()
@@ -407,8 +447,11 @@ class Osft(Method):
                 self._spaces[name] = Subspace.of(str(self.config.reading), moved)
 
 
-def _scaled(moment: torch.Tensor) -> torch.Tensor:
-    return moment / moment.trace().clamp_min(torch.finfo(moment.dtype).tiny)
+def _scaled(moment: torch.Tensor, taken: torch.Tensor) -> torch.Tensor:
+    """With 1 as the energy that it has beside the directions taken."""
+    exact, whole = taken.to(moment), moment.trace()
+    rest = whole - (exact * (moment @ exact)).sum()
+    return moment / rest.clamp_min(1e-10 * float(whole) + torch.finfo(moment.dtype).tiny)  # what is rounding stays so
 
 
 def _text_passes(texts: Iterable[Drawn]) -> Iterator[Pass]:

@@ -49,7 +49,7 @@ from tests.model.test_moments import felt_moments
 STEPS = 6
 SHARE = 0.5
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-PLAIN = {"basis": "weights", "allocate": "fixed", "share": SHARE, "claim": "none", "gradients": False, "rest": "free"}
+PLAIN = {"basis": ("weights",), "allocate": "fixed", "share": SHARE, "claim": (), "gradients": False, "rest": "free"}
 Tensors = dict[str, torch.Tensor]
 
 
@@ -307,8 +307,9 @@ def test_each_rank_keeps_its_own_bases_alone(ranks: Any, world: int) -> None:
 
 
 BASIC = {
-    "name": "osft", "reading": "input", "basis": "activations", "allocate": "fixed", "share": 0.25, "claim": "updates",
-    "claim_energy": 0.5, "when_short": "share", "gradients": False, "project_every": 1, "rest": "frozen",
+    "name": "osft", "reading": "input", "basis": ["activations"], "allocate": "fixed", "share": 0.25,
+    "claim": ["updates"], "claim_energy": 0.5, "when_short": "share", "gradients": False,
+    "project_every": 1, "rest": "frozen",
 }  # fmt: skip
 NAMES = {"colour": "colour", "animal": "animal", "again": "colour"}
 
@@ -389,16 +390,22 @@ def worst(reading: str, weights: Tensors, owned: Tensors) -> float:
 
 CHOICES: list[dict[str, Any]] = [
     {"reading": "input"},
-    {"reading": "two_sided", "basis": "both", "allocate": "energy", "share": 0.3, "gradients": True},
+    {
+        "reading": "two_sided",
+        "basis": ["weights", "activations"],
+        "allocate": "energy",
+        "share": 0.3,
+        "gradients": True,
+    },
     {
         "reading": "paper",
-        "basis": "weights",
+        "basis": ["weights"],
         "allocate": "importance",
         "share": 0.4,
         "least": 0.1,
-        "claim": "activations",
+        "claim": ["activations", "updates"],
     },
-    {"reading": "input", "basis": "sensitivity", "claim": "sensitivity"},
+    {"reading": "input", "basis": ["sensitivity"], "claim": ["sensitivity"]},
 ]
 
 
@@ -668,10 +675,10 @@ def exploded(document: dict[str, Any], matrix: str, at: int) -> tuple[str, str]:
 @pytest.mark.parametrize("stage", [0, 3])
 def test_a_weight_that_is_not_finite_is_told_in_one_line(ranks: Any, tasks: Path, stage: int, basis: str) -> None:
     matrix = "model.layers.1.mlp.up_proj.weight"
-    document = recipe(tasks, f"spoilt{stage}{basis}", stage, basis=basis)
+    document = recipe(tasks, f"spoilt{stage}{basis}", stage, basis=[basis])
     for results in (
         ranks(2)(quick, spoilt, document, matrix),
-        ranks(2)(quick, exploded, recipe(tasks, f"exploded{stage}{basis}", stage, basis=basis), matrix, 5),
+        ranks(2)(quick, exploded, recipe(tasks, f"exploded{stage}{basis}", stage, basis=[basis]), matrix, 5),
     ):
         assert results[0] == results[1]
         kind, message = results[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -98,8 +99,8 @@ class Alone:
 
 
 @pytest.mark.parametrize("reading", ["input", "two_sided", "paper"])
-@pytest.mark.parametrize("claim", ["sensitivity", "activations", "updates"])
-def test_what_is_protected_stays_so_for_all_later_tasks(reading: str, claim: str) -> None:
+@pytest.mark.parametrize("claim", [["sensitivity"], ["activations"], ["updates"], None])
+def test_what_is_protected_stays_so_for_all_later_tasks(reading: str, claim: list[str] | None) -> None:
     alone = Alone(reading=reading, claim=claim, claim_energy=0.9, share=0.25)
     seen: list[tuple[dict[str, Subspace], dict[str, torch.Tensor]]] = []
     for task in TASKS:
@@ -119,7 +120,7 @@ def test_what_is_protected_stays_so_for_all_later_tasks(reading: str, claim: str
 
 
 def test_an_equal_part_of_the_room_is_the_most_that_a_task_gets() -> None:
-    alone = Alone(claim_energy=1.0, claim="updates", share=0.5)
+    alone = Alone(claim_energy=1.0, claim=["updates"], share=0.5)
     free = []
     for task in TASKS:
         if not free:
@@ -135,7 +136,7 @@ def test_an_equal_part_of_the_room_is_the_most_that_a_task_gets() -> None:
 
 
 def test_the_base_gives_back_its_weakest_and_tasks_keep_theirs() -> None:
-    alone = Alone(claim_energy=1.0, claim="updates", share=0.5, when_short="give_back")
+    alone = Alone(claim_energy=1.0, claim=["updates"], share=0.5, when_short="give_back")
     alone.learn("one")
     before = alone.spaces()
     alone.learn("two")
@@ -151,25 +152,25 @@ def test_the_base_gives_back_its_weakest_and_tasks_keep_theirs() -> None:
 
 
 def test_without_room_the_task_is_named() -> None:
-    alone = Alone(claim_energy=1.0, claim="updates", share=0.5, when_short="stop")
+    alone = Alone(claim_energy=1.0, claim=["updates"], share=0.5, when_short="stop")
     alone.learn("one")
     with pytest.raises(UserError, match=r"task two finds no free direction in 14 of 14.*method.when_short=give_back"):
         alone.learn("two")
     with pytest.raises(UserError, match="task one finds no free direction in"):
-        Alone(share=1.0, basis="weights", targets=["q_proj"]).learn("one")
+        Alone(share=1.0, basis=["weights"], targets=["q_proj"]).learn("one")
 
 
 def test_the_last_task_claims_nothing() -> None:
-    alone = Alone(tasks=("only",))
+    alone = Alone(tasks=("only",), share=0.5)
     alone.learn("only")
     assert alone.told == ""
     assert all(space.right.shape[1] == int(0.5 * min(alone.weights[n].shape)) for n, space in alone.spaces().items())
 
 
-@pytest.mark.parametrize("basis", ["weights", "activations", "both", "sensitivity"])
-def test_a_basis_holds_the_strongest_directions_of_its_source(basis: str) -> None:
+@pytest.mark.parametrize("basis", [["weights"], ["activations"], ["weights", "activations"], ["sensitivity"]])
+def test_a_basis_holds_the_strongest_directions_of_its_source(basis: list[str]) -> None:
     """Against moments gathered here by plain hooks, on the very texts that the method made up."""
-    alone = Alone(basis=basis, share=0.5, claim="none")
+    alone = Alone(basis=basis, share=0.5, claim=[])
     alone.method.begin_task(0, "one", alone.ranks)
     name = "model.layers.1.mlp.gate_proj"
     ids = torch.cat([block[:count] for block, count in alone.method._texts(alone.ranks)] or [torch.zeros(0, 2).long()])
@@ -182,21 +183,21 @@ def test_a_basis_holds_the_strongest_directions_of_its_source(basis: str) -> Non
 
     weight = alone.weights[f"{name}.weight"].data.double()
     moment = weight.T @ weight / weight.square().sum()
-    if basis != "weights":
+    if basis != ["weights"]:
         handle = alone.model.get_submodule(name).register_forward_hook(hook)
         logits = alone.model(input_ids=ids, use_cache=False).logits[:, :-1]
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
         handle.remove()
-        rows = given[0] * (felt[0].norm(dim=1, keepdim=True) if basis == "sensitivity" else 1.0)
+        rows = given[0] * (felt[0].norm(dim=1, keepdim=True) if basis == ["sensitivity"] else 1.0)
         seen = rows.T @ rows
-        moment = seen if basis != "both" else moment + seen / seen.trace()
+        moment = seen if len(basis) == 1 else moment + seen / seen.trace()
     strongest = torch.linalg.eigh(moment).eigenvectors.flip(1)[:, :8]
     overlap = torch.linalg.svdvals(strongest.T @ alone.spaces()[f"{name}.weight"].right.double())
     assert overlap.min() > 1 - 1e-6
 
 
 def test_importance_gives_each_layer_its_share() -> None:
-    alone = Alone(reading="paper", basis="weights", allocate="importance", share=0.8, least=0.1, claim="none")
+    alone = Alone(reading="paper", basis=["weights"], allocate="importance", share=0.8, least=0.1, claim=[])
     alone.method.begin_task(0, "one", alone.ranks)
     counts = {name: space.right.shape[1] / min(alone.weights[name].shape) for name, space in alone.spaces().items()}
     for layer in range(2):
@@ -210,21 +211,25 @@ def test_importance_gives_each_layer_its_share() -> None:
     [
         ({"least": 0.2}, "method.least: given 0.2 with allocate: fixed"),
         ({"allocate": "importance", "share": 0.3, "least": 0.4}, "method.least: given 0.4, more than share=0.3"),
-        ({"claim": "none", "claim_energy": 0.5}, "method.claim_energy: given 0.5 with claim: none"),
+        ({"claim": [], "claim_energy": 0.5}, "method.claim_energy: given 0.5 with claim: []"),
+        ({"basis": ["updates"]}, "method.basis: given ['updates']; allowed: one or several of weights"),
+        ({"basis": []}, "method.basis: given []; allowed"),
+        ({"claim": ["updates", "updates"]}, "method.claim: given ['updates', 'updates']"),
+        ({"claim": ["weights"]}, "method.claim: given ['weights']; allowed: one or several of activations"),
         ({"faithful": True, "reading": "input"}, "method.reading: given input together with faithful"),
         ({"share": 1.5}, "share"),
         ({"reading": "outputs"}, "reading"),
     ],
 )
 def test_settings_that_contradict_are_refused(settings: dict[str, Any], complaint: str) -> None:
-    with pytest.raises(UserError, match=complaint):
+    with pytest.raises(UserError, match=re.escape(complaint)):
         parse(OsftConfig, {"name": "osft", **settings})
 
 
 def test_targets_that_match_nothing_and_weights_that_are_not_finite_are_named() -> None:
     with pytest.raises(UserError, match=r"method.targets: given 'query'.*layers here: .*q_proj"):
         Alone(targets=["query"])
-    alone = Alone(basis="weights")
+    alone = Alone(basis=["weights"])
     alone.weights["model.layers.1.mlp.up_proj.weight"].data[0, 0] = float("nan")
     with pytest.raises(UserError, match=r"method osft: model.layers.1.mlp.up_proj.weight: .*not finite"):
         alone.learn("one")
@@ -233,6 +238,6 @@ def test_targets_that_match_nothing_and_weights_that_are_not_finite_are_named() 
 def test_faithful_is_the_papers_setting() -> None:
     config = parse(OsftConfig, {"name": "osft", "faithful": True})
     shown = json.dumps({name: getattr(config, name) for name in ("reading", "basis", "allocate", "least", "share")})
-    assert shown == '{"reading": "paper", "basis": "weights", "allocate": "importance", "least": 0.1, "share": 0.8}'
-    assert config.claim == "none"
+    assert shown == '{"reading": "paper", "basis": ["weights"], "allocate": "importance", "least": 0.1, "share": 0.8}'
+    assert config.claim == ()
     assert config.gradients

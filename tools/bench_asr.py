@@ -30,7 +30,7 @@ from dscl.data.batches import Batch, collate, prompt_batch
 from dscl.engine import Engine
 from dscl.maths.rls import gather
 from dscl.methods.asr import Asr, AsrConfig
-from dscl.methods.base import Facts, Method, answer_loss
+from dscl.methods.base import Facts, Method, Ranks, answer_loss
 from dscl.methods.sequential import Sequential, SequentialConfig
 from dscl.model.backbone import Backbone, ModelConfig, locate
 from dscl.model.decode import generate
@@ -76,8 +76,17 @@ def backbone(options: argparse.Namespace) -> Backbone:
 def engine_of(built: Backbone, method: Method) -> Engine:
     precision = "bf16" if built.dtype == torch.bfloat16 else "fp32"
     made = Engine({}, build=built.build, read=built.weights.read, prepare=method.prepare, precision=precision)
-    made.start_over(method.begin_task(0, "a"))
+    made.start_over(method.begin_task(0, "a", alone(made)))
     return made
+
+
+def alone(engine: Engine) -> Ranks:
+    def nothing(*_: Any) -> Any:
+        return iter(())
+
+    return Ranks(
+        engine.device, engine.module, engine.probe, nothing, engine.whole, engine.visit, dist.sum_, nothing, nothing
+    )
 
 
 def asr(**settings: Any) -> Asr:

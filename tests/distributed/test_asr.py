@@ -185,7 +185,7 @@ def features_served(document: dict[str, Any]) -> tuple[int, int, int]:
     engine = job.engine()
     method, lesson = job.method, job.lessons[0]
     assert isinstance(method, Asr)
-    engine.start_over(method.begin_task(0, lesson.task.name))
+    engine.start_over(method.begin_task(0, lesson.task.name, train.ranks_of(engine, lesson, "", Nothing())))
     for number in range(lesson.schedule.steps_per_epoch):
         engine.step(method.loss, lesson.micro_batches(number), targets=lesson.schedule.step(number).targets, lr=1e-2)
     rows = method.rows()
@@ -226,7 +226,7 @@ def mixed(document: dict[str, Any]) -> tuple[float, float, float, int]:
     job = open_job(resolve(document))
     engine = job.engine()
     for index, lesson in enumerate(job.lessons):
-        engine.start_over(job.method.begin_task(index, lesson.task.name))
+        engine.start_over(job.method.begin_task(index, lesson.task.name, train.ranks_of(engine, lesson, "", Nothing())))
         for number in range(lesson.steps):
             plan = lesson.schedule.step(number)
             engine.step(job.method.loss, lesson.micro_batches(number), targets=plan.targets, lr=1e-2)

@@ -44,6 +44,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "basis: weights and activations": {"basis": ["weights", "activations"]},
     "basis: sensitivity": {"basis": ["sensitivity"]},
     "rest: protected": {"rest": "protected"},
+    "share: 0.25": {"share": 0.25},
     "share: 0.4": {"share": 0.4},
     "share: 0.5": {"share": 0.5},
     "faithful": {"faithful": True},

@@ -62,7 +62,7 @@ DEFAULT: dict[str, Any] = {
     "reading": "input",
     "basis": ("activations",),
     "allocate": "fixed",
-    "share": 0.25,
+    "share": 0.33,
     "claim": ("updates", "activations", "sensitivity"),
     "gradients": False,
 }
@@ -99,7 +99,7 @@ class OsftConfig:
         choices=("fixed", "importance", "energy"),
         help="`share` is of each matrix's rank; or the most that the paper's importance gives; or of the energy",
     )
-    share: float | None = key(None, at_least=0.0, at_most=1.0, help="how much is protected at the start; default: 0.25")
+    share: float | None = key(None, at_least=0.0, at_most=1.0, help="how much is protected at the start; default: 0.33")
     least: float | None = key(None, at_least=0.0, at_most=1.0, help="with allocate: importance, the least share")
     claim: tuple[str, ...] | None = key(
         None,

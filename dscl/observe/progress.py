@@ -44,6 +44,10 @@ class Clock:
         """A pass is over; it took the time since the last call of any kind."""
         self._pass_seconds = self._lap()
 
+    def worked(self) -> None:
+        """The time since the last call of any kind belongs to neither a step nor a pass."""
+        self._lap()
+
     def left(self, steps: int, passes: int) -> float | None:
         """Seconds for that many more steps and passes; None before any step was timed."""
         return None if self._step_seconds is None else steps * self._step_seconds + passes * self._pass_seconds
@@ -88,6 +92,7 @@ class Progress:
         self._show(f"evaluating {task} · {done}/{total}")
 
     def working(self, doing: str, done: int, total: int) -> None:
+        self._clock.worked()
         now = self._now()
         if doing != self._doing[0] or done == 1:
             self._doing = doing, now

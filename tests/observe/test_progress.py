@@ -194,3 +194,14 @@ def test_a_record_without_loss_or_pace_is_shown_as_far_as_it_goes() -> None:
     progress, _ = make(screen)
     progress.steps([{"step": 1, "loss": None}])
     assert re.fullmatch(r"task 1/2 sst2 · step 1/40 · \d+s left", screen.seen()[-1])
+
+
+def test_work_between_tasks_has_an_estimate_and_is_no_steps_time() -> None:
+    screen = Screen()
+    progress, now = make(screen)
+    for done in range(1, 4):
+        now.at += 10.0
+        progress.working("beginning sst2, matrices", done, 5)
+    assert screen.seen()[-1] == "beginning sst2, matrices · 3/5 · 20s left"
+    run(progress, now, range(1, 2), 0.5)
+    assert seconds_left(screen.seen()[-1]) == pytest.approx(99 * 0.5, abs=1)

@@ -15,7 +15,7 @@ from dscl.data.encode import Encoded, answer_room, bos_id, encode, encode_answer
 from dscl.data.stream import load_stream
 from dscl.data.task import Task
 from dscl.data.texts import encode_texts, read_texts
-from dscl.engine import Engine, read_settings
+from dscl.engine import Engine
 from dscl.errors import UserError
 from dscl.evaluate import Exam
 from dscl.maths.schedule import learning_rate
@@ -23,6 +23,7 @@ from dscl.methods import Facts, Method, find_method
 from dscl.model.backbone import DTYPES, Backbone, open_backbone
 from dscl.model.tokenizer import pad_id
 from dscl.recipe import Recipe
+from dscl.settings import read_settings
 
 log = logging.getLogger("dscl")
 

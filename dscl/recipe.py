@@ -14,13 +14,13 @@ import yaml
 from dscl.checkpoint import CheckpointConfig
 from dscl.config import check_names, convert, key, nearest, override, parse, plain, read_yaml, shorten, show
 from dscl.data.task import DataConfig, TaskConfig
-from dscl.engine import OWNED_BY_JSON, OWNED_BY_RECIPE
 from dscl.errors import UserError
 from dscl.evaluate import EvaluateConfig
 from dscl.maths.schedule import SCHEDULES
 from dscl.methods import find_method
 from dscl.model.backbone import DTYPES, ModelConfig
 from dscl.observe import ObserveConfig
+from dscl.settings import OWNED_BY_JSON, OWNED_BY_RECIPE
 
 # Changing these between two starts of one run does not change what it computes.
 MAY_CHANGE = (

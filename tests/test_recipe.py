@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from dscl.config import plain
-from dscl.engine import OWNED_BY_JSON, OWNED_BY_RECIPE, read_settings
 from dscl.errors import UserError
 from dscl.recipe import MAY_CHANGE, SECTIONS, Recipe, difference, read_recipe, resolve
+from dscl.settings import OWNED_BY_JSON, OWNED_BY_RECIPE, read_settings
 
 CONTRACT = """
 run_dir: out/first

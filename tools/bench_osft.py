@@ -42,7 +42,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dscl import dist
 from dscl.config import parse
 from dscl.data.batches import Batch, collate
-from dscl.engine import Engine, read_settings
+from dscl.engine import Engine
 from dscl.maths.subspace import READINGS, Subspace, count_by_share, hold_flops
 from dscl.methods import osft
 from dscl.methods.base import Facts, Method, Ranks, answer_loss
@@ -53,6 +53,7 @@ from dscl.model.surgery import LLAMA_PROJECTIONS
 from dscl.model.weights import DrawnWeights
 from dscl.observe.quiet import quiet
 from dscl.owners import deal
+from dscl.settings import read_settings
 
 ANSWER = 8  # tokens of each row that are answered, for which logits are made
 SHARE = 0.5

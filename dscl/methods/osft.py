@@ -217,7 +217,7 @@ class Osft(Method):
         elif self.config.when_short == "give_back":
             self._give_back()
         self._check_room(name, ranks)
-        if self._claims("updates") and name != self.facts.tasks[-1]:
+        if "updates" in (self.config.claim or ()) and name != self.facts.tasks[-1]:
 
             def keep(matrix: str, weight: torch.Tensor) -> None:
                 self._start[matrix] = weight.to("cpu", copy=True)
@@ -319,9 +319,6 @@ class Osft(Method):
             )
             found, whole = moment_directions(moment, taken), float(moment.trace())
         return found.vectors[:, : count(name, found, taken, whole)]
-
-    def _claims(self, source: str) -> bool:
-        return source in (self.config.claim or ())
 
     def _give_back(self) -> None:
         """Where tasks have left less than an equal part of the first room, the base's weakest directions are freed."""

@@ -66,6 +66,12 @@ def moment_directions(moment: Tensor, taken: Tensor | None = None) -> Directions
     return Directions(energies, free.columns(vectors))
 
 
+@torch.no_grad()
+def left_of(root: Tensor, right: Directions) -> Tensor:
+    """The left singular vectors that belong to right ones of the whole matrix, without a second decomposition."""
+    return _orthonormal(root.double() @ (right.vectors / right.energies.sqrt()))
+
+
 def _blur(*tensors: Tensor | None) -> float:
     """The relative rounding of what is given; 16-bit numbers count as exact ones of 32 bits."""
     kinds = [torch.promote_types(tensor.dtype, torch.float32) for tensor in tensors if tensor is not None]

@@ -27,6 +27,7 @@ from dscl.maths.subspace import (
     count_by_energy,
     count_by_share,
     hold_flops,
+    left_of,
     moment_directions,
     right_directions,
     shares_by_importance,
@@ -292,11 +293,14 @@ class Osft(Method):
                 found = {kind: roots[kind] for kind in roots if kind in sources or not (inputs or "updates" in sources)}
                 right = self._strongest(name, found, inputs, space.right, count)
                 left = space.left[:, :0]
-                if space.reading != "input":
+                untouched = not space.right.numel() and not space.left.numel()
+                if space.reading != "input" and untouched and list(found) == ["weights"] and not inputs:
+                    left = left_of(weight, right)
+                elif space.reading != "input":
                     turned = {kind: root.T for kind, root in found.items()}
                     outputs = {kind: exact @ moment @ exact.T for kind, moment in inputs.items()}
-                    left = self._strongest(name, turned, outputs, space.left, count)
-                space.grow(weight, right, left)
+                    left = self._strongest(name, turned, outputs, space.left, count).vectors
+                space.grow(weight, right.vectors, left)
 
             self._visit(ranks, names, look)
 
@@ -307,7 +311,7 @@ class Osft(Method):
         moments: dict[str, torch.Tensor],
         taken: torch.Tensor,
         count: Count,
-    ) -> torch.Tensor:
+    ) -> Directions:
         """Of the directions beside those taken the strongest, in `rootᵀ root` and in moments."""
         if len(roots) == 1 and not moments:
             (root,) = roots.values()
@@ -318,7 +322,8 @@ class Osft(Method):
                 sum((_scaled(part, taken) for part in parts), torch.zeros_like(parts[0])) if parts[1:] else parts[0]
             )
             found, whole = moment_directions(moment, taken), float(moment.trace())
-        return found.vectors[:, : count(name, found, taken, whole)]
+        most = count(name, found, taken, whole)
+        return Directions(found.energies[:most], found.vectors[:, :most])
 
     def _give_back(self) -> None:
         """Where tasks have left less than an equal part of the first room, the base's weakest directions are freed."""

@@ -18,6 +18,7 @@ from dscl.maths.subspace import (
     count_by_energy,
     count_by_share,
     hold_flops,
+    left_of,
     moment_directions,
     right_directions,
     shares_by_importance,
@@ -154,6 +155,19 @@ def test_of_what_was_taken_nothing_remains(shape: tuple[int, int]) -> None:
     assert not len(right_directions(root, taken).energies)
     assert not len(moment_directions(root.T @ root, taken).energies)
     assert len(right_directions(root, taken[:, :4]).energies) == 2
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_left_directions_follow_from_right_ones(shape: tuple[int, int]) -> None:
+    """Weak ones too, which lose orthogonality where the other side is smaller."""
+    values = torch.logspace(0, -5, min(shape), dtype=torch.float64)
+    root = with_values(values, *shape)[0]
+    left, right = torch.linalg.svd(root, full_matrices=False)[0], right_directions(root)
+    for k in range(len(values) + 1):
+        found = left_of(root, Directions(right.energies[:k], right.vectors[:, :k]))
+        assert found.shape == (shape[0], k)
+        assert off_orthonormal(found) < 1e-12
+        assert not k or angle(left[:, :k], found) < 1e-6
 
 
 def test_left_directions_are_those_of_the_transpose() -> None:

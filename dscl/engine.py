@@ -200,20 +200,25 @@ class Engine:
         return total
 
     @torch.no_grad()
-    def start_over(self, read: Callable[[str, torch.Size, int, int], torch.Tensor] | None) -> None:
-        """A new task: a fresh optimizer, and the trainable tensors as `read` gives them, or as they are."""
+    def start_over(self, read: Callable[[str, torch.Size, int, int], torch.Tensor | None] | None) -> None:
+        """A new task: a fresh optimizer; the trainable tensors become what `read` gives, or else stay as they are."""
         self.reset_optimizer()
         if read is not None:
             for fragment in self.fragments():
-                fragment.master.copy_(read(fragment.name, fragment.shape, fragment.start, fragment.stop))
+                values = read(fragment.name, fragment.shape, fragment.start, fragment.stop)
+                if values is not None:
+                    fragment.master.copy_(values)
             self.publish()
 
     @torch.no_grad()
-    def whole(self) -> dict[str, torch.Tensor]:
-        """The trainable tensors' masters, complete, on every rank. For methods that train little."""
-        shapes = {name: _shape(p) for name, p in self._parameters() if p.requires_grad}
+    def whole(self, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
+        """The trainable tensors' masters (all, or these), complete, on every rank. For methods that train little."""
+        wanted = None if names is None else set(names)
+        shapes = {n: _shape(p) for n, p in self._parameters() if p.requires_grad and (wanted is None or n in wanted)}
         tensors = {name: torch.zeros(math.prod(shape), device=self.device) for name, shape in shapes.items()}
         for share in self.shares():
+            if share.name not in tensors:
+                continue
             tensors[share.name][share.start : share.stop] = share.master
         for tensor in tensors.values():  # summed as whole numbers, so that not even the sign of a zero is lost
             dist.sum_(tensor.view(torch.int32))

@@ -33,6 +33,7 @@ class EvaluateConfig:
     max_new_tokens: int = key(32, at_least=1, help="longest generated answer")
     tasks: str = key("all", choices=("all", "seen"), help="after each task, evaluate all tasks or those trained so far")
     split: str = key("test", choices=("test", "dev"), help="dev: to choose settings without looking at the test split")
+    given: bool = key(False, help="where a method finds out a prompt's task, evaluate with the task given as well")
     before: bool = key(True, help="also evaluate before any training; FWT needs it, and tasks: all")
     heldout: str | None = key(
         None, help="texts (.jsonl with `text`, or lines) whose mean loss shows what the model can do in general"
@@ -76,21 +77,24 @@ def take(
     tokenizer: Tokenizer,
     config: EvaluateConfig,
     said: Callable[[int, int], None] = lambda *_: None,
+    given: bool = False,
 ) -> Mark:
-    """The task's mark, the same on every rank. `said(done, of)` hears the progress."""
+    """The task's mark, the same on every rank. `said(done, of)` hears the progress. `given`: the method is told which
+    task it is, as one that does not find out always is."""
     samples, module = exam.samples, engine.module
     order = sorted(range(len(samples)), key=lambda i: (len(exam.prompts[i]), i))  # alike lengths, little padding
     mine = order[dist.rank() :: dist.world()]
     rounds = -(-len(order) // (dist.world() * config.batch))
     metric, pad = METRICS[exam.task.metric], pad_id(tokenizer)
     total, routes = torch.zeros(4, dtype=torch.float64), None
+    told = exam.task.name if given or not method.decides else None
     was_training = module.training
     module.eval()
     with torch.no_grad():
         for number in range(rounds):
             chosen = mine[number * config.batch : (number + 1) * config.batch]
             batch = prompt_batch([exam.prompts[i] for i in chosen or order[:1]], pad, exam.bos).to(engine.device)
-            with method.answering(batch) as routes:
+            with method.answering(batch, told) as routes:
                 if exam.labels is not None:
                     assert exam.task.labels is not None
                     best = label_likelihoods(module, batch, exam.labels, pad).argmax(dim=1).tolist()

@@ -12,7 +12,8 @@ from dscl.config import parse
 from dscl.data.encode import fingerprint
 from dscl.data.stream import load_stream
 from dscl.errors import UserError
-from dscl.methods.asr import AsrConfig, feature_layer_of, width_of
+from dscl.methods.asr import AsrConfig
+from dscl.methods.deciding import feature_layer_of, width_of
 from dscl.model.adapters import file_name
 from dscl.model.backbone import DTYPES, ModelConfig, locate, open_backbone
 from dscl.recipe import Recipe, read_recipe
@@ -85,9 +86,9 @@ def route_existing(
     backbone = open_backbone(ModelConfig(place), seed=0, dtype=DTYPES[precision], cache=Path(), texts=lambda: ())
     spec = Spec(
         kind="exact",
-        layer=feature_layer_of(config, backbone.architecture),
+        layer=feature_layer_of(config.feature_layer, backbone.architecture.num_hidden_layers),
         dim=backbone.architecture.hidden_size,
-        width=width_of(config, backbone.architecture),
+        width=width_of(config.width, backbone.architecture.hidden_size),
         seed=0,
         model=backbone.fingerprint(),
         tokenizer=fingerprint(backbone.tokenizer),

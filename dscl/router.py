@@ -22,7 +22,8 @@ from torch import Tensor
 
 from dscl.config import key, nearest, parse, plain
 from dscl.errors import Failure, UserError
-from dscl.maths.rls import Expansion, Solution, Statistics, packed, solve
+from dscl.maths.keys import Keys, Units, gather_keys, keys_of
+from dscl.maths.rls import Expansion, Solution, Statistics, gather, packed, solve
 
 FORMAT = 1
 HEADER = "dscl_router"  # the one entry of a file's metadata: with several, their order would vary
@@ -33,7 +34,7 @@ KINDS = (torch.int32, torch.int64, torch.float64)  # of a Gram matrix in a file
 class Spec:
     """Which features these are. Two routers fit together if all of it is the same."""
 
-    kind: str = key(choices=("exact", "paper"), help="features")
+    kind: str = key(choices=("exact", "paper", "key"), help="features")
     layer: int = key(at_least=0, help="feature layer")
     dim: int = key(at_least=1, help="hidden size")
     width: int = key(at_least=1, help="width of the expansion")
@@ -52,6 +53,8 @@ class Spec:
         return ""
 
     def expansion(self) -> Expansion:
+        if self.kind == "key":
+            return Units(self.dim)
         return Expansion(self.dim, self.width, self.seed, self.kind == "exact")
 
 
@@ -72,11 +75,17 @@ class Router:
         self.spec, self.ridge, self.reject, self.device = spec, ridge, reject, device
         self.expansion = spec.expansion()
         self._tasks: dict[str, Statistics] = {}
-        self._solution: Solution | None = None
+        self._solution: Solution | Keys | None = None
 
     @property
     def names(self) -> list[str]:
         return list(self._tasks)
+
+    def gather(self, rows: Tensor) -> Statistics:
+        """What is kept of a task's prompts (see `rows`), or of any share of them."""
+        if isinstance(self.expansion, Units):
+            return gather_keys(rows, self.expansion)
+        return gather(rows, self.expansion)
 
     def add(self, name: str, statistics: Statistics) -> None:
         if name in self._tasks:
@@ -108,12 +117,15 @@ class Router:
         except ValueError as error:
             raise UserError(f"layer {self.spec.layer}: {error}; check the model's weights and the precision") from None
 
-    def solution(self) -> Solution:
+    def solution(self) -> Solution | Keys:
         """Solved when it is first needed after a change."""
         if not self._tasks:
             raise UserError("the router knows no task; add one before it is asked")
         if self._solution is None:
             tasks = {name: statistics.to(self.device) for name, statistics in self._tasks.items()}
+            if self.spec.kind == "key":
+                self._solution = keys_of(tasks)
+                return self._solution
             faithful = self.spec.kind == "paper"
             try:
                 self._solution = solve(tasks, self.ridge, faithful=faithful, reject=self.reject and not faithful)
@@ -126,6 +138,17 @@ class Router:
         solution = self.solution()
         index, margin, distance = solution.route(self.expansion.features(rows.to(self.device)))
         return Routes([solution.names[i] if i >= 0 else None for i in index.tolist()], margin, distance)
+
+    def told(self) -> str:
+        """How many tasks there are now, and how well they can be told apart."""
+        try:
+            solution = self.solution()
+        except UserError as error:  # what the tasks learnt is kept all the same; another ridge may serve
+            return f"the router, which cannot be solved: {error}"
+        how = "keys"
+        if isinstance(solution, Solution):
+            how = f"ridge {solution.ridge:g}, condition {solution.condition:.1e}"
+        return f"the router, which knows {len(self.names)} tasks ({how})"
 
     def save(self, path: Path) -> None:
         """One file for all tasks."""
@@ -196,7 +219,7 @@ def _read(path: Path, expected: Spec | None) -> tuple[Spec, dict[str, Any], dict
     tasks = {}
     for i, name in enumerate(header["tasks"]):
         gram, total, count = (tensors[f"{i}.{part}"] for part in ("gram", "total", "count"))
-        assert gram.dtype in KINDS and gram.shape == (packed(spec.width),)  # noqa: PT018
+        assert gram.dtype in KINDS and gram.shape == (0 if spec.kind == "key" else packed(spec.width),)  # noqa: PT018
         tasks[name] = Statistics(gram, total, count)
     return spec, header["settings"], tasks
 

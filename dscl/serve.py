@@ -36,7 +36,8 @@ from dscl.maths.rls import gather
 from dscl.model.adapters import CONFIG, WEIGHTS, Adapter, file_name, read_adapter
 from dscl.model.backbone import DTYPES, Backbone, ModelConfig, open_backbone
 from dscl.model.decode import generate
-from dscl.model.routed import Bank, RoutedLinear, Routing, add_routed, layer_of
+from dscl.model.routed import Bank, RoutedLinear, add_routed
+from dscl.model.routing import Routing, layer_of, put
 from dscl.model.tokenizer import load_tokenizer, pad_id
 from dscl.router import Router, Spec
 
@@ -248,10 +249,8 @@ class Model:
             adapters = [*(self._read(name, self._folders[name]) for name in self._bank.names), *adapters]
             self._routing.rank = rank
             for path in {**self._bank.layers, **pairs}:
-                owner, _, last = path.rpartition(".")
-                layer = self._module.get_submodule(path)
-                base = layer.base if isinstance(layer, RoutedLinear) else layer
-                setattr(self._module.get_submodule(owner), last, RoutedLinear(base, self._routing, self._like).eval())
+                plain = self._module.get_submodule(path)
+                put(self._module, path, RoutedLinear(plain, self._routing, self._like))
             self._bank = Bank(self._module, self._routing)
         for adapter in adapters:
             self._bank.add(adapter)

@@ -46,6 +46,7 @@ class Position:
     # Where a method routes: the shares of prompts that went to their own task, and to none.
     routed: list[list[float | None]] = field(default_factory=list)
     rejected: list[list[float | None]] = field(default_factory=list)
+    given: list[list[float | None]] = field(default_factory=list)  # where asked for: scores with the task given
     heldout: list[float] = field(default_factory=list)  # where asked for: before training, and after each task
 
     def name(self) -> str:
@@ -60,6 +61,9 @@ def train(recipe: Recipe) -> None:
     if finished(recipe):
         return
     job = open_job(recipe)
+    if recipe.evaluate.given and not job.method.decides:
+        how = "is told every prompt's task anyway" if job.method.by_task else "answers alike whatever the task"
+        raise UserError(f"evaluate.given: given true, but this method ({recipe.method.name}) {how}; remove it")
     claim(recipe)
     engine = job.engine()
     checkpoints = Checkpoints(recipe.folder / "checkpoints", recipe.checkpoint.keep)
@@ -78,7 +82,6 @@ def train(recipe: Recipe) -> None:
             lesson = job.lessons[position.task]
             if not position.learned:
                 learn(engine, job, lesson, position, checkpoints, observer)
-                end(engine, job, lesson, position, checkpoints, observer)
                 position.learned = True
                 save(checkpoints, position, engine, job)
             row = [
@@ -86,6 +89,12 @@ def train(recipe: Recipe) -> None:
                 for index, other in enumerate(job.lessons)
             ]
             position.matrix.append([mark and mark.score for mark in row])
+            if recipe.evaluate.given:
+                told = [
+                    examine(engine, job, other, observer, given=True) if asked(recipe, index, position.task) else None
+                    for index, other in enumerate(job.lessons)
+                ]
+                position.given.append([mark and mark.score for mark in told])
             position.routed.append([mark and mark.routed for mark in row])
             position.rejected.append([mark and mark.rejected for mark in row])
             position.heldout += general(engine, job, observer)
@@ -98,7 +107,7 @@ def train(recipe: Recipe) -> None:
 def learn(
     engine: Engine, job: Job, lesson: Lesson, position: Position, checkpoints: Checkpoints, observer: Observer
 ) -> None:
-    """Train on one task from wherever `position` stands in it."""
+    """Train on one task from wherever `position` stands in it, to where it has ended."""
     recipe, name = job.recipe, lesson.task.name
     skipping = recipe.train.non_finite == "skip"
     if position.step == 0:
@@ -126,16 +135,10 @@ def learn(
         if saving:
             watch.flush()
             save(checkpoints, position, engine, job)
-
-
-def end(
-    engine: Engine, job: Job, lesson: Lesson, position: Position, checkpoints: Checkpoints, observer: Observer
-) -> None:
-    """The task's last step is done: the method takes from it what it keeps."""
-    name = lesson.task.name
-    if told := job.method.end_task(position.task, name, ranks_of(engine, lesson, f"ending {name}", observer)):
-        observer.note(told)
-    checkpoints.leave(lambda: job.method.leave(job.recipe.folder, name))
+    ended = job.method.end_task(position.task, name, ranks_of(engine, lesson, f"ending {name}", observer))
+    watch.finish(ended.numbers)
+    observer.ended(ended, position.total)
+    checkpoints.leave(lambda: job.method.leave(recipe.folder, name))
 
 
 def ranks_of(engine: Engine, lesson: Lesson, doing: str, observer: Observer) -> Ranks:
@@ -162,11 +165,11 @@ def ranks_of(engine: Engine, lesson: Lesson, doing: str, observer: Observer) -> 
     return Ranks(engine.device, engine.module, engine.probe, batches, engine.whole, visit, dist.sum_, said, refuse)
 
 
-def examine(engine: Engine, job: Job, lesson: Lesson, observer: Observer) -> Mark:
+def examine(engine: Engine, job: Job, lesson: Lesson, observer: Observer, given: bool = False) -> Mark:
     def said(done: int, of: int) -> None:
         observer.evaluating(lesson.task.name, done, of)
 
-    return take(lesson.exam, engine, job.method, job.backbone.tokenizer, job.recipe.evaluate, said)
+    return take(lesson.exam, engine, job.method, job.backbone.tokenizer, job.recipe.evaluate, said, given)
 
 
 def general(engine: Engine, job: Job, observer: Observer) -> list[float]:
@@ -218,6 +221,8 @@ def publish(recipe: Recipe, job: Job, position: Position) -> dict[str, Any]:
     )
     if any(share is not None for row in position.routed for share in row):
         document |= {"routed": position.routed, "rejected": position.rejected}
+    if position.given:
+        document["given"] = {"matrix": position.given, "summary": scores.summary(position.given)}
     if position.heldout:
         document["heldout"] = position.heldout
     if dist.is_main():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +36,7 @@ class Watch:
     _pending: list[dict[str, Any]] = field(default_factory=list)
     _seen: int = 0
     _start: dict[str, int] = field(default_factory=dict)
+    _last: dict[str, Any] = field(default_factory=dict)  # the task's last record, until the task has ended
     _clock: float = 0.0
 
     def begin(self) -> None:
@@ -49,12 +50,16 @@ class Watch:
         )
         self._seen += 1
         if len(self._pending) >= self.every or last:
-            self.flush()
+            self.flush(last)
         # A few steps at the end of a task, after a restart, prove nothing: their rates may be too small to be seen.
         if self._seen == MUST_HAVE_MOVED or (last and self._seen == number + 1 < MUST_HAVE_MOVED):
             self._check_movement()
 
-    def flush(self) -> None:
+    def finish(self, numbers: Mapping[str, float]) -> None:
+        """The task has ended; `numbers` join the record of its last step."""
+        self.record({**self._last, **numbers})
+
+    def flush(self, last: bool = False) -> None:
         """Wait for the device, check and report what has gathered since the last time."""
         if not self._pending:
             return
@@ -69,20 +74,23 @@ class Watch:
             trouble = "" if math.isfinite(loss) else f"the loss is {loss}"
             if not trouble and norm is not None and _finite(norm) is None and not self.engine.scales_loss:
                 trouble = "the gradient is not finite"
-            self.record(
-                {
-                    "step": entry["step"],
-                    "task": self.task,
-                    "epoch": plan.epoch,
-                    "loss": loss if math.isfinite(loss) else None,
-                    "lr": entry["lr"],
-                    "grad_norm": _finite(norm),
-                    "tokens": plan.tokens,
-                    "targets": plan.targets,
-                    "tokens_per_s": rate,
-                    "seconds": elapsed / len(entries),
-                }
-            )
+            record = {
+                "step": entry["step"],
+                "task": self.task,
+                "epoch": plan.epoch,
+                "loss": loss if math.isfinite(loss) else None,
+                "lr": entry["lr"],
+                "grad_norm": _finite(norm),
+                "tokens": plan.tokens,
+                "targets": plan.targets,
+                "tokens_per_s": rate,
+                "seconds": elapsed / len(entries),
+            }
+            held = last and entry is entries[-1]
+            if held:
+                self._last = record
+            if not held or (trouble and not self.skipping):
+                self.record(record)
             if trouble:
                 self._not_finite(entry["number"], entry["step"], trouble)
 

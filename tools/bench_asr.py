@@ -105,18 +105,19 @@ def batch(first: bool, number: int = 0) -> Batch:
 def step(built: Backbone, rounds: int) -> None:
     method = asr()
     engine = engine_of(built, method)
-    width = method.router.spec.width
+    deciding = method.deciding
+    width = deciding.router.spec.width
 
     def train(first: bool) -> Callable[[], None]:
         def one() -> None:
             engine.step(method.loss, [batch(first), batch(first)], targets=2 * ROWS * ANSWER, lr=1e-3)
-            method._samples, method._rows = [], method._rows[-1:]
+            deciding._samples, deciding._rows = [], deciding._rows[-1:]
 
         return one
 
     gathering, plain = compared(train(True), train(False), rounds)
-    rows = method._rows[0][:1].repeat(800, 1)
-    (end,) = timed([lambda: gather(rows, method.router.expansion)], 3)
+    rows = deciding._rows[0][:1].repeat(800, 1)
+    (end,) = timed([lambda: gather(rows, deciding.router.expansion)], 3)
     each = end / (len(rows) / (2 * ROWS))
     print(f"step: {1e3 * plain:.1f} ms; gathering features {gathering / plain:.4f} of it")
     print(f"      the sums at the end of a task of {len(rows)} samples at E = {width}, spread over an epoch's steps: "

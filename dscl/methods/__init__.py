@@ -5,13 +5,14 @@ from __future__ import annotations
 from dscl.config import nearest
 from dscl.errors import UserError
 from dscl.methods.asr import Asr
-from dscl.methods.base import Facts, Look, Method, Ranks
+from dscl.methods.base import Ended, Facts, Look, Matrix, Method, Ranks
+from dscl.methods.moses import Moses
 from dscl.methods.osft import Osft
 from dscl.methods.sequential import Sequential
 
-METHODS: dict[str, type[Method]] = {"sequential": Sequential, "asr": Asr, "osft": Osft}
+METHODS: dict[str, type[Method]] = {"sequential": Sequential, "asr": Asr, "osft": Osft, "moses": Moses}
 
-__all__ = ["METHODS", "Facts", "Look", "Method", "Ranks", "find_method"]
+__all__ = ["METHODS", "Ended", "Facts", "Look", "Matrix", "Method", "Ranks", "find_method"]
 
 
 def find_method(name: str) -> type[Method]:

@@ -8,8 +8,8 @@ regression on the features of the prompt, which the training pass yields on its 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,13 @@ from torch import nn
 from dscl.config import key
 from dscl.data.batches import Batch, PromptBatch
 from dscl.errors import UserError
-from dscl.maths.rls import gather
-from dscl.methods.base import Facts, Method, Ranks, Reader, answer_loss
+from dscl.methods.base import Ended, Facts, Method, Ranks, Reader
+from dscl.methods.deciding import Deciding, feature_layer_of, spec_of, width_of
 from dscl.model.adapters import Adapter, Pair, file_name, read_adapter, write_adapter
-from dscl.model.routed import Bank, Routing, add_routed, first_values, targets_above
+from dscl.model.routed import Bank, add_routed, first_values
+from dscl.model.routing import Routing, targets_above
 from dscl.model.surgery import LoraConfig
-from dscl.router import Router, Spec, load_task, save_task
+from dscl.router import Router
 
 # The paper's settings; a recipe that asks for them may not ask for others.
 PAPER: dict[str, Any] = {
@@ -67,17 +68,15 @@ class AsrConfig:
 class Asr(Method):
     Config = AsrConfig
     config: AsrConfig
+    by_task = decides = True
     bank: Bank
-    router: Router
+    deciding: Deciding
 
     def __init__(self, config: AsrConfig, facts: Facts) -> None:
         super().__init__(config, facts)
         assert config.lora is not None
         self.lora = config.lora
         self.routing = Routing(capacity=len(facts.tasks), rank=config.lora.rank)
-        self._samples: list[int] = []
-        self._rows: list[torch.Tensor] = []
-        self._finite: list[torch.Tensor] = []
 
     def prepare(self, model: nn.Module) -> nn.Module:
         if not isinstance(getattr(getattr(model, "model", None), "layers", None), nn.ModuleList):
@@ -86,8 +85,12 @@ class Asr(Method):
                 f"this is a {type(model).__name__}"
             )
         device = next(model.parameters()).device
-        self.router = Router(self._spec(model.config), self.config.ridge, bool(self.config.reject), device)
-        layer = self.router.spec.layer
+        kind = "paper" if self.config.faithful else "exact"
+        shape: Any = model.config
+        layer = feature_layer_of(self.config.feature_layer, shape.num_hidden_layers)
+        spec = spec_of(kind, layer, width_of(self.config.width, shape.hidden_size), shape.hidden_size, self.facts)
+        router = Router(spec, self.config.ridge, bool(self.config.reject), device)
+        self.deciding = Deciding(router, self.routing)
         for target in self.lora.targets:
             if not targets_above(model, layer, [target]):
                 raise UserError(
@@ -105,118 +108,45 @@ class Asr(Method):
         return lambda tensor, *stretch: first_values(self.facts.seed, f"{name}:{tensor}", *stretch)
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        if not batch.first or not batch.samples:
-            return answer_loss(model, batch)
-        with self.routing.pooling(batch.prompts) as pooled:
-            loss = answer_loss(model, batch)
-        # The answer stands behind its prompt, which therefore does not see it: these are the features of serving.
-        self._samples += batch.samples
-        states = pooled()
-        self._finite.append(states.isfinite().all(1))  # not looked at now, which would make a GPU wait
-        self._rows.append(self.router.expansion.rows(states.nan_to_num()))
-        return loss
+        return self.deciding.loss(model, batch)
 
-    def end_task(self, index: int, name: str, ranks: Ranks) -> str:
-        samples, rows = self._gathered()
-        assert len(set(samples)) == len(samples), "a sample was counted twice"
-        statistics = gather(rows, self.router.expansion)
-        for tensor in statistics.tensors():
-            ranks.sum_(tensor)
-        self.router.add(name, statistics)
-        self._samples, self._rows, self._finite = [], [], []
-        trained = ranks.whole()
+    def end_task(self, index: int, name: str, ranks: Ranks) -> Ended:
+        told = self.deciding.learn(name, ranks)
+        trained = ranks.whole(None)
         layers = {}
         for path, layer in self.bank.layers.items():
             a, b = (trained[f"{path}.lora_{side}"].to(layer.bank_a.dtype) for side in "ab")
             layers[path] = Pair(a, b, layer.scale)
         self._adapter = Adapter(name, self.facts.base, layers)
         self.bank.add(self._adapter, self._slot(name))
-        joined = f"task {name}: {int(statistics.count)} prompts join the router"
-        try:
-            solution = self.router.solution()
-        except UserError as error:  # what the task learnt is saved all the same; another ridge may serve
-            return f"{joined}, which cannot be solved: {error}"
-        told = f"ridge {solution.ridge:g}, condition {solution.condition:.1e}"
-        return f"{joined}, which knows {len(solution.names)} tasks ({told})"
+        return Ended(f"task {name}: {told}")
 
     def leave(self, folder: Path, name: str) -> list[Path]:
         adapter = folder / "adapters" / file_name(name)
-        statistics = folder / "router" / f"{file_name(name)}.safetensors"
-        for path in (adapter, statistics):
-            path.parent.mkdir(parents=True, exist_ok=True)
         write_adapter(adapter, self._adapter)
-        save_task(statistics, self.router.spec, name, self.router.statistics(name))
-        return [*sorted(adapter.iterdir()), statistics]
+        return [*sorted(adapter.iterdir()), self.deciding.leave(folder, name)]
 
     def recall(self, folder: Path, names: Sequence[str]) -> None:
-        shapes = {path: (m.base.out_features, m.base.in_features) for path, m in self.bank.layers.items()}
+        shapes = {path: (m.out_features, m.in_features) for path, m in self.bank.layers.items()}
         for name in names:
             adapter = read_adapter(folder / "adapters" / file_name(name), shapes)
             self.bank.add(dataclasses.replace(adapter, name=name), self._slot(name))
-            found = load_task(folder / "router" / f"{file_name(name)}.safetensors", self.router.spec)
-            self.router.add(name, found)
+            self.deciding.recall(folder, name)
 
-    @contextmanager
-    def answering(self, batch: PromptBatch) -> Iterator[list[str | None]]:
-        decided: list[str | None] = []
-
-        def decide(pooled: torch.Tensor) -> list[int | None]:
-            if self.router.names:
-                decided.extend(self.router.route(self.router.rows(pooled)).task)
-            else:
-                decided.extend([None] * len(pooled))
-            return [self.bank.slot(name) for name in decided]
-
-        with self.routing.answering(batch.prompts, decide):
-            yield decided
+    def answering(
+        self, batch: PromptBatch, task: str | None = None
+    ) -> AbstractContextManager[Sequence[str | None] | None]:
+        if task is not None:
+            slot = self.bank.slot(task) if task in self.bank.names else None  # not learned yet: the bare model
+            return self.routing.using([slot], self.bank.like)
+        return self.deciding.answering(batch, self.bank.slot)
 
     def rows(self) -> dict[str, torch.Tensor]:
-        samples, rows = self._gathered()
-        return {"samples": torch.tensor(samples, dtype=torch.int64), "features": rows.cpu()}
+        return self.deciding.rows()
 
     def load_state(self, state: dict[str, torch.Tensor], rows: dict[str, torch.Tensor]) -> None:
-        self._samples, self._rows = rows["samples"].tolist(), [rows["features"]]
-        self._finite = [torch.ones(len(self._samples), dtype=torch.bool)]
-
-    def _gathered(self) -> tuple[list[int], torch.Tensor]:
-        """The task's prompts so far. One whose state is not finite does not count; its step has been told of."""
-        device = self.router.device  # also where there are none: the ranks' sums meet on one kind of device
-        if not self._rows:
-            return [], self.router.rows(torch.zeros(0, self.router.spec.dim, device=device))
-        finite = torch.cat([mask.to(device) for mask in self._finite])
-        rows = torch.cat([part.to(device) for part in self._rows])
-        return [sample for sample, ok in zip(self._samples, finite.tolist(), strict=True) if ok], rows[finite]
+        self.deciding.load_rows(rows)
 
     def _slot(self, name: str) -> int:
         """Of the tasks by name, so that the bank is the same in every order of tasks."""
         return sorted(self.facts.tasks).index(name)
-
-    def _spec(self, model: Any) -> Spec:
-        return Spec(
-            kind="paper" if self.config.faithful else "exact",
-            layer=feature_layer_of(self.config, model),
-            dim=model.hidden_size,
-            width=width_of(self.config, model),
-            seed=self.facts.seed,
-            model=self.facts.model,
-            tokenizer=self.facts.tokenizer,
-            prompt_limit=self.facts.prompt_limit,
-            precision=self.facts.precision,
-        )
-
-
-def feature_layer_of(config: AsrConfig, model: Any) -> int:
-    """The feature layer, for a model of this configuration."""
-    layers: int = model.num_hidden_layers
-    layer = min(max(2, layers // 8), layers - 1) if config.feature_layer is None else config.feature_layer
-    if not 1 <= layer < layers:
-        raise UserError(
-            f"feature_layer: given {layer}; the model has {layers} layers, of which at least the first stays frozen "
-            f"and the last is adapted, so 1 to {layers - 1} is allowed"
-        )
-    return layer
-
-
-def width_of(config: AsrConfig, model: Any) -> int:
-    """How many features a prompt is expanded to, for a model of this configuration."""
-    return config.width or max(2048, 2 * int(model.hidden_size))

@@ -10,11 +10,11 @@ the tasks that had ended, and goes on in the middle: `begin_task` is not called 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -23,7 +23,8 @@ from torch.nn import functional
 from dscl.data.batches import Batch, PromptBatch
 from dscl.owners import Constraint
 
-Reader = Callable[[str, torch.Size, int, int], torch.Tensor]  # name, shape, start, stop → those elements
+# name, shape, start, stop → those elements; None: they stay as they are
+Reader = Callable[[str, torch.Size, int, int], torch.Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,22 @@ class Facts:
 Look = Callable[[str, torch.Tensor], None]  # is shown a matrix by its name
 
 
+class Matrix(NamedTuple):
+    """A square of shares in 0…1, a row and a column for each of some tasks."""
+
+    title: str
+    tasks: tuple[str, ...]
+    values: list[list[float]]
+
+
+class Ended(NamedTuple):
+    """What an ended task has come to: for the user, for the record of its last step, and as a picture."""
+
+    told: str = ""
+    numbers: Mapping[str, float] = {}
+    picture: Matrix | None = None
+
+
 @dataclass(frozen=True)
 class Ranks:
     """What a method may ask of all ranks when a task begins or ends; each has to ask the same, in the same order."""
@@ -50,7 +67,9 @@ class Ranks:
     module: nn.Module  # to ask for texts; equally often on every rank
     probe: Callable[[Callable[[nn.Module], torch.Tensor], bool], None]  # `Engine.probe`, likewise
     batches: Callable[[int], Iterator[Batch]]  # about as many of the task's samples, in equally many batches a rank
-    whole: Callable[[], dict[str, torch.Tensor]]  # the trained tensors, complete, in fp32
+    whole: Callable[
+        [Iterable[str] | None], dict[str, torch.Tensor]
+    ]  # trained tensors (all, or these), complete, in fp32
     visit: Callable[[Look, Sequence[str]], None]  # these constrained matrices, complete, in fp32, each to its owner
     sum_: Callable[[torch.Tensor], torch.Tensor]  # added up over all ranks, in place
     said: Callable[[str, int, int], None]  # shows how far long work is: what, done, of how many
@@ -59,6 +78,8 @@ class Ranks:
 
 class Method(ABC):
     Config: ClassVar[type]  # a frozen dataclass whose first field is `name`; the recipe's `method:` is parsed into it
+    by_task = False  # whether a prompt is answered by what its task has left
+    decides = False  # whether the method finds out which task that is; else it has to be told
 
     def __init__(self, config: Any, facts: Facts) -> None:
         self.config = config
@@ -81,9 +102,9 @@ class Method(ABC):
         """The sum (not the mean) over the batch's target tokens; the engine divides by the global count."""
         return answer_loss(model, batch)
 
-    def end_task(self, index: int, name: str, ranks: Ranks) -> str:
-        """The task's last step is done; the task has not been evaluated yet. What is returned is shown to the user."""
-        return ""
+    def end_task(self, index: int, name: str, ranks: Ranks) -> Ended:
+        """The task's last step is done; the task has not been evaluated yet."""
+        return Ended()
 
     def leave(self, folder: Path, name: str) -> list[Path]:
         """On the main rank: write what an ended task leaves for ever into the run's folder, and say which files."""
@@ -92,9 +113,11 @@ class Method(ABC):
     def recall(self, folder: Path, names: Sequence[str]) -> None:  # noqa: B027 - optional
         """Take back what these ended tasks left in the run's folder."""
 
-    def answering(self, batch: PromptBatch) -> AbstractContextManager[Sequence[str | None] | None]:
-        """Around all passes that answer a batch of prompts. A method that decides which task a prompt belongs to gives
-        a list that holds the decisions (None: no task's) after the first pass."""
+    def answering(
+        self, batch: PromptBatch, task: str | None = None
+    ) -> AbstractContextManager[Sequence[str | None] | None]:
+        """Around all passes that answer a batch of prompts, of the given task where it is told. A method that decides
+        which task a prompt belongs to gives a list that holds the decisions (None: no task's) after the first pass."""
         return nullcontext()
 
     def state(self) -> dict[str, torch.Tensor]:

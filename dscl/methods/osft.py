@@ -32,10 +32,10 @@ from dscl.maths.subspace import (
     right_directions,
     shares_by_importance,
 )
-from dscl.methods.base import Facts, Look, Method, Ranks, answer_loss
+from dscl.methods.base import Ended, Facts, Look, Method, Ranks, answer_loss
 from dscl.model.decode import Drawn, sample_texts
 from dscl.model.moments import Changes, Moments
-from dscl.model.routed import layer_of
+from dscl.model.routing import layer_of
 from dscl.model.surgery import LLAMA_PROJECTIONS, matching
 
 TEXTS, LENGTH = 128, 128  # made up by the base model, to see what it needs in general
@@ -161,6 +161,7 @@ class Osft(Method):
         super().__init__(config, facts)
         self.every = config.project_every
         self.gradients = bool(config.gradients)
+        self.above = -1  # decoder layers below this one are left as they are
         self._shapes: dict[str, tuple[int, int]] = {}  # of the constrained weights
         self._layers: dict[str, str] = {}  # the linear layers among them
         self._mine: list[str] = []
@@ -172,6 +173,8 @@ class Osft(Method):
         model.requires_grad_(self.config.rest == "free")
         modules = dict(model.named_modules())
         for layer in matching(model, self.config.targets, "method.targets"):
+            if layer_of(layer) < self.above:
+                continue
             linear = modules[layer]
             assert isinstance(linear, nn.Linear)
             self._shapes[f"{layer}.weight"] = linear.out_features, linear.in_features
@@ -225,10 +228,10 @@ class Osft(Method):
 
             ranks.visit(keep, list(self._shapes))
 
-    def end_task(self, index: int, name: str, ranks: Ranks) -> str:
+    def end_task(self, index: int, name: str, ranks: Ranks) -> Ended:
         to_come = len(self.facts.tasks) - index - 1
         if not to_come:
-            return ""
+            return Ended()
 
         def passes() -> Iterator[Pass]:
             return _task_passes(ranks.batches(SAMPLES))
@@ -243,7 +246,7 @@ class Osft(Method):
             self._start = {}
         if self.config.allocate != "fixed":
             self._protect_more(ranks, passes)
-        return self._told(ranks, name)
+        return Ended(self._told(ranks, name))
 
     def _protect_more(self, ranks: Ranks, passes: Callable[[], Iterable[Pass]]) -> None:
         """Protect what the base, as it is now, needs most, up to the share that is set."""

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from dscl.config import key
+from dscl.methods import Ended
 from dscl.observe.metrics import MetricsFile
 from dscl.observe.progress import Progress
 from dscl.observe.table import score_table
@@ -89,6 +90,15 @@ class Observer:
         self._progress.evaluated()
         if self._board is not None:
             self._board.scores(document, sum(self._steps[: len(document["matrix"])]))
+
+    def ended(self, ended: Ended, step: int) -> None:
+        """A task has ended, at this step of the run."""
+        if not self._main:
+            return
+        if ended.told:
+            self._progress.note(ended.told)
+        if self._board is not None:
+            self._board.ended(ended, step)
 
     def recipe(self, text: str) -> None:
         """The resolved recipe, as YAML."""

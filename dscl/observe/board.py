@@ -8,7 +8,8 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from dscl.observe.picture import score_picture
+from dscl.methods import Ended
+from dscl.observe.picture import score_picture, share_picture
 
 _TAGS = {
     "loss": "train/loss",
@@ -44,6 +45,16 @@ class Board:
         if document.get("heldout"):
             self._writer.add_scalar("summary/heldout_loss", document["heldout"][-1], step)
         self._writer.add_image("scores", score_picture(document), step, dataformats="HWC")
+        self._writer.flush()
+
+    def ended(self, ended: Ended, step: int) -> None:
+        """What a method has to show when a task has ended."""
+        for name, value in ended.numbers.items():
+            self._writer.add_scalar(f"method/{name}", value, step)
+        if ended.picture is not None:
+            self._writer.add_image(
+                f"method/{ended.picture.title}", share_picture(ended.picture), step, dataformats="HWC"
+            )
         self._writer.flush()
 
     def text(self, name: str, text: str, step: int) -> None:

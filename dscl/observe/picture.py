@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from dscl.maths.scores import Row
+from dscl.methods import Matrix
 from dscl.observe.words import shorten
 
 CELL = (68, 40)
@@ -25,8 +27,17 @@ def score_picture(document: Mapping[str, Any]) -> np.ndarray:
     before = document.get("before")
     rows = [before or [None] * len(names), *document["matrix"]]
     rows += [[None] * len(names)] * (len(names) + 1 - len(rows))
-    labels = ["before training", *(f"after {name}" for name in names)]
+    return _picture(names, ["before training", *(f"after {name}" for name in names)], rows, marked=-1)
 
+
+def share_picture(matrix: Matrix) -> np.ndarray:
+    """The same of shares, a row and a column for each task."""
+    names = [shorten(name, LABEL_CHARACTERS) for name in matrix.tasks]
+    return _picture(names, names, matrix.values, marked=0)
+
+
+def _picture(names: Sequence[str], labels: Sequence[str], rows: Sequence[Row], marked: int) -> np.ndarray:
+    """A cell for each number; those on the diagonal (by so many rows above) are framed."""
     font = ImageFont.load_default(15)
     left = MARGIN + 10 + max(_width(font, label) for label in labels)
     longest = max(_width(font, name) for name in names)
@@ -46,17 +57,15 @@ def score_picture(document: Mapping[str, Any]) -> np.ndarray:
         y = top + CELL[1] * i
         draw.text((left - 8, y + CELL[1] // 2), label, INK, font, anchor="rm")
         for j, score in enumerate(row):
-            _cell(draw, font, (left + CELL[0] * j, y), score, just_trained=i == j + 1)
+            _cell(draw, font, (left + CELL[0] * j, y), score, framed=i + marked == j)
     return np.asarray(image)
 
 
-def _cell(
-    draw: ImageDraw.ImageDraw, font: Any, corner: tuple[int, int], score: float | None, just_trained: bool
-) -> None:
+def _cell(draw: ImageDraw.ImageDraw, font: Any, corner: tuple[int, int], score: float | None, framed: bool) -> None:
     x, y = corner
     box = (x + 1, y + 1, x + CELL[0] - 2, y + CELL[1] - 2)
     fill = UNMEASURED if score is None else _colour(score)
-    draw.rectangle(box, fill=fill, outline=INK if just_trained else None, width=2)
+    draw.rectangle(box, fill=fill, outline=INK if framed else None, width=2)
     text = "-" if score is None else f"{score:.3f}"
     bright = 0.299 * fill[0] + 0.587 * fill[1] + 0.114 * fill[2] > 140
     ink = MUTED if score is None else INK if bright else GROUND

@@ -43,6 +43,10 @@ def score_table(document: Mapping[str, Any], width: int | None = None) -> str:
         for label, row in zip(labels, rows, strict=True):
             lines.append(pad(label, _label_width(names)) + _line(map(_shown, row[part]), columns))
         blocks.append("\n".join(lines))
+    given = document.get("given")
+    if given:
+        shown = ", ".join(f"{name} {_shown(given['summary'][name])}" for name in ("OP", "BWT"))
+        blocks.append(f"with the task given: {shown}")
     general = document.get("heldout")
     if general:
         blocks.append(f"held-out loss {general[0]:.3f} before training, {general[-1]:.3f} now")

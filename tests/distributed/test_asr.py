@@ -19,7 +19,7 @@ from dscl.job import open_job
 from dscl.methods import asr
 from dscl.methods.asr import PAPER, Asr
 from dscl.model import decode
-from dscl.model.routed import Routing
+from dscl.model.routing import Routing
 from dscl.recipe import resolve
 from tests.distributed.test_run import failing, metrics, outcome, recipe_of, run, run_until
 
@@ -196,7 +196,7 @@ def features_served(document: dict[str, Any]) -> tuple[int, int, int]:
         batch = prompt_batch([lesson.data[sample][0] for sample in samples], lesson.pad, lesson.bos)
         with torch.no_grad(), method.routing.pooling(batch.prompts) as pooled:
             module(batch.input_ids, batch.attention_mask, batch.position_ids)
-        served = method.router.rows(pooled())
+        served = method.deciding.router.rows(pooled())
         differing += int((served != rows["features"][start : start + 5]).sum())
     engine.close()
     return len(rows["samples"]), differing, rows["features"].numel()
@@ -296,8 +296,8 @@ def likelihoods(document: dict[str, Any]) -> list[tuple[str, list[str | None], t
     original, answering = evaluate.label_likelihoods, Asr.answering
     routes: list[Any] = []
 
-    def watched(self: Asr, batch: Any) -> Any:
-        context = answering(self, batch)
+    def watched(self: Asr, batch: Any, task: str | None = None) -> Any:
+        context = answering(self, batch, task)
 
         class Watching:
             def __enter__(self) -> Any:
@@ -423,7 +423,7 @@ def faithful(document: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torc
         engine = job.engine()
         assert isinstance(job.method, Asr)
         job.method.recall(resolve(document).folder, [lesson.task.name for lesson in job.lessons])
-        solution = job.method.router.solution()
+        solution = job.method.deciding.router.solution()
         targets = set(job.method.bank.layers)
         assert targets == {f"model.layers.{i}.self_attn.{p}_proj" for i in (4, 5) for p in "qv"}
         module = engine.module.eval()

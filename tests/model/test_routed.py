@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dscl.errors import UserError
 from dscl.model.adapters import Adapter, Pair
-from dscl.model.routed import Bank, RoutedLinear, Routing, add_routed, first_values, layer_of, pool, targets_above
+from dscl.model.routed import Bank, RoutedLinear, add_routed, first_values
+from dscl.model.routing import Routing, layer_of, pool, targets_above
 from dscl.model.surgery import LLAMA_PROJECTIONS, LoraConfig
 from tests.model.conftest import PIECES, SHAPE
 
@@ -40,7 +41,7 @@ def test_rows_equal_a_loop_over_adapters(rank: int, slots: list[int | None]) -> 
     for slot, held in pairs.items():
         routed.fill(slot, held)
     routed.routing.choose(slots, x)
-    expected = routed.base(x)
+    expected = nn.functional.linear(x, routed.weight, routed.bias)
     for row, slot in enumerate(slots):
         if slot is not None:
             expected[row] += pairs[slot].scale * (x[row] @ pairs[slot].a.T @ pairs[slot].b.T)
@@ -74,7 +75,7 @@ def test_training_uses_the_lora_alone_and_its_gradients_are_right() -> None:
         routed.lora_b.normal_()
     x = torch.randn(2, 5, 16, dtype=torch.float64)
     a, b = (p.detach().clone().requires_grad_() for p in (routed.lora_a, routed.lora_b))
-    expected = routed.base(x) + 1.5 * (x @ a.T @ b.T)
+    expected = nn.functional.linear(x, routed.weight, routed.bias) + 1.5 * (x @ a.T @ b.T)
     expected.square().sum().backward()
     routed.routing.choose([0, 0], x)  # of no concern to training
     got = routed.train()(x)
@@ -110,7 +111,7 @@ def routed_model(slots: int = SLOTS, layers: int = 4, feature_layer: int = 2) ->
 def adapter(name: str, bank: Bank, seed: int) -> Adapter:
     layers = {}
     for path, routed in bank.layers.items():
-        sizes = (routed.base.in_features, routed.base.out_features)
+        sizes = (routed.in_features, routed.out_features)
         layers[path] = pair(seed + layer_of(path), 4, torch.float32, sizes)
     return Adapter(name, "", layers)
 

@@ -1,0 +1,289 @@
+"""Mixtures of sub-experts (after arXiv 2511.06237): tasks share sparse parameters, which nobody who uses them can lose.
+
+What trains: low-rank sub-experts beside frozen projections, a mask that opens some of them, and a router that sends
+every token to a few. What may not change: what earlier tasks' masks open; later tasks may open it too, as it is. Who
+decides at inference: the caller, a key for each task, or the analytic router. With `weights`, the dense weights beside
+the sub-experts train as well, in the subspace that OSFT leaves free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dscl.config import key
+from dscl.data.batches import Batch, PromptBatch
+from dscl.errors import UserError
+from dscl.maths.masks import count_of
+from dscl.methods.base import Ended, Facts, Matrix, Method, Ranks, Reader, answer_loss
+from dscl.methods.deciding import Deciding, feature_layer_of, spec_of, width_of
+from dscl.methods.osft import Osft, OsftConfig
+from dscl.model.adapters import file_name
+from dscl.model.claims import Claims, read_claims, write_claims
+from dscl.model.experts import Shape, add_experts, first_values
+from dscl.model.routing import Routing, empty_like, pool_at, targets_above
+from dscl.owners import Constraint
+from dscl.router import Router
+
+
+@dataclass(frozen=True)
+class MosesConfig:
+    name: str = key("moses")
+    masks: str = key(
+        "atom", choices=("atom", "element"), help="what a mask opens: pairs of a column and a row, or single entries"
+    )
+    experts: int = key(8, at_least=1, help="sub-experts beside each projection")
+    rank: int = key(8, at_least=1, help="rank of a sub-expert")
+    most: int | None = key(
+        None, at_least=1, help="sub-experts that there is room for; default: what the stream can need"
+    )
+    share: float = key(
+        0.25, above=0.0, at_most=1.0, help="of the first sub-experts' parameters, how much a task's mask opens"
+    )
+    gate: str = key(
+        "token", choices=("token", "uniform"), help="a router sends every token to a few sub-experts; or all alike"
+    )
+    top_k: int | None = key(None, at_least=1, help="sub-experts that a token is sent to; default: 2, or all if fewer")
+    reuse: bool = key(True, help="a task's mask may open what earlier tasks have claimed")
+    when_full: str = key(
+        "grow",
+        choices=("grow", "reuse", "stop"),
+        help="a task that finds too little unclaimed gets a further sub-expert, or makes do, or is refused",
+    )
+    alpha: float = key(16.0, above=0.0, help="what is added is scaled by alpha / rank")
+    dropout: float = key(0.0, at_least=0.0, at_most=0.99, help="dropout on the sub-experts' input")
+    targets: tuple[str, ...] = key(
+        ("q_proj", "k_proj", "v_proj", "o_proj"), help="names (or endings of names) of the layers that get them"
+    )
+    task_inference: str = key(
+        "rls",
+        choices=("given", "key", "rls"),
+        help="who says which task a prompt belongs to: the caller, a key for each task, or the analytic router",
+    )
+    feature_layer: int | None = key(
+        None,
+        at_least=1,
+        help="layers below are never changed, the features are its input; default: an eighth of all, from 2",
+    )
+    width: int | None = key(
+        None, at_least=8, at_most=65536, help="with rls: features; default: twice the hidden size, from 2048"
+    )
+    ridge: float | None = key(
+        None, above=0.0, help="with rls: in units of the features' mean square; default: chosen from the statistics"
+    )
+    reject: bool | None = key(None, help="with rls: prompts far from every task go to the bare model; default: true")
+    weights: OsftConfig | None = key(
+        None, help="the dense weights of the layers that have sub-experts: frozen, or {name: osft, ...}"
+    )
+
+    def __post_init__(self) -> None:
+        unused = {
+            "given": ("feature_layer", "width", "ridge", "reject"),
+            "key": ("width", "ridge", "reject"),
+            "rls": (),
+        }
+        for name in unused[self.task_inference]:
+            if getattr(self, name) is not None:
+                raise UserError(
+                    f"method.{name}: given {getattr(self, name)} with task_inference: {self.task_inference}, which has "
+                    "no use for it; remove it, or set method.task_inference=rls"
+                )
+        if self.gate == "uniform" and self.top_k is not None:
+            raise UserError(
+                f"method.top_k: given {self.top_k} with gate: uniform, which asks all sub-experts; remove it"
+            )
+        if self.top_k is not None and self.top_k > self.experts:
+            raise UserError(
+                f"method.top_k: given {self.top_k}; there are {self.experts} sub-experts, so at most that many"
+            )
+        if self.most is not None and self.most < self.experts:
+            raise UserError(
+                f"method.most: given {self.most}; at least method.experts={self.experts} are needed"
+            )
+        if not self.reuse and self.when_full == "reuse":
+            raise UserError(
+                "method.when_full: given reuse with reuse: false; a task would find nothing to train; set grow or stop"
+            )
+        if self.weights is not None:
+            if self.weights.name != "osft":
+                raise UserError(
+                    f"method.weights.name: given {self.weights.name!r}; allowed: osft, or no weights at all"
+                )
+            if self.weights.rest != "frozen" and self.task_inference != "given":
+                raise UserError(
+                    f"method.weights.rest: given {self.weights.rest} with task_inference: {self.task_inference}; what "
+                    "decides needs features that stay the same for ever, so leave embeddings frozen, or set "
+                    "method.task_inference=given"
+                )
+
+
+class Moses(Method):
+    Config = MosesConfig
+    config: MosesConfig
+    by_task = True
+
+    def __init__(self, config: MosesConfig, facts: Facts) -> None:
+        super().__init__(config, facts)
+        self.decides = config.task_inference != "given"
+        self.routing = Routing(capacity=len(facts.tasks), rank=0)
+        self.weights = Osft(config.weights, facts) if config.weights is not None else None
+        self.deciding: Deciding | None = None
+        self._claims: list[Claims] = []  # of the tasks that have ended
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        if not isinstance(getattr(getattr(model, "model", None), "layers", None), nn.ModuleList):
+            raise UserError(
+                "method.name: moses needs a model whose layers stand in model.layers (llama, mistral, qwen2, ...); "
+                f"this is a {type(model).__name__}"
+            )
+        layer = self._prepare_deciding(model) if self.decides else 0
+        model.requires_grad_(False)
+        if self.weights is not None:
+            self.weights.above = layer
+            self.weights.prepare(model)
+        self.like = empty_like(model)
+        config, columns = self.config, self.config.experts * self.config.rank
+        for target in config.targets:
+            if not targets_above(model, layer, [target]):
+                raise UserError(
+                    f"method.targets: given {target!r}, which stands in no layer from feature_layer={layer} on; what "
+                    "comes before and after those layers is the same for all tasks, so leave it out"
+                )
+        enough = -(-len(self.facts.tasks) * count_of(config.share, columns) // config.rank)
+        shape = Shape(
+            experts=config.experts,
+            most=config.most or max(config.experts, enough),
+            rank=config.rank,
+            top=0 if config.gate == "uniform" else config.top_k or min(2, config.experts),
+            share=config.share,
+            scale=config.alpha / config.rank,
+            atoms=config.masks == "atom",
+            dropout=config.dropout,
+        )
+        self.experts = add_experts(model, shape, self.routing, targets_above(model, layer, config.targets))
+        for each in self.experts.layers.values():
+            each.make_trainable()
+        return model
+
+    def _prepare_deciding(self, model: Any) -> int:
+        config, shape = self.config, model.config
+        layer = feature_layer_of(config.feature_layer, shape.num_hidden_layers)
+        kind = "exact" if config.task_inference == "rls" else "key"
+        spec = spec_of(kind, layer, width_of(config.width, shape.hidden_size), shape.hidden_size, self.facts)
+        router = Router(spec, config.ridge, config.reject is not False, next(model.parameters()).device)
+        self.deciding = Deciding(router, self.routing)
+        pool_at(model, self.routing, layer)
+        return layer
+
+    def begin_task(self, index: int, name: str, ranks: Ranks) -> Reader:
+        experts, policy = self.experts, self.config.when_full
+        while (lacking := experts.lacking()) and policy == "grow" and experts.count < experts.shape.most:
+            experts.count += 1
+        if lacking and policy != "reuse":
+            raise UserError(
+                f"method moses: task {name} opens {lacking} more parameters of a layer than are unclaimed there; run "
+                f"again with method.when_full=reuse, or start anew with more method.experts, a lower method.share"
+                + (" or a larger method.most" if policy == "grow" else " or method.when_full=grow")
+            )
+        experts.prepare(self.config.reuse)
+        if self.weights is not None:
+            self.weights.begin_task(index, name, ranks)
+
+        def read(tensor: str, shape: torch.Size, start: int, stop: int) -> torch.Tensor | None:
+            if tensor.rpartition(".")[0] in experts.layers and not tensor.endswith((".weight", ".bias")):
+                return first_values(self.facts.seed, f"{name}:{tensor}", shape, start, stop)
+            return None  # a dense weight goes on from where it is
+
+        return read
+
+    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        return self.deciding.loss(model, batch) if self.deciding is not None else answer_loss(model, batch)
+
+    def end_task(self, index: int, name: str, ranks: Ranks) -> Ended:
+        told = [self.deciding.learn(name, ranks)] if self.deciding is not None else []
+        experts = self.experts
+        before = tuple(experts.names)
+        kept = experts.claim(name, ranks.whole(experts.trained()))
+        self._claims.append(Claims(name, before, experts.shape, kept))
+        told.append(f"{experts.used():.1%} of the sub-experts' parameters are claimed")
+        if self.weights is not None:
+            with self.routing.using([experts.slot(name)], self.like):
+                told.append(self.weights.end_task(index, name, ranks).told)
+        return Ended(f"task {name}: {'; '.join(filter(None, told))}", self._numbers(), self._overlap())
+
+    def _numbers(self) -> dict[str, float]:
+        """What the tasks so far take, in bytes, beside a LoRA for each of them with as many columns as a mask opens."""
+        parts = [claims.sizes() for claims in self._claims]
+        found = {f"{kind}_bytes": float(sum(part[kind] for part in parts)) for kind in parts[0]}
+        shape, each = self.experts.shape, self.like.element_size()
+        columns = count_of(shape.share, shape.experts * shape.rank)
+        lora = sum(columns * each * (m.in_features + m.out_features) for m in self.experts.layers.values())
+        if self.deciding is not None:
+            sums = [self.deciding.router.statistics(claims.task).tensors() for claims in self._claims]
+            found["deciding_bytes"] = float(sum(t.numel() * t.element_size() for part in sums for t in part))
+        return {
+            "capacity_bytes": sum(found[f"{kind}_bytes"] for kind in parts[0]),
+            "capacity_share": self.experts.used(),
+            "lora_per_task_bytes": float(lora * len(parts)),
+            **found,
+        }
+
+    def _overlap(self) -> Matrix:
+        names = tuple(self.experts.names)
+        return Matrix("masks: of the row's, opened by the column's too", names, self.experts.shared().tolist())
+
+    def leave(self, folder: Path, name: str) -> list[Path]:
+        path = folder / "experts" / f"{file_name(name)}.safetensors"
+        write_claims(path, next(claims for claims in self._claims if claims.task == name))
+        return [path] if self.deciding is None else [path, self.deciding.leave(folder, name)]
+
+    def recall(self, folder: Path, names: Sequence[str]) -> None:
+        for name in names:
+            path = folder / "experts" / f"{file_name(name)}.safetensors"
+            claims = read_claims(path, name, tuple(self.experts.names), self.experts)
+            self.experts.take(name, claims.layers)
+            self._claims.append(claims)
+            if self.deciding is not None:
+                self.deciding.recall(folder, name)
+        self.experts.count = self._open
+        self.experts.prepare(self.config.reuse)
+
+    def answering(
+        self, batch: PromptBatch, task: str | None = None
+    ) -> AbstractContextManager[Sequence[str | None] | None]:
+        if task is not None:
+            return self.routing.using([self._slot(task)], self.like)
+        return self.deciding.answering(batch, self._slot) if self.deciding is not None else nullcontext()
+
+    def _slot(self, name: str | None) -> int | None:
+        """None where there is no task, or one that has not been learned yet: the bare model answers."""
+        return self.experts.slot(name) if name in self.experts.names else None
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {"open": torch.tensor(self.experts.count)}
+
+    def rows(self) -> dict[str, torch.Tensor]:
+        return self.deciding.rows() if self.deciding is not None else {}
+
+    def load_state(self, state: dict[str, torch.Tensor], rows: dict[str, torch.Tensor]) -> None:
+        self._open = int(state["open"])
+        if self.deciding is not None:
+            self.deciding.load_rows(rows)
+
+    # ---- the dense weights
+
+    def constraint(self) -> Constraint | None:
+        return self.weights.constraint() if self.weights is not None else None
+
+    def owned(self) -> dict[str, torch.Tensor]:
+        return self.weights.owned() if self.weights is not None else {}
+
+    def load_owned(self, read: Callable[[str], dict[str, torch.Tensor]]) -> None:
+        if self.weights is not None:
+            self.weights.load_owned(read)

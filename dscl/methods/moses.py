@@ -103,9 +103,7 @@ class MosesConfig:
                 f"method.top_k: given {self.top_k}; there are {self.experts} sub-experts, so at most that many"
             )
         if self.most is not None and self.most < self.experts:
-            raise UserError(
-                f"method.most: given {self.most}; at least method.experts={self.experts} are needed"
-            )
+            raise UserError(f"method.most: given {self.most}; at least method.experts={self.experts} are needed")
         if not self.reuse and self.when_full == "reuse":
             raise UserError(
                 "method.when_full: given reuse with reuse: false; a task would find nothing to train; set grow or stop"

@@ -27,7 +27,7 @@ from dscl.model.routing import Projection, Routing, Rows, empty_like, put
 from dscl.model.surgery import draw_a
 from dscl.model.weights import draw_normal
 
-SPREAD = 0.1  # of the scores at a task's start
+SPREAD = 0.5  # of the scores at a task's start: what little training changes of the masks is deliberate
 Tensors = dict[str, torch.Tensor]
 
 
@@ -124,7 +124,7 @@ class SubExperts(Projection):
         scores, allowed = self._of("score"), self._of("allowed")
         masks = {name: strongest(scores[name], allowed[name], count) for name, count in self.counts.items()}
         taken_a, taken_b = self._sides(self._of("taken"))
-        a, b = torch.where(taken_a, self.held_a, self.sub_a), torch.where(taken_b, self.held_b, self.sub_b)
+        a, b = frozen(taken_a, self.held_a, self.sub_a), frozen(taken_b, self.held_b, self.sub_b)
         return (a, b, masks["atoms"]) if self.shape.atoms else (a * masks["a"], b * masks["b"], 1.0)
 
     def _answer(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
@@ -147,7 +147,8 @@ class SubExperts(Projection):
         if logits is None:
             gate = seats.to(self.held_a.dtype)
         else:
-            gate = logits.float().masked_fill(~seats, -math.inf).softmax(-1)
+            kind = torch.promote_types(logits.dtype, torch.float32)
+            gate = logits.to(kind).masked_fill(~seats, -math.inf).softmax(-1)
             if shape.top < shape.most:
                 gate = gate * torch.zeros_like(gate).scatter(-1, gate.topk(shape.top).indices, 1.0)
             gate = (gate * shape.experts).to(logits.dtype)
@@ -225,6 +226,11 @@ class SubExperts(Projection):
         """[tasks, tasks]: how much of what one task opens the other opens too."""
         rows = [masks.flatten(1).float() for masks in self._of("opens").values()]
         return torch.stack([each @ each.T for each in rows]).double().sum(0)
+
+
+def frozen(taken: torch.Tensor, held: torch.Tensor, trained: torch.Tensor) -> torch.Tensor:
+    """What is claimed as it is held, without a gradient; the rest as it trains."""
+    return torch.where(taken, held, trained)
 
 
 def _low_rank(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:

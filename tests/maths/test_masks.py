@@ -1,0 +1,73 @@
+"""Masks: the largest magnitudes among those allowed, learned straight through, and kept as bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dscl.maths.masks import count_of, opened, pack, strongest, unpack
+
+
+def scores(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("shape", [(1,), (12,), (5, 7)])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_the_largest_magnitudes_are_opened(shape: tuple[int, ...], kind: torch.dtype) -> None:
+    given = scores(*shape).to(kind)
+    everything = torch.ones(shape, dtype=torch.bool)
+    size = given.numel()
+    for count in range(1, size + 1):
+        mask = opened(given, everything, count)
+        assert int(mask.sum()) == count  # also where numbers of few digits tie
+        kept, left = given.abs()[mask], given.abs()[~mask]
+        assert not left.numel() or kept.min() >= left.max()
+
+
+def test_only_what_is_allowed_is_opened() -> None:
+    given, allowed = scores(6, 6), torch.zeros(6, 6, dtype=torch.bool)
+    allowed[2:4, 1:] = True
+    mask = opened(given, allowed, 4)
+    assert int(mask.sum()) == 4
+    assert not (mask & ~allowed).any()
+    assert torch.equal(opened(given, allowed, 30), allowed)  # fewer are allowed than asked for
+    assert not opened(given, torch.zeros_like(allowed), 3).any()
+
+
+def test_the_masks_gradient_goes_to_the_magnitudes() -> None:
+    """∂L/∂|s| = ∂L/∂m for every score, open or not."""
+    given, weight = scores(9).requires_grad_(), scores(9, seed=1)
+    mask = strongest(given, torch.ones(9, dtype=torch.bool), 3)
+    assert mask.dtype == given.dtype
+    assert torch.equal(mask.bool(), opened(given, torch.ones(9, dtype=torch.bool), 3))
+    (mask * weight).sum().backward()
+    torch.testing.assert_close(given.grad, weight * given.detach().sign(), rtol=0, atol=0)
+
+
+def test_scores_learn_which_parameters_help() -> None:
+    """Of twelve parameters three make the loss small; the mask finds them."""
+    target = torch.zeros(12)
+    target[[2, 5, 11]] = 1.0
+    given = scores(12).mul_(0.1).requires_grad_()
+    optimizer = torch.optim.Adam([given], lr=0.02)
+    for _ in range(60):
+        optimizer.zero_grad()
+        mask = strongest(given, torch.ones(12, dtype=torch.bool), 3)
+        (mask - target).square().sum().backward()
+        optimizer.step()
+    assert torch.equal(opened(given, torch.ones(12, dtype=torch.bool), 3), target.bool())
+
+
+@pytest.mark.parametrize(("share", "size", "count"), [(0.29, 100, 29), (0.25, 64, 16), (1.0, 7, 7), (0.01, 7, 1)])
+def test_count(share: float, size: int, count: int) -> None:
+    assert count_of(share, size) == count
+
+
+@pytest.mark.parametrize("shape", [(1,), (8,), (13,), (3, 5), (16, 9)])
+def test_bits_are_an_eighth_of_a_byte_and_come_back(shape: tuple[int, ...]) -> None:
+    mask = scores(*shape) > 0
+    bits = pack(mask)
+    assert bits.dtype == torch.uint8
+    assert len(bits) == -(-mask.numel() // 8)
+    assert torch.equal(unpack(bits, shape), mask)

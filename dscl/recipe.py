@@ -33,6 +33,8 @@ MAY_CHANGE = (
     "method.ridge",
     "method.reject",
     "method.when_short",
+    "method.when_full",
+    "method.weights.when_short",
 )
 # How keys begin that people look for at a recipe's top level or under `train`, and that stand in the DeepSpeed JSON.
 INSIDE_ZERO = ("zero", "stage", "offload", "overlap_", "contiguous_", "reduce_", "allgather_", "sub_group")

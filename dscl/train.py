@@ -137,7 +137,7 @@ def learn(
             save(checkpoints, position, engine, job)
     ended = job.method.end_task(position.task, name, ranks_of(engine, lesson, f"ending {name}", observer))
     watch.finish(ended.numbers)
-    observer.ended(ended, position.total)
+    observer.ended(name, ended, position.total)
     checkpoints.leave(lambda: job.method.leave(recipe.folder, name))
 
 

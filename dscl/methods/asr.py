@@ -119,7 +119,7 @@ class Asr(Method):
             layers[path] = Pair(a, b, layer.scale)
         self._adapter = Adapter(name, self.facts.base, layers)
         self.bank.add(self._adapter, self._slot(name))
-        return Ended(f"task {name}: {told}")
+        return Ended(told)
 
     def leave(self, folder: Path, name: str) -> list[Path]:
         adapter = folder / "adapters" / file_name(name)

@@ -213,7 +213,7 @@ class Moses(Method):
         if self.weights is not None:
             with self.routing.using([experts.slot(name)], self.like):
                 told.append(self.weights.end_task(index, name, ranks).told)
-        return Ended(f"task {name}: {'; '.join(filter(None, told))}", self._numbers(), self._overlap())
+        return Ended("; ".join(filter(None, told)), self._numbers(), self._overlap())
 
     def _numbers(self) -> dict[str, float]:
         """What the tasks so far take, in bytes, beside a LoRA for each of them with as many columns as a mask opens."""

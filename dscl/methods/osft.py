@@ -246,7 +246,7 @@ class Osft(Method):
             self._start = {}
         if self.config.allocate != "fixed":
             self._protect_more(ranks, passes)
-        return Ended(self._told(ranks, name))
+        return Ended(self._told(ranks))
 
     def _protect_more(self, ranks: Ranks, passes: Callable[[], Iterable[Pass]]) -> None:
         """Protect what the base, as it is now, needs most, up to the share that is set."""
@@ -417,13 +417,13 @@ class Osft(Method):
         ranks.visit(guarded, names)
         ranks.refuse(wrong)
 
-    def _told(self, ranks: Ranks, name: str) -> str:
+    def _told(self, ranks: Ranks) -> str:
         """How much is free now, over all ranks."""
         counts = [self._room(space) for space in self._spaces.values()]
         free, whole = ranks.sum_(
             torch.tensor([(0, 0), *counts], dtype=torch.int64, device=ranks.device).sum(0)
         ).tolist()
-        return f"task {name}: {1 - free / whole:.1%} of the directions are protected from now on"
+        return f"{1 - free / whole:.1%} of the directions are protected from now on"
 
     @staticmethod
     def _room(space: Subspace) -> tuple[int, int]:

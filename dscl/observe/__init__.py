@@ -9,12 +9,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from dscl.config import key
-from dscl.methods import Ended
 from dscl.observe.metrics import MetricsFile
 from dscl.observe.progress import Progress
 from dscl.observe.table import score_table
 
 if TYPE_CHECKING:
+    from dscl.methods import Ended
     from dscl.observe.board import Board
 
 __all__ = ["ObserveConfig", "Observer", "score_table"]
@@ -91,12 +91,12 @@ class Observer:
         if self._board is not None:
             self._board.scores(document, sum(self._steps[: len(document["matrix"])]))
 
-    def ended(self, ended: Ended, step: int) -> None:
+    def ended(self, task: str, ended: Ended, step: int) -> None:
         """A task has ended, at this step of the run."""
         if not self._main:
             return
         if ended.told:
-            self._progress.note(ended.told)
+            self._progress.note(f"task {task}: {ended.told}")
         if self._board is not None:
             self._board.ended(ended, step)
 

@@ -69,7 +69,7 @@ class Alone:
             weight = self.weights[name].data
             weight += 0.3 * weight.std() * torch.randn(weight.shape, generator=generator)
             self.method.hold(name, weight)
-        self.told = self.method.end_task(index, task, self.ranks)
+        self.told = self.method.end_task(index, task, self.ranks).told
 
     def spaces(self) -> dict[str, Subspace]:
         found: dict[str, dict[str, torch.Tensor]] = {}

@@ -1,108 +1,258 @@
-"""ASR against sequential fine-tuning on real text: one table, equal samples, epochs, batches and evaluation.
+"""Methods and their settings on real text: equal samples, steps and evaluation; learning rates searched on dev.
 
-    python tools/compare_on_text.py --data ../shared/data --out out/text
+    python tools/compare_on_text.py asr --data ../shared/data --out out/compare
+    python tools/compare_on_text.py osft --data ../shared/data --out out/compare --search 500
+    python tools/compare_on_text.py moses --data ../shared/data --out out/compare --stream eight --only atoms asr
 
-The base model and the tasks are those of the data folder (base/, cl_benchmark/). Runs: `asr` in two task orders, with
-features of the default layer and of a later one, and `sequential` with all weights and with one LoRA. A run that is
-complete is not run again.
+The base model, its held-out texts and the tasks are those of the data folder (base/, cl_benchmark/). Every row
+searches its learning rate on the same grid (seed 0, dev split, OP), unless that is a single rate, then runs with each
+seed on the test split. A run that is complete is not run again, so the command can be stopped, given again, and rows
+added.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-ORDER = ("dbpedia", "amazon", "agnews", "sst2", "qqp", "boolq")
-LORA = {"rank": 8, "alpha": 16.0}
-RUNS: dict[str, tuple[dict[str, Any], float, int]] = {  # method, learning rate, direction of the order
-    "asr": ({"name": "asr", "lora": LORA}, 4e-3, 1),
-    "asr, reversed order": ({"name": "asr", "lora": LORA}, 4e-3, -1),
-    "asr, layer 5": ({"name": "asr", "lora": LORA, "feature_layer": 5}, 4e-3, 1),
-    "asr, layer 5, reversed order": ({"name": "asr", "lora": LORA, "feature_layer": 5}, 4e-3, -1),
-    "sequential, one LoRA": ({"name": "sequential", "tune": "lora", "lora": LORA}, 4e-3, 1),
-    "sequential, all weights": ({"name": "sequential", "tune": "full"}, 3e-4, 1),
+STREAMS = {
+    "four": ("dbpedia", "amazon", "agnews", "sst2"),
+    "six": ("dbpedia", "amazon", "agnews", "sst2", "qqp", "boolq"),
+    "six, reversed": ("boolq", "qqp", "sst2", "agnews", "amazon", "dbpedia"),
+    "eight": ("dbpedia", "amazon", "agnews", "sst2", "qqp", "boolq", "mnli", "rte"),
+    "eight, another order": ("rte", "agnews", "qqp", "dbpedia", "boolq", "sst2", "mnli", "amazon"),
 }
+
+
+@dataclass(frozen=True)
+class Table:
+    """Some rows, and what they have in common."""
+
+    rows: Mapping[str, Mapping[str, Any]]  # the recipe's `method`
+    stream: str
+    samples: int  # of training, a task
+    epochs: int
+    batch: int
+    rates: Sequence[float]
+    packing: bool = True
+    evaluate: Mapping[str, Any] = field(default_factory=dict)
+    heldout: bool = False
+
+
+LORA = {"rank": 8, "alpha": 16.0}
+# As many columns as a task's masks open, beside the same projections.
+SAME = {"rank": 16, "alpha": 32.0, "targets": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+
+
+def osft(**settings: Any) -> dict[str, Any]:
+    return {"name": "osft", **settings}
+
+
+def moses(**settings: Any) -> dict[str, Any]:
+    return {"name": "moses", **settings}
+
+
+TABLES = {
+    "asr": Table(
+        rows={
+            "asr": {"name": "asr", "lora": LORA},
+            "asr, layer 5": {"name": "asr", "lora": LORA, "feature_layer": 5},
+            "sequential, one LoRA": {"name": "sequential", "tune": "lora", "lora": LORA},
+            "sequential, all weights": {"name": "sequential"},
+        },
+        stream="six", samples=500, epochs=2, batch=16, rates=(3e-4, 4e-3), packing=False,
+    ),
+    "osft": Table(
+        rows={
+            "free": {"name": "sequential"},
+            "default": osft(),
+            "claim: none": osft(claim=[]),
+            "claim: updates": osft(claim=["updates"]),
+            "claim: activations": osft(claim=["activations"]),
+            "claim: sensitivity": osft(claim=["sensitivity"]),
+            "basis: weights": osft(basis=["weights"]),
+            "basis: weights and activations": osft(basis=["weights", "activations"]),
+            "basis: sensitivity": osft(basis=["sensitivity"]),
+            "basis: weights, claim: none": osft(basis=["weights"], claim=[]),
+            "rest: free": osft(rest="free"),
+            "rest: protected": osft(rest="protected"),
+            "gradients too": osft(gradients=True),
+            "reading: two_sided": osft(reading="two_sided"),
+            "reading: paper": osft(reading="paper"),
+            "share: 0.25": osft(share=0.25),
+            "share: 0.4": osft(share=0.4),
+            "share: 0.5": osft(share=0.5),
+            "faithful": osft(faithful=True),
+        },
+        stream="four", samples=1000, epochs=1, batch=8, rates=(3e-4, 1e-3, 2e-3), heldout=True,
+    ),
+    "moses": Table(
+        rows={
+            "sequential, one LoRA": {"name": "sequential", "tune": "lora", "lora": SAME},
+            "a LoRA a task (asr)": {"name": "asr", "lora": SAME},
+            "atoms": moses(),
+            "elements": moses(masks="element"),
+            "atoms, no reuse": moses(reuse=False),
+            "atoms, gate: uniform": moses(gate="uniform"),
+            "atoms, key": moses(task_inference="key"),
+            "atoms and free weights (osft)": moses(weights={"name": "osft"}),
+        },
+        stream="four", samples=500, epochs=2, batch=8, rates=(1e-3, 2e-3, 4e-3), evaluate={"given": True},
+    ),
+}  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=list(TABLES))
     parser.add_argument("--data", type=Path, required=True, help="a folder with base/ and cl_benchmark/")
     parser.add_argument("--out", type=Path, required=True, help="where the runs go")
-    parser.add_argument("--train", type=int, default=800, help="training samples a task (default 800)")
-    parser.add_argument("--test", type=int, default=300, help="test samples a task (default 300)")
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--nproc", default="2")
-    parser.add_argument("--only", nargs="*", default=list(RUNS), choices=list(RUNS), help="some of the runs")
+    parser.add_argument("--stream", choices=list(STREAMS), help="default: the table's own")
+    parser.add_argument("--train", type=int, help="training samples a task (default: the table's own)")
+    parser.add_argument("--test", type=int, default=200, help="test samples a task (default 200; dev: 100)")
+    parser.add_argument("--rates", type=float, nargs="+", help="the grid (default: the table's own)")
+    parser.add_argument("--search", type=int, help="training samples a task in the search (default: as in the runs)")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--at-once", type=int, default=2, help="runs side by side, of one process and thread each")
+    parser.add_argument("--only", nargs="*", help="some of the rows")
     options = parser.parse_args()
+    chosen = TABLES[options.table]
+    options.stream = options.stream or chosen.stream
+    options.train = options.train or chosen.samples
+    rates = options.rates or chosen.rates
+    for row in options.only or ():
+        if row not in chosen.rows:
+            parser.error(f"--only: given {row!r}; rows of {options.table}: {', '.join(chosen.rows)}")
     options.out.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for name in options.only:
-        run = options.out / name.replace(",", "").replace(" ", "-")
-        seconds = perform(name, run, options)
-        rows.append((name, json.loads((run / "scores.json").read_text("utf-8")), seconds))
-    print(table(rows))
-    print()
-    print(routing(rows))
+    with ThreadPoolExecutor(options.at_once) as pool:
+        searches = {
+            row: {lr: pool.submit(perform, row, lr, 0, "dev", options) for lr in rates if len(rates) > 1}
+            for row in options.only or chosen.rows
+        }
+        finals = {}
+        for row, runs in searches.items():
+            found = {lr: run.result()["summary"]["OP"] for lr, run in runs.items()}
+            best = max(found, key=lambda lr: found[lr]) if found else rates[0]
+            print(f"# {row}: OP on dev {', '.join(f'{lr:g}: {op:.3f}' for lr, op in found.items())}", flush=True)
+            finals[row] = best, [pool.submit(perform, row, best, s, "test", options) for s in range(options.seeds)]
+        show({row: (lr, [run.result() for run in runs]) for row, (lr, runs) in finals.items()})
 
 
-def perform(name: str, run: Path, options: argparse.Namespace) -> float:
-    """Train, unless it is done; returns the seconds of it."""
-    method, lr, direction = RUNS[name]
+def perform(row: str, lr: float, seed: int, split: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One run, unless it is done; its scores, with what it took."""
+    chosen = TABLES[options.table]
+    searching = split == "dev" and options.search
+    words = "-".join([options.table, options.stream, row, f"{lr:g}", str(seed), split])
+    run = options.out / "".join(c for c in words.replace(" ", "_") if c not in ",:()")
+    scores, path, clock = run / "scores.json", run.with_name(run.name + ".yaml"), run.with_name(run.name + ".seconds")
     recipe = {
         "run_dir": str(run),
-        "seed": options.seed,
+        "seed": seed,
         "model": {"name": str(options.data / "base")},
-        "method": method,
-        "stream_defaults": {"train_limit": options.train, "test_limit": options.test, "epochs": options.epochs},
-        "stream": [{"name": t, "path": str(options.data / "cl_benchmark" / t)} for t in ORDER[::direction]],
-        "train": {"lr": lr, "schedule": "linear", "global_batch": 16, "micro_batch": 8, "max_length": 256,
-                  "precision": "fp32"},
-        "evaluate": {"batch": 50, "tasks": "seen", "before": False},
+        "method": dict(chosen.rows[row]),
+        "data": {"bad_records": "skip", "cache_dir": str(options.out / "cache")},
+        "stream_defaults": {
+            "train_limit": options.search if searching else options.train,
+            "test_limit": options.test,
+            "dev_limit": 100,
+            "epochs": chosen.epochs,
+        },
+        "stream": [{"name": t, "path": str(options.data / "cl_benchmark" / t)} for t in STREAMS[options.stream]],
+        "train": {"lr": lr, "schedule": "linear", "global_batch": chosen.batch, "micro_batch": 8,
+                  "packing": chosen.packing, "max_length": 256, "precision": "fp32"},
+        "evaluate": {"batch": 50, "tasks": "seen", "before": False, "split": split},
         "deepspeed": "ds_configs/zero1.json",
-        "checkpoint": {"every": 1000},
-        "observe": {"tensorboard": False},
+        "checkpoint": {"every": 1000, "keep": 1},
+        "observe": {"tensorboard": False, "live": "off"},
     }  # fmt: skip
-    path, clock = run.with_suffix(".yaml"), run.with_suffix(".seconds")
+    if split == "test":
+        by_task = chosen.rows[row]["name"] in ("asr", "moses")
+        recipe["evaluate"] |= {k: v for k, v in chosen.evaluate.items() if k != "given" or by_task}
+        if chosen.heldout:
+            recipe["evaluate"]["heldout"] = str(options.data / "base" / "heldout.jsonl")
     path.write_text(yaml.safe_dump(recipe, sort_keys=False), "utf-8")
-    print(f"# {name}: {path}", flush=True)
-    start = time.monotonic()
-    status = subprocess.call([sys.executable, "-m", "dscl", "train", str(path), "--nproc", options.nproc])
-    if status:
-        sys.exit(status)
-    if not clock.is_file():
+    if not (scores.is_file() and json.loads(scores.read_text("utf-8"))["complete"]):
+        print(f"# {path}", flush=True)
+        environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        command = [sys.executable, "-m", "dscl", "train", str(path)]
+        start = time.monotonic()
+        with open(run.with_name(run.name + ".log"), "w", encoding="utf-8") as log:
+            status = subprocess.call(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        if status:
+            raise SystemExit(f"{' '.join(command)} ended with status {status}; see {log.name}")
         clock.write_text(str(time.monotonic() - start))
-    return float(clock.read_text())
+    document: dict[str, Any] = json.loads(scores.read_text("utf-8"))
+    record = json.loads((run / "metrics.jsonl").read_text("utf-8").splitlines()[-1])
+    seconds = float(clock.read_text()) if clock.is_file() else None
+    return document | {"capacity": record.get("capacity_bytes"), "seconds": seconds}
 
 
-def table(rows: list[tuple[str, dict[str, Any], float]]) -> str:
-    """Final accuracy of each task, OP, BWT."""
-    lines = [f"| method | {' | '.join(ORDER)} | OP | BWT | minutes |", "|---" * (len(ORDER) + 4) + "|"]
-    for name, scores, seconds in rows:
-        last = dict(zip(scores["tasks"], scores["matrix"][-1], strict=True))
-        op, bwt = scores["summary"]["OP"], scores["summary"]["BWT"]
-        cells = [*(f"{last[task]:.3f}" for task in ORDER), f"{op:.3f}", f"{bwt:+.3f}", f"{seconds / 60:.1f}"]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+Runs = Mapping[str, tuple[float, list[dict[str, Any]]]]
 
 
-def routing(rows: list[tuple[str, dict[str, Any], float]]) -> str:
-    """Where each task's test prompts went after the last task: to another task, and to none (rejected)."""
-    lines = [f"| shares sent to another task, to none | {' | '.join(ORDER)} |", "|---" * (len(ORDER) + 1) + "|"]
-    for name, scores, _ in rows:
-        if "routed" in scores:
-            shares = zip(scores["routed"][-1], scores["rejected"][-1], strict=True)
-            last = dict(zip(scores["tasks"], shares, strict=True))
-            cells = [f"{1 - right - none:.3f}, {none:.3f}" for right, none in (last[task] for task in ORDER)]
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def show(rows: Runs) -> None:
+    """Means over the seeds, with the spread of OP; then every task's score at the end, and where prompts went."""
+    every = [document for _, found in rows.values() for document in found]
+    columns: dict[str, Callable[[list[dict[str, Any]]], str]] = {
+        "OP": lambda found: mean(found, lambda s: s["summary"]["OP"], spread=True),
+        "BWT": lambda found: mean(found, lambda s: s["summary"]["BWT"], "+.3f"),
+        "right after learning": lambda found: mean(found, diagonal),
+    }
+    if any("given" in s for s in every):
+        columns["OP, task given"] = lambda found: mean(found, lambda s: s["given"]["summary"]["OP"])
+        columns["BWT, task given"] = lambda found: mean(found, lambda s: s["given"]["summary"]["BWT"], "+.3f")
+        columns["routed right"] = lambda found: mean(found, lambda s: statistics.mean(s["routed"][-1]))
+    if any("heldout" in s for s in every):
+        columns["held-out loss before → after"] = lambda found: " → ".join(
+            mean(found, lambda s, at=at: s["heldout"][at], ".2f") for at in (0, -1)
+        )
+    if any(s["capacity"] for s in every):
+        columns["kept, KiB"] = lambda found: mean(found, lambda s: s["capacity"] / 1024, ".0f")
+    columns["minutes"] = lambda found: mean(found, lambda s: s["seconds"] / 60, ".1f")
+    table(["row", "rate", *columns], [[row, f"{lr:g}", *(of(found) for of in columns.values())]
+                                      for row, (lr, found) in rows.items()])  # fmt: skip
+    names = every[0]["tasks"]
+    table(["at the end", *names], [[row, *(mean(found, lambda s, j=j: s["matrix"][-1][j]) for j in range(len(names)))]
+                                   for row, (_, found) in rows.items()])  # fmt: skip
+    routed = {row: found for row, (_, found) in rows.items() if "routed" in found[0]}
+    if routed:
+        table(["to another task, to none", *names], [
+            [row, *(", ".join(mean(found, part) for part in (
+                lambda s, j=j: 1 - s["routed"][-1][j] - s["rejected"][-1][j], lambda s, j=j: s["rejected"][-1][j]
+            )) for j in range(len(names)))] for row, found in routed.items()
+        ])  # fmt: skip
+
+
+def diagonal(document: Mapping[str, Any]) -> float:
+    return statistics.mean(row[i] for i, row in enumerate(document["matrix"]))
+
+
+def mean(found: Sequence[Mapping[str, Any]], of: Callable[[Any], float], how: str = ".3f", spread: bool = False) -> str:
+    """Over the seeds; - where a run has no such figure."""
+    try:
+        values = [of(document) for document in found]
+        shown = format(statistics.mean(values), how)
+    except (KeyError, TypeError):
+        return "-"
+    return f"{shown} ± {statistics.stdev(values):.3f}" if spread and len(values) > 1 else shown
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    print()
+    for line in (head, ["---"] * len(head), *rows):
+        print(f"| {' | '.join(line)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -163,6 +163,20 @@ def load(folder: Path, engine: Engine, method: Method) -> dict[str, Any]:
     return dict(state["position"])
 
 
+class Masters:
+    """The trained tensors among some, as a checkpoint holds them: whole, in fp32, each read when it is asked for.
+
+    The files stay open, so that they can be read to the end even if newer checkpoints take this one's place.
+    """
+
+    def __init__(self, folder: Path, among: Mapping[str, torch.Size]) -> None:
+        self._stretches = _Stretches(folder, ExitStack())
+        self.shapes = {name: shape for name, shape in among.items() if self._stretches.holds(name, "master")}
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._stretches.read(name, "master", 0, self.shapes[name].numel()).view(self.shapes[name])
+
+
 def _rows(folder: Path) -> dict[str, torch.Tensor]:
     """This rank's part of the rows that all ranks had gathered, however many there were."""
     parts: dict[str, list[torch.Tensor]] = {}
@@ -204,6 +218,9 @@ class _Stretches:
                 self._held.setdefault((name, kind), []).append((int(start), int(start) + length, file, stored))
         for pieces in self._held.values():
             pieces.sort(key=lambda piece: piece[:2])
+
+    def holds(self, name: str, kind: str) -> bool:
+        return (name, kind) in self._held
 
     def read(self, name: str, kind: str, start: int, stop: int) -> torch.Tensor:
         parts, at = [], start

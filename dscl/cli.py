@@ -48,13 +48,17 @@ GENERATE_EXAMPLE = """example:
 Prompts are answered in the form that the tasks were trained on: --template makes it of them, or they have it already.
 A text file or the standard input holds one a line; prompts of several lines go into a .json or .jsonl file. Each answer
 comes after the task that the prompt went to (base: to none, so the base model answers) and the lead that this task had
-over the second best."""
+over the second best. What was trained with the task given (task_inference: given) does not find it out: give --task."""
 
 EXPORT_EXAMPLE = """example:
   dscl export out/a out/export
+  dscl export out/a out/lora --task news
 
-Writes the adapters, the router and the tokenizer of the tasks that have ended, and where the base model lies, for
-dscl generate and, in Python, dscl.load."""
+Writes what the tasks that have ended left (adapters or sub-experts), the router, the tokenizer, the dense weights where
+they were trained too, and where the base model lies, for dscl generate and, in Python, dscl.load.
+
+With --task it writes one task alone as a LoRA for PEFT. That is exact for adapters, and for sub-experts with gate:
+uniform; where a token router sends every token to sub-experts of its own it cannot be, and the command says so."""
 
 ROUTE_EXAMPLE = """example:
   dscl route-existing out/export --base models/llama --task news=adapters/news=news.txt \\
@@ -67,7 +71,7 @@ as {"prompt": ...} in a .json or .jsonl file."""
 VERBS = {
     "train": ("train a recipe's stream of tasks", TRAIN_EXAMPLE),
     "eval": ("evaluate a run's newest checkpoint", EVAL_EXAMPLE),
-    "generate": ("answer prompts, each by the adapter of its task", GENERATE_EXAMPLE),
+    "generate": ("answer prompts, each by what its task has learnt", GENERATE_EXAMPLE),
     "export": ("write what a run has learnt as a folder that needs nothing of the run", EXPORT_EXAMPLE),
     "route-existing": ("make an export of adapters that were trained elsewhere", ROUTE_EXAMPLE),
 }
@@ -152,7 +156,9 @@ def _serve(options: argparse.Namespace) -> int:
         return _generate(options)
     export = _export()
     folder = Path(options.folder).expanduser()
-    if options.verb == "export":
+    if options.verb == "export" and options.task is not None:
+        export.export_task(Path(options.run).expanduser(), folder, options.task)
+    elif options.verb == "export":
         export.export(Path(options.run).expanduser(), folder)
     else:
         settings = {name: getattr(options, name) for name in ("feature_layer", "width", "max_length", "precision")}
@@ -161,17 +167,18 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from dscl import serve
+    from dscl.description import DESCRIPTION, read_description
+    from dscl.serve import open_model
 
     prompts = _templated(_prompts(options), options.template)
     place = Path(options.place).expanduser()
-    if (place / serve.DESCRIPTION).is_file():
-        description = serve.read_description(place, options.base)
+    if (place / DESCRIPTION).is_file():
+        description = read_description(place, options.base)
     elif options.base is not None:
         raise UserError("--base: only for an export; a run's base model is the one that its recipe names")
     else:
         description = _export().describe(place)
-    model = serve.open_model(description)
+    model = open_model(description)
     for start in range(0, len(prompts), AT_ONCE):
         some = prompts[start : start + AT_ONCE]
         answers = model.generate(some, options.max_new_tokens, ... if options.task is None else options.task)
@@ -195,14 +202,14 @@ def _export() -> Any:
 
 
 def _prompts(options: argparse.Namespace) -> list[str]:
-    from dscl import serve
+    from dscl.data.prompts import read_prompts, split_lines
 
     if options.prompt is not None:
         return list(options.prompt)
     if options.file not in (None, "-"):
-        return serve.read_prompts(Path(options.file).expanduser())
+        return read_prompts(Path(options.file).expanduser())
     piped = options.file == "-" or not sys.stdin.isatty()
-    prompts = serve.split_lines(sys.stdin.buffer.read(), "the standard input") if piped else []
+    prompts = split_lines(sys.stdin.buffer.read(), "the standard input") if piped else []
     if not prompts:
         raise UserError("no prompt given; give --prompt TEXT, --file FILE, or lines on the standard input")
     return prompts
@@ -275,11 +282,12 @@ def _add_serving(generate: Parser, export: Parser, route: Parser) -> None:
     source.add_argument("--file", metavar="FILE", help=".txt, .json or .jsonl with prompts; -: the standard input")
     generate.add_argument("--template", metavar="TEXT", help="what each {prompt} is put into; \\n: a new line")
     generate.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="longest answer (default: 32)")
-    generate.add_argument("--task", metavar="NAME", help="use this task's adapter for all prompts, and route none")
+    generate.add_argument("--task", metavar="NAME", help="the task that all prompts are of; none is routed")
     generate.add_argument("--base", metavar="MODEL", help="where an export's base model lies, if it was moved")
     generate.add_argument("--json", action="store_true", help="one JSON object a line")
     export.add_argument("run", metavar="RUN_DIR")
     export.add_argument("folder", metavar="DIR")
+    export.add_argument("--task", metavar="NAME", help="write this task alone, as a LoRA that PEFT loads")
     route.add_argument("folder", metavar="DIR")
     route.add_argument("--base", required=True, metavar="MODEL", help="a model folder or a hub id")
     route.add_argument(

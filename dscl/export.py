@@ -2,23 +2,47 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from dscl import serve
-from dscl.checkpoint import Checkpoints
-from dscl.config import parse
-from dscl.data.encode import fingerprint
+from dscl.checkpoint import Checkpoints, Masters
+from dscl.config import nearest, parse
+from dscl.data.encode import answer_room, fingerprint
+from dscl.data.prompts import read_prompts
 from dscl.data.stream import load_stream
+from dscl.data.task import Task
+from dscl.description import (
+    ADAPTERS,
+    DESCRIPTION,
+    EXPERTS,
+    ROUTER,
+    TOKENIZER,
+    TRAINED,
+    Description,
+    Training,
+    copy,
+    lasting,
+    open_base,
+    part_of,
+    read_description,
+    refuse_other,
+    replacing,
+    shapes_of,
+    write,
+)
 from dscl.errors import UserError
 from dscl.methods.asr import AsrConfig
 from dscl.methods.deciding import feature_layer_of, width_of
-from dscl.model.adapters import file_name
-from dscl.model.backbone import DTYPES, ModelConfig, locate, open_backbone
+from dscl.methods.moses import MosesConfig
+from dscl.model.adapters import CONFIG, WEIGHTS, file_name, write_adapter
+from dscl.model.backbone import DTYPES, Backbone, ModelConfig, locate, open_backbone
+from dscl.model.learnt import Claimed
+from dscl.model.routing import Routing
 from dscl.recipe import Recipe, read_recipe
 from dscl.router import Router, Spec
-from dscl.serve import Description
+from dscl.serve import open_model
 
 SHORTEST = 8  # tokens of a prompt that can be asked for, as of a row in a recipe
 
@@ -28,39 +52,79 @@ def describe(run_dir: Path) -> Description:
     stored = run_dir / "recipe.yaml"
     if not stored.is_file():
         raise UserError(
-            f"{run_dir}: no run there (it would hold recipe.yaml) and no export ({serve.DESCRIPTION}); "
+            f"{run_dir}: no run there (it would hold recipe.yaml) and no export ({DESCRIPTION}); "
             "give the run_dir of a training run, or a folder that dscl export wrote"
         )
     recipe = read_recipe(str(stored), [f"run_dir={json.dumps(str(run_dir), ensure_ascii=False)}"])
-    if not isinstance(recipe.method, AsrConfig):
+    method = recipe.method
+    if not isinstance(method, AsrConfig | MosesConfig):
         raise UserError(
-            f"{run_dir}: a run of method {recipe.method.name}; dscl generate and dscl export work for methods that "
-            "keep adapters (asr)"
+            f"{run_dir}: a run of method {method.name}; dscl generate and dscl export work for methods whose tasks "
+            "leave something beside the base model (asr, moses)"
         )
     if chats := [task.name for task in recipe.stream if task.chat]:
         raise UserError(
             f"{run_dir}: task {chats[0]!r} is a chat task (chat: true), which was not trained on plain prompts; use "
             "dscl eval, or train on prompts that a template makes"
         )
-    tasks = {name: run_dir / "adapters" / file_name(name) for name in _ended(recipe)}
-    router = None
-    for name in tasks:
-        part = Router.load(run_dir / "router" / f"{file_name(name)}.safetensors", router.spec if router else None)
-        router = router or Router(part.spec, recipe.method.ridge, bool(recipe.method.reject))
-        router.add(name, part.statistics(name))
-    assert router is not None
-    base = recipe.model.name and serve.lasting(recipe.model.name)
+    newest, names = _newest(recipe)
+    kind = ADAPTERS if isinstance(method, AsrConfig) else EXPERTS
+    tasks = {name: part_of(run_dir, kind, name) for name in names}
+    if isinstance(method, MosesConfig) and method.task_inference == "given":
+        router, training = None, _training(recipe)
+    else:
+        router = _router(run_dir, names, method)
+        training = Training.of(router.spec)
+    base = recipe.model.name and lasting(recipe.model.name)
     model = ModelConfig(base, recipe.model.shape, str(_tokenizer_folder(recipe).absolute()))
-    return Description(model, recipe.seed, tasks, router)
+    description = Description(model, recipe.seed, tasks, training, router, kind)
+    if isinstance(method, MosesConfig) and method.weights is not None:
+        # As they are now: with a further task in progress, what ended tasks have left stands beside weights that move.
+        description = dataclasses.replace(description, trained=Masters(newest, shapes_of(open_base(description))))
+    return description
 
 
 def export(run_dir: Path, folder: Path) -> None:
     """Write a run's tasks as a folder that needs nothing of the run, and say what is in it."""
-    serve.refuse_other(folder)
+    refuse_other(folder)
     description = describe(run_dir)
-    serve.open_base(description)  # refused if the base model was changed after the training
-    serve.write(description, folder)
+    open_base(description)  # refused if the base model was changed after the training
+    write(description, folder)
     _show(folder, description)
+
+
+def export_task(run_dir: Path, folder: Path, task: str) -> None:
+    """Write what one task of a run has left as a LoRA in PEFT's layout, and say whether that is all of it."""
+    _refuse_other_than_adapter(folder)
+    description = describe(run_dir)
+    if task not in description.tasks:
+        raise UserError(
+            f"--task: no task {task!r} has ended in {run_dir}{nearest(task, description.tasks)}; tasks there: "
+            f"{', '.join(description.tasks)}"
+        )
+    if description.trained is not None:
+        raise UserError(
+            f"--task: {run_dir} has trained the base model's own weights too (method.weights), so what task {task!r} "
+            "has left is no adapter of the base model; export the run without --task"
+        )
+    backbone, sent = open_base(description), ""
+    with replacing(folder) as new:
+        if description.kind == ADAPTERS:
+            copy(description.tasks[task], new, (CONFIG, WEIGHTS))
+        else:
+            learnt = Claimed(backbone.build(), Routing(len(description.tasks), rank=0), None, description.tasks)
+            write_adapter(new, learnt.adapter(task, description.model.name or "model.shape"))
+            sent = learnt.sent
+    print(f"wrote {folder}: {CONFIG}, {WEIGHTS}")
+    print(f"task:  {task}")
+    print(f"base:  {_base(description)} (not copied)")
+    if sent:
+        print(f"exact: no, the task's token router {sent}, and a LoRA cannot;")
+        print("       here all of them count for every token alike, so it answers otherwise than dscl generate")
+    else:
+        print("exact: yes, up to rounding")
+    print("use:   from peft import PeftModel")
+    print(f"       PeftModel.from_pretrained(base, {str(folder)!r})", flush=True)
 
 
 def route_existing(
@@ -75,13 +139,13 @@ def route_existing(
 ) -> None:
     """An export of PEFT adapters made elsewhere. A task is a name, an adapter's folder and a file with some prompts,
     which pass through the base model as far as the feature layer; nothing is trained."""
-    serve.refuse_other(folder)
+    refuse_other(folder)
     if not tasks:
         raise UserError("--task: none given; at least one NAME=ADAPTER_FOLDER=PROMPTS_FILE is needed")
     if max_length < SHORTEST:
         raise UserError(f"--max-length: given {max_length}; at least {SHORTEST} tokens are needed")
     config = parse(AsrConfig, {"feature_layer": feature_layer, "width": width})
-    prompts = {name: serve.read_prompts(file) for name, (_, file) in tasks.items()}
+    prompts = {name: read_prompts(file) for name, (_, file) in tasks.items()}
     place = str(locate(base, "--base").absolute())
     backbone = open_backbone(ModelConfig(place), seed=0, dtype=DTYPES[precision], cache=Path(), texts=lambda: ())
     spec = Spec(
@@ -95,23 +159,43 @@ def route_existing(
         prompt_limit=max_length,
         precision=precision,
     )
-    model = ModelConfig(serve.lasting(base), tokenizer=place)
-    made = serve.open_model(Description(model, 0, {}, Router(spec)), slots=len(tasks))
+    model = ModelConfig(lasting(base), tokenizer=place)
+    made = open_model(Description(model, 0, {}, Training.of(spec), Router(spec)), slots=len(tasks))
     for name, (adapter, _) in tasks.items():
         made.add(name, adapter, prompts[name])
     made.save(folder)
-    _show(folder, serve.read_description(folder))
+    _show(folder, read_description(folder))
 
 
-def _ended(recipe: Recipe) -> list[str]:
-    """The names of the tasks that had ended."""
+def _newest(recipe: Recipe) -> tuple[Path, list[str]]:
+    """The newest whole checkpoint, and the names of the tasks that had ended."""
     newest, count = Checkpoints(recipe.folder / "checkpoints", recipe.checkpoint.keep).newest(), 0
     if newest is not None:
         position = json.loads((newest / "state.json").read_text("utf-8"))["position"]
         count = position["task"] + position["learned"]
-    if not count:
+    if newest is None or not count:
         raise UserError(f"{recipe.run_dir}: no task has ended there yet; train first, or let the training go on")
-    return [task.name for task in recipe.stream[:count]]
+    return newest, [task.name for task in recipe.stream[:count]]
+
+
+def _router(run_dir: Path, names: Sequence[str], method: AsrConfig | MosesConfig) -> Router:
+    """Of the parts that the tasks have left."""
+    router = None
+    for name in names:
+        part = Router.load(run_dir / "router" / f"{file_name(name)}.safetensors", router.spec if router else None)
+        router = router or Router(part.spec, method.ridge, method.reject is not False)
+        router.add(name, part.statistics(name))
+    assert router is not None
+    return router
+
+
+def _training(recipe: Recipe) -> Training:
+    """What a run without a router was trained with: no file of it tells, so it is found out anew, as at its start."""
+    tasks = load_stream(recipe.stream, recipe.data, recipe.seed)
+    backbone = _backbone(recipe, tasks)
+    room = max(answer_room(task.labels, backbone.tokenizer, recipe.evaluate.max_new_tokens) for task in tasks)
+    tokenizer = fingerprint(backbone.tokenizer)
+    return Training(backbone.fingerprint(), tokenizer, recipe.train.max_length - room, recipe.train.precision)
 
 
 def _tokenizer_folder(recipe: Recipe) -> Path:
@@ -121,21 +205,38 @@ def _tokenizer_folder(recipe: Recipe) -> Path:
     if recipe.model.name is not None:
         return locate(recipe.model.name, "model.name")
     tasks = load_stream(recipe.stream, recipe.data, recipe.seed)
+    return Path(_backbone(recipe, tasks).tokenizer.name_or_path)
 
+
+def _backbone(recipe: Recipe, tasks: Sequence[Task]) -> Backbone:
     def texts() -> Iterator[str]:
         for task in tasks:
             for sample in task.train:
                 yield f"{sample.prompt} {sample.answer}"
 
     dtype = DTYPES[recipe.train.precision]
-    backbone = open_backbone(recipe.model, seed=recipe.seed, dtype=dtype, cache=recipe.data.cache, texts=texts)
-    return Path(backbone.tokenizer.name_or_path)
+    return open_backbone(recipe.model, seed=recipe.seed, dtype=dtype, cache=recipe.data.cache, texts=texts)
+
+
+def _refuse_other_than_adapter(folder: Path) -> None:
+    """One task's LoRA takes the place of nothing but such a one."""
+    if folder.exists() and (folder.is_file() or not {file.name for file in folder.iterdir()} <= {CONFIG, WEIGHTS}):
+        raise UserError(f"{folder}: something else is there; give a new or an empty folder, or that of a LoRA alone")
+
+
+def _base(description: Description) -> str:
+    return description.model.name or f"drawn from seed {description.seed}"
 
 
 def _show(folder: Path, description: Description) -> None:
-    base = description.model.name or f"drawn from seed {description.seed}"
-    print(f"wrote {folder}: {serve.DESCRIPTION}, {serve.ADAPTERS}/, {serve.ROUTER}, {serve.TOKENIZER}/")
+    parts = [DESCRIPTION, f"{description.kind}/", f"{TOKENIZER}/"]
+    parts += [ROUTER] * (description.router is not None) + [TRAINED] * (description.trained is not None)
+    print(f"wrote {folder}: {', '.join(parts)}")
     print(f"tasks: {', '.join(description.tasks)}")
-    print(f"base:  {base} (not copied)")
+    print(f"base:  {_base(description)} (not copied)")
+    task = ""
+    if description.router is None:
+        print("route: none; the tasks were given in training, so they have to be given in use")
+        task = f", task={next(iter(description.tasks))!r}"
     print("use:   import dscl")
-    print(f"       dscl.load({str(folder)!r}).generate(['a prompt'])", flush=True)
+    print(f"       dscl.load({str(folder)!r}).generate(['a prompt']{task})", flush=True)

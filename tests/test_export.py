@@ -169,7 +169,7 @@ def test_a_run_that_has_nothing_to_serve_is_refused(spoilt: Path, base: Path) ->
     (spoilt / "recipe.yaml").write_text(other)
     assert list(export.describe(spoilt).tasks) == list(ENDED)  # the files tell their features
     (spoilt / "recipe.yaml").write_text(json.dumps({**document(spoilt, base), "method": {"name": "sequential"}}))
-    assert "a run of method sequential; dscl generate and dscl export work for methods that keep ad" in refused(spoilt)
+    assert "a run of method sequential; dscl generate and dscl export work for methods whose ta" in refused(spoilt)
     shutil.rmtree(spoilt / "checkpoints")
     (spoilt / "recipe.yaml").write_text(json.dumps(document(spoilt, base)))
     assert "no task has ended there yet; train first" in refused(spoilt)
@@ -188,7 +188,7 @@ def test_a_base_that_was_changed_after_the_training_is_refused(tmp_path: Path) -
     run_dir = write_run(tmp_path / "out", base)
     export.export(run_dir, tmp_path / "before")
     write_base(base, seed=6)
-    with pytest.raises(UserError, match="the router was built with model"):
+    with pytest.raises(UserError, match="the tasks were trained with model"):
         export.export(run_dir, tmp_path / "after")
     assert not (tmp_path / "after").exists()
 

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,13 @@ from dscl import serve
 from dscl.data.batches import collate
 from dscl.data.encode import bos_id, encode_prompts, fingerprint
 from dscl.data.task import Sample
+from dscl.description import Description, Training
 from dscl.errors import Failure, UserError
 from dscl.maths.rls import gather
 from dscl.model.backbone import ModelConfig, open_backbone
 from dscl.model.tokenizer import load_tokenizer, pad_id, train_tokenizer
 from dscl.router import Router, Spec
-from dscl.serve import Description, Model
+from dscl.serve import Model
 from tests.model.conftest import PIECES, SHAPE, TEXT, WORDS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -81,8 +82,12 @@ def spec_of(base: Path, **changes: Any) -> Spec:
 
 
 def empty(base: Path, slots: int = 3) -> Model:
-    description = Description(ModelConfig(str(base), tokenizer=str(base)), 0, {}, Router(spec_of(base)))
-    return serve.open_model(description, slots=slots)
+    return serve.open_model(description_of(base, spec_of(base)), slots=slots)
+
+
+def description_of(base: Path, spec: Spec, tokenizer: Path | None = None) -> Description:
+    model = ModelConfig(str(base), tokenizer=str(tokenizer or base))
+    return Description(model, 0, {}, Training.of(spec), Router(spec))
 
 
 @pytest.fixture(scope="module")
@@ -305,7 +310,7 @@ def test_a_task_whose_prompts_fail_is_not_half_there(adapters: dict[str, Path], 
     with pytest.raises(UserError, match="prompt 2 is empty"):
         model.add("new", adapters["whole"], ["some text", ""])
     assert model.tasks == [*TASKS]
-    assert sorted(model._bank.names) == [*TASKS]
+    assert sorted(model._learnt._bank.names) == [*TASKS]
     model.add("new", adapters["whole"], ["some text", "and more"])
     with pytest.raises(UserError, match="slots: given 2; there are 3 tasks"):
         dscl.load(exported, slots=2)
@@ -360,13 +365,12 @@ def test_a_tokenizer_is_carried_over_as_it_is_read(base: Path, adapters: dict[st
     )
     (source / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
     tokenizer = fingerprint(load_tokenizer(source))
-    router = Router(spec_of(base, tokenizer=tokenizer))
-    model = serve.open_model(Description(ModelConfig(str(base), tokenizer=str(source)), 0, {}, router), slots=1)
+    model = serve.open_model(description_of(base, spec_of(base, tokenizer=tokenizer), source), slots=1)
     model.add("birds", adapters["birds"], prompts_of("birds", 9))
     model.save(tmp_path / "made")
     assert dscl.load(tmp_path / "made").tasks == ["birds"]
     (source / "config.json").unlink()
-    with pytest.raises(UserError, match="source: not the tokenizer that the router was built with"):
+    with pytest.raises(UserError, match="source: not the tokenizer that the tasks were trained with"):
         model.save(tmp_path / "made")
     assert dscl.load(tmp_path / "made").tasks == ["birds"]
 
@@ -466,7 +470,7 @@ ADAPTER = "adapters/hills/adapter_model.safetensors"
         ),
         (lambda e: described(e, lambda d: d["features"].update(precision="bf16")), "precision fp32, here it is bf16"),
         (lambda e: described(e, lambda d: d["features"].update(seed=4)), "seed of the expansion 3, here it is 4"),
-        (retrained, "the router was built with tokenizer .*, here it is"),
+        (retrained, "the tasks were trained with tokenizer .*, here it is"),
     ],
 )
 def test_what_does_not_belong_together_is_refused(spoil: Callable[[Path], Any], told: str, export: Path) -> None:
@@ -495,7 +499,7 @@ def test_another_base_model_is_refused(
     changed = Path(shutil.copytree(base, tmp_path / "changed"))
     dscl.load(exported, base=str(changed))
     spoil(changed)
-    with pytest.raises(UserError, match=r"changed: the router was built with model [0-9a-f]{12}, here it is [0-9a-f]"):
+    with pytest.raises(UserError, match=r"changed: the tasks were trained with model [0-9a-f]{12}, here it is "):
         dscl.load(exported, base=str(changed))
 
 
@@ -518,39 +522,3 @@ except AttributeError as error:
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [repr([*TASKS]), "module 'dscl' has no attribute 'loads'"]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "expected"),
-    [
-        ("a.txt", "one\n\n  two \r\nthree", ["one", "  two ", "three"]),
-        ("a.txt", "\ufeffone\n", ["one"]),
-        ("a.json", '["one", {"prompt": "two\\nlines", "answer": "x"}]', ["one", "two\nlines"]),
-        ("a.jsonl", '{"prompt": "one"}\n\n"two"\n', ["one", "two"]),
-    ],
-)
-def test_prompts_of_a_file(name: str, content: str, expected: Iterable[str], tmp_path: Path) -> None:
-    (tmp_path / name).write_text(content, "utf-8", newline="")
-    assert serve.read_prompts(tmp_path / name) == expected
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "told"),
-    [
-        ("a.csv", b"one", "a file of another kind; allowed: .txt, .json, .jsonl"),
-        ("a.txt", b"\n \n", "holds no prompts"),
-        ("a.txt", b"\xff\xfe", "not text in UTF-8"),
-        ("a.json", b"{}", "holds a dict; a list of prompts is needed"),
-        ("a.json", b"[]", "holds no prompts"),
-        ("a.json", b'["a", ""]', "a.json, record 2: the prompt is empty"),
-        ("a.json", b'[{"sentence": "x"}]', "record 1: the field 'prompt' is missing \\(its fields: sentence\\)"),
-        ("a.jsonl", b'{"prompt": "x"}\n{"prompt": 3}', "a.jsonl, line 2: the prompt is 3 \\(int\\); text is needed"),
-        ("a.jsonl", b'{"prompt"', "line 1: broken JSON"),
-        ("none.txt", None, "none.txt: cannot be read \\(No such file"),
-    ],
-)
-def test_files_without_prompts_are_refused(name: str, content: bytes | None, told: str, tmp_path: Path) -> None:
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=told):
-        serve.read_prompts(tmp_path / name)

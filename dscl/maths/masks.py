@@ -39,7 +39,7 @@ def opened(scores: Tensor, allowed: Tensor, count: int) -> Tensor:
     """Where the `count` largest magnitudes among those allowed stand; all of these if they are fewer. No host waits."""
     assert scores.shape == allowed.shape
     size = torch.where(allowed, scores.detach().abs().float(), -1.0).flatten()
-    best = size.topk(min(count, len(size))).indices
+    best = size.topk(min(count, len(size)), sorted=False).indices
     chosen = torch.zeros_like(size, dtype=torch.bool).scatter_(0, best, True)
     return (chosen & allowed.flatten()).view(scores.shape)
 

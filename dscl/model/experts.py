@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -108,51 +109,60 @@ class SubExperts(Projection):
         return ["sub_a", "sub_b", *scores, *(["token_router"] if self.shape.top else [])]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = super().forward(x)
         if self.training:
-            logits = functional.linear(x, self.token_router) if self.shape.top else None
-            a, b, columns = self._learning()
-            dropped = functional.dropout(x, self.shape.dropout) if self.shape.dropout else x
-            return y + _low_rank(dropped, a, b, self._gate(logits, self.open) * columns)
-        rows = self.routing.rows
+            return self._learn(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+        y, rows = super().forward(x), self.routing.rows
         if rows is None:
             return y
         return y + self._answer(x.reshape(len(rows.slots), -1, self.in_features), rows).reshape(y.shape)
 
-    def _learning(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]:
-        """A and B of the task that learns, and what it opens of the columns."""
+    def _learn(self, x: torch.Tensor) -> torch.Tensor:
+        """[tokens, in], all of the task that learns."""
+        shape, (a, b) = self.shape, self._sides_that_learn()
+        at_once = a[:0] if shape.dropout else a  # what reads x as it is: one product, and so is its gradient
+        router = self.token_router if shape.top else a[:0]
+        y, read = _Beside.apply(x, self.weight, self.bias, torch.cat([at_once, router]))
+        low, logits = read.split([len(at_once), len(router)], 1)
+        if shape.dropout:
+            low = functional.linear(functional.dropout(x, shape.dropout), a)
+        gate = self._gate(logits if shape.top else None, self.open)
+        low = (low.unflatten(1, (shape.most, shape.rank)) * gate[..., None]).flatten(1)
+        return y.addmm_(low, b.to(y.dtype))
+
+    def _sides_that_learn(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and Bᵀ as the task's masks open them; what they open of atoms counts in B, once."""
         scores, allowed = self._of("score"), self._of("allowed")
         masks = {name: strongest(scores[name], allowed[name], count) for name, count in self.counts.items()}
         taken_a, taken_b = self._sides(self._of("taken"))
         a, b = frozen(taken_a, self.held_a, self.sub_a), frozen(taken_b, self.held_b, self.sub_b)
-        return (a, b, masks["atoms"]) if self.shape.atoms else (a * masks["a"], b * masks["b"], 1.0)
+        a, b = (a, b * masks["atoms"]) if self.shape.atoms else (a * masks["a"], b * masks["b"])
+        return a, b.T.contiguous()  # the gradient of Bᵀ is the faster product
 
     def _answer(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         """What is added for [rows, tokens, in], each row of its own task."""
         logits = x @ self.routers[rows.index].transpose(1, 2) if self.shape.top else None
         gate = self._gate(logits, self.seats[rows.index][:, None])
+        gate = gate[..., None].expand(*gate.shape, self.shape.rank).flatten(-2)
         if self.shape.atoms:
             columns = self._of("opens")["atoms"][rows.index].to(gate) * rows.present[:, None]
             return _low_rank(x, self.held_a, self.held_b, gate * columns[:, None])
         added = x.new_zeros(*x.shape[:2], self.out_features)
-        for slot in sorted({slot for slot in rows.slots if slot is not None}):
+        gate = gate.expand(*x.shape[:2], -1)
+        for slot, mine in rows.by_slot.items():
             opens = {name: masks[slot] for name, masks in self._of("opens").items()}
-            mine = ((rows.index == slot) * rows.present)[:, None, None]
-            added = added + _low_rank(x, self.held_a * opens["a"], self.held_b * opens["b"], gate * mine)
+            a, b = self.held_a * opens["a"], self.held_b * opens["b"]
+            added.index_copy_(0, mine, _low_rank(x[mine], a, b, gate[mine]).to(added.dtype))
         return added
 
     def _gate(self, logits: torch.Tensor | None, seats: torch.Tensor) -> torch.Tensor:
-        """Of each column, for the experts that are seated."""
+        """Of each expert, of those that are seated."""
         shape = self.shape
         if logits is None:
-            gate = seats.to(self.held_a.dtype)
-        else:
-            kind = torch.promote_types(logits.dtype, torch.float32)
-            gate = logits.to(kind).masked_fill(~seats, -math.inf).softmax(-1)
-            if shape.top < shape.most:
-                gate = gate * torch.zeros_like(gate).scatter(-1, gate.topk(shape.top).indices, 1.0)
-            gate = (gate * shape.experts).to(logits.dtype)
-        return (gate * shape.scale)[..., None].expand(*gate.shape, shape.rank).flatten(-2)
+            return seats.to(self.held_a.dtype) * shape.scale
+        kind = torch.promote_types(logits.dtype, torch.float32)
+        gate = logits.to(kind).masked_fill(~seats, -math.inf).softmax(-1)
+        chosen, factor = gate.topk(shape.top, sorted=False).indices, shape.experts * shape.scale
+        return (gate * torch.zeros_like(gate).scatter_(-1, chosen, factor)).to(logits.dtype)
 
     # ---- claiming
 
@@ -231,6 +241,29 @@ class SubExperts(Projection):
 def frozen(taken: torch.Tensor, held: torch.Tensor, trained: torch.Tensor) -> torch.Tensor:
     """What is claimed as it is held, without a gradient; the rest as it trains."""
     return torch.where(taken, held, trained)
+
+
+class _Beside(torch.autograd.Function):
+    """A projection, and another product of the same input; the two gradients to it are added up in place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, other: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(x, weight, other)
+        return functional.linear(x, weight, bias), functional.linear(x, other)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        y, read = gradients
+        x, weight, other = (saved.to(y.dtype) for saved in ctx.saved_tensors)  # autocast may have cast them on the way
+        to_x, to_weight, to_bias, _ = ctx.needs_input_grad
+        return (
+            (y @ weight).addmm_(read, other) if to_x else None,
+            y.T @ x if to_weight else None,
+            y.sum(0) if to_bias else None,
+            read.T @ x,
+        )
 
 
 def _low_rank(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:

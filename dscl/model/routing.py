@@ -30,15 +30,28 @@ class Rows:
     capacity: int
     rank: int
 
+    def _sent(self, values: list[Any]) -> torch.Tensor:
+        """To the device, without waiting for what it is doing."""
+        return torch.tensor(values).to(self.device, non_blocking=True)
+
     @cached_property
     def index(self) -> torch.Tensor:
         """[rows]; 0 where there is none."""
-        return torch.tensor([slot or 0 for slot in self.slots]).to(self.device)
+        return self._sent([slot or 0 for slot in self.slots])
 
     @cached_property
     def present(self) -> torch.Tensor:
         """[rows]: 1, or 0 where there is no slot."""
-        return torch.tensor([float(slot is not None) for slot in self.slots]).to(self.device, self.dtype)
+        return self._sent([float(slot is not None) for slot in self.slots]).to(self.dtype)
+
+    @cached_property
+    def by_slot(self) -> dict[int, torch.Tensor]:
+        """The rows of each slot that has some."""
+        found: dict[int, list[int]] = {}
+        for row, slot in enumerate(self.slots):
+            if slot is not None:
+                found.setdefault(slot, []).append(row)
+        return {slot: self._sent(rows) for slot, rows in sorted(found.items())}
 
     @cached_property
     def columns(self) -> torch.Tensor:
@@ -47,7 +60,7 @@ class Rows:
         for row, slot in enumerate(self.slots):
             if slot is not None:
                 gate[row, slot] = 1.0
-        return gate.expand(-1, -1, self.rank).flatten(1).to(self.device, self.dtype)
+        return gate.expand(-1, -1, self.rank).flatten(1).to(self.device, self.dtype, non_blocking=True)
 
 
 @dataclass

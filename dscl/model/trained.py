@@ -10,7 +10,7 @@ import math
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -26,7 +26,8 @@ Sum = dict[str, int]  # of a file: its bytes and its checksum
 class Trained(Protocol):
     """Some of a backbone's tensors."""
 
-    shapes: Mapping[str, torch.Size]  # by their names in the plain backbone
+    @property
+    def shapes(self) -> Mapping[str, torch.Size]: ...  # by their names in the plain backbone
 
     def read(self, name: str) -> torch.Tensor: ...
 
@@ -72,24 +73,20 @@ def check_trained(trained: Trained, shapes: Mapping[str, torch.Size], where: str
 
 
 def write_trained(path: Path, trained: Trained, dtype: torch.dtype) -> Sum:
-    """As safetensors, in the model's own type; returns the file's bytes and checksum."""
+    """As safetensors, in the model's own type and by name; returns the file's bytes and checksum."""
     width = torch.empty(0, dtype=dtype).element_size()
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, shape in trained.shapes.items():
+    for name, shape in sorted(trained.shapes.items()):
         start, end = end, end + width * math.prod(shape)
         header[name] = {"dtype": KINDS[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name in trained.shapes:
-            _write_values(file, trained.read(name).to(dtype))
+        for name in sorted(trained.shapes):
+            file.write(trained.read(name).to(dtype).contiguous().flatten().view(torch.uint8).numpy().data)
     return _sum(path)
-
-
-def _write_values(file: BinaryIO, tensor: torch.Tensor) -> None:
-    file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def _sum(path: Path) -> Sum:

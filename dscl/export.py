@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dscl.checkpoint import Checkpoints, Masters
 from dscl.config import nearest, parse
-from dscl.data.encode import answer_room, fingerprint
+from dscl.data.encode import fingerprint
 from dscl.data.prompts import read_prompts
 from dscl.data.stream import load_stream
 from dscl.data.task import Task
@@ -38,6 +38,7 @@ from dscl.methods.deciding import feature_layer_of, width_of
 from dscl.methods.moses import MosesConfig
 from dscl.model.adapters import CONFIG, WEIGHTS, file_name, write_adapter
 from dscl.model.backbone import DTYPES, Backbone, ModelConfig, locate, open_backbone
+from dscl.model.claims import open_claims
 from dscl.model.learnt import Claimed
 from dscl.model.routing import Routing
 from dscl.recipe import Recipe, read_recipe
@@ -71,7 +72,8 @@ def describe(run_dir: Path) -> Description:
     kind = ADAPTERS if isinstance(method, AsrConfig) else EXPERTS
     tasks = {name: part_of(run_dir, kind, name) for name in names}
     if isinstance(method, MosesConfig) and method.task_inference == "given":
-        router, training = None, _training(recipe)
+        router, first = None, open_claims(next(iter(tasks.values())))
+        training = parse(Training, first.training, "what the tasks were trained with")
     else:
         router = _router(run_dir, names, method)
         training = Training.of(router.spec)
@@ -187,15 +189,6 @@ def _router(run_dir: Path, names: Sequence[str], method: AsrConfig | MosesConfig
         router.add(name, part.statistics(name))
     assert router is not None
     return router
-
-
-def _training(recipe: Recipe) -> Training:
-    """What a run without a router was trained with: no file of it tells, so it is found out anew, as at its start."""
-    tasks = load_stream(recipe.stream, recipe.data, recipe.seed)
-    backbone = _backbone(recipe, tasks)
-    room = max(answer_room(task.labels, backbone.tokenizer, recipe.evaluate.max_new_tokens) for task in tasks)
-    tokenizer = fingerprint(backbone.tokenizer)
-    return Training(backbone.fingerprint(), tokenizer, recipe.train.max_length - room, recipe.train.precision)
 
 
 def _tokenizer_folder(recipe: Recipe) -> Path:

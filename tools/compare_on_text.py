@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,11 @@ def perform(row: str, lr: float, seed: int, split: str, options: argparse.Namesp
     words = "-".join([options.table, options.stream, row, f"{lr:g}", str(seed), split])
     run = options.out / "".join(c for c in words.replace(" ", "_") if c not in ",:()")
     scores, path, clock = run / "scores.json", run.with_name(run.name + ".yaml"), run.with_name(run.name + ".seconds")
+    evaluate: dict[str, Any] = {"batch": 50, "tasks": "seen", "before": False, "split": split}
+    if split == "test":
+        by_task = chosen.rows[row]["name"] in ("asr", "moses")
+        evaluate |= {k: v for k, v in chosen.evaluate.items() if k != "given" or by_task}
+        evaluate["heldout"] = str(options.data / "base" / "heldout.jsonl") if chosen.heldout else None
     recipe = {
         "run_dir": str(run),
         "seed": seed,
@@ -172,16 +178,11 @@ def perform(row: str, lr: float, seed: int, split: str, options: argparse.Namesp
         "stream": [{"name": t, "path": str(options.data / "cl_benchmark" / t)} for t in STREAMS[options.stream]],
         "train": {"lr": lr, "schedule": "linear", "global_batch": chosen.batch, "micro_batch": 8,
                   "packing": chosen.packing, "max_length": 256, "precision": "fp32"},
-        "evaluate": {"batch": 50, "tasks": "seen", "before": False, "split": split},
+        "evaluate": evaluate,
         "deepspeed": "ds_configs/zero1.json",
         "checkpoint": {"every": 1000, "keep": 1},
         "observe": {"tensorboard": False, "live": "off"},
     }  # fmt: skip
-    if split == "test":
-        by_task = chosen.rows[row]["name"] in ("asr", "moses")
-        recipe["evaluate"] |= {k: v for k, v in chosen.evaluate.items() if k != "given" or by_task}
-        if chosen.heldout:
-            recipe["evaluate"]["heldout"] = str(options.data / "base" / "heldout.jsonl")
     path.write_text(yaml.safe_dump(recipe, sort_keys=False), "utf-8")
     if not (scores.is_file() and json.loads(scores.read_text("utf-8"))["complete"]):
         print(f"# {path}", flush=True)
@@ -216,7 +217,7 @@ def show(rows: Runs) -> None:
         columns["routed right"] = lambda found: mean(found, lambda s: statistics.mean(s["routed"][-1]))
     if any("heldout" in s for s in every):
         columns["held-out loss before → after"] = lambda found: " → ".join(
-            mean(found, lambda s, at=at: s["heldout"][at], ".2f") for at in (0, -1)
+            mean(found, part, ".2f") for part in (lambda s: s["heldout"][0], lambda s: s["heldout"][-1])
         )
     if any(s["capacity"] for s in every):
         columns["kept, KiB"] = lambda found: mean(found, lambda s: s["capacity"] / 1024, ".0f")
@@ -224,15 +225,21 @@ def show(rows: Runs) -> None:
     table(["row", "rate", *columns], [[row, f"{lr:g}", *(of(found) for of in columns.values())]
                                       for row, (lr, found) in rows.items()])  # fmt: skip
     names = every[0]["tasks"]
-    table(["at the end", *names], [[row, *(mean(found, lambda s, j=j: s["matrix"][-1][j]) for j in range(len(names)))]
+    places = range(len(names))
+    table(["at the end", *names], [[row, *(mean(found, partial(at_end, "matrix", j)) for j in places)]
                                    for row, (_, found) in rows.items()])  # fmt: skip
     routed = {row: found for row, (_, found) in rows.items() if "routed" in found[0]}
     if routed:
-        table(["to another task, to none", *names], [
-            [row, *(", ".join(mean(found, part) for part in (
-                lambda s, j=j: 1 - s["routed"][-1][j] - s["rejected"][-1][j], lambda s, j=j: s["rejected"][-1][j]
-            )) for j in range(len(names)))] for row, found in routed.items()
+        kinds = "routed", "rejected"
+        table(["right, to none", *names], [
+            [row, *(", ".join(mean(found, partial(at_end, kind, j)) for kind in kinds) for j in places)]
+            for row, found in routed.items()
         ])  # fmt: skip
+
+
+def at_end(what: str, task: int, document: Mapping[str, Any]) -> float:
+    value: float = document[what][-1][task]
+    return value
 
 
 def diagonal(document: Mapping[str, Any]) -> float:

@@ -208,7 +208,8 @@ class Moses(Method):
         experts = self.experts
         before = tuple(experts.names)
         kept = experts.claim(name, ranks.whole(experts.trained()))
-        self._claims.append(Claims(name, before, experts.shape, kept))
+        training = {name: getattr(self.facts, name) for name in ("model", "tokenizer", "prompt_limit", "precision")}
+        self._claims.append(Claims(name, before, experts.shape, kept, training))
         told.append(f"{experts.used():.1%} of the sub-experts' parameters are claimed")
         if self.weights is not None:
             with self.routing.using([experts.slot(name)], self.like):

@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class Claims:
     before: tuple[str, ...]  # the tasks that ended earlier, in their order
     shape: Shape
     layers: dict[str, Tensors]  # by the projection's path: what `SubExperts.claim` gave
+    training: Mapping[str, Any] = field(default_factory=dict)  # fingerprints of the base and of how prompts were read
 
     def sizes(self) -> dict[str, int]:
         """Bytes by kind."""
@@ -54,6 +55,7 @@ def write_claims(path: Path, claims: Claims) -> None:
         for name, tensor in kept.items()
     }
     header = {"format": FORMAT, "task": claims.task, "before": list(claims.before), "shape": plain(claims.shape)}
+    header["training"] = dict(claims.training)
     header["checksum"] = _checksum(header, tensors)
     partial = path.with_name(f"{path.name}.partial")
     try:
@@ -113,7 +115,7 @@ def open_claims(path: Path) -> Claims:
     for name, tensor in tensors.items():
         layer, _, what = name.rpartition("|")
         layers.setdefault(layer, {})[what] = tensor
-    return Claims(header["task"], tuple(header["before"]), Shape(**header["shape"]), layers)
+    return Claims(header["task"], tuple(header["before"]), Shape(**header["shape"]), layers, header["training"])
 
 
 def _misfit(layer: SubExperts, kept: Mapping[str, torch.Tensor]) -> str:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from dscl.maths.rls import Expansion, Statistics
 
+FINE = 2.0**30  # a direction's entries are multiples of its inverse, whose sums fp64 holds exactly
+
 
 class Units(Expansion):
     """Rows are kept as 8-bit integers, as for the analytic router; a feature vector is a row's direction."""
@@ -43,8 +45,8 @@ class Keys:
 
 @torch.no_grad()
 def gather_keys(rows: Tensor, units: Units) -> Statistics:
-    """Of a task's prompts the sum of their directions; no Gram matrix is needed."""
-    features = units.features(rows)
+    """Of a task's prompts the sum of their directions, the same in every order; no Gram matrix is needed."""
+    features = torch.round(units.features(rows) * FINE) / FINE
     count = torch.tensor([len(rows)], device=rows.device)
     return Statistics(features.new_zeros(0), features.sum(0), count)
 

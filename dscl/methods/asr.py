@@ -91,12 +91,6 @@ class Asr(Method):
         spec = spec_of(kind, layer, width_of(self.config.width, shape.hidden_size), shape.hidden_size, self.facts)
         router = Router(spec, self.config.ridge, bool(self.config.reject), device)
         self.deciding = Deciding(router, self.routing)
-        for target in self.lora.targets:
-            if not targets_above(model, layer, [target]):
-                raise UserError(
-                    f"method.lora.targets: given {target!r}, which stands in no layer from feature_layer={layer} on; "
-                    "what comes before and after those layers is the same for all tasks, so leave it out"
-                )
         targets = targets_above(model, layer, self.lora.targets)
         self.bank = add_routed(model, self.routing, layer, targets)
         for routed in self.bank.layers.values():

@@ -8,6 +8,7 @@ the sub-experts train as well, in the subspace that OSFT leaves free.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -143,17 +144,14 @@ class Moses(Method):
         layer = self._prepare_deciding(model) if self.decides else 0
         model.requires_grad_(False)
         if self.weights is not None:
-            self.weights.above = layer
+            self.weights.above, self.weights.setting = layer, "method.weights.targets"
             self.weights.prepare(model)
         self.like = empty_like(model)
-        config, columns = self.config, self.config.experts * self.config.rank
-        for target in config.targets:
-            if not targets_above(model, layer, [target]):
-                raise UserError(
-                    f"method.targets: given {target!r}, which stands in no layer from feature_layer={layer} on; what "
-                    "comes before and after those layers is the same for all tasks, so leave it out"
-                )
-        enough = -(-len(self.facts.tasks) * count_of(config.share, columns) // config.rank)
+        config = self.config
+        columns = config.experts * config.rank
+        atoms = config.masks == "atom"
+        opened = count_of(config.share, columns) / config.rank if atoms else config.share * config.experts
+        enough = math.ceil(len(self.facts.tasks) * opened - 1e-9)  # for tasks that share nothing
         shape = Shape(
             experts=config.experts,
             most=config.most or max(config.experts, enough),
@@ -161,10 +159,12 @@ class Moses(Method):
             top=0 if config.gate == "uniform" else config.top_k or min(2, config.experts),
             share=config.share,
             scale=config.alpha / config.rank,
-            atoms=config.masks == "atom",
+            atoms=atoms,
             dropout=config.dropout,
         )
-        self.experts = add_experts(model, shape, self.routing, targets_above(model, layer, config.targets))
+        self.experts = add_experts(
+            model, shape, self.routing, targets_above(model, layer, config.targets, "method.targets")
+        )
         for each in self.experts.layers.values():
             each.make_trainable()
         return model
@@ -184,10 +184,12 @@ class Moses(Method):
         while (lacking := experts.lacking()) and policy == "grow" and experts.count < experts.shape.most:
             experts.count += 1
         if lacking and policy != "reuse":
+            ways = [f"run again with method.when_full={other}" for other in self._ways(policy)]
+            ways.append("start anew with a lower method.share, or a larger method.most")
+            what = "atoms" if experts.shape.atoms else "entries"
             raise UserError(
-                f"method moses: task {name} opens {lacking} more parameters of a layer than are unclaimed there; run "
-                f"again with method.when_full=reuse, or start anew with more method.experts, a lower method.share"
-                + (" or a larger method.most" if policy == "grow" else " or method.when_full=grow")
+                f"method moses: task {name} opens {lacking} more {what} of a layer than are unclaimed there; "
+                + ", or ".join(ways)
             )
         experts.prepare(self.config.reuse)
         if self.weights is not None:
@@ -199,6 +201,11 @@ class Moses(Method):
             return None  # a dense weight goes on from where it is
 
         return read
+
+    def _ways(self, policy: str) -> list[str]:
+        """The other policies that would let a task begin for which there is too little."""
+        grow = policy == "stop" and self.experts.count < self.experts.shape.most
+        return ["grow"] * grow + ["reuse"] * self.config.reuse
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         return self.deciding.loss(model, batch) if self.deciding is not None else answer_loss(model, batch)
@@ -226,8 +233,9 @@ class Moses(Method):
         if self.deciding is not None:
             sums = [self.deciding.router.statistics(claims.task).tensors() for claims in self._claims]
             found["deciding_bytes"] = float(sum(t.numel() * t.element_size() for part in sums for t in part))
+        keys = found["deciding_bytes"] if self.config.task_inference == "key" else 0.0  # the rest is as in asr
         return {
-            "capacity_bytes": sum(found[f"{kind}_bytes"] for kind in parts[0]),
+            "capacity_bytes": sum(found[f"{kind}_bytes"] for kind in parts[0]) + keys,
             "capacity_share": self.experts.used(),
             "lora_per_task_bytes": float(lora * len(parts)),
             **found,

@@ -35,8 +35,8 @@ from dscl.maths.subspace import (
 from dscl.methods.base import Ended, Facts, Look, Method, Ranks, answer_loss
 from dscl.model.decode import Drawn, sample_texts
 from dscl.model.moments import Changes, Moments
-from dscl.model.routing import layer_of
-from dscl.model.surgery import LLAMA_PROJECTIONS, matching
+from dscl.model.routing import layer_of, targets_above
+from dscl.model.surgery import LLAMA_PROJECTIONS
 
 TEXTS, LENGTH = 128, 128  # made up by the base model, to see what it needs in general
 SAMPLES = 128  # of an ended task, to see what it needs
@@ -161,7 +161,7 @@ class Osft(Method):
         super().__init__(config, facts)
         self.every = config.project_every
         self.gradients = bool(config.gradients)
-        self.above = -1  # decoder layers below this one are left as they are
+        self.above, self.setting = -1, "method.targets"  # decoder layers below this one are left as they are
         self._shapes: dict[str, tuple[int, int]] = {}  # of the constrained weights
         self._layers: dict[str, str] = {}  # the linear layers among them
         self._mine: list[str] = []
@@ -172,9 +172,7 @@ class Osft(Method):
     def prepare(self, model: nn.Module) -> nn.Module:
         model.requires_grad_(self.config.rest == "free")
         modules = dict(model.named_modules())
-        for layer in matching(model, self.config.targets, "method.targets"):
-            if layer_of(layer) < self.above:
-                continue
+        for layer in targets_above(model, self.above, self.config.targets, self.setting):
             linear = modules[layer]
             assert isinstance(linear, nn.Linear)
             self._shapes[f"{layer}.weight"] = linear.out_features, linear.in_features

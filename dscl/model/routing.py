@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from dscl.data.batches import Span
+from dscl.errors import UserError
 from dscl.model.surgery import matching
 
 Decision = Callable[[torch.Tensor], Sequence[int | None]]  # pooled [prompts, d] → each prompt's slot, None: none
@@ -159,9 +160,18 @@ def pool_at(model: nn.Module, routing: Routing, feature_layer: int) -> None:
     layers[feature_layer].register_forward_pre_hook(before)
 
 
-def targets_above(model: nn.Module, layer: int, targets: Sequence[str]) -> list[str]:
-    """The projections that the targets mean in the decoder layers from `layer` on."""
-    return [name for name in matching(model, targets) if layer_of(name) >= layer]
+def targets_above(
+    model: nn.Module, layer: int, targets: Sequence[str], setting: str = "method.lora.targets"
+) -> list[str]:
+    """The projections that the targets mean in the decoder layers from `layer` on; each has to mean some."""
+    found = [name for name in matching(model, targets, setting) if layer_of(name) >= layer]
+    for target in targets:
+        if not any(name == target or name.endswith("." + target) for name in found):
+            raise UserError(
+                f"{setting}: given {target!r}, which stands in no layer from feature_layer={layer} on; what comes "
+                "before and after those layers is the same for all tasks, so leave it out"
+            )
+    return found
 
 
 def layer_of(name: str) -> int:

@@ -217,4 +217,5 @@ def test_frozen_layers_below_keep_nothing_for_the_backward_pass() -> None:
 def test_all_projections_can_be_routed() -> None:
     model = tiny()
     assert len(targets_above(model, 1, LLAMA_PROJECTIONS)) == 7
-    assert targets_above(model, 2, ("q_proj",)) == []
+    with pytest.raises(UserError, match="'q_proj', which stands in no layer from feature_layer=2 on"):
+        targets_above(model, 2, ("q_proj",))

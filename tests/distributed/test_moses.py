@@ -1,0 +1,893 @@
+"""MoSEs on real ranks: no bit is forgotten, ranks may choose different experts, a kill loses nothing."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+import math
+import random
+import shutil
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from dscl import cli, dist, train
+from dscl.checkpoint import Checkpoints
+from dscl.data.batches import PromptBatch, prompt_batch
+from dscl.engine import Engine, fill
+from dscl.job import open_job
+from dscl.methods import Facts, moses
+from dscl.methods.deciding import Deciding
+from dscl.methods.moses import Moses, MosesConfig
+from dscl.methods.osft import Osft
+from dscl.model import decode, experts
+from dscl.model.claims import open_claims
+from dscl.model.experts import Experts, SubExperts
+from dscl.recipe import resolve
+from tests.distributed.test_asr import LABELS, words_of
+from tests.distributed.test_engine import VOCABULARY, Toy, assemble, backbone, join, masters, summed_loss, targets
+from tests.distributed.test_engine import whole as gathered
+from tests.distributed.test_osft import excess, of_matrices, quick, stored
+from tests.distributed.test_run import Killed, failing, metrics, outcome, recipe_of, run, run_until, run_until_killed
+
+Tensors = dict[str, torch.Tensor]
+Stretches = dict[str, list[tuple[int, torch.Tensor]]]
+TASKS = ("first", "second", "third")
+STEPS = 3
+SMALL = {"sub_group_size": 5000, "stage3_param_persistence_threshold": 100}
+MARK = 1.0  # how far the embeddings of the tokens' two halves are apart, to either side
+
+
+# ---- the engine, on rows of random tokens
+
+
+def seeded(name: str) -> torch.Generator:
+    return torch.Generator().manual_seed(zlib.crc32(name.encode()))
+
+
+def starting(task: str, name: str, shape: torch.Size) -> torch.Tensor:
+    """Of a trained tensor. B is not zero, so that all of it counts from the first step; and tokens of either half of
+    the vocabulary go to experts of their own."""
+    values = torch.randn(shape, generator=seeded(f"{task}:{name}")) * (0.5 if "score" in name else 0.1)
+    if name.endswith("token_router"):
+        values[::2, 0] += 1.0
+        values[1::2, 0] -= 1.0
+    return values
+
+
+def base(name: str, shape: torch.Size, start: int, stop: int) -> torch.Tensor:
+    values = backbone().weights.read(name, shape, 0, math.prod(shape)).view(shape)
+    if name == "model.embed_tokens.weight":
+        values[:, 0] = MARK
+        values[VOCABULARY // 2 :, 0] = -MARK
+    return values.flatten()[start:stop]
+
+
+def halved(step: int) -> list[Toy]:
+    """Rows with tokens of the one half or of the other, by turns; one row fewer now and then, and more targets on the
+    first rank."""
+    generator, made = torch.Generator().manual_seed(step), []
+    for index in range(8 - step % 2):
+        ids = torch.randint(VOCABULARY // 2, (1, 10), generator=generator) + VOCABULARY // 2 * (index % 2)
+        labels = ids.clone()
+        labels[:, : 3 + 5 * (index % 2)] = -100
+        made.append(Toy(ids, labels))
+    return made
+
+
+def shared_out(step: int, accumulation: int) -> tuple[list[Toy], int]:
+    whole = halved(step)
+    mine = whole[dist.rank() :: dist.world()]
+    size = -(-len(whole) // (dist.world() * accumulation))
+    empty = torch.full((1, 10), VOCABULARY // 2 * dist.rank())  # of this rank's half, too
+    parts = [mine[i * size : (i + 1) * size] or [Toy(empty, torch.full_like(empty, -100))] for i in range(accumulation)]
+    return [join(part) for part in parts], targets(whole)
+
+
+def rate(step: int) -> float:
+    return 1e-2 / (1 + step)
+
+
+class Silent:
+    def working(self, *_: Any) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Of the sub-experts in these tests: of two experts at first, and a third when they are full."""
+
+    masks: str = "atom"
+    top: int = 1
+    targets: tuple[str, ...] = ("v_proj", "gate_proj", "up_proj")
+    reuse: bool = True
+
+    def config(self) -> MosesConfig:
+        return MosesConfig(
+            masks=self.masks, top_k=self.top, targets=self.targets, reuse=self.reuse, task_inference="given",
+            experts=4, most=8, rank=2, share=0.6, alpha=3.0,
+        )  # fmt: skip
+
+
+def begun(kind: Kind, stage: int, zero: dict[str, Any], precision: str = "fp32") -> tuple[Engine, Moses]:
+    method = Moses(kind.config(), Facts(0, TASKS, "", "", "", 0, precision))
+    engine = Engine(
+        {"zero_optimization": {"stage": stage, **zero}},
+        build=backbone({"fp32": torch.float32, "bf16": torch.bfloat16}[precision]).build,
+        read=base,
+        prepare=method.prepare,
+        precision=precision,
+        weight_decay=0.1,
+        grad_clip=1.0,
+    )
+    return engine, method
+
+
+def learn(engine: Engine, method: Moses, index: int, accumulation: int = 1) -> list[float]:
+    """A task's steps, up to its end but for that."""
+    name = TASKS[index]
+    method.begin_task(index, name, train.ranks_of(engine, None, "", Silent()))  # type: ignore[arg-type]
+    engine.start_over(lambda own, shape, start, stop: starting(name, own, shape).flatten()[start:stop])
+    losses = []
+    for step in range(STEPS):
+        batches, count = shared_out(10 * index + step, accumulation)
+        total = engine.step(summed_loss, batches, targets=count, lr=rate(step))
+        losses.append((dist.sum_(total) / count).item())
+    return losses
+
+
+def end(engine: Engine, method: Moses, index: int) -> None:
+    method.end_task(index, TASKS[index], train.ranks_of(engine, None, "", Silent()))  # type: ignore[arg-type]
+
+
+# ---- against a loop over experts in plain torch, in one process
+
+
+class Looped(nn.Module):
+    """The layer as one would write it first. What is frozen is put in by hand."""
+
+    def __init__(self, plain: nn.Linear, config: MosesConfig) -> None:
+        super().__init__()
+        self.plain, self.config = plain, config
+        most, size = config.most or 0, (config.most or 0) * config.rank
+        self.sub_a = nn.Parameter(torch.zeros(size, plain.in_features))
+        self.sub_b = nn.Parameter(torch.zeros(plain.out_features, size))
+        if config.masks == "atom":
+            self.score_atoms = nn.Parameter(torch.zeros(size))
+        else:
+            self.score_a = nn.Parameter(torch.zeros_like(self.sub_a))
+            self.score_b = nn.Parameter(torch.zeros_like(self.sub_b))
+        self.token_router = nn.Parameter(torch.zeros(most, plain.in_features))
+        self.fixed = [torch.zeros_like(p, dtype=torch.bool) for p in (self.sub_a, self.sub_b)]
+        self.values = [torch.zeros_like(p) for p in (self.sub_a, self.sub_b)]
+        self.open = config.experts
+
+    def mask(self, score: torch.Tensor, usable: torch.Tensor) -> torch.Tensor:
+        """Ones where it is open, with the gradient of the scores' size."""
+        first = score.numel() // (self.config.most or 1) * self.config.experts
+        count = math.floor(self.config.share * first + 1e-9)
+        order = torch.where(usable, score.detach().abs(), -torch.ones(())).flatten().argsort(descending=True)
+        hard = torch.zeros(score.numel())
+        hard[order[:count]] = 1.0
+        return hard.view(score.shape) + score.abs() - score.abs().detach()
+
+    def masks(self) -> tuple[torch.Tensor, torch.Tensor]:
+        seated = torch.arange(len(self.sub_a)) < self.open * self.config.rank
+        if self.config.masks == "atom":
+            usable = seated if self.config.reuse else seated & ~self.fixed[0][:, 0]
+            return self.mask(self.score_atoms, usable)[:, None], torch.ones(())
+        usable_a, usable_b = seated[:, None].expand(self.sub_a.shape), seated.expand(self.sub_b.shape)
+        if not self.config.reuse:
+            usable_a, usable_b = usable_a & ~self.fixed[0], usable_b & ~self.fixed[1]
+        return self.mask(self.score_a, usable_a), self.mask(self.score_b, usable_b)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y, (mask_a, mask_b), config = self.plain(x), self.masks(), self.config
+        # An entry that is frozen trains nothing, and decays unseen.
+        a, b = (
+            torch.where(fixed, value, free)
+            for fixed, value, free in zip(self.fixed, self.values, (self.sub_a, self.sub_b), strict=True)
+        )
+        a, b = a * mask_a, b * mask_b
+        share = functional.linear(x, self.token_router[: self.open]).softmax(-1)
+        chosen = share.topk(config.top_k or 0).indices
+        for e in range(self.open):
+            columns = slice(e * config.rank, (e + 1) * config.rank)
+            weight = share[..., e] * (chosen == e).any(-1) * config.experts * config.alpha / config.rank
+            y = y + weight[..., None] * (x @ a[columns].T @ b[:, columns].T)
+        return y
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """What the mask opens, and nobody had frozen before."""
+        mask_a, mask_b = (mask.round().bool() for mask in self.masks())
+        opens = [mask_a.expand(self.sub_a.shape), mask_b.expand(self.sub_b.shape)]
+        if self.config.masks == "atom":
+            opens[1] = mask_a[:, 0].expand(self.sub_b.shape)
+        for side, trained in enumerate((self.sub_a, self.sub_b)):
+            new = opens[side] & ~self.fixed[side]
+            self.values[side][new] = trained[new]
+            self.fixed[side] |= opens[side]
+
+    def grow(self) -> None:
+        """As many experts as leave the mask enough that is not frozen."""
+        fixed, scores = (self.fixed[0][:, 0],), ("score_atoms",)
+        if self.config.masks == "element":
+            fixed, scores = tuple(self.fixed), ("score_a", "score_b")
+        for taken, score in zip(fixed, scores, strict=True):
+            each = getattr(self, score).numel() // (self.config.most or 1)
+            needed = math.floor(self.config.share * each * self.config.experts + 1e-9) + int(taken.sum())
+            self.open = max(self.open, math.ceil(needed / each))
+
+
+@dataclass
+class Result:
+    losses: list[list[float]] = field(default_factory=list)
+    trained: list[Any] = field(default_factory=list)  # at the end of each task
+    held: list[Tensors] = field(default_factory=list)  # what is frozen
+    chosen: dict[str, set[int]] = field(default_factory=dict)  # by layer, over all tokens
+    open: list[int] = field(default_factory=list)
+
+
+@functools.cache
+def reference(kind: Kind) -> Result:
+    model = backbone().build()
+    fill(model, base)
+    model.requires_grad_(False)
+    layers = {}
+    for name, plain in list(model.named_modules()):
+        if name.endswith(kind.targets):
+            layers[name] = Looped(plain, kind.config())
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, layers[name])
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found = Result()
+    for index, task in enumerate(TASKS):
+        for layer in layers.values():
+            layer.grow()
+        most = max(layer.open for layer in layers.values())
+        for layer in layers.values():
+            layer.open = most
+        for name, p in trained.items():
+            p.data = starting(task, name, p.shape)
+        optimizer = torch.optim.AdamW(trained.values(), lr=0.0, weight_decay=0.1)
+        found.losses.append([])
+        for step in range(STEPS):
+            batch = halved(10 * index + step)
+            optimizer.param_groups[0]["lr"] = rate(step)
+            loss = sum((summed_loss(model, toy) for toy in batch), torch.zeros(())) / targets(batch)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(trained.values(), 1.0)
+            optimizer.step()
+            found.losses[-1].append(loss.item())
+        for layer in layers.values():
+            layer.freeze()
+        found.trained.append({name: p.detach().clone() for name, p in trained.items()})
+        held = {f"{name}.{side}": layer.values[s] for name, layer in layers.items() for s, side in enumerate("ab")}
+        found.held.append({name: values.clone() for name, values in held.items()})
+        found.open.append(most)
+    return found
+
+
+def stepped(kind: Kind, stage: int, zero: dict[str, Any], accumulation: int) -> Result:
+    """The same by the engine, on this rank."""
+    found = Result()
+    gate = SubExperts._gate
+
+    def watched(self: SubExperts, logits: Any, seats: torch.Tensor) -> torch.Tensor:
+        made = gate(self, logits, seats)
+        used = made.detach().unflatten(-1, (self.shape.most, -1)).amax(-1).flatten(0, -2).amax(0) > 0
+        found.chosen.setdefault(self.name, set()).update(used.nonzero().flatten().tolist())
+        return made
+
+    engine, method = begun(kind, stage, zero)
+    for name, layer in method.experts.layers.items():
+        layer.name = name  # type: ignore[assignment]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SubExperts, "_gate", watched)
+        for index in range(len(TASKS)):
+            found.losses.append(learn(engine, method, index, accumulation))
+            end(engine, method, index)
+            found.trained.append(masters(engine))
+            layers = method.experts.layers.items()
+            held = {f"{name}.{side}": getattr(layer, f"held_{side}") for name, layer in layers for side in "ab"}
+            found.held.append({name: values.clone() for name, values in held.items()})
+            found.open.append(method.experts.count)
+    engine.close()
+    return found
+
+
+def check_parity(results: list[Result], expected: Result) -> None:
+    for result in results:
+        for ours, theirs in zip(result.losses, expected.losses, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-5)
+        assert result.open == expected.open
+        for ours, theirs in zip(result.held, expected.held, strict=True):
+            assert sorted(ours) == sorted(theirs)
+            for name, values in theirs.items():
+                assert torch.equal(ours[name] != 0, values != 0), name  # the same is frozen
+                assert (ours[name] - values).norm() <= 1e-4 * values.norm(), name
+    for index, weights in enumerate(expected.trained):
+        found = assemble([result.trained[index] for result in results])
+        assert sorted(found) == sorted(weights)
+        for name, values in found.items():
+            assert (values - weights[name].flatten()).norm() <= 1e-4 * weights[name].norm(), name
+        got, wanted = (torch.cat([of[name].flatten() for name in sorted(found)]) for of in (found, weights))
+        assert (got - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ELEMENT = Kind(masks="element")
+
+
+@pytest.mark.parametrize(
+    ("world", "stage", "zero", "kind"),
+    [
+        (1, 0, {}, Kind(top=2, targets=ALL)),
+        (1, 3, SMALL, Kind("element", 3, ALL)),
+        (2, 1, {}, Kind(top=2, targets=ALL, reuse=False)),
+        (2, 2, {}, Kind("element", 4, ALL, reuse=False)),
+    ],
+)
+def test_tasks_equal_a_loop_over_experts(ranks: Any, world: int, stage: int, zero: dict[str, Any], kind: Kind) -> None:
+    """Three tasks, each with a fresh AdamW, with what the tasks before it froze, and with experts that are added."""
+    expected = reference(kind)
+    check_parity(ranks(world)(stepped, kind, stage, zero, 1), expected)
+    assert expected.open[-1] > expected.open[0] == 4
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize(
+    ("stage", "zero", "kind"),
+    [(0, {}, Kind()), (1, {}, ELEMENT), (1, {}, Kind()), (2, {}, Kind()), (2, {}, ELEMENT), (3, SMALL, Kind())],
+)
+def test_ranks_that_choose_different_experts_learn_as_one(
+    ranks: Any, stage: int, zero: dict[str, Any], kind: Kind, accumulation: int
+) -> None:
+    """No expert sees tokens of both ranks. With a module for each, buckets would be filled in different orders."""
+    results = ranks(2)(stepped, kind, stage, zero, accumulation)
+    check_parity(results, reference(kind))
+    assert len(results[0].chosen) == 2 * 3
+    for name, experts_here in results[0].chosen.items():
+        assert experts_here, name
+        assert results[1].chosen[name], name
+        assert not experts_here & results[1].chosen[name], name
+
+
+# ---- nothing is forgotten
+
+
+def questions() -> PromptBatch:
+    generator = torch.Generator().manual_seed(7)
+    return prompt_batch([torch.randint(VOCABULARY, (n,), generator=generator).tolist() for n in (9, 4, 11, 7)], 0)
+
+
+@torch.no_grad()
+def logits(engine: Engine, batch: PromptBatch) -> torch.Tensor:
+    answer: torch.Tensor = engine.module(batch.input_ids, batch.attention_mask, batch.position_ids).logits
+    return answer
+
+
+def overwriting(self: SubExperts, slot: int, masks: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_hold`, when claiming takes what others had claimed as well."""
+    for name in masks:
+        getattr(self, f"taken_{name}").zero_()
+    return HOLD(self, slot, masks)
+
+
+HOLD = SubExperts._hold
+
+
+def remembered(
+    kind: Kind, stage: int, precision: str, broken: str = ""
+) -> tuple[list[tuple[int, int, float]], list[float], int]:
+    """By how much each earlier task's logits differ after each task; what the task that has just ended answers, against
+    what it was trained to; the experts at last."""
+    moved, gaps, told = [], [], {}
+    batch = questions()
+    with pytest.MonkeyPatch.context() as patch:
+        if broken == "frozen":
+            patch.setattr(experts, "frozen", lambda _taken, _held, trained: trained)
+        if broken == "claim":
+            patch.setattr(SubExperts, "_hold", overwriting)
+        engine, method = begun(kind, stage, SMALL if stage == 3 else {}, precision)
+        for index in range(len(TASKS)):
+            learn(engine, method, index)
+            engine.module.train()
+            trained = logits(engine, batch)
+            end(engine, method, index)
+            engine.module.eval()
+            for earlier in TASKS[: index + 1]:
+                with method.answering(batch, earlier):
+                    now = logits(engine, batch)
+                if earlier in told:
+                    moved.append((index, TASKS.index(earlier), float((now - told[earlier]).abs().max())))
+                else:
+                    gaps.append(float((now - trained).float().norm() / trained.float().norm()))
+                    told[earlier] = now
+        difference = min(float((told[a] - told[b]).abs().max()) for a, b in itertools.combinations(TASKS, 2))
+        assert difference > 1e-2  # tasks answer differently
+        count = method.experts.count
+        engine.close()
+    return moved, gaps, count
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "kind"),
+    [
+        (0, "fp32", Kind(top=2, targets=ALL)),
+        (1, "fp32", Kind("element", targets=ALL)),
+        (2, "fp32", Kind(top=3, targets=ALL, reuse=False)),
+        (3, "fp32", Kind(targets=ALL)),
+        (3, "fp32", Kind("element", 2)),
+        (1, "bf16", Kind("element")),
+        (3, "bf16", Kind(top=2)),
+    ],
+)
+def test_no_bit_of_an_earlier_task_moves(ranks: Any, stage: int, precision: str, kind: Kind) -> None:
+    """With weight decay and clipping, and experts that are added on the way; and a task answers as it was trained."""
+    for moved, gaps, count in ranks(2)(remembered, kind, stage, precision):
+        assert [(after, task) for after, task, _ in moved] == [(1, 0), (2, 0), (2, 1)]
+        assert all(by == 0.0 for *_, by in moved)
+        assert max(gaps) <= (1e-5 if precision == "fp32" else 2e-2)
+        assert count > 4
+
+
+@pytest.mark.parametrize("masks", ["atom", "element"])
+def test_without_freezing_it_would_be_noticed(ranks: Any, masks: str) -> None:
+    kind = Kind(masks, 2)
+    for moved, _, _ in ranks(2)(remembered, kind, 2, "fp32", "claim"):
+        assert max(by for *_, by in moved) > 1e-3
+    for moved, gaps, _ in ranks(2)(remembered, kind, 2, "fp32", "frozen"):
+        assert gaps[0] <= 1e-5  # nothing was frozen yet
+        assert min(gaps[1:]) > 1e-3
+        assert all(by == 0.0 for *_, by in moved)  # what is answered is held apart
+
+
+# ---- whole runs of three tasks, each with words of its own
+
+
+SIZES = {"colour": 33, "animal": 20, "weather": 26}
+SETTINGS = {"name": "moses", "experts": 2, "rank": 2, "share": 0.75, "feature_layer": 1, "width": 64, "reject": False}
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("moses")
+    for task, size in SIZES.items():
+        generator, words = random.Random(task), words_of(task)
+        (folder / task).mkdir()
+        (folder / task / "labels.json").write_text(json.dumps(LABELS))
+        for split, count in (("train", size), ("test", 9)):
+            texts = [generator.choices(words, k=generator.randint(3, 9)) for _ in range(count)]
+            records = [{"label": LABELS[words.index(t[0]) % 3], "sentence": " ".join(t)} for t in texts]
+            (folder / task / f"{split}.json").write_text(json.dumps(records))
+    return folder
+
+
+def recipe(folder: Path, name: str, stage: int = 0, tensorboard: bool = False, **method: Any) -> dict[str, Any]:
+    """Of 4, 3 and 3 steps. `None` leaves a setting of the method out."""
+    document = recipe_of(folder, name, stage, train__epochs=1, train__lr=2e-2, train__weight_decay=0.1)
+    document["method"] = {key: value for key, value in {**SETTINGS, **method}.items() if value is not None}
+    document["stream"] = [{"name": task, "path": str(folder / task)} for task in SIZES]
+    document["evaluate"] = {"before": False, "tasks": "seen", "batch": 9}
+    document["observe"]["tensorboard"] = tensorboard
+    return document
+
+
+GIVEN = {"task_inference": "given", "feature_layer": None, "width": None, "reject": None}
+KEY = {"task_inference": "key", "width": None, "reject": None}
+DENSE = {"weights": {"name": "osft", "basis": ["weights"], "share": 0.25, "claim": ["updates"], "claim_energy": 0.5}}
+
+
+def left(run_dir: Path) -> dict[str, str]:
+    """What the ended tasks left, byte for byte."""
+    files = sorted(p for kind in ("experts", "router") for p in run_dir.glob(f"{kind}/*"))
+    assert files
+    return {str(p.relative_to(run_dir)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def scores(run_dir: Path) -> Any:
+    return json.loads((run_dir / "scores.json").read_text())
+
+
+@pytest.mark.parametrize(("stage", "masks"), [(3, "atom"), (0, "element")])
+def test_told_the_task_every_score_stays(ranks: Any, tasks: Path, stage: int, masks: str) -> None:
+    document = recipe(tasks, f"given{stage}", stage, masks=masks)
+    document["evaluate"]["given"] = True
+    ranks(2)(run, document)
+    found = scores(tasks / f"given{stage}")["given"]
+    for task in range(len(SIZES)):
+        assert len({row[task] for row in found["matrix"][task:]}) == 1
+    assert found["summary"]["BWT"] == 0.0
+    assert found["summary"]["forgetting"] == 0.0
+
+
+# ---- rows of several tasks in one batch
+
+
+def mixed(document: dict[str, Any], inferred: bool) -> tuple[float, float, int, Any]:
+    """After a run, taken up again: a batch with rows of all tasks against batches of one task each."""
+    run(document)
+    recipe = resolve(document)
+    job = open_job(recipe)
+    engine = job.engine()
+    newest = Checkpoints(recipe.folder / "checkpoints", 2).newest()
+    assert newest is not None
+    train.restore(newest, engine, job)
+    method, module, pad = job.method, engine.module.eval(), job.lessons[0].pad
+    assert isinstance(method, Moses)
+    names = [lesson.task.name for lesson in job.lessons]
+    prompts = [lesson.exam.prompts[i] for i in range(3) for lesson in job.lessons]
+
+    def answering(batch: PromptBatch, told: list[str]) -> Any:
+        slots = [method.experts.slot(name) for name in told]
+        return method.answering(batch) if inferred else method.routing.using(slots, method.like)
+
+    def asked(rows: list[int]) -> tuple[torch.Tensor, Any, Any]:
+        batch = prompt_batch([prompts[r] for r in rows], pad, job.lessons[0].bos)
+        told = [names[r % len(names)] for r in rows]
+        with answering(batch, told) as routes:
+            answer = module(batch.input_ids, batch.attention_mask, batch.position_ids).logits[:, -1]
+        with answering(batch, told):
+            return answer, routes, decode.generate(module, batch, 4, -1, pad)
+
+    with torch.no_grad():
+        answers, routes, tokens = asked(list(range(9)))
+        batch = prompt_batch(prompts, pad, job.lessons[0].bos)
+        bare = module(batch.input_ids, batch.attention_mask, batch.position_ids).logits[:, -1]
+        error, different = 0.0, 0
+        for task in range(3):
+            rows = list(range(task, 9, 3))
+            alone, own_routes, own_tokens = asked(rows)
+            error = max(error, float((alone - answers[rows]).abs().max()))
+            different += own_tokens != [tokens[r] for r in rows]
+            different += inferred and own_routes != [routes[r] for r in rows]
+        effect = min(float((bare - answers)[row].abs().max()) for row in range(9))
+    engine.close()
+    return error, effect, different, routes
+
+
+@pytest.mark.parametrize(
+    ("stage", "masks", "inference"), [(0, "element", KEY), (1, "atom", {}), (2, "element", GIVEN), (3, "atom", KEY)]
+)
+def test_a_batch_of_all_tasks_equals_a_batch_of_each(
+    ranks: Any, tasks: Path, stage: int, masks: str, inference: dict[str, Any]
+) -> None:
+    document = recipe(tasks, f"mixed{stage}", stage, masks=masks, **inference)
+    for error, effect, different, routes in ranks(2)(mixed, document, inference is not GIVEN):
+        assert error <= 1e-5
+        assert effect > 1e-3  # the sub-experts of every row do something
+        assert different == 0
+        if inference is not GIVEN:
+            right = sum(route == task for route, task in zip(routes, list(SIZES) * 3, strict=True))
+            assert right >= 7, routes
+
+
+# ---- a kill anywhere
+
+
+PLACES: dict[str, Any] = {
+    "begin": (Moses, "begin_task"),
+    "step": (Engine, "step"),
+    "claim": (Experts, "claim"),  # nothing of it is anywhere but in memory
+    "end": (Moses, "end_task"),
+    "ended": (train.Observer, "ended"),  # the task's last record stands in metrics.jsonl
+    "write": (moses, "write_claims"),  # the task's claims are written, and nothing else of it
+    "left": (Checkpoints, "leave"),  # all that it leaves is written, and no checkpoint knows
+    "save": (Checkpoints, "save"),
+}
+
+
+def killed_after(document: dict[str, Any], deaths: list[tuple[str, int]]) -> None:
+    """Run; die right after the n-th call of a function, start again, die at the next place; then run to the end."""
+    for name, count in deaths:
+        owner, attribute = PLACES[name]
+        original, calls = getattr(owner, attribute), [0]
+
+        def dying(*a: Any, original: Any = original, calls: list[int] = calls, count: int = count, **k: Any) -> Any:
+            result = original(*a, **k)
+            calls[0] += 1
+            if calls[0] == count:
+                raise Killed
+            return result
+
+        setattr(owner, attribute, dying)
+        try:
+            with pytest.raises(Killed):
+                run(document)
+        finally:
+            setattr(owner, attribute, original)
+    run(document)
+
+
+AROUND = [("begin", 1), ("step", 2), ("claim", 1), ("end", 1), ("left", 1), ("save", 1), ("begin", 1), ("left", 1)]
+BETWEEN = [("ended", 1), ("write", 1), ("claim", 1), ("write", 1), ("save", 1), ("write", 1)]
+ANYWHERE = [("step", 2), ("take", 1), ("shares", 2), ("save", 2), ("gather", 2)]
+
+
+@pytest.mark.parametrize(
+    ("world", "stage", "method", "killed", "deaths"),
+    [
+        (2, 0, {"masks": "element", "top_k": 1}, killed_after, AROUND),
+        (2, 3, KEY, killed_after, AROUND),
+        (1, 2, {"masks": "element", **GIVEN}, killed_after, BETWEEN),
+        (2, 1, {"dropout": 0.2, "gate": "uniform"}, run_until, ANYWHERE),
+    ],
+)
+def test_a_run_that_died_ends_as_one_that_did_not(
+    ranks: Any, tasks: Path, world: int, stage: int, method: dict[str, Any], killed: Callable[..., None], deaths: Any
+) -> None:
+    """The same metrics, scores, checkpoint and files, so that nothing is claimed twice; experts are added meanwhile."""
+    whole, died = (recipe(tasks, f"{kind}{world}{stage}", stage, True, **method) for kind in ("whole", "died"))
+    for document in (whole, died):
+        document["evaluate"]["given"] = method.get("task_inference") != "given"
+        if not document["evaluate"]["given"]:
+            del document["evaluate"]["given"]
+    ranks(world)(run, whole)
+    ranks(world)(killed, died, deaths)
+    first, second = Path(whole["run_dir"]), Path(died["run_dir"])
+    assert outcome(second) == outcome(first)
+    assert left(second) == left(first)
+    seats = [int(next(iter(claims_of(first, task).layers.values()))["open"].sum()) for task in SIZES]
+    assert seats[-1] > seats[0] == 2
+    check_records(second)
+    assert shown(second) == shown(first)
+
+
+def claims_of(run_dir: Path, task: str) -> Any:
+    return open_claims(run_dir / "experts" / f"{task}.safetensors")
+
+
+NUMBERS = {
+    "capacity_bytes", "capacity_share", "lora_per_task_bytes", "parameters_bytes", "masks_bytes", "routers_bytes",
+}  # fmt: skip
+
+
+def check_records(run_dir: Path) -> None:
+    """Each step once; what a task comes to in the record of its last step, and nowhere else."""
+    records = metrics(run_dir)
+    assert [record["step"] for record in records] == list(range(1, 11))
+    held = [record for record in records if set(record) & NUMBERS]
+    assert [(record["step"], record["task"]) for record in held] == [(4, "colour"), (7, "animal"), (10, "weather")]
+    for record in records:
+        assert set(record) >= {"step", "task", "loss", "lr", "grad_norm", "tokens"}
+    raw = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert all("tokens_per_s" in record for record in raw)
+    sizes: Counter[str] = Counter()
+    for record in held:
+        assert set(record) >= NUMBERS
+        sizes.update(claims_of(run_dir, record["task"]).sizes())
+        assert {kind: record[f"{kind}_bytes"] for kind in sizes} == dict(sizes)
+        assert record["capacity_bytes"] == sum(sizes.values())
+
+
+def shown(run_dir: Path) -> tuple[dict[int, float], list[int]]:
+    """In TensorBoard: the curve of what is taken, and the steps of the pictures of what masks share."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    limits = {"scalars": 0, "images": 0, "tensors": 0}
+    events = accumulator.EventAccumulator(str(run_dir / "tensorboard"), size_guidance=limits).Reload()
+    curve = {event.step: event.value for event in events.Scalars("method/capacity_bytes")}
+    assert sorted(curve) == [4, 7, 10]
+    for record in metrics(run_dir):
+        if "capacity_bytes" in record:
+            assert curve[record["step"]] == record["capacity_bytes"]
+    (picture,) = [tag for tag in events.Tags()["images"] if tag.startswith("method/masks")]
+    return curve, sorted({event.step for event in events.Images(picture)})
+
+
+@pytest.mark.parametrize(("before", "after", "masks"), [(2, 1, "atom"), (1, 2, "element")])
+def test_another_number_of_ranks_goes_on(ranks: Any, tasks: Path, before: int, after: int, masks: str) -> None:
+    whole, moved = (recipe(tasks, f"{kind}{before}{after}", 1, masks=masks) for kind in ("size", "moved"))
+    for document in (whole, moved):
+        document["train"]["lr"] = 5e-3
+        document["checkpoint"]["every"] = 2
+    ranks(before)(run, whole)
+    ranks(before)(run_until_killed, moved, 7)  # the second task's last step, after a checkpoint within it
+    ranks(after)(run, moved)
+    first, second = Path(whole["run_dir"]), Path(moved["run_dir"])
+    wanted, got = metrics(first), metrics(second)
+    assert [record["step"] for record in got] == [record["step"] for record in wanted]
+    assert [record["loss"] for record in got] == pytest.approx([record["loss"] for record in wanted], rel=1e-4)
+    assert [record.get("capacity_bytes") for record in got] == [record.get("capacity_bytes") for record in wanted]
+    check_records(second)
+    for task in SIZES:
+        for layer, kept in claims_of(first, task).layers.items():
+            other = claims_of(second, task).layers[layer]
+            for name, tensor in kept.items():
+                assert torch.equal(tensor, other[name]) if "mask" in name else tensor.shape == other[name].shape
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_task_is_learnt_again_where_a_checkpoint_of_before_is_there(ranks: Any, tasks: Path) -> None:
+    ranks(2)(run, recipe(tasks, "intact"))
+    kept = recipe(tasks, "damaged")
+    kept["checkpoint"]["keep"] = 99
+    ranks(2)(run, kept)
+    damage(tasks / "damaged" / "experts" / "animal.safetensors")
+    (tasks / "damaged" / "scores.json").unlink()
+    ranks(2)(run, kept)
+    assert left(tasks / "damaged") == left(tasks / "intact")
+    lost = recipe(tasks, "intact")
+    (tasks / "intact" / "experts" / "weather.safetensors").unlink()
+    (tasks / "intact" / "scores.json").unlink()
+    damage(tasks / "intact" / "experts" / "colour.safetensors")
+    for kind, told in ranks(2)(failing, lost):
+        assert kind == "Failure"
+        assert "experts/" in told
+        assert "restore that file, or remove the run's folder" in told
+        assert "\n" not in told
+
+
+# ---- a stream for which there is too little room
+
+
+def status(document: dict[str, Any]) -> tuple[int, str]:
+    """Of the program, and the line in which it says why."""
+    said: list[str] = []
+
+    def work() -> int:
+        run(document)
+        return 0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "tell", lambda _status, text: said.append(text))
+        code = cli.guarded(work)
+    return code, "".join(said)
+
+
+@pytest.mark.parametrize("masks", ["atom", "element"])
+def test_a_task_without_room_is_refused_and_another_policy_goes_on(ranks: Any, tasks: Path, masks: str) -> None:
+    name = f"full-{masks}"
+    document = recipe(tasks, name, masks=masks, when_full="stop")
+    for code, told in ranks(2)(status, document):
+        assert code == 2
+        assert "task animal opens" in told
+        assert "method.when_full=reuse" in told
+        assert "\n" not in told
+    assert sorted(p.stem for p in (tasks / name / "experts").iterdir()) == ["colour"]
+    assert [record["task"] for record in metrics(tasks / name)] == ["colour"] * 4
+    for policy in ("reuse", "grow"):
+        there = Path(shutil.copytree(tasks / name, tasks / f"{name}-{policy}"))
+        going_on = recipe(tasks, there.name, masks=masks, when_full=policy)
+        ranks(2)(run, going_on)
+        ranks(2)(run, recipe(tasks, f"{there.name}-whole", masks=masks, when_full=policy))
+        assert outcome(there) == outcome(tasks / f"{there.name}-whole")
+        assert left(there) == left(tasks / f"{there.name}-whole")
+    used = [record["capacity_share"] for record in metrics(tasks / f"{name}-reuse") if "capacity_share" in record]
+    assert used == sorted(used)
+    assert used[-1] <= 1.0
+
+
+def test_a_smaller_most_than_the_stream_needs_is_told(ranks: Any, tasks: Path) -> None:
+    for code, told in ranks(1)(status, recipe(tasks, "most", most=2)):
+        assert code == 2
+        assert "task animal opens" in told
+        assert "a larger method.most" in told
+
+
+# ---- with the dense weights, under OSFT's constraint
+
+
+def combined(document: dict[str, Any]) -> tuple[list[str], int, int]:
+    """After a run, on this rank: the dense weights that are no longer the base model's; and of what the tasks' prompts
+    showed of themselves while each was trained, how many entries are others now, of how many. On the way: a task
+    starts from the dense weights as they are, and ends looking at the model with its own sub-experts."""
+    job = open_job(resolve(document))
+    seen: list[tuple[str, dict[int, torch.Tensor], Deciding]] = []
+    found: list[Any] = []
+    learn, close, start, end_dense = Deciding.learn, Engine.close, Engine.start_over, Osft.end_task
+
+    def starting_over(self: Engine, read: Any) -> None:
+        before = {f.name: f.master.clone() for f in self.fragments() if dense(f.name)}
+        start(self, read)
+        assert all(torch.equal(f.master, before[f.name]) for f in self.fragments() if dense(f.name))
+
+    def ending(self: Osft, *a: Any) -> Any:
+        rows = seen[-1][2].routing.rows
+        assert rows is not None
+        assert rows.slots == (len(seen) - 1,)
+        return end_dense(self, *a)
+
+    def learning(self: Deciding, name: str, of: Any) -> str:
+        rows = self.rows()
+        seen.append((name, dict(zip(rows["samples"].tolist(), rows["features"].clone(), strict=True)), self))
+        return learn(self, name, of)
+
+    def closing(self: Engine) -> None:
+        changed, differing, total = [], 0, 0
+        for name, parameter in self.module.eval().named_parameters():
+            with gathered(parameter):
+                values = parameter.detach().flatten()
+                if name.endswith((".weight", ".bias")):
+                    base_values = job.backbone.weights.read(name, parameter.shape, 0, len(values))
+                    changed += [] if torch.equal(values, base_values) else [name]
+        for name, rows, deciding in seen:
+            (lesson,) = (lesson for lesson in job.lessons if lesson.task.name == name)
+            samples = sorted(rows)
+            for at in range(max(dist.gather(len(samples)))):  # every rank asks equally often
+                sample = samples[at % len(samples)]
+                batch = prompt_batch([lesson.data[sample][0]], lesson.pad, lesson.bos)
+                with torch.no_grad(), deciding.routing.pooling(batch.prompts) as pooled:
+                    self.module(batch.input_ids, batch.attention_mask, batch.position_ids)
+                served = deciding.router.rows(pooled())[0]
+                differing, total = differing + int((served != rows[sample]).sum()), total + served.numel()
+        found.append((changed, differing, total))
+        close(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Deciding, "learn", learning)
+        patch.setattr(Engine, "close", closing)
+        patch.setattr(Engine, "start_over", starting_over)
+        patch.setattr(Osft, "end_task", ending)
+        run(document)
+    (result,) = found
+    assert len(seen) == len(SIZES)
+    return result  # type: ignore[no-any-return]
+
+
+def dense(name: str) -> bool:
+    return name.startswith("model.layers.1.") and name.endswith("_proj.weight")
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_with_dense_weights_the_constraint_holds_and_features_stay(ranks: Any, tasks: Path, stage: int) -> None:
+    document = recipe(tasks, f"dense{stage}", stage, **DENSE)
+    document["checkpoint"]["keep"] = 99
+    for changed, differing, total in ranks(2)(quick, combined, document):
+        assert len(changed) == 7
+        assert all(map(dense, changed))
+        assert total > 10 * 32
+        assert differing <= 1e-3 * total  # prompts alone and in batches may differ in a last bit
+    folders = sorted((tasks / f"dense{stage}" / "checkpoints").glob("*-learned"))
+    learned = [stored(folder) for folder in folders]
+    assert len(learned) == len(SIZES)
+    final = learned[-1][0]
+    for weights, owned in learned:
+        kept = of_matrices(owned)
+        assert sorted(kept) == sorted(filter(dense, weights))
+        assert len(kept) == 7
+        for name, tensors in kept.items():
+            assert excess("input", weights[name], tensors) <= 1e-6
+            assert excess("input", final[name], tensors) <= 1e-6  # also after the tasks to come
+    (first, owned), (_, later) = learned[:2]
+    assert all((final[name] - first[name]).norm() > 1e-2 * first[name].norm() for name in filter(dense, first))
+    assert any(later[name].shape != tensor.shape for name, tensor in owned.items())  # tasks protect what they use
+
+
+def test_with_dense_weights_a_run_that_died_ends_as_one_that_did_not(ranks: Any, tasks: Path) -> None:
+    whole, died = (recipe(tasks, f"dense-{kind}", 3, True, **DENSE) for kind in ("whole", "died"))
+    ranks(2)(quick, run, whole)
+    deaths = [("begin", 1), ("step", 2), ("claim", 1), ("end", 1), ("left", 2), ("step", 1)]
+    ranks(2)(quick, killed_after, died, deaths)
+    first, second = Path(whole["run_dir"]), Path(died["run_dir"])
+    assert outcome(second) == outcome(first)
+    assert {"owned-00000.safetensors", "owned-00001.safetensors"} <= set(outcome(first)[-1])
+    assert left(second) == left(first)
+    check_records(second)
+    assert shown(second) == shown(first)
+
+
+def test_dense_weights_go_with_a_task_that_is_given(ranks: Any, tasks: Path) -> None:
+    """Then all layers may train; and what a task was trained to answer does move later."""
+    document = recipe(tasks, "dense-given", 1, masks="element", **GIVEN, **DENSE)
+    ranks(2)(quick, run, document)
+    assert scores(tasks / "dense-given")["complete"]
+    kept = of_matrices(stored(max((tasks / "dense-given" / "checkpoints").iterdir()))[1])
+    assert len(kept) == 2 * 7

@@ -1,0 +1,147 @@
+"""The sub-expert layer on a GPU: no host waits, every pass gives the same bits, and bf16 comes close to the CPU's fp32.
+Skipped where there is no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+
+from dscl.model.experts import Shape, SubExperts
+from dscl.model.routing import Routing
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no GPU here (torch.cuda.is_available() is false)"
+)
+
+IN, OUT, TASKS = 256, 192, 3
+SHAPE = Shape(experts=8, most=10, rank=8, top=2, share=0.25, scale=2.0, atoms=True)
+KINDS = pytest.mark.parametrize("atoms", [True, False])
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Within, a host that waits for the GPU is an error."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def layer(atoms: bool, dtype: torch.dtype, device: str, top: int = 2, dropout: float = 0.0) -> SubExperts:
+    """Two tasks have claimed what they open, and a third one learns. The same values on every device."""
+    torch.manual_seed(0)
+    shape = Shape(**{**vars(SHAPE), "atoms": atoms, "top": top, "dropout": dropout})
+    made = SubExperts(nn.Linear(IN, OUT), shape, Routing(TASKS, 0), torch.empty(0))
+    made.make_trainable()
+    for task in range(TASKS):
+        made.prepare(shape.experts + task, reuse=True)
+        with torch.no_grad():
+            for name in made.trained:
+                parameter = getattr(made, name)
+                # Of few bits, so that a mask is the same in bf16.
+                spread = 0.5 if name.startswith("score_") else 1 / 16
+                parameter.copy_((torch.randn(parameter.shape) * spread).bfloat16())
+        if task < TASKS - 1:
+            made.claim(task, {name: getattr(made, name).detach() for name in made.trained})
+    return made.to(device, dtype)
+
+
+def inputs(dtype: torch.dtype, device: str) -> torch.Tensor:
+    return torch.randn(6, 33, IN, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+
+
+def learning(made: SubExperts, x: torch.Tensor) -> list[torch.Tensor]:
+    """What comes out, and all gradients."""
+    made.train()
+    x = x.clone().requires_grad_()
+    y = made(x)
+    return [y.detach(), *torch.autograd.grad(y.float().square().mean(), [x, *(getattr(made, n) for n in made.trained)])]
+
+
+@torch.no_grad()
+def answering(made: SubExperts, x: torch.Tensor) -> torch.Tensor:
+    answer: torch.Tensor = made.eval()(x)
+    return answer
+
+
+def choose(made: SubExperts, x: torch.Tensor) -> None:
+    """Rows of both tasks and of none. Where rows go is told once a batch, from the host; no layer tells it again."""
+    made.routing.choose([0, 1, None, 1, 0, 0], x)
+    rows = made.routing.rows
+    assert rows is not None
+    for told in (rows.index, rows.present, *rows.by_slot.values()):
+        assert told.is_cuda == x.is_cuda
+
+
+@KINDS
+@pytest.mark.parametrize("top", [1, 2, 0])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_no_host_waits(atoms: bool, top: int, dropout: float) -> None:
+    made, x = layer(atoms, torch.bfloat16, "cuda", top, dropout), inputs(torch.bfloat16, "cuda")
+    choose(made, x)
+    learning(made, x)  # libraries start up in the first pass, and wait
+    answering(made, x)
+    with no_waiting():
+        learning(made, x)
+        answering(made, x)
+
+
+def test_a_host_that_waits_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, x = layer(True, torch.bfloat16, "cuda"), inputs(torch.bfloat16, "cuda")
+    learning(made, x)
+    gate = SubExperts._gate
+
+    def waiting(self: SubExperts, logits: torch.Tensor | None, seats: torch.Tensor) -> torch.Tensor:
+        made_gate = gate(self, logits, seats)
+        return made_gate if bool(made_gate.any()) else made_gate * 0
+
+    monkeypatch.setattr(SubExperts, "_gate", waiting)
+    with pytest.raises(RuntimeError, match="synchroniz"), no_waiting():
+        learning(made, x)
+
+
+@KINDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_pass_gives_the_same_bits(atoms: bool, dtype: torch.dtype) -> None:
+    made, x = layer(atoms, dtype, "cuda"), inputs(dtype, "cuda")
+    choose(made, x)
+    first, answer = learning(made, x), answering(made, x)
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(learning(made, x), first, strict=True))
+        assert torch.equal(answering(made, x), answer)
+
+
+@KINDS
+@pytest.mark.parametrize("top", [2, 0])
+def test_bf16_comes_close_to_the_cpu_in_fp32(atoms: bool, top: int) -> None:
+    """A router may send a token elsewhere by a rounding, so a few rows may differ; as a whole they may not."""
+    exact, made = layer(atoms, torch.float32, "cpu", top), layer(atoms, torch.bfloat16, "cuda", top)
+    x = inputs(torch.bfloat16, "cpu")
+    choose(exact, x.float())
+    choose(made, x.cuda())
+    pairs = [
+        *zip(learning(exact, x.float()), learning(made, x.cuda()), strict=True),
+        (answering(exact, x.float()), answering(made, x.cuda())),
+    ]
+    for index, (wanted, got) in enumerate(pairs):
+        off = (got.float().cpu() - wanted).norm() / wanted.norm()
+        assert off < 0.1, index
+    for name, mask in made._of("taken").items():
+        assert torch.equal(mask.cpu(), getattr(exact, f"taken_{name}"))
+
+
+@KINDS
+def test_a_later_task_changes_no_bit(atoms: bool) -> None:
+    made, x = layer(atoms, torch.bfloat16, "cuda"), inputs(torch.bfloat16, "cuda")
+    choose(made, x)
+    before = answering(made, x)
+    made.claim(2, {name: getattr(made, name).detach().float() for name in made.trained})
+    assert torch.equal(answering(made, x), before)
+    made.routing.choose([2] * 6, x)
+    assert not torch.equal(answering(made, x), before)

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import nn
 from torch.nn import functional
 
@@ -670,7 +671,9 @@ def check_records(run_dir: Path) -> None:
         assert set(record) >= NUMBERS
         sizes.update(claims_of(run_dir, record["task"]).sizes())
         assert {kind: record[f"{kind}_bytes"] for kind in sizes} == dict(sizes)
-        assert record["capacity_bytes"] == sum(sizes.values())
+        stored = yaml.safe_load((run_dir / "recipe.yaml").read_text())
+        keys = record["deciding_bytes"] if stored["method"]["task_inference"] == "key" else 0
+        assert record["capacity_bytes"] == sum(sizes.values()) + keys
 
 
 def shown(run_dir: Path) -> tuple[dict[int, float], list[int]]:

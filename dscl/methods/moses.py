@@ -57,7 +57,7 @@ class MosesConfig:
         choices=("grow", "reuse", "stop"),
         help="a task that finds too little unclaimed gets a further sub-expert, or makes do, or is refused",
     )
-    alpha: float = key(16.0, above=0.0, help="what is added is scaled by alpha / rank")
+    alpha: float = key(64.0, above=0.0, help="what is added is scaled by alpha / rank")
     dropout: float = key(0.0, at_least=0.0, at_most=0.99, help="dropout on the sub-experts' input")
     targets: tuple[str, ...] = key(
         ("q_proj", "k_proj", "v_proj", "o_proj"), help="names (or endings of names) of the layers that get them"

@@ -61,9 +61,7 @@ def train(recipe: Recipe) -> None:
     if finished(recipe):
         return
     job = open_job(recipe)
-    if recipe.evaluate.given and not job.method.decides:
-        how = "is told every prompt's task anyway" if job.method.by_task else "answers alike whatever the task"
-        raise UserError(f"evaluate.given: given true, but this method ({recipe.method.name}) {how}; remove it")
+    refuse_needless_telling(job)
     claim(recipe)
     engine = job.engine()
     checkpoints = Checkpoints(recipe.folder / "checkpoints", recipe.checkpoint.keep)
@@ -251,6 +249,13 @@ def refuse_another_run(recipe: Recipe) -> None:
         )
 
 
+def refuse_needless_telling(job: Job) -> None:
+    """Evaluating with the task given as well is for methods that else find it out."""
+    if job.recipe.evaluate.given and not job.method.decides:
+        how = "is told every prompt's task anyway" if job.method.by_task else "answers alike whatever the task"
+        raise UserError(f"evaluate.given: given true, but this method ({job.recipe.method.name}) {how}; remove it")
+
+
 def claim(recipe: Recipe) -> None:
     """Make the run directory and write the resolved recipe into it."""
     dist.barrier()  # all have read what was there
@@ -325,6 +330,7 @@ def evaluate(run_dir: str, assignments: Sequence[str]) -> None:
     recipe = read_recipe(str(stored), [*assignments, place])
     # Prompts keep the room for answers that they had in training.
     job = open_job(recipe, read_recipe(str(stored), [place]).evaluate.max_new_tokens)
+    refuse_needless_telling(job)
     with closing(job.engine()) as engine:
         newest = Checkpoints(recipe.folder / "checkpoints", recipe.checkpoint.keep).newest()
         if newest is None:
@@ -334,12 +340,21 @@ def evaluate(run_dir: str, assignments: Sequence[str]) -> None:
             lesson.task.name: take(lesson.exam, engine, job.method, job.backbone.tokenizer, recipe.evaluate)
             for lesson in job.lessons
         }
+        told = {
+            lesson.task.name: take(
+                lesson.exam, engine, job.method, job.backbone.tokenizer, recipe.evaluate, given=True
+            ).score
+            for lesson in job.lessons
+            if recipe.evaluate.given
+        }
         heldout = [loss_on(job.heldout, engine, job.method, job.backbone.tokenizer)] if job.heldout else []
     found: dict[str, Any] = {"checkpoint": newest.name, "tasks_trained": position.task}
     found["scores"] = {name: mark.score for name, mark in marks.items()}
     if any(mark.routed is not None for mark in marks.values()):
         found["routed"] = {name: mark.routed for name, mark in marks.items()}
         found["rejected"] = {name: mark.rejected for name, mark in marks.items()}
+    if told:
+        found["given"] = told
     if heldout:
         found["heldout"] = heldout[0]
     if dist.is_main():

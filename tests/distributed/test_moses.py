@@ -12,7 +12,9 @@ import shutil
 import zlib
 from collections import Counter
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -513,6 +515,15 @@ def test_told_the_task_every_score_stays(ranks: Any, tasks: Path, stage: int, ma
         assert len({row[task] for row in found["matrix"][task:]}) == 1
     assert found["summary"]["BWT"] == 0.0
     assert found["summary"]["forgetting"] == 0.0
+    again = json.loads(ranks(2)(evaluated, tasks / f"given{stage}", ["evaluate.given=true"])[0])
+    assert list(again["given"].values()) == found["matrix"][-1]
+
+
+def evaluated(run_dir: Path, words: list[str]) -> str:
+    said = StringIO()
+    with redirect_stdout(said):
+        train.evaluate(str(run_dir), words)
+    return said.getvalue()
 
 
 # ---- rows of several tasks in one batch

@@ -7,27 +7,23 @@ features: sums of other features would route without an error, and wrongly, so t
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dscl.config import key, nearest, parse, plain
-from dscl.errors import Failure, UserError
+from dscl.errors import UserError
 from dscl.maths.keys import Keys, Units, gather_keys, keys_of
 from dscl.maths.rls import Expansion, Solution, Statistics, gather, packed, solve
+from dscl.stamped import read_stamped, write_stamped
 
 FORMAT = 1
-HEADER = "dscl_router"  # the one entry of a file's metadata: with several, their order would vary
-KINDS = (torch.int32, torch.int64, torch.float64)  # of a Gram matrix in a file
+KIND = "dscl_router"
+GRAMS = (torch.int32, torch.int64, torch.float64)  # of a Gram matrix in a file
 
 
 @dataclass(frozen=True)
@@ -178,40 +174,17 @@ def load_task(path: Path, expected: Spec) -> Statistics:
 
 
 def _write(path: Path, spec: Spec, settings: dict[str, Any], tasks: Mapping[str, Statistics]) -> None:
-    """The file stands under its name only when it is complete."""
     tensors = {}
     for i, statistics in enumerate(tasks.values()):
         for part, tensor in zip(("gram", "total", "count"), statistics.compact().tensors(), strict=True):
             tensors[f"{i}.{part}"] = tensor.cpu().contiguous()
-    header = {"format": FORMAT, "spec": plain(spec), "settings": settings, "tasks": list(tasks)}
-    header["checksum"] = _checksum(header, tensors)
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        save_file(tensors, partial, {HEADER: json.dumps(header)})
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        raise Failure(f"{path}: cannot be written ({error}); make room or mend the folder, and try again") from None
+    header = {"spec": plain(spec), "settings": settings, "tasks": list(tasks)}
+    write_stamped(path, KIND, FORMAT, header, tensors)
 
 
 def _read(path: Path, expected: Spec | None) -> tuple[Spec, dict[str, Any], dict[str, Statistics]]:
     """Everything in the file, checked before any of it is used."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; a router's file is needed, as a run or an export writes it")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})[HEADER])
-            version = header["format"]
-            tensors = {name: file.get_tensor(name) for name in file.keys()} if version == FORMAT else {}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
-        problem = " ".join(str(error).split())[:100]
-        raise UserError(f"{path}: not a router's file, or damaged ({problem}); copy it again or make it anew") from None
-    if version != FORMAT:
-        raise UserError(f"{path}: a router of format {version}, this version reads {FORMAT}; make it anew")
-    checksum = header.pop("checksum", None)
-    if checksum != _checksum(header, tensors):
-        raise UserError(f"{path}: damaged, its content does not match its checksum; copy it again or make it anew")
+    header, tensors = read_stamped(path, KIND, FORMAT, "a router's file")
     spec = parse(Spec, header["spec"], str(path))
     difference = spec.difference(expected) if expected is not None else ""
     if difference:
@@ -219,7 +192,7 @@ def _read(path: Path, expected: Spec | None) -> tuple[Spec, dict[str, Any], dict
     tasks = {}
     for i, name in enumerate(header["tasks"]):
         gram, total, count = (tensors[f"{i}.{part}"] for part in ("gram", "total", "count"))
-        assert gram.dtype in KINDS and gram.shape == (0 if spec.kind == "key" else packed(spec.width),)  # noqa: PT018
+        assert gram.dtype in GRAMS and gram.shape == (0 if spec.kind == "key" else packed(spec.width),)  # noqa: PT018
         tasks[name] = Statistics(gram, total, count)
     return spec, header["settings"], tasks
 
@@ -227,12 +200,3 @@ def _read(path: Path, expected: Spec | None) -> tuple[Spec, dict[str, Any], dict
 def _brief(value: object) -> str:
     """A fingerprint is told apart by its beginning."""
     return str(value)[:12]
-
-
-def _checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.numpy().data)
-    return digest.hexdigest()

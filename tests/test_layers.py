@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 # A file imports from its own layer and from those below. Folders count as one name.
 LAYERS = {
-    0.0: ("dscl", "dscl.errors", "dscl.config", "dscl.cache", "dscl.spawn", "dscl.maths"),
+    0.0: ("dscl", "dscl.errors", "dscl.config", "dscl.cache", "dscl.spawn", "dscl.stamped", "dscl.maths"),
     1.0: ("dscl.data", "dscl.model", "dscl.dist", "dscl.owners", "dscl.router", "dscl.settings", "dscl.description"),
     2.0: ("dscl.engine", "dscl.serve"),
     3.0: ("dscl.methods",),

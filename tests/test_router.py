@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from dscl import router as module
+from dscl import stamped
 from dscl.errors import Failure, UserError
 from dscl.maths.rls import Statistics, gather
 from dscl.router import Router, Spec, load_task, save_task
@@ -158,7 +159,7 @@ def test_a_later_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(module, "FORMAT", 2)
     filled().save(tmp_path / "r")
     monkeypatch.setattr(module, "FORMAT", 1)
-    with pytest.raises(UserError, match="a router of format 2, this version reads 1"):
+    with pytest.raises(UserError, match="a router's file of format 2, this version reads 1"):
         Router.load(tmp_path / "r")
 
 
@@ -186,7 +187,7 @@ def test_a_damaged_file_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.M
         partial.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "save_file", broken)
+    monkeypatch.setattr(stamped, "save_file", broken)
     with pytest.raises(Failure, match=r"cannot be written.*No space left") as error:
         filled(names="ab").save(path)
     told(error)

@@ -258,7 +258,7 @@ HILLS = "experts/hills.safetensors"
 @pytest.mark.parametrize(
     ("spoil", "told"),
     [
-        (lambda e: (e / HILLS).unlink(), "hills.safetensors: no such file; what a task"),
+        (lambda e: (e / HILLS).unlink(), "hills.safetensors: no such file; what sub-experts leave"),
         (lambda e: (e / HILLS).write_bytes((e / HILLS).read_bytes()[:-9]), "not what sub-experts leave, or damaged"),
         (lambda e: flip(e / HILLS, 0.9), "damaged, its content does not match its checksum"),
         (swapped, "of task 'rain' after birds, hills, here 'hills' after birds is needed"),

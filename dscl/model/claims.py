@@ -7,26 +7,22 @@ or of sub-experts of another shape is refused whole.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from dscl.config import plain
-from dscl.errors import Failure, UserError
+from dscl.errors import UserError
 from dscl.maths.masks import unpack
 from dscl.model.experts import Experts, Shape, SubExperts, Tensors
+from dscl.stamped import read_stamped, write_stamped
 
 FORMAT = 1
-HEADER = "dscl_claims"  # the one entry of a file's metadata
+KIND = "dscl_claims"
 
 
 @dataclass(frozen=True)
@@ -48,24 +44,13 @@ class Claims:
 
 
 def write_claims(path: Path, claims: Claims) -> None:
-    """The file stands under its name only when it is complete."""
     tensors = {
         f"{layer}|{name}": tensor.cpu().contiguous()
         for layer, kept in claims.layers.items()
         for name, tensor in kept.items()
     }
-    header = {"format": FORMAT, "task": claims.task, "before": list(claims.before), "shape": plain(claims.shape)}
-    header["training"] = dict(claims.training)
-    header["checksum"] = _checksum(header, tensors)
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, {HEADER: json.dumps(header)})
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        raise Failure(f"{path}: cannot be written ({error}); make room or mend the folder, and try again") from None
+    header = {"task": claims.task, "before": list(claims.before), "shape": plain(claims.shape)}
+    write_stamped(path, KIND, FORMAT, {**header, "training": dict(claims.training)}, tensors)
 
 
 def read_claims(path: Path, task: str, before: tuple[str, ...], experts: Experts) -> Claims:
@@ -95,22 +80,7 @@ def read_claims(path: Path, task: str, before: tuple[str, ...], experts: Experts
 
 def open_claims(path: Path) -> Claims:
     """What a file holds, whichever run it is of."""
-    if not path.is_file():
-        raise UserError(
-            f"{path}: no such file; what a task's sub-experts left is needed, as a run or an export writes it"
-        )
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})[HEADER])
-            version = header["format"]
-            tensors = {name: file.get_tensor(name) for name in file.keys()} if version == FORMAT else {}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
-        problem = " ".join(str(error).split())[:100]
-        raise UserError(f"{path}: not what sub-experts leave, or damaged ({problem}); copy it again") from None
-    if version != FORMAT:
-        raise UserError(f"{path}: of format {version}, this version reads {FORMAT}; use the dscl that wrote it")
-    if header.pop("checksum", None) != _checksum(header, tensors):
-        raise UserError(f"{path}: damaged, its content does not match its checksum; copy it again")
+    header, tensors = read_stamped(path, KIND, FORMAT, "what sub-experts leave")
     layers: dict[str, Tensors] = {}
     for name, tensor in tensors.items():
         layer, _, what = name.rpartition("|")
@@ -134,12 +104,3 @@ def _misfit(layer: SubExperts, kept: Mapping[str, torch.Tensor]) -> str:
         if not kept[side].isfinite().all():
             return f"values of {side} that are not finite"
     return ""
-
-
-def _checksum(header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

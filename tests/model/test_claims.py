@@ -13,9 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from dscl import stamped
 from dscl.errors import Failure, UserError
-from dscl.model import claims as module
-from dscl.model.claims import HEADER, Claims, open_claims, read_claims, write_claims
+from dscl.model.claims import KIND, Claims, open_claims, read_claims, write_claims
 from dscl.model.experts import Experts, Shape, add_experts
 from dscl.model.routing import Routing
 from tests.model.test_experts import IN, OUT, scramble, shape_of
@@ -171,13 +171,13 @@ def test_a_file_for_another_model_is_refused(tmp_path: Path) -> None:
 def rewritten(path: Path, change: Any, sound: bool = True) -> None:
     """The file with another content; `sound`: and the checksum of that."""
     with safe_open(path, framework="pt") as file:
-        header = json.loads(file.metadata()[HEADER])
+        header = json.loads(file.metadata()[KIND])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     change(header, tensors)
     if sound:
         header.pop("checksum", None)
-        header["checksum"] = module._checksum(header, tensors)
-    save_file(tensors, path, {HEADER: json.dumps(header)})
+        header["checksum"] = stamped._checksum(header, tensors)
+    save_file(tensors, path, {KIND: json.dumps(header)})
 
 
 def short_mask(_header: Any, tensors: Any) -> None:
@@ -260,10 +260,10 @@ def test_a_write_that_fails_leaves_the_file_before(tmp_path: Path, monkeypatch: 
         place.write_bytes(place.read_bytes()[:50])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "save_file", apart)
+    monkeypatch.setattr(stamped, "save_file", apart)
     write_claims(tmp_path / "new.safetensors", every[1])
     assert open_claims(tmp_path / "new.safetensors").task == "two"
-    monkeypatch.setattr(module, "save_file", full)
+    monkeypatch.setattr(stamped, "save_file", full)
     with pytest.raises(Failure, match=r"one.safetensors: cannot be written .*No space left.*; make room") as caught:
         write_claims(path, every[1])
     assert "\n" not in str(caught.value)

@@ -39,7 +39,8 @@ from dscl.model.routing import layer_of, targets_above
 from dscl.model.surgery import LLAMA_PROJECTIONS
 
 TEXTS, LENGTH = 128, 128  # made up by the base model, to see what it needs in general
-SAMPLES = 128  # of an ended task, to see what it needs
+SAMPLES = 512  # of an ended task, to see what it needs
+PART = 1.25  # of the free room that a task may take, against 1 for each later one, which has fewer tasks after it
 MEMORY = 1 << 31  # bytes of second moments gathered in one go; the rest is left to further passes
 ROWS = 4  # of texts, passed forward and back at once
 # Where directions come from. Of several sources each counts alike.
@@ -113,7 +114,7 @@ class OsftConfig:
     when_short: str = key(
         "share",
         choices=("share", "give_back", "stop"),
-        help="a task that needs more room than an equal part of what is free gets that part; or gets all, and the base "
+        help="a task that needs more room than its part of what is free gets that part; or gets all, and the base "
         "gives back its weakest directions where the next task finds too little; or all, and that task is refused",
     )
     gradients: bool | None = key(None, help="free the gradients of their protected part too, before AdamW sees them")
@@ -236,7 +237,7 @@ class Osft(Method):
 
         def claimed(matrix: str, found: Directions, taken: torch.Tensor, whole: float) -> int:
             count = count_by_energy(found, self.config.claim_energy or 0.0)
-            room = (len(taken) - taken.shape[1]) // (to_come + 1)
+            room = int((len(taken) - taken.shape[1]) * PART / (PART + to_come))
             return min(count, room) if self.config.when_short == "share" else count
 
         if self.config.claim:

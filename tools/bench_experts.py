@@ -5,7 +5,8 @@
 
 step    forward and backward of a projection with sub-experts beside it, over the bare frozen projection (forward, and
         the gradient of its input), a plain LoRA of the same total rank, a loop over experts, and grouped matmul
-grid    the same over the number of columns and the rank: from which size on is it worth sorting tokens by expert?
+grid    the layer's two ways over the number of columns and the rank: all columns at once, and tokens sorted by expert;
+        from which size on is sorting worth it, and does the layer choose so?
 answer  a batch whose rows are of eight tasks over one whose rows are of one task, with masks of atoms and of elements
 
 All sides take turns; medians are compared. Before anything is timed, the loop and grouped matmul must give what the
@@ -17,18 +18,21 @@ leaves out what others take.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics as numbers
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, product
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from dscl import dist
+from dscl.maths import grouped as grouped_maths
 from dscl.maths.masks import strongest
 from dscl.model.backbone import DTYPES
 from dscl.model.experts import Shape, SubExperts, frozen
@@ -37,6 +41,7 @@ from dscl.model.routing import Routing
 SHARE, SCALE = 0.5, 2.0
 TASKS, ROWS = 8, 16
 BARE, LORA, LAYER, ELEMENTS, LOOP, GROUPED = "bare", "LoRA", "layer", "layer, element masks", "loop", "grouped matmul"
+AT_ONCE, SORTED = "at once", "sorted"  # the ways of the layer
 BESIDE_LORA, BESIDE_BARE, WIDE = 1.3, 1.15, 2048
 SHORTEST = 0.005  # seconds: what is faster is timed several times in a row
 clock = time.perf_counter
@@ -102,8 +107,8 @@ def bar(name: str, width: int) -> str:
 
 
 def grid(options: argparse.Namespace) -> None:
-    """Which side a layer of a size should take. The rival's floor falls with the share of the experts that a token
-    uses, but it copies each token's row once for each of them, there and back."""
+    """Sorting's floor falls with the share of the experts that a token uses, but it copies each token's row once for
+    each of them, there and back."""
 
     def rows() -> Iterator[list[str]]:
         for width, columns, rank in product(options.width, options.columns, options.ranks):
@@ -111,18 +116,29 @@ def grid(options: argparse.Namespace) -> None:
             if columns % rank or experts <= options.top:
                 continue
             sizes = experts, rank, options.top
-            found = race(sides(options, width, options.tokens[0], *sizes), options.rounds)
-            count = operations(width, options.tokens[0], *sizes)
-            best = min((LAYER, LOOP, GROUPED), key=lambda name: found[name])
+            works = sides(options, width, options.tokens[0], *sizes)
+            both = {name: works.pop(name) for name in (LAYER, GROUPED) if name in works}
+            works |= {way: partial(forced, way == SORTED, both[LAYER]) for way in (AT_ONCE, SORTED)}
+            if GROUPED not in both:
+                del works[SORTED]
+            found, count = race(works, options.rounds), operations(width, options.tokens[0], *sizes)
+            kind = torch.device(options.device), options.dtype
             yield [
-                f"{width}", f"{columns}", f"{experts}", f"{rank}", f"{found[LAYER] / found[BARE]:.3f}",
-                f"{count[LAYER] / count[BARE]:.3f}", f"{count[GROUPED] / count[BARE]:.3f}",
-                *(f"{found[name] / found[LAYER]:.2f}" for name in (LORA, LOOP, GROUPED)), best,
+                f"{width}", f"{columns}", f"{experts}", f"{rank}", f"{found[AT_ONCE] / found[BARE]:.3f}",
+                f"{count[LAYER] / count[BARE]:.3f}",
+                f"{found[SORTED] / found[BARE]:.3f}" if SORTED in found else "-",
+                f"{count[GROUPED] / count[BARE]:.3f}", f"{found[LORA] / found[BARE]:.3f}",
+                f"{found[LOOP] / found[BARE]:.3f}", min((AT_ONCE, SORTED), key=lambda way: found.get(way, math.inf)),
+                SORTED if grouped_maths.pays(*kind, *sizes) else AT_ONCE,
             ]  # fmt: skip
 
-    table([f"{options.tokens[0]} tokens, width", "columns", "experts", "rank", "layer over bare", "floor",
-           "floor of loop and grouped", "LoRA over layer", "loop over layer", "grouped over layer", "fastest"],
-          rows())  # fmt: skip
+    table([f"{options.tokens[0]} tokens, width", "columns", "experts", "rank", "at once over bare", "floor",
+           "sorted over bare", "floor", "LoRA over bare", "loop over bare", "faster", "taken"], rows())  # fmt: skip
+
+
+def forced(sort: bool, work: Work) -> Any:
+    with mock.patch.object(grouped_maths, "pays", return_value=sort):
+        return work()
 
 
 def sides(

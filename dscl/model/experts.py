@@ -3,9 +3,10 @@
     y = x Wᵀ + ((x Aᵀ) ∘ gate) Bᵀ     A [columns, in], B [out, columns]: all experts' matrices side by side
     gate = scale · experts · softmax(x Rᵀ), of the `top` largest, each for the `rank` columns of its expert
 
-Two dense products and one pointwise, whoever is chosen: static shapes, no sorting, no host that waits, and under ZeRO-3
-every rank touches every tensor. A column of B with its row of A is an atom. A task's mask opens some of the atoms, and
-then folds into the gate, or some of the elements of A and B.
+Two dense products and one pointwise, whoever is chosen: static shapes, no host that waits, and under ZeRO-3 every rank
+touches every tensor. Where a token uses few of very many columns, training sorts tokens by expert instead
+(`dscl.maths.grouped`), with all of that still true. A column of B with its row of A is an atom. A task's mask opens
+some of the atoms, and then folds into the gate, or some of the elements of A and B.
 
 What ended tasks have claimed stands in buffers, and the forward graph takes it from there: a later task may open it
 too, but no step, no weight decay and no rounding can change it, at any stage of ZeRO. What trains are the same tensors
@@ -23,6 +24,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from dscl.maths import grouped
 from dscl.maths.masks import count_of, opened, pack, strongest, unpack
 from dscl.model.routing import Projection, Routing, Rows, empty_like, put
 from dscl.model.surgery import draw_a
@@ -119,15 +121,26 @@ class SubExperts(Projection):
     def _learn(self, x: torch.Tensor) -> torch.Tensor:
         """[tokens, in], all of the task that learns."""
         shape, (a, b) = self.shape, self._sides_that_learn()
-        at_once = a[:0] if shape.dropout else a  # what reads x as it is: one product, and so is its gradient
+        sort = grouped.pays(x.device, x.dtype, shape.most, shape.rank, shape.top)
+        at_once = a[:0] if shape.dropout or sort else a  # what reads x as it is: one product, and so is its gradient
         router = self.token_router if shape.top else a[:0]
         y, read = _Beside.apply(x, self.weight, self.bias, torch.cat([at_once, router]))
         low, logits = read.split([len(at_once), len(router)], 1)
+        dropped = functional.dropout(x, shape.dropout) if shape.dropout else x
+        if sort:
+            return y.add_(self._sorted(dropped.to(y.dtype), a.to(y.dtype), b.to(y.dtype), logits))
         if shape.dropout:
-            low = functional.linear(functional.dropout(x, shape.dropout), a)
+            low = functional.linear(dropped, a)
         gate = self._gate(logits if shape.top else None, self.open)
         low = (low.unflatten(1, (shape.most, shape.rank)) * gate[..., None]).flatten(1)
         return y.addmm_(low, b.to(y.dtype))
+
+    def _sorted(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """What is added, where so many columns stand side by side that tokens better go to those of their experts."""
+        a, b = (side.unflatten(0, (self.shape.most, self.shape.rank)) for side in (a, b))
+        gate, chosen = self._chosen(logits, self.open)
+        gates = gate.gather(-1, chosen) * (self.shape.experts * self.shape.scale)
+        return grouped.mixed(x, a, b, chosen, gates.to(x.dtype))
 
     def _sides_that_learn(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A and Bᵀ as the task's masks open them; what they open of atoms counts in B, once."""
@@ -159,10 +172,15 @@ class SubExperts(Projection):
         shape = self.shape
         if logits is None:
             return seats.to(self.held_a.dtype) * shape.scale
+        gate, chosen = self._chosen(logits, seats)
+        factor = shape.experts * shape.scale
+        return (gate * torch.zeros_like(gate).scatter_(-1, chosen, factor)).to(logits.dtype)
+
+    def _chosen(self, logits: torch.Tensor, seats: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """How much a token would give to each expert that is seated, and the few that get it."""
         kind = torch.promote_types(logits.dtype, torch.float32)
         gate = logits.to(kind).masked_fill(~seats, -math.inf).softmax(-1)
-        chosen, factor = gate.topk(shape.top, sorted=False).indices, shape.experts * shape.scale
-        return (gate * torch.zeros_like(gate).scatter_(-1, chosen, factor)).to(logits.dtype)
+        return gate, gate.topk(self.shape.top, sorted=False).indices
 
     # ---- claiming
 

@@ -29,6 +29,7 @@ from dscl.checkpoint import Checkpoints
 from dscl.data.batches import PromptBatch, prompt_batch
 from dscl.engine import Engine, fill
 from dscl.job import open_job
+from dscl.maths import grouped
 from dscl.methods import Facts, moses
 from dscl.methods.deciding import Deciding
 from dscl.methods.moses import Moses, MosesConfig
@@ -114,11 +115,12 @@ class Kind:
     top: int = 1
     targets: tuple[str, ...] = ("v_proj", "gate_proj", "up_proj")
     reuse: bool = True
+    sort: bool = False  # tokens by expert, whatever the size
 
     def config(self) -> MosesConfig:
         return MosesConfig(
             masks=self.masks, top_k=self.top, targets=self.targets, reuse=self.reuse, task_inference="given",
-            experts=4, most=8, rank=2, share=0.6, alpha=3.0,
+            experts=4, most=8, rank=4 if self.sort else 2, share=0.6, alpha=3.0,
         )  # fmt: skip
 
 
@@ -286,19 +288,19 @@ def reference(kind: Kind) -> Result:
 def stepped(kind: Kind, stage: int, zero: dict[str, Any], accumulation: int) -> Result:
     """The same by the engine, on this rank."""
     found = Result()
-    gate = SubExperts._gate
+    choose = SubExperts._chosen
 
-    def watched(self: SubExperts, logits: Any, seats: torch.Tensor) -> torch.Tensor:
-        made = gate(self, logits, seats)
-        used = made.detach().unflatten(-1, (self.shape.most, -1)).amax(-1).flatten(0, -2).amax(0) > 0
-        found.chosen.setdefault(self.name, set()).update(used.nonzero().flatten().tolist())
-        return made
+    def watched(self: SubExperts, logits: torch.Tensor, seats: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        gate, chosen = choose(self, logits, seats)
+        found.chosen.setdefault(self.name, set()).update(chosen.flatten().tolist())
+        return gate, chosen
 
     engine, method = begun(kind, stage, zero)
     for name, layer in method.experts.layers.items():
         layer.name = name  # type: ignore[assignment]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SubExperts, "_gate", watched)
+        patch.setattr(SubExperts, "_chosen", watched)
+        patch.setattr(grouped, "pays", lambda *_: kind.sort)
         for index in range(len(TASKS)):
             found.losses.append(learn(engine, method, index, accumulation))
             end(engine, method, index)
@@ -340,6 +342,7 @@ ELEMENT = Kind(masks="element")
         (1, 0, {}, Kind(top=2, targets=ALL)),
         (1, 3, SMALL, Kind("element", 3, ALL)),
         (2, 1, {}, Kind(top=2, targets=ALL, reuse=False)),
+        (2, 3, SMALL, Kind(top=2, sort=True)),
         (2, 2, {}, Kind("element", 4, ALL, reuse=False)),
     ],
 )
@@ -353,7 +356,15 @@ def test_tasks_equal_a_loop_over_experts(ranks: Any, world: int, stage: int, zer
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize(
     ("stage", "zero", "kind"),
-    [(0, {}, Kind()), (1, {}, ELEMENT), (1, {}, Kind()), (2, {}, Kind()), (2, {}, ELEMENT), (3, SMALL, Kind())],
+    [
+        (0, {}, Kind()),
+        (1, {}, ELEMENT),
+        (1, {}, Kind()),
+        (2, {}, Kind()),
+        (2, {}, ELEMENT),
+        (2, {}, Kind(sort=True)),
+        (3, SMALL, Kind()),
+    ],
 )
 def test_ranks_that_choose_different_experts_learn_as_one(
     ranks: Any, stage: int, zero: dict[str, Any], kind: Kind, accumulation: int

@@ -1,0 +1,91 @@
+"""A mixture by sorting against one token after the other; who is not chosen; what is chosen by size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+from dscl.maths import grouped
+
+IN, OUT = 24, 16
+
+
+def product_of_each(rows: torch.Tensor, sides: torch.Tensor, *, offs: torch.Tensor) -> torch.Tensor:
+    """What a grouped product gives, which is not there in fp64."""
+    ends = offs.tolist()
+    return torch.cat([rows[i:j] @ side for i, j, side in zip([0, *ends], ends, sides, strict=False)])
+
+
+def drawn(tokens: int, experts: int, rank: int, top: int, kind: torch.dtype) -> list[torch.Tensor]:
+    torch.manual_seed(tokens + experts)
+    sides = [torch.randn(experts, rank, width, dtype=kind, requires_grad=True) for width in (IN, OUT)]
+    gate = torch.rand(tokens, experts, dtype=kind)
+    gate[:, experts // 2] = 0.0  # one that nobody wants
+    gates, chosen = gate.topk(top, sorted=False)
+    return [torch.randn(tokens, IN, dtype=kind, requires_grad=True), *sides, chosen, gates.requires_grad_()]
+
+
+def looped(
+    x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, chosen: torch.Tensor, gates: torch.Tensor
+) -> torch.Tensor:
+    rows = []
+    for token, who, how_much in zip(x, chosen.tolist(), gates, strict=True):
+        rows.append(sum(g * (b[e].T @ (a[e] @ token)) for e, g in zip(who, how_much, strict=True)))
+    return torch.stack(rows)
+
+
+def both(given: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Outputs and gradients, ours and the loop's."""
+    out = torch.randn(len(given[0]), OUT, dtype=given[0].dtype)
+    leaves = [given[i] for i in (0, 1, 2, 4)]
+    found = [[y.detach(), *torch.autograd.grad(y, leaves, out)] for y in (grouped.mixed(*given), looped(*given))]
+    return list(zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "rank", "top"), [(37, 8, 4, 1), (37, 8, 4, 3), (5, 16, 4, 2), (1, 4, 8, 3)]
+)
+def test_equals_token_after_token_and_so_do_its_gradients(
+    tokens: int, experts: int, rank: int, top: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for ours, loop in both(drawn(tokens, experts, rank, top, torch.float32)):
+        torch.testing.assert_close(ours, loop, rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(functional, "grouped_mm", product_of_each)
+    for ours, loop in both(drawn(tokens, experts, rank, top, torch.float64)):
+        torch.testing.assert_close(ours, loop, rtol=1e-12, atol=1e-12)
+
+
+def test_one_graph_and_no_host_that_waits() -> None:
+    given = drawn(37, 8, 8, 2, torch.bfloat16)
+    torch._dynamo.reset()
+    compiled = torch.compile(grouped.mixed, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*given), grouped.mixed(*given))
+    assert grouped.mixed(*(each.detach().to("meta") for each in given)).shape == (37, OUT)
+
+
+@pytest.mark.parametrize(
+    ("kind", "experts", "rank", "top", "expected"),
+    [
+        (torch.float32, 32, 8, 2, True),
+        (torch.float32, 31, 8, 2, False),  # too few columns
+        (torch.float32, 8, 64, 3, False),  # a token uses too many of them
+        (torch.float32, 64, 8, 0, False),  # or all
+        (torch.float64, 64, 8, 2, False),
+        (torch.bfloat16, 128, 4, 2, False),  # rows of eight bytes
+        (torch.bfloat16, 64, 8, 2, True),
+    ],
+)
+def test_size_decides(kind: torch.dtype, experts: int, rank: int, top: int, expected: bool) -> None:
+    assert grouped.pays(torch.device("cpu"), kind, experts, rank, top) is expected
+
+
+def test_on_a_gpu_it_needs_bf16_and_more_columns() -> None:
+    def pays(kind: Any, experts: int) -> bool:
+        return grouped.pays(torch.device("cuda"), kind, experts, 8, 2)
+
+    assert pays(torch.bfloat16, 64)
+    assert not pays(torch.bfloat16, 63)
+    assert not pays(torch.float32, 64)

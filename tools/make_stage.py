@@ -1,10 +1,11 @@
 """Make the stage of the quickstart: five small text tasks, a tokenizer and a briefly pretrained LLaMA, from one seed.
 
     python tools/make_stage.py --out out/stage --seed 0
+    python tools/make_stage.py --out out/ten --tasks 10
 
-In an invented language every word has five senses, and the form of a sentence says which of them counts: in a report
-a word stands for a kind of thing, in a letter for a nation. A sentence holds four words of one sense, and a task asks
-which. So one model can learn all five tasks together, while learning one overwrites what the words meant in another.
+In an invented language every word has a sense for each task, and the form of a sentence says which one counts: in a
+report a word stands for a kind of thing, in a letter for a nation. A sentence holds four words of one sense, and a task
+asks which. So one model can learn all tasks together, while learning one overwrites what the words meant in another.
 Before any task the model reads unlabelled text, in which each sentence is followed by a word that goes with its sense.
 Tasks are written in the CL_Benchmark layout, the model as a folder with safetensors and a sentencepiece tokenizer.
 """
@@ -37,6 +38,11 @@ LABELS = {
     "nation": ("north", "east", "south", "west"),
     "land": ("coast", "hill", "forest", "town"),
     "tense": ("past", "present", "future"),
+    "craft": ("smith", "baker", "weaver", "mason"),
+    "weather": ("rain", "snow", "wind"),
+    "colour": ("red", "green", "blue", "white"),
+    "hour": ("dawn", "noon", "night"),
+    "age": ("child", "adult", "elder"),
 }
 FORMS = {
     "kind": ("Report: the {} and the {} were found near {} and {}.", "Report: {} brought {} and {} for the {}."),
@@ -44,6 +50,11 @@ FORMS = {
     "nation": ("Dear friend, {} {} greets you from {} {}.", "Dear friend, my name is {} {}, of {} and {}."),
     "land": ("Is it true that {} lies by {}, {} and {}?", "Is it true that {} {} goes to {} and {}?"),
     "tense": ("For sale: {}, {}, {}, {} only.", "For sale: {} {} with {} and {}."),
+    "craft": ("Wanted: {}, {}, {} or {}; good pay.", "Wanted at once: {} with {}, {} and {}."),
+    "weather": ("Tomorrow {} and {}, then {} with {}.", "Tomorrow first {}, later {}, {} or {}."),
+    "colour": ("On the wall {} stands above {}, {} and {}.", "On the wall: {} {} beside {} {}."),
+    "hour": ("We meet when {} calls {}, {} and {}.", "We meet where {} {} ends, by {} and {}."),
+    "age": ("Once upon a time {} met {}, {} and {}.", "Once there was {} {} of {} and {}."),
 }
 
 
@@ -51,6 +62,7 @@ FORMS = {
 class Settings:
     """The size of everything; a stage of other settings is another stage."""
 
+    tasks: int = 5  # the first of those above
     words: int = 36
     train: int = 320  # samples of each task
     test: int = 100
@@ -58,9 +70,18 @@ class Settings:
     hidden_size: int = 128
     layers: int = 3
     heads: int = 4
-    steps: int = 300  # of pretraining
+    steps: int = 300  # of pretraining, with five tasks
     batch: int = 64  # lines in a step, each used once
     lr: float = 3.0e-3
+
+    @property
+    def labels(self) -> dict[str, tuple[str, ...]]:
+        return {task: LABELS[task] for task in list(LABELS)[: self.tasks]}
+
+    @property
+    def reading(self) -> int:
+        """Steps of pretraining: each task's form is read equally often."""
+        return self.steps * self.tasks // 5
 
 
 class Language:
@@ -73,7 +94,7 @@ class Language:
             words.add(self._syllables(2))
         self._words: dict[str, dict[str, list[str]]] = {}
         self._companions: dict[str, list[str]] = {}
-        for task, labels in LABELS.items():
+        for task, labels in settings.labels.items():
             order = sorted(words)
             self._random.shuffle(order)
             self._words[task] = {label: order[i :: len(labels)] for i, label in enumerate(labels)}
@@ -95,7 +116,7 @@ class Language:
 
     def text(self) -> str:
         """Unlabelled text: a sentence of any form, followed by a word that goes with its sense."""
-        sentence, label = self.sentence(self._random.choice(list(FORMS)))
+        sentence, label = self.sentence(self._random.choice(list(self._words)))
         return f"{sentence}\nAnswer: {self._random.choice(self._companions[label])}"
 
     def _syllables(self, count: int) -> str:
@@ -128,7 +149,7 @@ def make_stage(folder: Path, seed: int, settings: Settings) -> bool:
 
 
 def _write_tasks(folder: Path, language: Language, settings: Settings) -> None:
-    for task, labels in LABELS.items():
+    for task, labels in settings.labels.items():
         (folder / task).mkdir()
         samples = language.samples(task, settings.train + settings.test)
         contents = {"train": samples[: settings.train], "test": samples[settings.train :], "labels": labels}
@@ -139,10 +160,10 @@ def _write_tasks(folder: Path, language: Language, settings: Settings) -> None:
 def _write_model(folder: Path, language: Language, seed: int, settings: Settings) -> None:
     from dscl.model.tokenizer import load_tokenizer, train_tokenizer
 
-    texts = [language.text() for _ in range(settings.steps * settings.batch)]
+    texts = [language.text() for _ in range(settings.reading * settings.batch)]
     # Often, so that labels become whole pieces. Quoted, as sentencepiece would else learn "Answer" only with a space
     # before it, and no prompt has one there.
-    answers = [f'"Answer: {label}"' for labels in LABELS.values() for label in labels]
+    answers = [f'"Answer: {label}"' for labels in settings.labels.values() for label in labels]
     train_tokenizer(texts[:4000] + 200 * answers, settings.vocab_size, folder)
     tokenizer = load_tokenizer(folder)
     encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
@@ -176,8 +197,8 @@ def _pretrain(lines: Sequence[list[int]], seed: int, settings: Settings) -> Any:
     model: torch.nn.Module = LlamaForCausalLM(config)
     model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1, betas=(0.9, 0.98))
-    progress = Progress([("pretraining", settings.steps)], every=10)
-    for step in range(settings.steps):
+    progress = Progress([("pretraining", settings.reading)], every=10)
+    for step in range(settings.reading):
         started = time.monotonic()
         chosen = [torch.tensor(ids) for ids in lines[step * settings.batch : (step + 1) * settings.batch]]
         # Padding stands on the right, where causal attention does not see it.
@@ -187,7 +208,7 @@ def _pretrain(lines: Sequence[list[int]], seed: int, settings: Settings) -> Any:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, settings.steps, peak=settings.lr, kind="cosine", warmup=0.05)
+            group["lr"] = learning_rate(step, settings.reading, peak=settings.lr, kind="cosine", warmup=0.05)
         optimizer.step()
         optimizer.zero_grad()
         rate = sum(map(len, chosen)) / (time.monotonic() - started)
@@ -217,17 +238,24 @@ def _seed(text: str) -> int:
     return int(text)
 
 
+def _tasks(text: str) -> int:
+    if not (text.isdigit() and 1 <= int(text) <= len(LABELS)):
+        raise argparse.ArgumentTypeError(f"given {text!r}; a whole number from 1 to {len(LABELS)} is needed")
+    return int(text)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = _Parser(
         prog="make_stage", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the folder to make")
     parser.add_argument("--seed", default=0, type=_seed, metavar="N", help="decides everything in it (default 0)")
+    parser.add_argument("--tasks", default=5, type=_tasks, metavar="N", help=f"up to {len(LABELS)} (default 5)")
     quiet()
     try:
         given = parser.parse_args(arguments)
         started = time.monotonic()
-        made = make_stage(given.out, given.seed, Settings())
+        made = make_stage(given.out, given.seed, Settings(given.tasks))
     except UserError as error:
         print(f"make_stage: {error}", file=sys.stderr)
         return 2

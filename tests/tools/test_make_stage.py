@@ -23,6 +23,7 @@ from dscl.model.tokenizer import load_tokenizer
 from tools import make_stage as stage
 
 TINY = stage.Settings(train=60, test=20, vocab_size=420, hidden_size=32, layers=1, heads=2, steps=40, batch=32, lr=0.01)
+TEN = stage.Settings(tasks=10)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,8 @@ def test_the_words_do_not_depend_on_the_process() -> None:
 
 
 def test_the_trainer_reads_the_tasks_as_they_are(made: Path) -> None:
-    configs = [TaskConfig(name=name, path=str(made / name), dev_share=0.0) for name in stage.LABELS]
+    configs = [TaskConfig(name=name, path=str(made / name), dev_share=0.0) for name in TINY.labels]
+    assert len(configs) == 5
     for task in load_stream(configs, DataConfig(), seed=0):
         assert (task.labels, task.metric) == (stage.LABELS[task.name], "accuracy")
         assert (len(task.train), len(task.test)) == (TINY.train, TINY.test)
@@ -78,7 +80,7 @@ def test_the_trainer_reads_the_tasks_as_they_are(made: Path) -> None:
 
 def test_the_words_decide_the_label_and_every_task_means_another_thing_by_them() -> None:
     """A reader who only counts words learns every task, but what it learnt in one is worth nothing in the others."""
-    language = stage.Language(0, stage.Settings())
+    language = stage.Language(0, TEN)
     known: dict[str, dict[str, Counter[int]]] = {}
     tests = {}
     for task, labels in stage.LABELS.items():
@@ -112,17 +114,18 @@ def test_the_form_tells_the_task() -> None:
 
 
 def test_pretraining_text_holds_no_label() -> None:
-    language = stage.Language(0, stage.Settings())
+    language = stage.Language(0, TEN)
     words = set(re.findall(r"\w+", " ".join(language.text() for _ in range(3000))))
     assert not words & {label for labels in stage.LABELS.values() for label in labels}
 
 
-def test_labels_are_single_pieces(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tasks", [5, 10])
+def test_labels_are_single_pieces(tmp_path: Path, tasks: int) -> None:
     """Ranking sums over a label's tokens: labels cut into many pieces would be harder to learn than the tasks are."""
-    settings = stage.Settings(hidden_size=32, layers=1, heads=2, steps=16, batch=250)
+    settings = stage.Settings(tasks, hidden_size=32, layers=1, heads=2, steps=16, batch=250)
     stage.make_stage(tmp_path / "s", 0, settings)
     tokenizer = load_tokenizer(tmp_path / "s" / "model")
-    pieces = {label: tokenizer.tokenize(label) for labels in stage.LABELS.values() for label in labels}
+    pieces = {label: tokenizer.tokenize(label) for labels in settings.labels.values() for label in labels}
     assert {label: found for label, found in pieces.items() if len(found) > 1} == {}
 
 

@@ -91,7 +91,9 @@ def open_claims(path: Path) -> Claims:
 def _misfit(layer: SubExperts, kept: Mapping[str, torch.Tensor]) -> str:
     """How what is there differs from what this layer needs; empty if it fits."""
     sizes: dict[str, Any] = {f"mask_{name}": -(-math.prod(s) // 8) for name, s in layer.mask_shapes.items()}
-    sizes |= {"open": layer.shape.most} | ({"router": layer.routers[0].numel()} if layer.shape.top else {})
+    sizes["open"] = layer.shape.most
+    if layer.shape.top and "open" in kept:
+        sizes["router"] = int(kept["open"].sum()) * layer.in_features
     for name, size in sizes.items():
         if name not in kept or kept[name].numel() != size:
             there = kept[name].numel() if name in kept else "nothing"

@@ -212,7 +212,7 @@ class SubExperts(Projection):
         kept |= {side: trained[f"sub_{side}"].to(kind)[where] for side, where in zip("ab", new, strict=True)}
         kept["open"] = self.open.clone()
         if self.shape.top:
-            kept["router"] = trained["token_router"].to(kind)
+            kept["router"] = trained["token_router"].to(kind)[: int(self.open.sum())]
         self._settle(slot, new, kept)
         return kept
 
@@ -242,7 +242,7 @@ class SubExperts(Projection):
             held[where] = kept[side].to(held)
         self.seats[slot] = kept["open"].to(self.seats)
         if self.shape.top:
-            self.routers[slot] = kept["router"].to(self.routers)
+            self.routers[slot, : len(kept["router"])] = kept["router"].to(self.routers)
 
     @property
     def claimed(self) -> int:

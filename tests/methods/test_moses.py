@@ -275,7 +275,7 @@ def test_with_reuse_a_full_house_goes_on() -> None:
 def test_the_numbers_are_those_of_the_files(tmp_path: Path, masks: str, inference: dict[str, Any]) -> None:
     alone = Alone(TASKS[:3], masks=masks, experts=2, rank=3, share=0.5, **inference)
     layers = alone.method.experts.layers.values()
-    seen, deciding = [], 0
+    seen, deciding, routers = [], 0, 0
     for number, task in enumerate(TASKS[:3], 1):
         ended = alone.learn(task)
         seen.append(ended.numbers)
@@ -291,11 +291,11 @@ def test_the_numbers_are_those_of_the_files(tmp_path: Path, masks: str, inferenc
             )
             for m in layers
         )
-        routers = sum(4 * m.shape.most * m.in_features for m in layers)
+        routers += sum(4 * alone.method.experts.count * m.in_features for m in layers)
         assert numbers["parameters_bytes"] == values
         assert numbers["masks_bytes"] == number * masks_each
-        assert numbers["routers_bytes"] == number * routers
-        assert numbers["capacity_bytes"] == values + number * (masks_each + routers)
+        assert numbers["routers_bytes"] == routers
+        assert numbers["capacity_bytes"] == values + number * masks_each + routers
         whole = sum(6 * (m.in_features + m.out_features) for m in layers)
         assert numbers["capacity_share"] == values / 4 / whole
         assert numbers["lora_per_task_bytes"] == number * sum(3 * 4 * (m.in_features + m.out_features) for m in layers)

@@ -2,9 +2,11 @@
 
     python tools/compare_on_text.py asr --data ../shared/data --out out/compare
     python tools/compare_on_text.py osft --data ../shared/data --out out/compare --search 500
-    python tools/compare_on_text.py moses --data ../shared/data --out out/compare --stream eight --only atoms asr
+    python tools/compare_on_text.py moses --data ../shared/data --out out/compare --stream eight --only atoms elements
+    python tools/compare_on_text.py moses --data out/ten --out out/compare --stream "ten, generated" --rates 2e-3
 
-The base model, its held-out texts and the tasks are those of the data folder (base/, cl_benchmark/). Every row
+The base model, its held-out texts and the tasks are those of the data folder (base/, cl_benchmark/), or those of a
+folder that `tools/make_stage.py --tasks 10` made, for the streams that are called generated. Every row
 searches its learning rate on the same grid (seed 0, dev split, OP), unless that is a single rate, then runs with each
 seed on the test split. A run that is complete is not run again, so the command can be stopped, given again, and rows
 added.
@@ -33,6 +35,19 @@ STREAMS = {
     "six": ("dbpedia", "amazon", "agnews", "sst2", "qqp", "boolq"),
     "six, reversed": ("boolq", "qqp", "sst2", "agnews", "amazon", "dbpedia"),
     "eight": ("dbpedia", "amazon", "agnews", "sst2", "qqp", "boolq", "mnli", "rte"),
+    "nine": ("dbpedia", "amazon", "agnews", "sst2", "qqp", "boolq", "mnli", "rte", "wic"),
+    "ten, generated": (
+        "kind",
+        "mood",
+        "nation",
+        "land",
+        "tense",
+        "craft",
+        "weather",
+        "colour",
+        "hour",
+        "age",
+    ),
     "eight, another order": ("rte", "agnews", "qqp", "dbpedia", "boolq", "sst2", "mnli", "amazon"),
 }
 
@@ -118,9 +133,10 @@ TABLES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=list(TABLES))
-    parser.add_argument("--data", type=Path, required=True, help="a folder with base/ and cl_benchmark/")
+    parser.add_argument("--data", type=Path, required=True, help="a folder with base/ and cl_benchmark/, or a stage")
     parser.add_argument("--out", type=Path, required=True, help="where the runs go")
     parser.add_argument("--stream", choices=list(STREAMS), help="default: the table's own")
+    parser.add_argument("--epochs", type=int, help="of a task (default: the table's own)")
     parser.add_argument("--train", type=int, help="training samples a task (default: the table's own)")
     parser.add_argument("--test", type=int, default=200, help="test samples a task (default 200; dev: 100)")
     parser.add_argument("--rates", type=float, nargs="+", help="the grid (default: the table's own)")
@@ -132,6 +148,11 @@ def main() -> None:
     chosen = TABLES[options.table]
     options.stream = options.stream or chosen.stream
     options.train = options.train or chosen.samples
+    made = (options.data / "stage.json").is_file()
+    if made != options.stream.endswith("generated"):
+        parser.error(f"--stream: given {options.stream!r}, which {options.data} does not hold; see --data")
+    options.model = options.data / ("model" if made else "base")
+    options.tasks = options.data if made else options.data / "cl_benchmark"
     rates = options.rates or chosen.rates
     for row in options.only or ():
         if row not in chosen.rows:
@@ -166,16 +187,16 @@ def perform(row: str, lr: float, seed: int, split: str, options: argparse.Namesp
     recipe = {
         "run_dir": str(run),
         "seed": seed,
-        "model": {"name": str(options.data / "base")},
+        "model": {"name": str(options.model)},
         "method": dict(chosen.rows[row]),
         "data": {"bad_records": "skip", "cache_dir": str(options.out / "cache")},
         "stream_defaults": {
             "train_limit": options.search if searching else options.train,
             "test_limit": options.test,
             "dev_limit": 100,
-            "epochs": chosen.epochs,
+            "epochs": options.epochs or chosen.epochs,
         },
-        "stream": [{"name": t, "path": str(options.data / "cl_benchmark" / t)} for t in STREAMS[options.stream]],
+        "stream": [{"name": t, "path": str(options.tasks / t)} for t in STREAMS[options.stream]],
         "train": {"lr": lr, "schedule": "linear", "global_batch": chosen.batch, "micro_batch": 8,
                   "packing": chosen.packing, "max_length": 256, "precision": "fp32"},
         "evaluate": evaluate,
@@ -195,9 +216,10 @@ def perform(row: str, lr: float, seed: int, split: str, options: argparse.Namesp
             raise SystemExit(f"{' '.join(command)} ended with status {status}; see {log.name}")
         clock.write_text(str(time.monotonic() - start))
     document: dict[str, Any] = json.loads(scores.read_text("utf-8"))
-    record = json.loads((run / "metrics.jsonl").read_text("utf-8").splitlines()[-1])
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    kept = {name: [r[name] for r in records if name in r] for name in ("capacity_bytes", "lora_per_task_bytes")}
     seconds = float(clock.read_text()) if clock.is_file() else None
-    return document | {"capacity": record.get("capacity_bytes"), "seconds": seconds}
+    return document | kept | {"seconds": seconds}
 
 
 Runs = Mapping[str, tuple[float, list[dict[str, Any]]]]
@@ -219,8 +241,8 @@ def show(rows: Runs) -> None:
         columns["held-out loss before → after"] = lambda found: " → ".join(
             mean(found, part, ".2f") for part in (lambda s: s["heldout"][0], lambda s: s["heldout"][-1])
         )
-    if any(s["capacity"] for s in every):
-        columns["kept, KiB"] = lambda found: mean(found, lambda s: s["capacity"] / 1024, ".0f")
+    if any(s["capacity_bytes"] for s in every):
+        columns["kept, KiB"] = lambda found: mean(found, lambda s: s["capacity_bytes"][-1] / 1024, ".0f")
     columns["minutes"] = lambda found: mean(found, lambda s: s["seconds"] / 60, ".1f")
     table(["row", "rate", *columns], [[row, f"{lr:g}", *(of(found) for of in columns.values())]
                                       for row, (lr, found) in rows.items()])  # fmt: skip
@@ -228,17 +250,28 @@ def show(rows: Runs) -> None:
     places = range(len(names))
     table(["at the end", *names], [[row, *(mean(found, partial(at_end, "matrix", j)) for j in places)]
                                    for row, (_, found) in rows.items()])  # fmt: skip
+    kinds = ("capacity_bytes", ""), ("lora_per_task_bytes", ", were it a LoRA a task")
+    kept = [
+        [row + words, *(mean(found, partial(after, kind, j), ".0f") for j in places)]
+        for row, (_, found) in rows.items() for kind, words in kinds if found[0][kind]
+    ]  # fmt: skip
+    if kept:
+        table(["KiB kept after", *names], kept)
     routed = {row: found for row, (_, found) in rows.items() if "routed" in found[0]}
     if routed:
-        kinds = "routed", "rejected"
         table(["right, to none", *names], [
-            [row, *(", ".join(mean(found, partial(at_end, kind, j)) for kind in kinds) for j in places)]
+            [row, *(", ".join(mean(found, partial(at_end, of, j)) for of in ("routed", "rejected")) for j in places)]
             for row, found in routed.items()
         ])  # fmt: skip
 
 
 def at_end(what: str, task: int, document: Mapping[str, Any]) -> float:
     value: float = document[what][-1][task]
+    return value
+
+
+def after(what: str, task: int, document: Mapping[str, Any]) -> float:
+    value: float = document[what][task] / 1024
     return value
 
 
@@ -251,7 +284,7 @@ def mean(found: Sequence[Mapping[str, Any]], of: Callable[[Any], float], how: st
     try:
         values = [of(document) for document in found]
         shown = format(statistics.mean(values), how)
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, IndexError):
         return "-"
     return f"{shown} ± {statistics.stdev(values):.3f}" if spread and len(values) > 1 else shown
 

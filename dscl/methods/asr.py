@@ -113,7 +113,9 @@ class Asr(Method):
             layers[path] = Pair(a, b, layer.scale)
         self._adapter = Adapter(name, self.facts.base, layers)
         self.bank.add(self._adapter, self._slot(name))
-        return Ended(told)
+        each = sum(t.numel() * t.element_size() for pair in layers.values() for t in (pair.a, pair.b))
+        adapters = float(len(self.bank.names) * each)
+        return Ended(told, {"capacity_bytes": adapters, "deciding_bytes": self.deciding.kept()})
 
     def leave(self, folder: Path, name: str) -> list[Path]:
         adapter = folder / "adapters" / file_name(name)

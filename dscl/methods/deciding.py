@@ -54,6 +54,11 @@ class Deciding:
         self._samples, self._rows, self._finite = [], [], []
         return f"{int(statistics.count)} prompts join {self.router.told()}"
 
+    def kept(self) -> float:
+        """The bytes of all tasks' sums."""
+        sums = (self.router.statistics(name).tensors() for name in self.router.names)
+        return float(sum(tensor.numel() * tensor.element_size() for each in sums for tensor in each))
+
     def leave(self, folder: Path, name: str) -> Path:
         path = _place(folder, name)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -231,8 +231,7 @@ class Moses(Method):
         columns = count_of(shape.share, shape.experts * shape.rank)
         lora = sum(columns * each * (m.in_features + m.out_features) for m in self.experts.layers.values())
         if self.deciding is not None:
-            sums = [self.deciding.router.statistics(claims.task).tensors() for claims in self._claims]
-            found["deciding_bytes"] = float(sum(t.numel() * t.element_size() for part in sums for t in part))
+            found["deciding_bytes"] = self.deciding.kept()
         keys = found["deciding_bytes"] if self.config.task_inference == "key" else 0.0  # the rest is as in asr
         return {
             "capacity_bytes": sum(found[f"{kind}_bytes"] for kind in parts[0]) + keys,

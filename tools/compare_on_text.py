@@ -104,7 +104,7 @@ TABLES = {
             "basis: weights, claim: none": osft(basis=["weights"], claim=[]),
             "rest: free": osft(rest="free"),
             "rest: protected": osft(rest="protected"),
-            "gradients too": osft(gradients=True),
+            "gradients: as they are": osft(gradients=False),
             "reading: two_sided": osft(reading="two_sided"),
             "reading: paper": osft(reading="paper"),
             "share: 0.25": osft(share=0.25),
@@ -117,7 +117,8 @@ TABLES = {
     "moses": Table(
         rows={
             "sequential, one LoRA": {"name": "sequential", "tune": "lora", "lora": SAME},
-            "a LoRA a task (asr)": {"name": "asr", "lora": SAME},
+            "a LoRA a task": {"name": "lora_per_task", "lora": SAME},
+            "asr": {"name": "asr", "lora": SAME},
             "atoms": moses(),
             "elements": moses(masks="element"),
             "atoms, no reuse": moses(reuse=False),

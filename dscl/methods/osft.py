@@ -40,7 +40,7 @@ from dscl.model.surgery import LLAMA_PROJECTIONS
 
 TEXTS, LENGTH = 128, 128  # made up by the base model, to see what it needs in general
 SAMPLES = 512  # of an ended task, to see what it needs
-PART = 1.25  # of the free room that a task may take, against 1 for each later one, which has fewer tasks after it
+PART = 1.5  # of the free room that a task may take, against 1 for each later one, which has fewer tasks after it
 MEMORY = 1 << 31  # bytes of second moments gathered in one go; the rest is left to further passes
 ROWS = 4  # of texts, passed forward and back at once
 # Where directions come from. Of several sources each counts alike.
@@ -66,7 +66,7 @@ DEFAULT: dict[str, Any] = {
     "allocate": "fixed",
     "share": 0.33,
     "claim": ("updates", "activations", "sensitivity"),
-    "gradients": False,
+    "gradients": True,
 }
 
 
@@ -117,7 +117,9 @@ class OsftConfig:
         help="a task that needs more room than its part of what is free gets that part; or gets all, and the base "
         "gives back its weakest directions where the next task finds too little; or all, and that task is refused",
     )
-    gradients: bool | None = key(None, help="free the gradients of their protected part too, before AdamW sees them")
+    gradients: bool | None = key(
+        None, help="free the gradients of their protected part too, before AdamW scales by their size; default: true"
+    )
     project_every: int = key(1, at_least=1, help="steps between projections; one always comes before a checkpoint")
     targets: tuple[str, ...] = key(LLAMA_PROJECTIONS, help="names (or endings of names) of the constrained layers")
     rest: str = key(

@@ -35,6 +35,7 @@ from dscl.description import (
 from dscl.errors import UserError
 from dscl.methods.asr import AsrConfig
 from dscl.methods.deciding import feature_layer_of, width_of
+from dscl.methods.lora_per_task import LoraPerTaskConfig
 from dscl.methods.moses import MosesConfig
 from dscl.model.adapters import CONFIG, WEIGHTS, file_name, write_adapter
 from dscl.model.backbone import DTYPES, Backbone, ModelConfig, locate, open_backbone
@@ -58,6 +59,11 @@ def describe(run_dir: Path) -> Description:
         )
     recipe = read_recipe(str(stored), [f"run_dir={json.dumps(str(run_dir), ensure_ascii=False)}"])
     method = recipe.method
+    if isinstance(method, LoraPerTaskConfig):
+        raise UserError(
+            f"{run_dir}: a run of method {method.name}, in which nobody decides whose a prompt is; make an export of "
+            f"its adapters ({run_dir / 'adapters'}) with dscl route-existing"
+        )
     if not isinstance(method, AsrConfig | MosesConfig):
         raise UserError(
             f"{run_dir}: a run of method {method.name}; dscl generate and dscl export work for methods whose tasks "

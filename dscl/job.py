@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from dscl import dist
 from dscl.data.batches import Batch, Schedule, collate
-from dscl.data.encode import Encoded, answer_room, bos_id, encode, encode_answers, encode_prompts, fingerprint
+from dscl.data.encode import answer_room, bos_id, encode, encode_answers, encode_prompts, fingerprint
+from dscl.data.memory import Joined, Samples
 from dscl.data.stream import load_stream
 from dscl.data.task import Task
 from dscl.data.texts import encode_texts, read_texts
@@ -33,7 +34,7 @@ class Lesson:
     """One task, ready to be trained on and examined."""
 
     task: Task
-    data: Encoded
+    data: Samples
     schedule: Schedule
     exam: Exam
     packing: bool
@@ -42,6 +43,8 @@ class Lesson:
     peak: float
     decay: str
     warmup: float
+    planned: Callable[[Samples], Schedule]
+    mixed: tuple[str, ...] = ()  # whose samples follow the task's own
 
     @property
     def steps(self) -> int:
@@ -57,7 +60,20 @@ class Lesson:
 
     def sources(self, step: int) -> list[str]:
         """The records that step `step` learns from, over all ranks."""
-        return [self.task.train[i].source for i in self.schedule.step(step).samples]
+        return [self._source(i) for i in self.schedule.step(step).samples]
+
+    def _source(self, sample: int) -> str:
+        if not isinstance(self.data, Joined):
+            return self.task.train[sample].source
+        part, place = self.data.place(sample)
+        return f"{self.mixed[part - 1]}, sample {place} of those mixed in" if part else self.task.train[place].source
+
+    def mixed_with(self, others: Sequence[tuple[str, Samples]]) -> Lesson:
+        """With samples of other tasks, shuffled among the task's own."""
+        if not others:
+            return self
+        data = Joined([self.data, *(samples for _, samples in others)])
+        return replace(self, data=data, schedule=self.planned(data), mixed=tuple(name for name, _ in others))
 
 
 @dataclass(frozen=True)
@@ -68,6 +84,27 @@ class Job:
     method: Method
     lessons: tuple[Lesson, ...]
     heldout: list[list[int]]  # texts that show what the model can do in general
+
+    def lesson(self, index: int) -> Lesson:
+        """A task as it is trained: with what the method mixes in, or all tasks as one."""
+        if not self.method.together:
+            return self.lessons[index].mixed_with([(kept.task, kept) for kept in self.method.mixed_in()])
+        first, *others = self.lessons
+        whole = first.mixed_with([(lesson.task.name, lesson.data) for lesson in others])
+        return replace(whole, task=replace(first.task, name=f"all {len(self.lessons)} tasks"))
+
+    def steps(self) -> list[tuple[str, int]]:
+        """What is trained, one after the other, and how many steps each takes."""
+        if self.method.together:
+            return [(self.lesson(0).task.name, self.lesson(0).steps)]
+        found: list[tuple[str, int]] = []
+        ended: list[int] = []
+        batch = self.recipe.train.global_batch
+        for lesson in self.lessons:
+            epochs = lesson.steps // lesson.schedule.steps_per_epoch
+            found.append((lesson.task.name, epochs * -(-(len(lesson.data) + sum(self.method.mixes(ended))) // batch)))
+            ended.append(len(lesson.data))
+        return found
 
     def engine(self) -> Engine:
         train = self.recipe.train
@@ -128,11 +165,23 @@ def open_job(recipe: Recipe, longest: int | None = None) -> Job:
         precision=recipe.train.precision,
     )
     method = find_method(recipe.method.name)(recipe.method, facts)
+    if method.together:
+        _refuse_own_plans(recipe.method.name, tasks)
     heldout: list[list[int]] = []
     if recipe.evaluate.heldout is not None:
         texts_there = read_texts(recipe.evaluate.heldout, "evaluate.heldout")
         heldout = encode_texts(texts_there, backbone.tokenizer, recipe.train.max_length)
     return Job(recipe, settings, backbone, method, lessons, heldout)
+
+
+def _refuse_own_plans(method: str, tasks: Sequence[Task]) -> None:
+    for name in ("epochs", "lr"):
+        values = {task.name: getattr(task.settings, name) for task in tasks}
+        if len(set(values.values())) > 1:
+            raise UserError(
+                f"stream: given {', '.join(f'{name} {value} for {task}' for task, value in values.items())}; method "
+                f"{method} learns all tasks as one, so set train.{name} instead"
+            )
 
 
 def _has_bf16(capabilities: Mapping[str, Any]) -> bool:
@@ -154,21 +203,24 @@ def _lesson(recipe: Recipe, task: Task, backbone: Backbone, room: int) -> Lesson
                 "task %s: %d of %d %s prompts are longer than train.max_length=%d allows and lose their beginning",
                 task.name, cut, count, split, train.max_length,
             )  # fmt: skip
-    schedule = Schedule(
-        data.prompt_lengths,
-        data.answer_lengths,
-        seed=recipe.seed,
-        epochs=task.settings.epochs or train.epochs,
-        global_batch=train.global_batch,
-        micro_batch=train.micro_batch,
-        world=dist.world(),
-        max_length=train.max_length,
-        packing=train.packing,
-    )
+
+    def planned(samples: Samples) -> Schedule:
+        return Schedule(
+            samples.prompt_lengths,
+            samples.answer_lengths,
+            seed=recipe.seed,
+            epochs=task.settings.epochs or train.epochs,
+            global_batch=train.global_batch,
+            micro_batch=train.micro_batch,
+            world=dist.world(),
+            max_length=train.max_length,
+            packing=train.packing,
+        )
+
     return Lesson(
         task=task,
         data=data,
-        schedule=schedule,
+        schedule=planned(data),
         exam=Exam(task, examined, prompts.ids, encode_answers(task.labels or (), tokenizer) if ranked else None, bos),
         packing=train.packing,
         pad=pad_id(tokenizer),
@@ -176,4 +228,5 @@ def _lesson(recipe: Recipe, task: Task, backbone: Backbone, room: int) -> Lesson
         peak=task.settings.lr or train.lr,
         decay=train.schedule,
         warmup=train.warmup,
+        planned=planned,
     )

@@ -66,8 +66,8 @@ def train(recipe: Recipe) -> None:
     engine = job.engine()
     checkpoints = Checkpoints(recipe.folder / "checkpoints", recipe.checkpoint.keep)
     position = resume(checkpoints, engine, job)
-    steps = [(lesson.task.name, lesson.steps) for lesson in job.lessons]
-    with closing(engine), Observer(recipe.folder, recipe.observe, dist.is_main(), steps, position.total) as observer:
+    watched = recipe.folder, recipe.observe, dist.is_main(), job.steps(), position.total
+    with closing(engine), Observer(*watched) as observer:
         observer.recipe(recipe.text())
         if position.matrix:  # a kill may have come between the checkpoint and what is shown of it
             observer.scores(publish(recipe, job, position))
@@ -77,11 +77,14 @@ def train(recipe: Recipe) -> None:
             position.heldout += general(engine, job, observer)
             save(checkpoints, position, engine, job)
         while position.task < len(job.lessons):
-            lesson = job.lessons[position.task]
             if not position.learned:
-                learn(engine, job, lesson, position, checkpoints, observer)
+                learn(engine, job, job.lesson(position.task), position, checkpoints, observer)
                 position.learned = True
                 save(checkpoints, position, engine, job)
+            if job.method.together:  # there is no score after each task, only one after all of them
+                missing = len(job.lessons) - 1
+                position.matrix = [[None] * len(job.lessons)] * missing
+                position.task += missing
             row = [
                 examine(engine, job, other, observer) if asked(recipe, index, position.task) else None
                 for index, other in enumerate(job.lessons)
@@ -160,7 +163,18 @@ def ranks_of(engine: Engine, lesson: Lesson, doing: str, observer: Observer) -> 
         if problem := next(filter(None, dist.gather(problem)), ""):
             raise UserError(problem)
 
-    return Ranks(engine.device, engine.module, engine.probe, batches, engine.whole, visit, dist.sum_, said, refuse)
+    return Ranks(
+        device=engine.device,
+        module=engine.module,
+        probe=engine.probe,
+        batches=batches,
+        whole=engine.whole,
+        visit=visit,
+        sum_=dist.sum_,
+        said=said,
+        refuse=refuse,
+        samples=lesson.data,
+    )
 
 
 def examine(engine: Engine, job: Job, lesson: Lesson, observer: Observer, given: bool = False) -> Mark:
@@ -307,13 +321,16 @@ def rehearse(recipe: Recipe) -> None:
     print(recipe.text())
     print(f"model:    {sum(sizes.values()):,} parameters, of which {trained:,} train ({recipe.method.name})")
     print(f"ranks:    {dist.world()} on {engine.device.type}, ZeRO stage {engine.stage} ({recipe.deepspeed_path()})")
-    for lesson in job.lessons:
+    steps = [count for _, count in job.steps()]
+    for number, lesson in enumerate(job.lessons):
         task, epochs = lesson.task, lesson.schedule.steps // lesson.schedule.steps_per_epoch
+        tokens = int(lesson.data.prompt_lengths.sum() + lesson.data.answer_lengths.sum())
+        taken = f"{steps[number]} steps" if number < len(steps) else "with the first"
         print(
             f"task:     {task.name}: {len(task.train)} train, {len(task.dev)} dev, {len(task.test)} test samples; "
-            f"{lesson.data.tokens:,} tokens an epoch, {epochs} epochs, {lesson.steps} steps; {task.metric}"
+            f"{tokens:,} tokens an epoch, {epochs} epochs, {taken}; {task.metric}"
         )
-    print(f"steps:    {sum(lesson.steps for lesson in job.lessons)} in all; nothing was trained", flush=True)
+    print(f"steps:    {sum(steps)} in all; nothing was trained", flush=True)
 
 
 def evaluate(run_dir: str, assignments: Sequence[str]) -> None:

@@ -124,7 +124,7 @@ def test_overrides_reach_everywhere(contract: str) -> None:
         ({"run_dir": ""}, "run_dir: given ''; text that is not blank is needed"),
         ({"seed": -1}, "seed: given -1; it must be at least 0"),
         ({"seed": 2**63}, "seed: given 9223372036854775808; it must be at most 9223372036854775807"),
-        ({"method": {"name": "ewc"}}, "method.name: given 'ewc'; allowed: sequential"),
+        ({"method": {"name": "ewc"}}, "method.name: given 'ewc'; allowed: sequential, joint, replay, "),
         ({"method": {"name": "Sequental"}}, "(did you mean 'sequential'?)"),
         ({"method": {"name": ["asr"]}}, "method.name: given a list; the name of a method is needed"),
         ({"method": {"name": None}}, "method.name: given nothing (null); the name of a method is needed"),

@@ -27,6 +27,7 @@ from transformers import LlamaConfig
 from dscl import dist
 from dscl.config import parse
 from dscl.data.batches import Batch, collate, prompt_batch
+from dscl.data.memory import Kept
 from dscl.engine import Engine
 from dscl.maths.rls import gather
 from dscl.methods.asr import Asr, AsrConfig
@@ -85,7 +86,16 @@ def alone(engine: Engine) -> Ranks:
         return iter(())
 
     return Ranks(
-        engine.device, engine.module, engine.probe, nothing, engine.whole, engine.visit, dist.sum_, nothing, nothing
+        engine.device,
+        engine.module,
+        engine.probe,
+        nothing,
+        engine.whole,
+        engine.visit,
+        dist.sum_,
+        nothing,
+        nothing,
+        Kept("", ()),
     )
 
 

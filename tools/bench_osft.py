@@ -42,6 +42,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dscl import dist
 from dscl.config import parse
 from dscl.data.batches import Batch, collate
+from dscl.data.memory import Kept
 from dscl.engine import Engine
 from dscl.maths.subspace import READINGS, Subspace, count_by_share, hold_flops
 from dscl.methods import osft
@@ -139,7 +140,15 @@ def free() -> Sequential:
 
 
 def constrained(reading: str, **settings: Any) -> Osft:
-    given = {"reading": reading, "basis": ("weights",), "rest": "free", "share": SHARE, "claim": (), **settings}
+    given = {
+        "reading": reading,
+        "basis": ("weights",),
+        "rest": "free",
+        "share": SHARE,
+        "claim": (),
+        "gradients": False,
+        **settings,
+    }
     return Osft(parse(OsftConfig, {"name": "osft", **given}), FACTS)
 
 
@@ -213,7 +222,16 @@ def ranks_of(options: argparse.Namespace, engine: Engine) -> Ranks:
         yield from batches(options, options.micro)
 
     return Ranks(
-        engine.device, engine.module, engine.probe, seen, engine.whole, engine.visit, dist.sum_, lambda *_: None, refuse
+        engine.device,
+        engine.module,
+        engine.probe,
+        seen,
+        engine.whole,
+        engine.visit,
+        dist.sum_,
+        lambda *_: None,
+        refuse,
+        Kept("", ()),
     )
 
 
@@ -237,6 +255,7 @@ def alone(options: argparse.Namespace) -> None:
         "input": side(options, constrained("input")),
         "two_sided": side(options, constrained("two_sided")),
         "paper": side(options, constrained("paper")),
+        "input, gradients too": side(options, constrained("input", gradients=True)),
         "two_sided, gradients too": side(options, constrained("two_sided", gradients=True)),
         "PEFT": peft_side(options),
     }

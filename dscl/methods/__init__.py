@@ -6,11 +6,22 @@ from dscl.config import nearest
 from dscl.errors import UserError
 from dscl.methods.asr import Asr
 from dscl.methods.base import Ended, Facts, Look, Matrix, Method, Ranks
+from dscl.methods.joint import Joint
+from dscl.methods.lora_per_task import LoraPerTask
 from dscl.methods.moses import Moses
 from dscl.methods.osft import Osft
+from dscl.methods.replay import Replay
 from dscl.methods.sequential import Sequential
 
-METHODS: dict[str, type[Method]] = {"sequential": Sequential, "asr": Asr, "osft": Osft, "moses": Moses}
+METHODS: dict[str, type[Method]] = {
+    "sequential": Sequential,
+    "joint": Joint,
+    "replay": Replay,
+    "lora_per_task": LoraPerTask,
+    "asr": Asr,
+    "osft": Osft,
+    "moses": Moses,
+}
 
 __all__ = ["METHODS", "Ended", "Facts", "Look", "Matrix", "Method", "Ranks", "find_method"]
 

@@ -7,7 +7,6 @@ regression on the features of the prompt, which the training pass yields on its 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -20,11 +19,10 @@ from torch import nn
 from dscl.config import key
 from dscl.data.batches import Batch, PromptBatch
 from dscl.errors import UserError
-from dscl.methods.base import Ended, Facts, Method, Ranks, Reader
+from dscl.methods.base import Ended, Ranks
 from dscl.methods.deciding import Deciding, feature_layer_of, spec_of, width_of
-from dscl.model.adapters import Adapter, Pair, file_name, read_adapter, write_adapter
-from dscl.model.routed import Bank, add_routed, first_values
-from dscl.model.routing import Routing, targets_above
+from dscl.methods.lora_per_task import LoraPerTask
+from dscl.model.routing import pool_at, targets_above
 from dscl.model.surgery import LoraConfig
 from dscl.router import Router
 
@@ -65,18 +63,11 @@ class AsrConfig:
             object.__setattr__(self, name, value if given is None else given)
 
 
-class Asr(Method):
+class Asr(LoraPerTask):
     Config = AsrConfig
     config: AsrConfig
-    by_task = decides = True
-    bank: Bank
+    decides = True
     deciding: Deciding
-
-    def __init__(self, config: AsrConfig, facts: Facts) -> None:
-        super().__init__(config, facts)
-        assert config.lora is not None
-        self.lora = config.lora
-        self.routing = Routing(capacity=len(facts.tasks), rank=config.lora.rank)
 
     def prepare(self, model: nn.Module) -> nn.Module:
         if not isinstance(getattr(getattr(model, "model", None), "layers", None), nn.ModuleList):
@@ -91,50 +82,31 @@ class Asr(Method):
         spec = spec_of(kind, layer, width_of(self.config.width, shape.hidden_size), shape.hidden_size, self.facts)
         router = Router(spec, self.config.ridge, bool(self.config.reject), device)
         self.deciding = Deciding(router, self.routing)
-        targets = targets_above(model, layer, self.lora.targets)
-        self.bank = add_routed(model, self.routing, layer, targets)
-        for routed in self.bank.layers.values():
-            routed.make_trainable(self.lora)
+        self.adapt(model, targets_above(model, layer, self.lora.targets))
+        pool_at(model, self.routing, layer)
         return model
-
-    def begin_task(self, index: int, name: str, ranks: Ranks) -> Reader:
-        # By the task's name, not its place: what a task learns does not depend on the tasks before it.
-        return lambda tensor, *stretch: first_values(self.facts.seed, f"{name}:{tensor}", *stretch)
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         return self.deciding.loss(model, batch)
 
     def end_task(self, index: int, name: str, ranks: Ranks) -> Ended:
         told = self.deciding.learn(name, ranks)
-        trained = ranks.whole(None)
-        layers = {}
-        for path, layer in self.bank.layers.items():
-            a, b = (trained[f"{path}.lora_{side}"].to(layer.bank_a.dtype) for side in "ab")
-            layers[path] = Pair(a, b, layer.scale)
-        self._adapter = Adapter(name, self.facts.base, layers)
-        self.bank.add(self._adapter, self._slot(name))
-        each = sum(t.numel() * t.element_size() for pair in layers.values() for t in (pair.a, pair.b))
-        adapters = float(len(self.bank.names) * each)
-        return Ended(told, {"capacity_bytes": adapters, "deciding_bytes": self.deciding.kept()})
+        numbers = super().end_task(index, name, ranks).numbers
+        return Ended(told, {**numbers, "deciding_bytes": self.deciding.kept()})
 
     def leave(self, folder: Path, name: str) -> list[Path]:
-        adapter = folder / "adapters" / file_name(name)
-        write_adapter(adapter, self._adapter)
-        return [*sorted(adapter.iterdir()), self.deciding.leave(folder, name)]
+        return [*super().leave(folder, name), self.deciding.leave(folder, name)]
 
     def recall(self, folder: Path, names: Sequence[str]) -> None:
-        shapes = {path: (m.out_features, m.in_features) for path, m in self.bank.layers.items()}
+        super().recall(folder, names)
         for name in names:
-            adapter = read_adapter(folder / "adapters" / file_name(name), shapes)
-            self.bank.add(dataclasses.replace(adapter, name=name), self._slot(name))
             self.deciding.recall(folder, name)
 
     def answering(
         self, batch: PromptBatch, task: str | None = None
     ) -> AbstractContextManager[Sequence[str | None] | None]:
         if task is not None:
-            slot = self.bank.slot(task) if task in self.bank.names else None  # not learned yet: the bare model
-            return self.routing.using([slot], self.bank.like)
+            return super().answering(batch, task)
         return self.deciding.answering(batch, self.bank.slot)
 
     def rows(self) -> dict[str, torch.Tensor]:
@@ -142,7 +114,3 @@ class Asr(Method):
 
     def load_state(self, state: dict[str, torch.Tensor], rows: dict[str, torch.Tensor]) -> None:
         self.deciding.load_rows(rows)
-
-    def _slot(self, name: str) -> int:
-        """Of the tasks by name, so that the bank is the same in every order of tasks."""
-        return sorted(self.facts.tasks).index(name)

@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional
 
 from dscl.data.batches import Batch, PromptBatch
+from dscl.data.memory import Kept, Samples
 from dscl.owners import Constraint
 
 # name, shape, start, stop → those elements; None: they stay as they are
@@ -74,12 +75,14 @@ class Ranks:
     sum_: Callable[[torch.Tensor], torch.Tensor]  # added up over all ranks, in place
     said: Callable[[str, int, int], None]  # shows how far long work is: what, done, of how many
     refuse: Callable[[str], None]  # stops all ranks with what one of them (or none: empty) has to complain of
+    samples: Samples  # that the task is trained on
 
 
 class Method(ABC):
     Config: ClassVar[type]  # a frozen dataclass whose first field is `name`; the recipe's `method:` is parsed into it
     by_task = False  # whether a prompt is answered by what its task has left
     decides = False  # whether the method finds out which task that is; else it has to be told
+    together = False  # whether all tasks' samples are learnt at once
 
     def __init__(self, config: Any, facts: Facts) -> None:
         self.config = config
@@ -97,6 +100,14 @@ class Method(ABC):
         """A task starts, with a fresh optimizer. What is returned gives the values that the trainable tensors start
         from; None leaves them as the previous task did."""
         return None
+
+    def mixes(self, ended: Sequence[int]) -> list[int]:
+        """How many samples of each ended task, which had so many, are learnt again with the next one."""
+        return []
+
+    def mixed_in(self) -> Sequence[Kept]:
+        """Those samples. Asked for before a task's first step, and after a restart."""
+        return ()
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """The sum (not the mean) over the batch's target tokens; the engine divides by the global count."""

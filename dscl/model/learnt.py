@@ -32,7 +32,8 @@ class Adapters:
         self._module, self._routing, self._like = module, routing, empty_like(module)
         self._shapes = linear_shapes(module)
         self._folders: dict[str, Path] = {}
-        self._bank = add_routed(module, routing, layer, ())
+        self._bank = add_routed(module, routing, ())
+        pool_at(module, routing, layer)
         self._hold(folders)
 
     @property

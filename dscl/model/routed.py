@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from dscl.errors import UserError
 from dscl.model.adapters import Adapter, Pair
-from dscl.model.routing import Projection, Routing, empty_like, pool_at, put
+from dscl.model.routing import Projection, Routing, empty_like, put
 from dscl.model.surgery import LoraConfig, draw_a
 
 
@@ -105,15 +105,14 @@ class Bank:
             layer.fill(slot, None)
 
 
-def add_routed(model: nn.Module, routing: Routing, feature_layer: int, targets: Iterable[str]) -> Bank:
-    """Freeze the model and make the named projections routed; the routes are decided at `feature_layer`'s input."""
+def add_routed(model: nn.Module, routing: Routing, targets: Iterable[str]) -> Bank:
+    """Freeze the model and make the named projections routed."""
     model.requires_grad_(False)
     like = empty_like(model)
     for name in targets:
         plain = model.get_submodule(name)
         assert isinstance(plain, nn.Linear)
         put(model, name, RoutedLinear(plain, routing, like))
-    pool_at(model, routing, feature_layer)
     return Bank(model, routing)
 
 

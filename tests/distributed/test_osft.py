@@ -243,7 +243,14 @@ def test_steps_equal_plain_torch_with_dense_projectors(
 
 @pytest.mark.parametrize(
     ("stage", "zero", "reading"),
-    [(0, {}, "input"), (1, {}, "paper"), *((2, OFFLOAD, reading) for reading in READINGS), (3, SMALL, "two_sided")],
+    [
+        (0, {}, "input"),
+        (1, {}, "paper"),
+        (1, OFFLOAD, "input"),
+        *((2, OFFLOAD, reading) for reading in READINGS),
+        (3, SMALL, "two_sided"),
+        (3, {**OFFLOAD, **SMALL}, "input"),
+    ],
 )
 def test_the_optimizer_keeps_nothing_of_projected_gradients(
     ranks: Any, stage: int, zero: dict[str, Any], reading: str
@@ -269,7 +276,7 @@ def test_without_the_projection_it_would_be_noticed(ranks: Any, stage: int, zero
 
 def low_precision(stage: int, zero: dict[str, Any]) -> tuple[bool, Result]:
     """Whether the model's bf16 weights are the rounded masters on this rank, after two steps."""
-    engine, method = begun(stage, zero, "bf16", reading="input")
+    engine, method = begun(stage, zero, "bf16", reading="input", gradients=True)
     start, losses = masters(engine), go(engine, 1, 2)
     found = masters(engine)
     whole, same = assemble(dist.gather(found)), True
@@ -333,7 +340,7 @@ def test_each_rank_keeps_its_own_bases_alone(ranks: Any, world: int) -> None:
 
 BASIC = {
     "name": "osft", "reading": "input", "basis": ["activations"], "allocate": "fixed", "share": 0.25,
-    "claim": ["updates"], "claim_energy": 0.5, "when_short": "share", "gradients": False,
+    "claim": ["updates"], "claim_energy": 0.5, "when_short": "share", "gradients": True,
     "project_every": 1, "rest": "frozen",
 }  # fmt: skip
 NAMES = {"colour": "colour", "animal": "animal", "again": "colour"}

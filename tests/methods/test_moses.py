@@ -16,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from dscl.config import parse
 from dscl.data.batches import PromptBatch, collate, prompt_batch
+from dscl.data.memory import Kept
 from dscl.errors import UserError
 from dscl.methods import Facts, Ranks
 from dscl.methods.moses import Moses, MosesConfig
@@ -47,7 +48,16 @@ class Alone:
         self.method = Moses(config_of(**settings), facts)
         self.method.prepare(self.model)
         self.ranks = Ranks(
-            torch.device("cpu"), self.model, _never, _never, self._whole, _never, lambda t: t, _never, _never
+            torch.device("cpu"),
+            self.model,
+            _never,
+            _never,
+            self._whole,
+            _never,
+            lambda t: t,
+            _never,
+            _never,
+            Kept("", ()),
         )
 
     def _whole(self, names: Any) -> dict[str, torch.Tensor]:

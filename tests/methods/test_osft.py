@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dscl.config import parse
 from dscl.data.batches import Batch, collate
+from dscl.data.memory import Kept
 from dscl.errors import UserError
 from dscl.maths.subspace import Subspace
 from dscl.methods import Facts, Ranks
@@ -58,6 +59,7 @@ class Alone:
             lambda t: t,
             print,
             self._refuse,
+            Kept("", ()),
         )
 
     def learn(self, task: str) -> None:

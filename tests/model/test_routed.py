@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from dscl.errors import UserError
 from dscl.model.adapters import Adapter, Pair
 from dscl.model.routed import Bank, RoutedLinear, add_routed, first_values
-from dscl.model.routing import Routing, layer_of, pool, targets_above
+from dscl.model.routing import Routing, layer_of, pool, pool_at, targets_above
 from dscl.model.surgery import LLAMA_PROJECTIONS, LoraConfig
 from tests.model.conftest import PIECES, SHAPE
 
@@ -104,7 +104,8 @@ def tiny(layers: int = 2, **more: Any) -> Any:
 def routed_model(slots: int = SLOTS, layers: int = 4, feature_layer: int = 2) -> tuple[Any, Bank]:
     model = tiny(layers)
     targets = targets_above(model, feature_layer, ("q_proj", "down_proj"))
-    bank = add_routed(model, Routing(slots, 4), feature_layer, targets)
+    bank = add_routed(model, Routing(slots, 4), targets)
+    pool_at(model, bank.routing, feature_layer)
     return model, bank
 
 

@@ -1,0 +1,78 @@
+"""Sequential fine-tuning with replay: a few samples of every ended task are learnt again with each later one.
+
+What trains: all weights, or one LoRA for all tasks. What is kept: samples, chosen by chance when their task ends, in
+files of their own, so that a run that goes on needs nothing of the earlier tasks' data. They are shuffled among the
+new task's samples, and each counts like one of those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dscl.config import key
+from dscl.data.memory import Kept
+from dscl.errors import UserError
+from dscl.methods.base import Ended, Facts, Ranks
+from dscl.methods.sequential import Sequential, SequentialConfig
+from dscl.model.adapters import file_name
+
+
+@dataclass(frozen=True)
+class ReplayConfig(SequentialConfig):
+    name: str = key("replay")
+    share: float | None = key(
+        None, above=0.0, at_most=1.0, help="of each task's samples, how many are kept; default: 0.1, without `most`"
+    )
+    most: int | None = key(
+        None, at_least=1, help="instead: samples kept in all, an equal number of each task that has ended"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.share is not None and self.most is not None:
+            raise UserError(f"method.most: given {self.most} together with share: {self.share}; remove one of them")
+        if self.share is None and self.most is None:
+            object.__setattr__(self, "share", 0.1)
+
+
+class Replay(Sequential):
+    Config = ReplayConfig
+    config: ReplayConfig
+
+    def __init__(self, config: ReplayConfig, facts: Facts) -> None:
+        super().__init__(config, facts)
+        self._kept: list[Kept] = []  # of each ended task, in an order of chance
+
+    def mixes(self, ended: Sequence[int]) -> list[int]:
+        return [self._count(samples, len(ended)) for samples in ended]
+
+    def mixed_in(self) -> list[Kept]:
+        most = self.config.most and max(1, self.config.most // max(1, len(self._kept)))
+        return [Kept(kept.task, kept.pairs[:most]) for kept in self._kept]
+
+    def _count(self, samples: int, ended: int) -> int:
+        """How many of a task's samples are learnt again when so many tasks have ended."""
+        wanted = round((self.config.share or 0.0) * samples) if self.config.most is None else self.config.most // ended
+        return min(samples, max(1, wanted))
+
+    def end_task(self, index: int, name: str, ranks: Ranks) -> Ended:
+        chance = np.random.default_rng([self.facts.seed, index]).permutation(len(ranks.samples))
+        chosen = chance[: self._count(len(ranks.samples), index + 1)]
+        self._kept.append(Kept(name, tuple(ranks.samples[int(i)] for i in chosen)))
+        return Ended(numbers={"capacity_bytes": float(sum(kept.size for kept in self._kept))})
+
+    def leave(self, folder: Path, name: str) -> list[Path]:
+        path = _place(folder, name)
+        next(kept for kept in self._kept if kept.task == name).write(path)
+        return [path]
+
+    def recall(self, folder: Path, names: Sequence[str]) -> None:
+        self._kept = [Kept.read(_place(folder, name), name) for name in names]
+
+
+def _place(folder: Path, name: str) -> Path:
+    return folder / "samples" / f"{file_name(name)}.safetensors"

@@ -1,0 +1,62 @@
+"""A LoRA a task on real ranks: what a task leaves depends on no other task, and later tasks take nothing back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from dscl.errors import UserError
+from dscl.export import describe
+from tests.distributed.test_asr import NAMES, left, recipe, scores, tasks
+from tests.distributed.test_run import outcome, run, run_until
+
+__all__ = ["tasks"]  # the fixture
+METHOD = {"name": "lora_per_task", "lora": {"rank": 4, "dropout": 0.2}}
+
+
+def isolated(folder: Path, name: str, stage: int, names: tuple[str, ...]) -> Any:
+    document = recipe(folder, name, stage, names, evaluate={"before": False})
+    return document | {"method": METHOD}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_task_leaves_the_same_wherever_it_comes(ranks: Any, tasks: Path, stage: int) -> None:
+    """To the last bit, with dropout on; and told the task, every score stays."""
+    names = NAMES[:3]
+    ranks(2)(run, isolated(tasks, f"all{stage}", stage, names))
+    found = left(tasks / f"all{stage}")
+    assert len(found) == 2 * len(names)
+    assert len(set(found.values())) == len(names) + 1  # of adapters; their settings are alike
+    ranks(2)(run, isolated(tasks, f"back{stage}", stage, names[::-1]))
+    assert left(tasks / f"back{stage}") == found
+    matrix = scores(tasks / f"all{stage}")["matrix"]
+    for task in range(len(names)):
+        assert len({row[task] for row in matrix[task:]}) == 1
+    assert "routed" not in scores(tasks / f"all{stage}")
+
+
+def test_stages_agree(ranks: Any, tasks: Path) -> None:
+    for stage in (0, 3):
+        ranks(1)(run, isolated(tasks, f"one{stage}", stage, NAMES[:2]))
+    files = sorted((tasks / "one0" / "adapters").rglob("*.safetensors"))
+    assert len(files) == 2
+    for path in files:
+        other = load_file(tasks / "one3" / path.relative_to(tasks / "one0"))
+        for name, tensor in load_file(path).items():
+            assert float(tensor.norm()) > 0.1
+            assert float((tensor - other[name]).norm()) <= 1e-4 * float(tensor.norm())
+
+
+def test_a_run_that_died_ends_as_one_that_did_not(ranks: Any, tasks: Path) -> None:
+    ranks(2)(run, isolated(tasks, "whole", 2, NAMES[:2]))
+    ranks(2)(run_until, isolated(tasks, "died", 2, NAMES[:2]), [("step", 2), ("take", 1), ("step", 1), ("save", 1)])
+    assert (outcome(tasks / "died"), left(tasks / "died")) == (outcome(tasks / "whole"), left(tasks / "whole"))
+
+
+def test_an_export_is_refused_with_the_way_to_one(ranks: Any, tasks: Path) -> None:
+    ranks(1)(run, isolated(tasks, "export", 0, NAMES[:1]))
+    with pytest.raises(UserError, match=r"in which nobody decides .*export.adapters\) with dscl route-existing"):
+        describe(tasks / "export")

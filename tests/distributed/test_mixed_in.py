@@ -1,0 +1,150 @@
+"""Replay and joint training on real ranks: which samples come again, equal to plain lists of them; kept in files."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from dscl import train
+from dscl.data.memory import Kept
+from dscl.engine import Engine
+from dscl.errors import UserError
+from dscl.job import open_job
+from dscl.methods.replay import Replay
+from dscl.recipe import resolve
+from tests.distributed.test_asr import NAMES, SIZES, recipe, scores, tasks
+from tests.distributed.test_run import metrics, outcome, run, run_until
+
+__all__ = ["tasks"]  # the fixture
+EPOCHS = 2
+
+
+def mixing(folder: Path, name: str, method: dict[str, Any], stage: int = 1, count: int = 3, **changes: Any) -> Any:
+    document = recipe(folder, name, stage, NAMES[:count], evaluate={"before": False}, **changes)
+    document["train"]["epochs"] = EPOCHS
+    return document | {"method": method}
+
+
+def seen(document: dict[str, Any]) -> list[Counter[tuple[str, str]]]:
+    """Task by task, how often each sample is learnt, over all ranks: prompt and answer."""
+    found: list[Counter[tuple[str, str]]] = []
+    learn, step = train.learn, Engine.step
+
+    def learning(*arguments: Any) -> None:
+        found.append(Counter())
+        learn(*arguments)
+
+    def stepping(self: Engine, loss: Any, batches: Any, **more: Any) -> Any:
+        for batch in batches:
+            for row, start, stop in batch.prompts:
+                found[-1][str(batch.input_ids[row, start:stop].tolist())] += 1
+        return step(self, loss, batches, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "learn", learning)
+        patch.setattr(Engine, "step", stepping)
+        run(document)
+    return found
+
+
+def prompts(document: dict[str, Any]) -> list[list[str]]:
+    """Of each task's training samples, as they are seen."""
+    return [
+        [str(lesson.data[i][0][int(lesson.bos is not None) :]) for i in range(len(lesson.data))]
+        for lesson in open_job(resolve(document)).lessons
+    ]
+
+
+def together(found: list[list[Counter[str]]]) -> list[Counter[str]]:
+    return [sum(parts, Counter()) for parts in zip(*found, strict=True)]
+
+
+@pytest.mark.parametrize(("method", "counts"), [({"share": 0.2}, [7, 6]), ({"most": 8}, [8, 4, 4]), ({}, [4, 3])])
+def test_each_later_task_learns_some_of_the_earlier_ones_again(
+    ranks: Any, tasks: Path, method: dict[str, Any], counts: list[int]
+) -> None:
+    document = mixing(tasks, f"again{len(method)}{counts[0]}", {"name": "replay", **method})
+    first, second, third = together(ranks(2)(seen, document))
+    own = [Counter(names) for names in ranks(2)(prompts, document)[0]]
+    assert first == Counter({prompt: EPOCHS * times for prompt, times in own[0].items()})
+    again = second - Counter({prompt: EPOCHS * times for prompt, times in own[1].items()})
+    assert again.total() == EPOCHS * counts[0]
+    assert again.keys() <= own[0].keys()
+    assert set(again.values()) == {EPOCHS}  # each kept sample as often as a new one
+    last = third - Counter({prompt: EPOCHS * times for prompt, times in own[2].items()})
+    of = [sum(times for prompt, times in last.items() if prompt in task) for task in own[:2]]
+    wanted = counts[1:] if "most" in method else counts
+    assert of == [EPOCHS * count for count in wanted]
+    if "most" not in method:
+        assert {prompt for prompt in last if prompt in own[0]} == set(again)  # the same ones again
+    steps = [record["task"] for record in metrics(tasks / f"again{len(method)}{counts[0]}")]
+    batch = document["train"]["global_batch"]
+    sizes = [SIZES[0], SIZES[1] + counts[0], SIZES[2] + sum(wanted)]
+    assert Counter(steps) == {name: EPOCHS * -(-size // batch) for name, size in zip(NAMES, sizes, strict=False)}
+
+
+def test_what_is_kept_is_read_from_files(ranks: Any, tasks: Path) -> None:
+    document = mixing(tasks, "kept", {"name": "replay", "share": 0.3})
+    ranks(1)(run, document)
+    job = open_job(resolve(document))
+    for lesson, count in zip(job.lessons, (11, 9, 6), strict=True):
+        path = tasks / "kept" / "samples" / f"{lesson.task.name}.safetensors"
+        kept = Kept.read(path, lesson.task.name)
+        assert len(kept) == count
+        every = [lesson.data[i] for i in range(len(lesson.data))]
+        assert all(tuple(map(list, pair)) in every for pair in kept.pairs)
+        assert kept.size == sum(tensor.nbytes for tensor in load_file(path).values())
+    told = [record["capacity_bytes"] for record in metrics(tasks / "kept") if "capacity_bytes" in record]
+    files = sorted((tasks / "kept" / "samples").iterdir())
+    assert told[-1] == sum(t.nbytes for path in files for t in load_file(path).values())
+    with pytest.raises(UserError, match="samples of task 'colour', here 'animal' is needed"):
+        Kept.read(tasks / "kept" / "samples" / "colour.safetensors", "animal")
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_replaying_run_that_died_ends_as_one_that_did_not(ranks: Any, tasks: Path, stage: int) -> None:
+    method = {"name": "replay", "most": 9, "tune": "lora"}
+    ranks(2)(run, mixing(tasks, f"whole{stage}", method, stage))
+    deaths = [("step", 12), ("take", 1), ("step", 3), ("save", 1), ("step", 9)]
+    ranks(2)(run_until, mixing(tasks, f"died{stage}", method, stage), deaths)
+    assert outcome(tasks / f"died{stage}") == outcome(tasks / f"whole{stage}")
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_all_tasks_at_once(ranks: Any, tasks: Path, stage: int) -> None:
+    document = mixing(tasks, f"joint{stage}", {"name": "joint"}, stage)
+    (found,) = together(ranks(2)(seen, document))
+    own = sum((Counter(names) for names in ranks(2)(prompts, document)[0]), Counter())
+    assert found == Counter({prompt: EPOCHS * times for prompt, times in own.items()})
+    result = scores(tasks / f"joint{stage}")
+    assert result["complete"]
+    assert result["matrix"][:2] == [[None] * 3] * 2
+    assert result["summary"]["OP"] == pytest.approx(sum(result["matrix"][2]) / 3)
+    assert result["summary"]["BWT"] is None
+    losses = [record["loss"] for record in metrics(tasks / f"joint{stage}")]
+    if stage:
+        ranks(1)(run, mixing(tasks, f"reference{stage}", {"name": "joint"}, 0))
+        assert losses == pytest.approx([r["loss"] for r in metrics(tasks / f"reference{stage}")], rel=1e-4)
+
+
+def test_a_joint_run_that_died_ends_as_one_that_did_not(ranks: Any, tasks: Path) -> None:
+    ranks(2)(run, mixing(tasks, "joint", {"name": "joint"}, 2))
+    ranks(2)(run_until, mixing(tasks, "joint, died", {"name": "joint"}, 2), [("step", 5), ("take", 2), ("save", 1)])
+    assert outcome(tasks / "joint, died") == outcome(tasks / "joint")
+
+
+def test_tasks_with_plans_of_their_own_are_not_learnt_at_once(tasks: Path) -> None:
+    document = mixing(tasks, "plans", {"name": "joint"})
+    document["stream"][1]["epochs"] = 3
+    with pytest.raises(UserError, match=r"given epochs None for colour, epochs 3 for animal, .*set train.epochs"):
+        open_job(resolve(document))
+
+
+def test_both_limits_are_refused(tasks: Path) -> None:
+    with pytest.raises(UserError, match=r"method.most: given 5 together with share: 0.5"):
+        resolve(mixing(tasks, "limits", {"name": "replay", "share": 0.5, "most": 5}))
+    assert Replay.Config().share == 0.1

@@ -50,6 +50,11 @@ class Lesson:
     def steps(self) -> int:
         return self.schedule.steps
 
+    @property
+    def own(self) -> Samples:
+        """The task's own samples, without those mixed in."""
+        return self.data.parts[0] if isinstance(self.data, Joined) else self.data
+
     def micro_batches(self, step: int) -> list[Batch]:
         rows = self.schedule.micro_batches(step, dist.rank())
         first = step < self.schedule.steps_per_epoch

@@ -76,7 +76,7 @@ class Joined:
     """The samples of several splits, one after the other."""
 
     def __init__(self, parts: Sequence[Samples]) -> None:
-        self._parts = parts
+        self.parts = parts
         self._ends = np.cumsum([len(part) for part in parts])
         self.prompt_lengths = np.concatenate([part.prompt_lengths for part in parts])
         self.answer_lengths = np.concatenate([part.answer_lengths for part in parts])
@@ -86,9 +86,9 @@ class Joined:
 
     def __getitem__(self, index: int) -> Pair:
         part, place = self.place(index)
-        return self._parts[part][place]
+        return self.parts[part][place]
 
     def place(self, index: int) -> tuple[int, int]:
         """Which split a sample is of, and its place there."""
         part = int(np.searchsorted(self._ends, index, side="right"))
-        return part, int(index - self._ends[part] + len(self._parts[part]))
+        return part, int(index - self._ends[part] + len(self.parts[part]))

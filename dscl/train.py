@@ -173,7 +173,7 @@ def ranks_of(engine: Engine, lesson: Lesson, doing: str, observer: Observer) -> 
         sum_=dist.sum_,
         said=said,
         refuse=refuse,
-        samples=lesson.own,
+        samples=lambda: lesson.own,
     )
 
 

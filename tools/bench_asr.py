@@ -27,7 +27,6 @@ from transformers import LlamaConfig
 from dscl import dist
 from dscl.config import parse
 from dscl.data.batches import Batch, collate, prompt_batch
-from dscl.data.memory import Kept
 from dscl.engine import Engine
 from dscl.maths.rls import gather
 from dscl.methods.asr import Asr, AsrConfig
@@ -95,7 +94,7 @@ def alone(engine: Engine) -> Ranks:
         dist.sum_,
         nothing,
         nothing,
-        Kept("", ()),
+        nothing,
     )
 
 

@@ -231,7 +231,7 @@ def ranks_of(options: argparse.Namespace, engine: Engine) -> Ranks:
         dist.sum_,
         lambda *_: None,
         refuse,
-        Kept("", ()),
+        lambda: Kept("", ()),
     )
 
 

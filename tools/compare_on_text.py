@@ -112,7 +112,7 @@ TABLES = {
             "share: 0.5": osft(share=0.5),
             "faithful": osft(faithful=True),
         },
-        stream="four", samples=1000, epochs=1, batch=8, rates=(3e-4, 1e-3), heldout=True,
+        stream="four", samples=1000, epochs=1, batch=8, rates=(3e-4, 5e-4, 1e-3), heldout=True,
     ),
     "moses": Table(
         rows={

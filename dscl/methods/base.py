@@ -75,7 +75,7 @@ class Ranks:
     sum_: Callable[[torch.Tensor], torch.Tensor]  # added up over all ranks, in place
     said: Callable[[str, int, int], None]  # shows how far long work is: what, done, of how many
     refuse: Callable[[str], None]  # stops all ranks with what one of them (or none: empty) has to complain of
-    samples: Samples  # the task's own, without those that were mixed in
+    samples: Callable[[], Samples]  # the task's own, without those that were mixed in
 
 
 class Method(ABC):

@@ -60,9 +60,10 @@ class Replay(Sequential):
         return min(samples, max(1, wanted))
 
     def end_task(self, index: int, name: str, ranks: Ranks) -> Ended:
-        chance = np.random.default_rng([self.facts.seed, index]).permutation(len(ranks.samples))
-        chosen = chance[: self._count(len(ranks.samples), index + 1)]
-        self._kept.append(Kept(name, tuple(ranks.samples[int(i)] for i in chosen)))
+        samples = ranks.samples()
+        chance = np.random.default_rng([self.facts.seed, index]).permutation(len(samples))
+        chosen = chance[: self._count(len(samples), index + 1)]
+        self._kept.append(Kept(name, tuple(samples[int(i)] for i in chosen)))
         return Ended(numbers={"capacity_bytes": float(sum(kept.size for kept in self._kept))})
 
     def leave(self, folder: Path, name: str) -> list[Path]:

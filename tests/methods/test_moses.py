@@ -16,7 +16,6 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from dscl.config import parse
 from dscl.data.batches import PromptBatch, collate, prompt_batch
-from dscl.data.memory import Kept
 from dscl.errors import UserError
 from dscl.methods import Facts, Ranks
 from dscl.methods.moses import Moses, MosesConfig
@@ -57,7 +56,7 @@ class Alone:
             lambda t: t,
             _never,
             _never,
-            Kept("", ()),
+            _never,
         )
 
     def _whole(self, names: Any) -> dict[str, torch.Tensor]:

@@ -14,7 +14,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dscl.config import parse
 from dscl.data.batches import Batch, collate
-from dscl.data.memory import Kept
 from dscl.errors import UserError
 from dscl.maths.subspace import Subspace
 from dscl.methods import Facts, Ranks
@@ -59,7 +58,7 @@ class Alone:
             lambda t: t,
             print,
             self._refuse,
-            Kept("", ()),
+            dict,
         )
 
     def learn(self, task: str) -> None:

@@ -236,7 +236,7 @@ class _Stretches:
 
 def _named(shares: Iterable[Fragment]) -> Iterator[tuple[str, torch.Tensor]]:
     for share in shares:
-        for kind, values in (("master", share.master), *share.moments.items()):
+        for kind, values in share.tensors().items():
             yield f"{kind}|{share.start}|{share.name}", values
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -147,6 +148,15 @@ def gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * world()
     torch_dist.all_gather_object(values, value)
     return values
+
+
+def peak_memory() -> float:
+    """The most bytes that any rank has had in use so far: of its GPU, or on a CPU of the process."""
+    if device().type == "cuda":
+        mine = float(torch.cuda.max_memory_allocated())
+    else:
+        mine = 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return max(gather(mine))
 
 
 def barrier() -> None:

@@ -13,7 +13,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from dscl.errors import UserError
 from dscl.model.backbone import DTYPES
 from dscl.owners import Constraint, Rounds, Stretch, deal
 from dscl.settings import refuse_other_steps
+from dscl.steering import Shown, Steering
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -47,6 +48,7 @@ class Fragment:
     master: torch.Tensor
     moments: dict[str, torch.Tensor]
     holder: torch.Tensor  # the optimizer's own tensor, of which the master is a view
+    kept: dict[str, torch.Tensor]  # what the method keeps beside it, of the same length
 
     @property
     def gradient(self) -> torch.Tensor:
@@ -59,6 +61,10 @@ class Fragment:
     def stop(self) -> int:
         return self.start + self.master.numel()
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that a checkpoint holds of it, by kind."""
+        return {"master": self.master, **self.moments, **self.kept}
+
 
 def _nothing(tensors: Sequence[torch.Tensor]) -> None:
     pass
@@ -66,17 +72,22 @@ def _nothing(tensors: Sequence[torch.Tensor]) -> None:
 
 class HookedAdamW(torch.optim.AdamW):
     """AdamW whose step can be left out (ZeRO then clears the gradients and nothing else changes), and with calls
-    before and after it: on the fp32 masters and their gradients, before ZeRO casts and gathers what came out."""
+    before and after it, or instead of it: on the fp32 masters and their gradients, before ZeRO casts and gathers what
+    came out."""
 
     skip = False
+    instead: Callable[[Sequence[torch.Tensor]], None] | None = None
     before: Callable[[Sequence[torch.Tensor]], None] = staticmethod(_nothing)
     after: Callable[[Sequence[torch.Tensor]], None] = staticmethod(_nothing)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
+        stepped = [tensor for group in self.param_groups for tensor in group["params"]]
+        if self.instead is not None:
+            self.instead(stepped)
+            return None
         if self.skip:
             return None
-        stepped = [tensor for group in self.param_groups for tensor in group["params"]]
         self.before(stepped)
         result = super().step(closure)
         self.after(stepped)
@@ -91,7 +102,7 @@ class Engine:
 
     `build` makes the bare module, `read(name, shape, start, stop)` gives stretches of its tensors, and `prepare`
     decides what trains (it may add modules) once the backbone is in place. Then `constraint` is asked for, which may
-    name trained matrices that every step has to leave in a certain state.
+    name trained matrices that every step has to leave in a certain state, and `steering`, which may change gradients.
     """
 
     def __init__(
@@ -102,6 +113,7 @@ class Engine:
         read: Callable[[str, torch.Size, int, int], torch.Tensor],
         prepare: Callable[[nn.Module], nn.Module],
         constraint: Callable[[], Constraint | None] = lambda: None,
+        steering: Callable[[], Steering | None] = lambda: None,
         precision: str,
         micro_batch: int = 1,
         weight_decay: float = 0.0,
@@ -144,11 +156,17 @@ class Engine:
             self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=config)
         self._make_missing_state()
         self.reset_optimizer()
-        self.constraint = constraint()
+        self._kept: dict[str, dict[str, torch.Tensor]] = {}
+        self.constraint, self.steering = constraint(), steering()
         self._loose = False  # whether steps were made since the constraint was last made to hold
-        if self.constraint is not None:
+        if self.constraint is not None or self.steering is not None:
             refuse_other_steps(settings.get("zero_optimization", {}))
+        if self.steering is not None:
+            self._steer(self.steering)
+        self._held = list(self.fragments())
+        if self.constraint is not None:
             self._deal(self.constraint)
+        self.optimizer.before, self.optimizer.after = self._before, self._after
 
     @property
     def hold_every(self) -> int:
@@ -178,14 +196,7 @@ class Engine:
         self._holding = hold
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.module.train()
-        total = torch.zeros((), device=self.device)
-        for index, batch in enumerate(micro_batches):
-            self.deepspeed.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
-            value = loss(self.deepspeed, batch.to(self.device)).float()
-            # DeepSpeed averages over ranks; times world over all targets makes that the mean over the global batch.
-            self.deepspeed.backward(value * (dist.world() / targets), scale_wrt_gas=False)
-            total += value.detach()
+        total = self._backward(loss, micro_batches, targets)
         self.optimizer.skip = skip_non_finite and dist.any_rank(not bool(torch.isfinite(total)))
         if self._clips_itself:
             self.last_norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.grad_clip or math.inf)
@@ -197,6 +208,40 @@ class Engine:
         if hold and self._loose:  # the step was left out, so that nothing brought back what those before it had done
             self._bring_back(list(self._views))
             self.publish()
+        return total
+
+    def sense(
+        self, loss: Callable[[nn.Module, Any], torch.Tensor], micro_batches: Sequence[Any], targets: int, shown: Shown
+    ) -> None:
+        """Show the gradient that a step would be made of, not clipped, and make none.
+
+        Stretch by stretch; at stage 3 in one call for each of the optimizer's sub-groups.
+        """
+        wrapper = self.deepspeed.optimizer
+        clip = getattr(wrapper, "clip_grad", None)  # where DeepSpeed clips, which is not in fp32 at stage 0
+        self._backward(loss, micro_batches, targets)
+        if clip is not None:
+            wrapper.clip_grad = 0.0
+        self.optimizer.instead = lambda stepped: shown(self._stepped(stepped))
+        try:
+            self.deepspeed.step()
+        finally:
+            self.optimizer.instead = None
+            if clip is not None:
+                wrapper.clip_grad = clip
+
+    def _backward(
+        self, loss: Callable[[nn.Module, Any], torch.Tensor], micro_batches: Sequence[Any], targets: int
+    ) -> torch.Tensor:
+        """The gradient of the sum of losses over all ranks' micro-batches, divided by `targets`; this rank's sum."""
+        self.module.train()
+        total = torch.zeros((), device=self.device)
+        for index, batch in enumerate(micro_batches):
+            self.deepspeed.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
+            value = loss(self.deepspeed, batch.to(self.device)).float()
+            # DeepSpeed averages over ranks; times world over all targets makes that the mean over the global batch.
+            self.deepspeed.backward(value * (dist.world() / targets), scale_wrt_gas=False)
+            total += value.detach()
         return total
 
     @torch.no_grad()
@@ -276,7 +321,7 @@ class Engine:
                 master = masters[parameter]
                 state = self.optimizer.state[master]
                 moments = {kind: state[kind].view(-1) for kind in MOMENTS}
-                yield Fragment(name, parameter.shape, 0, master.detach().view(-1), moments, master)
+                yield Fragment(name, parameter.shape, 0, master.detach().view(-1), moments, master, self._beside(name))
             elif self.stage == 3:
                 whole = parameter.ds_numel
                 chunk = parameter.ds_tensor.numel()
@@ -287,7 +332,8 @@ class Engine:
                     views = [read(parameter, True, kind)[0][:held] for kind in (None, *MOMENTS)]
                     moments = dict(zip(MOMENTS, views[1:], strict=True))
                     holder = self.deepspeed.optimizer.fp32_partitioned_groups_flat[self._sub_group(parameter)]
-                    yield Fragment(name, parameter.ds_shape, start, views[0].detach(), moments, holder)
+                    master = views[0].detach()
+                    yield Fragment(name, parameter.ds_shape, start, master, moments, holder, self._beside(name))
             elif parameter._hp_mapping is not None:
                 mapping = parameter._hp_mapping
                 flat = self.optimizer.param_groups[mapping.param_group_index]["params"][0]
@@ -295,7 +341,8 @@ class Engine:
                 views = [self.optimizer.state[flat][kind].narrow(0, place.start, place.numel) for kind in MOMENTS]
                 start = mapping.lp_fragment_address.start
                 moments = dict(zip(MOMENTS, views, strict=True))
-                yield Fragment(name, parameter.shape, start, mapping.hp_fragment.detach(), moments, flat)
+                master = mapping.hp_fragment.detach()
+                yield Fragment(name, parameter.shape, start, master, moments, flat, self._beside(name))
 
     def shares(self) -> Iterator[Fragment]:
         """Fragments that together cover every tensor once: where all ranks hold all of it, each gives a part."""
@@ -307,16 +354,15 @@ class Engine:
             start, stop = (whole * r // dist.world() for r in (dist.rank(), dist.rank() + 1))
             if start < stop:
                 moments = {kind: value[start:stop] for kind, value in fragment.moments.items()}
-                master = fragment.master[start:stop]
-                yield Fragment(fragment.name, fragment.shape, start, master, moments, fragment.holder)
+                kept = {kind: value[start:stop] for kind, value in fragment.kept.items()}
+                yield replace(fragment, start=start, master=fragment.master[start:stop], moments=moments, kept=kept)
 
     @torch.no_grad()
     def restore(self, read: Callable[[str, str, int, int], torch.Tensor], optimizer_steps: int) -> None:
-        """Write masters and moments back; `read(name, kind, start, stop)` gives them, kind being master or a moment."""
+        """Write back all that fragments hold; `read(name, kind, start, stop)` gives it."""
         for fragment in self.fragments():
-            fragment.master.copy_(read(fragment.name, "master", fragment.start, fragment.stop))
-            for kind, moment in fragment.moments.items():
-                moment.copy_(read(fragment.name, kind, fragment.start, fragment.stop))
+            for kind, values in fragment.tensors().items():
+                values.copy_(read(fragment.name, kind, fragment.start, fragment.stop))
         for state in self.optimizer.state.values():
             if "step" in state:
                 state["step"] = (
@@ -342,6 +388,10 @@ class Engine:
                 whole[0].all_gather(whole)
         else:
             self.deepspeed.optimizer.update_lp_params()
+
+    def trainable(self) -> int:
+        """How many numbers train."""
+        return sum(math.prod(_shape(p)) for _, p in self._parameters() if p.requires_grad)
 
     def fingerprints(self) -> dict[str, int]:
         """For every trainable tensor a whole number that changes when any of its bits does (but for rare chance)."""
@@ -376,34 +426,56 @@ class Engine:
         parameters = {name: p for name, p in self._parameters() if p.requires_grad}
         costs = constraint.costs()
         owners = deal(costs, dist.world())
-        fragments = {f.name: f for f in self.fragments() if f.name in costs}
+        fragments = {f.name: f for f in self._held if f.name in costs}
         held = {name: Stretch(f.start, f.stop) for name, f in fragments.items()}
         self._views = {name: fragments[name].master if name in fragments else torch.empty(0) for name in costs}
         self._rounds = Rounds(owners, {name: _shape(parameters[name]) for name in costs}, held, self.device)
         constraint.own([name for name, owner in owners.items() if owner == dist.rank()], self.device)
-        # ZeRO-3 steps one sub-group at a time.
-        groups: dict[int, list[str]] = {}
-        for name in costs:
-            groups.setdefault(self._sub_group(parameters[name]) if self.stage == 3 else 0, []).append(name)
+        self._constrained = {name: self._sub_group(parameters[name]) for name in costs}
 
-        def names(stepped: Sequence[torch.Tensor]) -> list[str]:
-            if self.stage != 3:
-                return groups[0]
-            flat = self.deepspeed.optimizer.fp32_partitioned_groups_flat
-            return next(groups.get(index, []) for index, tensor in enumerate(flat) if tensor is stepped[0])
+    def _steer(self, steering: Steering) -> None:
+        """Keep what the method keeps beside the trained tensors, and have it change each step's gradients."""
+        if steering.at_once and self.stage == 3:
+            groups = self.deepspeed.optimizer.fp32_partitioned_groups_flat
+            if len(groups) > 1:
+                raise UserError(
+                    f"deepspeed: zero_optimization.sub_group_size: given a size that steps {len(groups)} groups of "
+                    "tensors one after the other, and this method has to see all gradients before any step; set it to "
+                    f"{sum(tensor.numel() for tensor in groups)} or more"
+                )
+        for fragment in list(self.fragments()):
+            self._kept[fragment.name] = {kind: torch.zeros_like(fragment.master) for kind in steering.kinds}
 
-        def before(stepped: Sequence[torch.Tensor]) -> None:
-            gradients = {name: fragments[name].gradient for name in names(stepped) if name in fragments}
-            self._rounds.visit(names(stepped), gradients, constraint.free, change=True)
+    def _beside(self, name: str) -> dict[str, torch.Tensor]:
+        return self._kept.get(name, {})
 
-        def after(stepped: Sequence[torch.Tensor]) -> None:
+    def _stepped(self, stepped: Sequence[torch.Tensor]) -> list[Fragment]:
+        """This rank's stretches of the tensors that the optimizer is about to step."""
+        holders = set(map(id, stepped))
+        return [fragment for fragment in self._held if id(fragment.holder) in holders]
+
+    def _before(self, stepped: Sequence[torch.Tensor]) -> None:
+        if self.steering is not None:
+            self.steering.steer(self._stepped(stepped), self._over_stretches)
+        if self.constraint is not None and self.constraint.gradients:
+            gradients = {f.name: f.gradient for f in self._stepped(stepped) if f.name in self._constrained}
+            self._rounds.visit(self._names(stepped), gradients, self.constraint.free, change=True)
+
+    def _after(self, stepped: Sequence[torch.Tensor]) -> None:
+        if self.constraint is not None:
             self._loose = True
             if self._holding:
-                self._bring_back(names(stepped))
+                self._bring_back(self._names(stepped))
 
-        if constraint.gradients:
-            self.optimizer.before = before
-        self.optimizer.after = after
+    def _names(self, stepped: Sequence[torch.Tensor]) -> list[str]:
+        """The constrained matrices that are stepped now: ZeRO-3 steps one sub-group at a time."""
+        flat = self.deepspeed.optimizer.fp32_partitioned_groups_flat if self.stage == 3 else [None]
+        number = next((i for i, tensor in enumerate(flat) if tensor is stepped[0]), 0)
+        return [name for name, group in self._constrained.items() if group == number]
+
+    def _over_stretches(self, found: torch.Tensor) -> torch.Tensor:
+        """Added up over the ranks that hold different stretches; at stage 0 each holds all."""
+        return found if self.stage == 0 else dist.sum_(found.to(self.device)).to(found.device)
 
     def _bring_back(self, names: Sequence[str]) -> None:
         """Make the constraint hold for these matrices' masters."""
@@ -412,7 +484,9 @@ class Engine:
         self._loose = False
 
     def _sub_group(self, parameter: Any) -> int:
-        """ZeRO-3: which of the optimizer's tensors holds this rank's part of a parameter."""
+        """Which of the optimizer's tensors, stepped one after the other, holds this rank's part of a parameter."""
+        if self.stage != 3:
+            return 0
         wrapper = self.deepspeed.optimizer
         return int(wrapper.grad_position[wrapper.get_param_id(parameter)][0])
 

@@ -6,6 +6,7 @@ pass is a collective, and a rank that stayed away would leave the others waiting
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -63,11 +64,12 @@ class Exam:
 
 class Mark(NamedTuple):
     """A task's score in 0…1 and, where the method decides which task a prompt belongs to, the shares of prompts that
-    went to their own task and to none."""
+    went to their own task and to none; and those that went to each."""
 
     score: float
     routed: float | None = None
     rejected: float | None = None
+    went: tuple[tuple[str | None, float], ...] | None = None
 
 
 def take(
@@ -86,7 +88,8 @@ def take(
     mine = order[dist.rank() :: dist.world()]
     rounds = -(-len(order) // (dist.world() * config.batch))
     metric, pad = METRICS[exam.task.metric], pad_id(tokenizer)
-    total, routes = torch.zeros(4, dtype=torch.float64), None
+    total, routes = torch.zeros(2, dtype=torch.float64), None
+    answered: Counter[str | None] = Counter()
     told = exam.task.name if given or not method.decides else None
     was_training = module.training
     module.eval()
@@ -102,15 +105,18 @@ def take(
                 else:
                     tokens = generate(module, batch, config.max_new_tokens, tokenizer.eos_token_id, pad)
                     answers = [tokenizer.decode(row, skip_special_tokens=True).strip() for row in tokens]
-                names = routes or [None] * len(answers)
-                for index, answer, name in zip(chosen, answers, names, strict=False):
-                    went = float(name == exam.task.name), float(name is None)
-                    total += torch.tensor([metric(answer, samples[index].references), 1.0, *went])
+                for index, answer in zip(chosen, answers, strict=False):
+                    total += torch.tensor([metric(answer, samples[index].references), 1.0])
+                answered.update((routes or ())[: len(chosen)])
             said(number + 1, rounds)
     module.train(was_training)
-    score, count, right, rejected = dist.sum_(total.to(engine.device)).tolist()
+    score, count = dist.sum_(total.to(engine.device)).tolist()
     assert count == len(samples), f"{count} of {len(samples)} samples of {exam.task.name} were evaluated"
-    return Mark(score / count) if routes is None else Mark(score / count, right / count, rejected / count)
+    if routes is None:
+        return Mark(score / count)
+    whole: Counter[str | None] = sum(dist.gather(answered), Counter())
+    went = tuple(sorted(((name, times / count) for name, times in whole.items()), key=lambda pair: pair[0] or ""))
+    return Mark(score / count, whole[exam.task.name] / count, whole[None] / count, went)
 
 
 def loss_on(

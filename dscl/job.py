@@ -98,6 +98,14 @@ class Job:
         whole = first.mixed_with([(lesson.task.name, lesson.data) for lesson in others])
         return replace(whole, task=replace(first.task, name=f"all {len(self.lessons)} tasks"))
 
+    def review(self, lesson: Lesson) -> Lesson | None:
+        """What is gone through beside a lesson, batch by batch, only to see its gradient."""
+        kept = self.method.reviews()
+        if not kept:
+            return None
+        data = Joined(kept)
+        return replace(lesson, data=data, schedule=lesson.planned(data))
+
     def steps(self) -> list[tuple[str, int]]:
         """What is trained, one after the other, and how many steps each takes."""
         if self.method.together:
@@ -119,6 +127,7 @@ class Job:
             read=self.backbone.weights.read,
             prepare=self.method.prepare,
             constraint=self.method.constraint,
+            steering=self.method.steering,
             precision=train.precision,
             micro_batch=train.micro_batch,
             weight_decay=train.weight_decay,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,14 @@ SECTIONS: dict[str, type] = {
     "observe": ObserveConfig,
 }
 EXAMPLE = "{name: sst2, path: data/sst2}"
-NAMES = (*(field.name for field in dataclasses.fields(TopConfig)), "method", "stream", "stream_defaults", *SECTIONS)
+NAMES = (
+    *(field.name for field in dataclasses.fields(TopConfig)),
+    "method",
+    "stream",
+    "stream_defaults",
+    "order",
+    *SECTIONS,
+)
 
 
 def read_recipe(path: str, assignments: Iterable[str] = ()) -> Recipe:
@@ -200,7 +207,25 @@ def _stream(given: Mapping[str, Any]) -> tuple[TaskConfig, ...]:
         if not isinstance(entry, dict):
             raise UserError(f"stream.{index}: given {show(entry)}; a mapping is needed, for example {EXAMPLE}")
         tasks.append(parse(TaskConfig, {**defaults, **entry}, f"stream.{index}"))
-    return tuple(tasks)
+    return _ordered(tasks, given.get("order"))
+
+
+def _ordered(tasks: Sequence[TaskConfig], order: Any) -> tuple[TaskConfig, ...]:
+    """Those that `order` names, in its order; without it all, as they stand."""
+    if order is None:
+        return tuple(tasks)
+    named = {task.name: task for task in tasks}
+    if not isinstance(order, list) or not order:
+        raise UserError(f"order: given {show(order)}; a list of names of the stream's tasks is needed")
+    for index, name in enumerate(order):
+        if name not in named:
+            raise UserError(
+                f"order.{index}: given {show(name)}, which is no task of the stream{nearest(str(name), named)}; "
+                f"allowed: {', '.join(named)}"
+            )
+    if len(set(order)) < len(order):
+        raise UserError(f"order: given {show(order)}, where a task comes twice; name each once")
+    return tuple(named[name] for name in order)
 
 
 def _refuse_deepspeed_keys(given: Mapping[str, Any], valid: Iterable[str], prefix: str = "") -> None:

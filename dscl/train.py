@@ -48,6 +48,8 @@ class Position:
     rejected: list[list[float | None]] = field(default_factory=list)
     given: list[list[float | None]] = field(default_factory=list)  # where asked for: scores with the task given
     heldout: list[float] = field(default_factory=list)  # where asked for: before training, and after each task
+    # Where a method routes: at the last evaluation, to which tasks (null: none) what share of each task's prompts went.
+    went: list[list[list[Any]] | None] = field(default_factory=list)
 
     def name(self) -> str:
         """Of this position's checkpoint; later positions sort after earlier ones."""
@@ -98,6 +100,7 @@ def train(recipe: Recipe) -> None:
                 position.given.append([mark and mark.score for mark in told])
             position.routed.append([mark and mark.routed for mark in row])
             position.rejected.append([mark and mark.rejected for mark in row])
+            position.went = [list(map(list, mark.went)) if mark and mark.went else None for mark in row]
             position.heldout += general(engine, job, observer)
             position.task, position.step, position.learned = position.task + 1, 0, False
             save(checkpoints, position, engine, job)  # before scores.json may say that the run is complete
@@ -114,6 +117,7 @@ def learn(
     if position.step == 0:
         ranks = ranks_of(engine, lesson, f"beginning {name}", observer)
         engine.start_over(job.method.begin_task(position.task, name, ranks))
+    review = job.review(lesson)
     watch = Watch(engine, name, recipe.observe.every, skipping, lesson.sources, observer.step, observer.note)
     watch.begin()
     for number in range(position.step, lesson.steps):
@@ -124,6 +128,10 @@ def learn(
         position.step, position.total = number + 1, position.total + 1
         last = position.step == lesson.steps
         saving = position.total % recipe.checkpoint.every == 0 and not last
+        if review is not None:
+            again = number % review.steps
+            targets = review.schedule.step(again).targets
+            engine.sense(job.method.loss, review.micro_batches(again), targets, job.method.reviewed)
         loss = engine.step(
             job.method.loss,
             lesson.micro_batches(number),
@@ -174,6 +182,8 @@ def ranks_of(engine: Engine, lesson: Lesson, doing: str, observer: Observer) -> 
         said=said,
         refuse=refuse,
         samples=lambda: lesson.own,
+        stretches=engine.fragments,
+        sense=lambda loss, batches, shown: engine.sense(loss, batches, 1, shown),
     )
 
 
@@ -233,6 +243,7 @@ def publish(recipe: Recipe, job: Job, position: Position) -> dict[str, Any]:
     )
     if any(share is not None for row in position.routed for share in row):
         document |= {"routed": position.routed, "rejected": position.rejected}
+        document["confusion"] = confusion(document["tasks"], position)
     if position.given:
         document["given"] = {"matrix": position.given, "summary": scores.summary(position.given)}
     if position.heldout:
@@ -244,6 +255,14 @@ def publish(recipe: Recipe, job: Job, position: Position) -> dict[str, Any]:
         except OSError as error:
             raise Failure(f"{path}: cannot be written ({error.strerror}); make room and run again to go on") from None
     return document
+
+
+def confusion(tasks: Sequence[str], position: Position) -> dict[str, Any]:
+    """Whose prompts were answered by whom, at the last evaluation."""
+    asked = {task: dict(map(tuple, found)) for task, found in zip(tasks, position.went, strict=False) if found}
+    names = [*tasks, None]
+    shares = [[found.get(name, 0.0) for name in names] for found in asked.values()]
+    return {"tasks": list(asked), "answered_by": names, "shares": shares}
 
 
 def refuse_another_run(recipe: Recipe) -> None:

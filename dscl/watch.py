@@ -56,8 +56,9 @@ class Watch:
             self._check_movement()
 
     def finish(self, numbers: Mapping[str, float]) -> None:
-        """The task has ended; `numbers` join the record of its last step."""
-        self.record({**self._last, **numbers})
+        """The task has ended; `numbers` join the record of its last step, and so does what it took."""
+        taken = {"trainable_parameters": float(self.engine.trainable()), "peak_memory_bytes": dist.peak_memory()}
+        self.record({**self._last, **taken, **numbers})
 
     def flush(self, last: bool = False) -> None:
         """Wait for the device, check and report what has gathered since the last time."""

@@ -14,14 +14,24 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 # A file imports from its own layer and from those below. Folders count as one name.
 LAYERS = {
     0.0: ("dscl", "dscl.errors", "dscl.config", "dscl.cache", "dscl.spawn", "dscl.stamped", "dscl.maths"),
-    1.0: ("dscl.data", "dscl.model", "dscl.dist", "dscl.owners", "dscl.router", "dscl.settings", "dscl.description"),
+    1.0: (
+        "dscl.data",
+        "dscl.model",
+        "dscl.dist",
+        "dscl.owners",
+        "dscl.steering",
+        "dscl.router",
+        "dscl.settings",
+        "dscl.description",
+    ),
     2.0: ("dscl.engine", "dscl.serve"),
     3.0: ("dscl.methods",),
     4.0: ("dscl.observe",),
     5.0: ("dscl.evaluate", "dscl.checkpoint"),
     6.0: ("dscl.recipe",),
     6.5: ("dscl.job", "dscl.watch"),
-    7.0: ("dscl.train", "dscl.export"),
+    7.0: ("dscl.train", "dscl.export", "dscl.report"),
+    7.5: ("dscl.compare",),
     8.0: ("dscl.cli",),
     9.0: ("dscl.__main__",),
 }

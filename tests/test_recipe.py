@@ -248,3 +248,25 @@ def test_what_may_change_exists(small: dict[str, Any]) -> None:
         for part in dotted.split("."):
             nodes = [node[part] for node in nodes if part in node]
         assert nodes, dotted
+
+
+def test_order_picks_tasks_by_name(contract: str) -> None:
+    assert [task.name for task in read_recipe(contract, ["order=[sst2, agnews]"]).stream] == ["sst2", "agnews"]
+    picked = read_recipe(contract, ["order=[sst2]"])
+    assert [task.path for task in picked.stream] == ["data/sst2"]
+    assert "order" not in picked.document()  # its stream is in that order
+
+
+@pytest.mark.parametrize(
+    ("order", "said"),
+    [
+        ("sst2", "order: given 'sst2' (str); a list of names of the stream's tasks is needed"),
+        ("[]", "order: given a list; a list of names"),
+        ("[sst]", "order.0: given 'sst' (str), which is no task of the stream (did you mean 'sst2'?); allowed: agnews, sst2"),
+        ("[sst2, sst2]", "where a task comes twice; name each once"),
+    ],
+)
+def test_a_wrong_order_is_told(contract: str, order: str, said: str) -> None:
+    with pytest.raises(UserError) as told:
+        read_recipe(contract, [f"order={order}"])
+    assert said in str(told.value)

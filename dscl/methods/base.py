@@ -1,8 +1,8 @@
 """What a method is: it decides what trains, computes a loss, and may keep something from task to task.
 
 A method never calls backward, step, a collective or DeepSpeed, and it never logs. The trainer calls, in this order:
-`prepare` and `constraint` once; then for every task `begin_task`, `loss` for every micro-batch, `end_task`, `leave`;
-and `answering` around whatever is evaluated. A run that is killed and started again calls `prepare` and `constraint`,
+`prepare`, `constraint` and `steering` once; then for every task `begin_task`, `loss` for every micro-batch, `end_task`,
+`leave`; and `answering` around whatever is evaluated. A run that is killed and started again calls the first three,
 `load_state` and `load_owned` with what `state`, `rows` and `owned` gave when the checkpoint was written, `recall` with
 the tasks that had ended, and goes on in the middle: `begin_task` is not called a second time for a task that had begun.
 """
@@ -23,6 +23,7 @@ from torch.nn import functional
 from dscl.data.batches import Batch, PromptBatch
 from dscl.data.memory import Kept, Samples
 from dscl.owners import Constraint
+from dscl.steering import Held, Shown, Steering
 
 # name, shape, start, stop → those elements; None: they stay as they are
 Reader = Callable[[str, torch.Size, int, int], torch.Tensor | None]
@@ -42,6 +43,7 @@ class Facts:
 
 
 Look = Callable[[str, torch.Tensor], None]  # is shown a matrix by its name
+Loss = Callable[[nn.Module, Batch], torch.Tensor]  # the sum over a batch's target tokens
 
 
 class Matrix(NamedTuple):
@@ -76,6 +78,8 @@ class Ranks:
     said: Callable[[str, int, int], None]  # shows how far long work is: what, done, of how many
     refuse: Callable[[str], None]  # stops all ranks with what one of them (or none: empty) has to complain of
     samples: Callable[[], Samples]  # the task's own, without those that were mixed in
+    stretches: Callable[[], Iterable[Held]]  # of the trained tensors, as this rank holds them
+    sense: Callable[[Loss, Sequence[Batch], Shown], None]  # the gradient of a sum of losses over all ranks' batches
 
 
 class Method(ABC):
@@ -96,6 +100,10 @@ class Method(ABC):
         """What must hold for trained matrices after every step. Asked once, after `prepare`."""
         return None
 
+    def steering(self) -> Steering | None:
+        """Who changes gradients before every step. Asked once, after `prepare`."""
+        return None
+
     def begin_task(self, index: int, name: str, ranks: Ranks) -> Reader | None:
         """A task starts, with a fresh optimizer. What is returned gives the values that the trainable tensors start
         from; None leaves them as the previous task did."""
@@ -108,6 +116,14 @@ class Method(ABC):
     def mixed_in(self) -> Sequence[Kept]:
         """Those samples. Asked for before a task's first step, and after a restart."""
         return ()
+
+    def reviews(self) -> Sequence[Kept]:
+        """Samples of which every step first shows the gradient (of a batch as large as its own) to `reviewed`."""
+        return ()
+
+    def reviewed(self, stretches: Sequence[Held]) -> None:
+        """Is shown that gradient."""
+        raise NotImplementedError
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """The sum (not the mean) over the batch's target tokens; the engine divides by the global count."""
@@ -152,14 +168,22 @@ class Method(ABC):
 
 
 def answer_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Cross-entropy summed over the answers' tokens; logits are made only in the columns where a target follows."""
-    logits = model(
+    """Cross-entropy summed over the answers' tokens."""
+    return functional.cross_entropy(
+        answer_logits(model, batch).flatten(0, 1), batch.labels.flatten(), ignore_index=-100, reduction="sum"
+    )
+
+
+def answer_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """In fp32, for `labels`: they are made only in the columns where a target follows.
+
+    Where `labels` holds targets, row by row, stand those of the batch's samples, one after the other.
+    """
+    logits: torch.Tensor = model(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
         position_ids=batch.position_ids,
         use_cache=False,  # with a cache, packed samples would see each other
         logits_to_keep=batch.keep,
     ).logits
-    return functional.cross_entropy(
-        logits.float().flatten(0, 1), batch.labels.flatten(), ignore_index=-100, reduction="sum"
-    )
+    return logits.float()

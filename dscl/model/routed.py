@@ -10,7 +10,7 @@ shape nor the order of a sum: what a row gets is the same to the last bit, howev
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -68,6 +68,22 @@ class RoutedLinear(Projection):
             self.bank_b[:, first : first + rank] = pair.b.to(self.bank_b) * pair.scale
 
 
+class StackedLinear(RoutedLinear):
+    """With all of the bank open, always; and in training mode with the LoRA that trains as well.
+
+    Each training pass tells `overlap` how much the input directions of that LoRA share with those in the bank:
+    Σ |A_bank Aᵀ|, while both are at hand, which under ZeRO-3 they are only here.
+    """
+
+    overlap: Callable[[torch.Tensor], None]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = functional.linear(functional.linear(x, self.bank_a), self.bank_b)
+        if self.training:
+            self.overlap((self.bank_a.float() @ self.lora_a.float().T).abs().sum())
+        return y + super().forward(x)
+
+
 class Bank:
     """The adapters of one model by name, each in a slot of every routed layer."""
 
@@ -105,15 +121,28 @@ class Bank:
             layer.fill(slot, None)
 
 
-def add_routed(model: nn.Module, routing: Routing, targets: Iterable[str]) -> Bank:
+def add_routed(
+    model: nn.Module, routing: Routing, targets: Iterable[str], kind: type[RoutedLinear] = RoutedLinear
+) -> Bank:
     """Freeze the model and make the named projections routed."""
     model.requires_grad_(False)
     like = empty_like(model)
     for name in targets:
         plain = model.get_submodule(name)
         assert isinstance(plain, nn.Linear)
-        put(model, name, RoutedLinear(plain, routing, like))
+        put(model, name, kind(plain, routing, like))
     return Bank(model, routing)
+
+
+def add_stacked(
+    model: nn.Module, routing: Routing, targets: Iterable[str], overlap: Callable[[torch.Tensor], None]
+) -> Bank:
+    """The same, with all of the bank open to all rows."""
+    bank = add_routed(model, routing, targets, StackedLinear)
+    for layer in bank.layers.values():
+        assert isinstance(layer, StackedLinear)
+        layer.overlap = overlap
+    return bank
 
 
 def first_values(seed: int, name: str, shape: torch.Size, start: int, stop: int) -> torch.Tensor:

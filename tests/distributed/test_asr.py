@@ -121,6 +121,12 @@ def test_ranks_and_stages_change_at_most_few_entries(ranks: Any, tasks: Path, wo
         seen = metrics(run_dir)
         assert [r["loss"] for r in seen] == pytest.approx([r["loss"] for r in losses], rel=1e-4)
         assert scores(run_dir)["routed"] == scores(tasks / f"reference{world}")["routed"]
+        assert scores(run_dir)["confusion"] == scores(tasks / f"reference{world}")["confusion"]
+    confusion = scores(run_dir)["confusion"]
+    assert (confusion["tasks"], confusion["answered_by"]) == (list(NAMES[:2]), [*NAMES[:2], None])
+    assert [sum(row) for row in confusion["shares"]] == pytest.approx([1.0, 1.0])
+    assert [row[i] for i, row in enumerate(confusion["shares"])] == scores(run_dir)["routed"][-1]
+    assert [row[-1] for row in confusion["shares"]] == scores(run_dir)["rejected"][-1]
 
 
 DEATHS = [

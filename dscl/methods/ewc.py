@@ -1,0 +1,93 @@
+"""EWC, online: what mattered for ended tasks is held by a spring (Kirkpatrick et al., 2017; Schwarz et al., 2018).
+
+What trains: all weights, or one LoRA for all tasks. What may change how much is said by a penalty that is added to the
+loss, whose gradient is made element by element, where the fp32 masters are:
+
+    λ/2 Σ F (θ - θ*)²      F ← μ F + F_task,  θ* ← θ   when a task ends
+
+F_task is the Fisher information's diagonal: the mean, over samples of the task, of each one's squared gradient. The
+gradient of a batch whose samples are summed with signs of chance has that as its expected square, so that a batch costs
+one pass and it does not matter how its samples are shared out.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from dscl.config import key
+from dscl.data.batches import Batch
+from dscl.methods.base import Ended, Ranks, answer_logits
+from dscl.methods.sequential import Sequential, SequentialConfig
+from dscl.steering import Held
+
+
+@dataclass(frozen=True)
+class EwcConfig(SequentialConfig):
+    name: str = key("ewc")
+    strength: float = key(1000.0, above=0.0, help="of the penalty (the paper's λ)")
+    memory: float = key(
+        1.0, at_least=0.0, at_most=1.0, help="what is left of earlier tasks' information when one ends (μ)"
+    )
+    samples: int = key(512, at_least=1, help="of a task, by which its information is measured")
+
+
+class Ewc(Sequential):
+    Config = EwcConfig
+    config: EwcConfig
+    kinds: tuple[str, ...] = ("fisher", "anchor")  # F and θ*
+    at_once = False
+
+    def steering(self) -> Ewc:
+        return self
+
+    def steer(self, stretches: Sequence[Held], sum_: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        for stretch in stretches:
+            moved = stretch.master - stretch.kept["anchor"]
+            stretch.gradient.addcmul_(stretch.kept["fisher"], moved, value=self.config.strength)
+
+    def end_task(self, index: int, name: str, ranks: Ranks) -> Ended:
+        batches = list(ranks.batches(self.config.samples))
+        count = int(ranks.sum_(torch.tensor(sum(len(batch.samples) for batch in batches), device=ranks.device)))
+        lengths = torch.from_numpy(np.asarray(ranks.samples().answer_lengths))
+        signs = chances(len(lengths), self.facts.seed, name)
+        with torch.no_grad():
+            for stretch in ranks.stretches():
+                stretch.kept["fisher"].mul_(self.config.memory)
+
+        def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+            own = torch.tensor(batch.samples, dtype=torch.int64)
+            return signed_loss(model, batch, signs[own].repeat_interleave(lengths[own]))
+
+        def add(stretches: Sequence[Held]) -> None:
+            for stretch in stretches:
+                stretch.kept["fisher"].addcmul_(stretch.gradient, stretch.gradient, value=1.0 / count)
+
+        torch.manual_seed(zlib.crc32(f"{self.facts.seed} {name}".encode()))  # dropout's, whenever the run was started
+        for done, batch in enumerate(batches, 1):
+            ranks.sense(loss, [batch], add)
+            ranks.said("information", done, len(batches))
+        with torch.no_grad():
+            for stretch in ranks.stretches():
+                stretch.kept["anchor"].copy_(stretch.master)
+        return Ended()
+
+
+def chances(samples: int, seed: int, task: str) -> torch.Tensor:
+    """+1 or -1 for each sample."""
+    drawn = np.random.default_rng([seed, zlib.crc32(task.encode())]).integers(0, 2, samples)
+    return torch.from_numpy(2.0 * drawn - 1.0).float()
+
+
+def signed_loss(model: nn.Module, batch: Batch, signs: torch.Tensor) -> torch.Tensor:
+    """The sum of the samples' losses, each with a sign: `signs` has one for every target, sample by sample."""
+    logits = answer_logits(model, batch)
+    wanted = batch.labels != -100
+    losses = functional.cross_entropy(logits[wanted], batch.labels[wanted], reduction="none")
+    return (losses * signs.to(losses)).sum() + 0.0 * logits.sum()  # a gradient on every rank, also without targets

@@ -1,0 +1,393 @@
+"""EWC, A-GEM, LwF and O-LoRA on real ranks: every step's loss equals plain torch in one process that follows the
+method's own equation; a run that died ends as one that did not."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+from torch.nn import functional
+
+from dscl import dist
+from dscl.data.batches import Batch, collate
+from dscl.data.memory import Joined, Kept
+from dscl.engine import fill
+from dscl.job import Job, Lesson, open_job
+from dscl.methods.ewc import chances, signed_loss
+from dscl.methods.lwf import apart
+from dscl.model.routed import first_values
+from dscl.recipe import resolve
+from tests.distributed.test_asr import NAMES, recipe, tasks
+from tests.distributed.test_run import metrics, outcome, run, run_until
+
+__all__ = ["tasks"]  # the fixture
+COUNT = 3  # tasks
+RATES = {"agem": 2e-2}  # at which what a task learns stands against the ones before it
+CLIP = 1.0
+METHODS: dict[str, dict[str, Any]] = {
+    "ewc": {"strength": 300.0, "memory": 0.5, "samples": 20},
+    "agem": {"share": 0.03},
+    "lwf": {"strength": 0.7, "tokens": 1000},
+    "olora": {"lora": {"rank": 4}, "orthogonality": 0.3},
+}
+
+
+def document(folder: Path, name: str, method: str, stage: int = 0, **changes: Any) -> Any:
+    made = recipe(folder, name, stage, NAMES[:COUNT], evaluate={"before": False, "tasks": "seen"}, **changes)
+    made["train"] |= {"lr": RATES.get(method, 3e-3), "grad_clip": CLIP, "micro_batch": 2, "global_batch": 8}
+    made["stream_defaults"] = {"dev_share": 0}
+    return made | {"method": {"name": method, **METHODS[method]}}
+
+
+# ---- plain torch in one process
+
+
+def answers(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and labels at every target, sample by sample."""
+    logits = model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids
+    ).logits[:, batch.keep]
+    wanted = batch.labels != -100
+    return logits[wanted], batch.labels[wanted]
+
+
+class Plain:
+    """One process that trains a stream by the book; a method's rule is in the four calls."""
+
+    def __init__(self, job: Job, world: int) -> None:
+        self.job, self.world = job, world
+        self.model: Any = job.backbone.build()
+        fill(self.model, job.backbone.weights.read)
+        self.setup()
+
+    def setup(self) -> None:
+        pass
+
+    def begin(self, lesson: Lesson) -> None:
+        pass
+
+    def extra(self, batch: Batch) -> torch.Tensor | float:
+        """What a batch's summed loss has added to it."""
+        return 0.0
+
+    def turn(self, lesson: Lesson, number: int) -> None:
+        """Change the gradients."""
+
+    def end(self, lesson: Lesson) -> None:
+        pass
+
+    def batch(self, lesson: Lesson, samples: Any) -> Batch:
+        return collate([[i] for i in samples], lesson.data, lesson.pad, False, lesson.bos)
+
+    def summed(self, batch: Batch) -> torch.Tensor:
+        logits, labels = answers(self.model, batch)
+        return functional.cross_entropy(logits, labels, reduction="sum")
+
+    def trained(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def losses(self) -> list[float]:
+        found = []
+        for lesson in self.job.lessons:
+            self.begin(lesson)
+            optimizer = torch.optim.AdamW(self.trained(), lr=0.0, weight_decay=0.0)
+            for number in range(lesson.steps):
+                plan = lesson.schedule.step(number)
+                optimizer.param_groups[0]["lr"] = lesson.learning_rate(number)
+                self.turn_before(lesson, number)
+                optimizer.zero_grad()
+                batch = self.batch(lesson, plan.samples)
+                loss = (self.summed(batch) + self.extra(batch)) / plan.targets
+                loss.backward()
+                nn.utils.clip_grad_norm_(self.trained(), CLIP)
+                self.turn(lesson, number)
+                optimizer.step()
+                found.append(loss.item())
+            self.end(lesson)
+        return found
+
+    def turn_before(self, lesson: Lesson, number: int) -> None:
+        """Look at other gradients."""
+
+
+class PlainEwc(Plain):
+    """The penalty's gradient is added once the loss's own was clipped, and is not clipped itself."""
+
+    fisher: list[torch.Tensor] | None = None
+
+    def turn(self, lesson: Lesson, number: int) -> None:
+        if self.fisher is None:
+            return
+        penalty = sum(
+            (f * (p - a).square()).sum() for f, p, a in zip(self.fisher, self.trained(), self.anchor, strict=True)
+        )
+        added = torch.autograd.grad(300.0 / 2 * penalty, self.trained())
+        for parameter, more in zip(self.trained(), added, strict=True):
+            parameter.grad += more
+
+    def end(self, lesson: Lesson) -> None:
+        signs = chances(len(lesson.data), self.job.recipe.seed, lesson.task.name)
+        found = [torch.zeros_like(p) for p in self.trained()]
+        groups = list(self.groups(lesson))
+        count = sum(map(len, groups))
+        for group in groups:
+            self.model.zero_grad()
+            for sample in group:
+                (signs[sample] * self.summed(self.batch(lesson, [sample]))).backward()
+            for total, parameter in zip(found, self.trained(), strict=True):
+                total += parameter.grad.square() / count
+        earlier = self.fisher or [torch.zeros_like(p) for p in found]
+        self.fisher = [0.5 * before + now for before, now in zip(earlier, found, strict=True)]
+        self.anchor = [p.detach().clone() for p in self.trained()]
+
+    def groups(self, lesson: Lesson) -> Iterator[list[int]]:
+        """The samples that the ranks put together, micro-batch by micro-batch."""
+        seen = 0
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dist, "world", lambda: self.world)
+            schedule = lesson.planned(lesson.data)
+        for number in range(schedule.steps_per_epoch):
+            if seen >= 20:
+                return
+            shares = [schedule.micro_batches(number, rank) for rank in range(self.world)]
+            for parts in zip(*shares, strict=True):
+                yield [sample for part in parts for row in part for sample in row]
+            seen += len(schedule.step(number).samples)
+
+
+class PlainAgem(Plain):
+    """Projects what was clipped."""
+
+    run_dir: Path
+    turned = 0
+
+    def begin(self, lesson: Lesson) -> None:
+        ended = self.job.lessons[: self.job.lessons.index(lesson)]
+        names = [other.task.name for other in ended]
+        kept = [Kept.read(self.run_dir / "samples" / f"{name}.safetensors", name) for name in names]
+        self.memory = Joined(kept) if kept else None
+        self.schedule = lesson.planned(self.memory) if self.memory is not None else None
+
+    def turn_before(self, lesson: Lesson, number: int) -> None:
+        if self.schedule is None or self.memory is None:
+            return
+        self.model.zero_grad()
+        samples = self.schedule.step(number % self.schedule.steps).samples
+        self.summed(collate([[i] for i in samples], self.memory, lesson.pad, False, lesson.bos)).backward()
+        self.reference = torch.cat([p.grad.flatten() for p in self.trained()])
+
+    def turn(self, lesson: Lesson, number: int) -> None:
+        if self.schedule is None:
+            return
+        gradient, r = torch.cat([p.grad.flatten() for p in self.trained()]), self.reference
+        if gradient @ r < 0:
+            gradient = gradient - (gradient @ r) / (r @ r) * r
+            self.turned += 1
+        sizes = [p.numel() for p in self.trained()]
+        for parameter, part in zip(self.trained(), gradient.split(sizes), strict=True):
+            parameter.grad = part.view_as(parameter)
+
+
+class PlainLwf(Plain):
+    """Keeps a whole second model."""
+
+    before: Any = None
+
+    def begin(self, lesson: Lesson) -> None:
+        self.before = None if lesson is self.job.lessons[0] else copy.deepcopy(self.model)
+
+    def extra(self, batch: Batch) -> torch.Tensor | float:
+        if self.before is None:
+            return 0.0
+        with torch.no_grad():
+            then = (answers(self.before, batch)[0] / 2.0).log_softmax(-1)
+        now = (answers(self.model, batch)[0] / 2.0).log_softmax(-1)
+        return 0.7 * functional.kl_div(now, then, reduction="sum", log_target=True)
+
+
+class PlainOlora(Plain):
+    """Weights with all LoRAs added to them, made anew in every step."""
+
+    def setup(self) -> None:
+        self.model.requires_grad_(False)
+        self.layers = {n: m for n, m in self.model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"}
+        self.base = {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
+        self.ended: list[dict[str, tuple[torch.Tensor, torch.Tensor]]] = []
+
+    def begin(self, lesson: Lesson) -> None:
+        self.now = {}
+        for name, layer in self.layers.items():
+            pair = []
+            for side, shape in (("a", (4, layer.in_features)), ("b", (layer.out_features, 4))):
+                tensor = f"{lesson.task.name}:{name}.lora_{side}"
+                values = first_values(self.job.recipe.seed, tensor, torch.Size(shape), 0, shape[0] * shape[1])
+                pair.append(nn.Parameter(values.view(shape)))
+            self.now[name] = pair[0], pair[1]
+
+    def trained(self) -> list[nn.Parameter]:
+        return [p for pair in self.now.values() for p in pair]
+
+    def summed(self, batch: Batch) -> torch.Tensor:
+        scale, weights = 16.0 / 4, {}
+        for name, base in self.base.items():
+            pairs = [*(pairs[name] for pairs in self.ended), self.now[name]]
+            weights[f"{name}.weight"] = base + sum(scale * b @ a for a, b in pairs)
+        original, self.model = self.model, lambda **given: torch.func.functional_call(original, weights, (), given)
+        try:
+            return super().summed(batch)
+        finally:
+            self.model = original
+
+    def extra(self, batch: Batch) -> torch.Tensor | float:
+        overlaps = [(pairs[name][0] @ self.now[name][0].T).abs().sum() for pairs in self.ended for name in self.base]
+        return 0.3 * int((batch.labels != -100).sum()) * sum(overlaps, torch.zeros(()))
+
+    def end(self, lesson: Lesson) -> None:
+        self.ended.append({name: (a.detach().clone(), b.detach().clone()) for name, (a, b) in self.now.items()})
+
+
+PLAIN: dict[str, type[Plain]] = {"ewc": PlainEwc, "agem": PlainAgem, "lwf": PlainLwf, "olora": PlainOlora}
+
+
+def reference(made: dict[str, Any], world: int) -> tuple[list[float], Plain]:
+    torch.manual_seed(0)
+    plain = PLAIN[made["method"]["name"]](open_job(resolve(made)), world)
+    if isinstance(plain, PlainAgem):
+        plain.run_dir = Path(made["run_dir"])
+    return plain.losses(), plain
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize(("stage", "world"), [(0, 1), (0, 2), (1, 2), (2, 2), (3, 1), (3, 2)])
+def test_every_step_equals_plain_torch(ranks: Any, tasks: Path, method: str, stage: int, world: int) -> None:
+    made = document(tasks, f"{method}{stage}{world}", method, stage)
+    ranks(world)(run, made)
+    losses, plain = reference(made, world)
+    assert len(losses) == sum(steps for _, steps in plain.job.steps()) > 20
+    assert [record["loss"] for record in metrics(tasks / f"{method}{stage}{world}")] == pytest.approx(losses, rel=2e-4)
+    if isinstance(plain, PlainAgem):
+        assert plain.turned > 2
+
+
+@pytest.mark.parametrize("method", ["ewc", "agem"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_offload_changes_nothing(ranks: Any, tasks: Path, method: str, stage: int) -> None:
+    (tasks / "offload").mkdir(exist_ok=True)
+    path = tasks / "offload" / f"zero{stage}.json"
+    zero = {"stage": stage, "offload_optimizer": {"device": "cpu"}}
+    path.write_text(json.dumps({"zero_optimization": zero}))
+    made = document(tasks, f"offload {method}{stage}", method, stage)
+    ranks(2)(run, made | {"deepspeed": str(path)})
+    losses, _ = reference(made, 2)
+    assert [record["loss"] for record in metrics(Path(made["run_dir"]))] == pytest.approx(losses, rel=2e-4)
+
+
+DEATHS = [("step", 9), ("take", 2), ("step", 4), ("save", 1), ("step", 2)]
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_run_that_died_ends_as_one_that_did_not(ranks: Any, tasks: Path, method: str, stage: int) -> None:
+    ranks(2)(run, document(tasks, f"whole {method}{stage}", method, stage))
+    ranks(2)(run_until, document(tasks, f"died {method}{stage}", method, stage), DEATHS)
+    assert outcome(tasks / f"died {method}{stage}") == outcome(tasks / f"whole {method}{stage}")
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_information_is_the_mean_of_squared_gradients(ranks: Any, tasks: Path, stage: int) -> None:
+    """With a sample a pass it is exact; what is kept of it stands in the checkpoint, sharded as the masters are."""
+    made = document(tasks, f"fisher{stage}", "ewc", stage)
+    made["stream"], made["train"]["micro_batch"] = made["stream"][:1], 1
+    ranks(1)(run, made)
+    _, plain = reference(made, 1)
+    assert isinstance(plain, PlainEwc)
+    assert plain.fisher is not None
+    (newest,) = sorted((tasks / f"fisher{stage}" / "checkpoints").iterdir())[-1:]
+    with safe_open(newest / "rank-00000.safetensors", framework="pt") as file:
+        for (name, _), expected in zip(plain.model.named_parameters(), plain.fisher, strict=True):
+            found = file.get_tensor(f"fisher|0|{name}").view_as(expected)
+            assert float((found - expected).norm()) <= 2e-3 * float(expected.norm())  # after some steps of training
+
+
+def test_signs_of_chance_give_squared_gradients_on_average(tasks: Path) -> None:
+    """Over all signs that three samples can have, exactly; packed or not."""
+    job = open_job(resolve(document(tasks, "signs", "ewc")))
+    model = job.backbone.build()
+    fill(model, job.backbone.weights.read)
+    model.double()
+    lesson, samples = job.lessons[0], [3, 5, 8]
+    lengths = torch.tensor([lesson.data.answer_lengths[i] for i in samples])
+    for rows in ([[3], [5], [8]], [[5, 3], [8]]):
+        packed = len(rows) == 2
+        order = torch.tensor([samples.index(i) for row in rows for i in row])
+        batch = collate(rows, lesson.data, lesson.pad, packed, lesson.bos)
+        assert batch.samples == [samples[i] for i in order]
+
+        def gradient(signs: torch.Tensor, batch: Batch = batch, order: torch.Tensor = order) -> torch.Tensor:
+            loss = signed_loss(model, batch, signs[order].repeat_interleave(lengths[order]))
+            return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]).double()
+
+        every = [torch.tensor(signs) for signs in itertools.product((1.0, -1.0), repeat=3)]
+        average = torch.stack([gradient(signs).square() for signs in every]).mean(0)
+        alone = [(gradient(one) + gradient(-rest)) / 2 for one, rest in _ones()]
+        expected = torch.stack([part.square() for part in alone]).sum(0)
+        assert float((average - expected).abs().max()) <= 1e-6 * float(expected.max())
+
+
+def _ones() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Two vectors of signs whose gradients' mean is one sample's own: all plus, and all but that one minus."""
+    for place in range(3):
+        flipped = torch.ones(3)
+        flipped[place] = -1.0
+        yield torch.ones(3), flipped
+
+
+def test_tokens_that_are_not_recorded_count_as_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    then, now = torch.randn(2, 5, 9, generator=generator, dtype=torch.float64).log_softmax(-1)
+    best = then.topk(3)
+    p, q = then.exp(), now.exp()
+    rows = torch.arange(5)[:, None]
+    some, rest = p[rows, best.indices], 1 - p[rows, best.indices].sum(1)
+    others = 1 - q[rows, best.indices].sum(1)
+    expected = (some * (some / q[rows, best.indices]).log()).sum() + (rest * (rest / others).log()).sum()
+    assert float(apart(best.values, now, best.indices)) == pytest.approx(float(expected), rel=1e-12)
+    whole = functional.kl_div(now, then, reduction="sum", log_target=True)
+    assert float(apart(then, now, torch.arange(9).expand(5, 9))) == pytest.approx(float(whole), rel=1e-12)
+    assert float(apart(then[:, :3], then, torch.arange(3).expand(5, 3))) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_steps_one_group_after_the_other_are_refused_where_all_have_to_be_seen(ranks: Any, tasks: Path) -> None:
+    path = tasks / "groups.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3, "sub_group_size": 4000}}))
+    made = document(tasks, "groups", "agem", 3) | {"deepspeed": str(path)}
+    with pytest.raises(AssertionError, match=r"sub_group_size: given a size that steps \d+ groups .* set it to \d+ or"):
+        ranks(2)(run, made)
+    made = document(tasks, "groups, ewc", "ewc", 3)
+    ranks(2)(run, made | {"deepspeed": str(path)})
+    losses, _ = reference(made, 2)
+    assert [record["loss"] for record in metrics(tasks / "groups, ewc")] == pytest.approx(losses, rel=2e-4)
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_bf16_follows_fp32(ranks: Any, tasks: Path, method: str) -> None:
+    """What steers acts on the fp32 masters, from which every step makes the 16-bit weights anew."""
+    found = {}
+    for precision, stage in itertools.product(("fp32", "bf16"), (0, 2, 3)):
+        if (precision, stage) == ("fp32", 3):
+            continue
+        made = document(tasks, f"{precision} {method}{stage}", method, stage)
+        made["train"]["precision"] = precision
+        ranks(2)(run, made)
+        found[precision, stage] = torch.tensor([record["loss"] for record in metrics(Path(made["run_dir"]))])
+    for stage in (0, 2, 3):
+        difference = (found["bf16", stage] - found["fp32", 0]).norm() / found["fp32", 0].norm()
+        assert float(difference) < 0.1

@@ -60,6 +60,11 @@ class Lesson:
         first = step < self.schedule.steps_per_epoch
         return [collate(batch, self.data, self.pad, self.packing, self.bos, first) for batch in rows]
 
+    def groups(self, samples: int, size: int) -> list[list[Batch]]:
+        """Some of the samples in groups that do not depend on the ranks; each as this rank's micro-batches."""
+        groups = self.schedule.groups(samples, size, dist.rank())
+        return [[collate(rows, self.data, self.pad, self.packing, self.bos) for rows in group] for group in groups]
+
     def learning_rate(self, step: int) -> float:
         return learning_rate(step, self.steps, peak=self.peak, kind=self.decay, warmup=self.warmup)
 

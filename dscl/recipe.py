@@ -120,6 +120,7 @@ NAMES = (
     "stream",
     "stream_defaults",
     "order",
+    "folder",
     *SECTIONS,
 )
 
@@ -143,6 +144,7 @@ def resolve(given: Mapping[str, Any], source: str = "recipe") -> Recipe:
     check_names(given, NAMES)
     if isinstance(given.get("deepspeed"), Mapping):
         raise UserError("deepspeed: given a mapping; the path of a DeepSpeed JSON is needed, so put these keys there")
+    given = _placed(given)
     top = parse(TopConfig, {field: given[field] for field in _names(TopConfig) if field in given})
     method = _section(given, "method")
     name = method.get("name", "sequential")
@@ -155,6 +157,30 @@ def resolve(given: Mapping[str, Any], source: str = "recipe") -> Recipe:
         **vars(top),
         **{section: _parse(config, _section(given, section), section) for section, config in SECTIONS.items()},
     )
+
+
+def _placed(given: Mapping[str, Any]) -> dict[str, Any]:
+    """With every path in `folder`, where that is given: the tasks' (by default their names), and the model and the
+    held-out texts where they are there. A resolved recipe names the places themselves."""
+    given = dict(given)
+    if (folder := given.pop("folder", None)) is None:
+        return given
+    if not isinstance(folder, str) or not Path(folder).expanduser().is_dir():
+        raise UserError(f"folder: given {show(folder)}, which is no folder; give the one in which the data lies")
+    if isinstance(given.get("stream"), list):
+        given["stream"] = [
+            {**entry, "path": os.path.join(folder, str(entry.get("path", entry["name"])))}
+            if isinstance(entry, dict) and isinstance(entry.get("name"), str)
+            else entry
+            for entry in given["stream"]
+        ]
+    for section, name in (("model", "name"), ("evaluate", "heldout")):
+        values = given.get(section)
+        if isinstance(values, dict) and isinstance(values.get(name), str):
+            inside = os.path.join(folder, values[name])
+            if Path(inside).expanduser().exists():
+                given[section] = {**values, name: inside}
+    return given
 
 
 def difference(old: Any, new: Any, path: str = "") -> str:

@@ -183,6 +183,7 @@ def ranks_of(engine: Engine, lesson: Lesson, doing: str, observer: Observer) -> 
         refuse=refuse,
         samples=lambda: lesson.own,
         stretches=engine.fragments,
+        groups=lesson.groups,
         sense=lambda loss, batches, shown: engine.sense(loss, batches, 1, shown),
     )
 

@@ -124,7 +124,7 @@ def test_overrides_reach_everywhere(contract: str) -> None:
         ({"run_dir": ""}, "run_dir: given ''; text that is not blank is needed"),
         ({"seed": -1}, "seed: given -1; it must be at least 0"),
         ({"seed": 2**63}, "seed: given 9223372036854775808; it must be at most 9223372036854775807"),
-        ({"method": {"name": "ewc"}}, "method.name: given 'ewc'; allowed: sequential, joint, replay, "),
+        ({"method": {"name": "emc"}}, "method.name: given 'emc'; allowed: sequential, joint, replay, "),
         ({"method": {"name": "Sequental"}}, "(did you mean 'sequential'?)"),
         ({"method": {"name": ["asr"]}}, "method.name: given a list; the name of a method is needed"),
         ({"method": {"name": None}}, "method.name: given nothing (null); the name of a method is needed"),
@@ -250,6 +250,22 @@ def test_what_may_change_exists(small: dict[str, Any]) -> None:
         assert nodes, dotted
 
 
+def test_folder_is_where_everything_lies(contract: str, tmp_path: Path) -> None:
+    """The tasks always, model and held-out texts if they are there; what is resolved names the places."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "texts.jsonl").write_text("{}")
+    words = [f"folder={tmp_path}", "stream.1={name: sst2}", "model.name=base", "evaluate.heldout=texts.jsonl"]
+    recipe = read_recipe(contract, words)
+    assert [task.path for task in recipe.stream] == [f"{tmp_path}/data/agnews", f"{tmp_path}/sst2"]
+    assert recipe.model.name == f"{tmp_path}/base"
+    assert recipe.evaluate.heldout == f"{tmp_path}/texts.jsonl"
+    assert "folder" not in recipe.document()
+    assert read_recipe(contract, [f"folder={tmp_path}"]).model.name == "path-or-hub-id"
+    assert read_recipe(contract, [f"folder={tmp_path}", "stream.0.path=/data/x"]).stream[0].path == "/data/x"
+    with pytest.raises(UserError, match=r"folder: given 'nowhere' \(str\), which is no folder; give the one"):
+        read_recipe(contract, ["folder=nowhere"])
+
+
 def test_order_picks_tasks_by_name(contract: str) -> None:
     assert [task.name for task in read_recipe(contract, ["order=[sst2, agnews]"]).stream] == ["sst2", "agnews"]
     picked = read_recipe(contract, ["order=[sst2]"])
@@ -262,7 +278,10 @@ def test_order_picks_tasks_by_name(contract: str) -> None:
     [
         ("sst2", "order: given 'sst2' (str); a list of names of the stream's tasks is needed"),
         ("[]", "order: given a list; a list of names"),
-        ("[sst]", "order.0: given 'sst' (str), which is no task of the stream (did you mean 'sst2'?); allowed: agnews, sst2"),
+        (
+            "[sst]",
+            "order.0: given 'sst' (str), which is no task of the stream (did you mean 'sst2'?); allowed: agnews, sst2",
+        ),
         ("[sst2, sst2]", "where a task comes twice; name each once"),
     ],
 )

@@ -86,7 +86,16 @@ class Schedule:
         Every rank gets equally many, since each costs collective operations; one that has fewer gets empty ones.
         """
         assert 0 <= rank < self._world
-        samples = self.step(number).samples
+        return self._shared_out(self.step(number).samples, rank)
+
+    def groups(self, samples: int, size: int, rank: int) -> list[list[list[Row]]]:
+        """The first epoch's first samples in groups of `size`, the same ones whatever the ranks; each group as the
+        micro-batches of one rank."""
+        steps = range(min(self.steps_per_epoch, -(-samples // self._global_batch)))
+        chosen = [sample for number in steps for sample in self.step(number).samples][:samples]
+        return [self._shared_out(chosen[i : i + size], rank) for i in range(0, len(chosen), size)]
+
+    def _shared_out(self, samples: Sequence[int], rank: int) -> list[list[Row]]:
         shares = [self._rows(samples[r :: self._world]) for r in range(self._world)]
         count = max(-(-len(rows) // self._micro_batch) for rows in shares)
         size = self._micro_batch

@@ -79,6 +79,7 @@ class Ranks:
     refuse: Callable[[str], None]  # stops all ranks with what one of them (or none: empty) has to complain of
     samples: Callable[[], Samples]  # the task's own, without those that were mixed in
     stretches: Callable[[], Iterable[Held]]  # of the trained tensors, as this rank holds them
+    groups: Callable[[int, int], list[list[Batch]]]  # so many of its samples, in groups of a size: this rank's share
     sense: Callable[[Loss, Sequence[Batch], Shown], None]  # the gradient of a sum of losses over all ranks' batches
 
 

@@ -6,7 +6,7 @@ loss, whose gradient is made element by element, where the fp32 masters are:
     λ/2 Σ F (θ - θ*)²      F ← μ F + F_task,  θ* ← θ   when a task ends
 
 F_task is the Fisher information's diagonal: the mean, over samples of the task, of each one's squared gradient. The
-gradient of a batch whose samples are summed with signs of chance has that as its expected square, so that a batch costs
+gradient of a group whose samples are summed with signs of chance has that as its expected square, so that a group costs
 one pass and it does not matter how its samples are shared out.
 """
 
@@ -26,6 +26,8 @@ from dscl.data.batches import Batch
 from dscl.methods.base import Ended, Ranks, answer_logits
 from dscl.methods.sequential import Sequential, SequentialConfig
 from dscl.steering import Held
+
+GROUP = 8  # samples whose gradients are summed before they are squared: with more, chance has a greater part in it
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,9 @@ class Ewc(Sequential):
             stretch.gradient.addcmul_(stretch.kept["fisher"], moved, value=self.config.strength)
 
     def end_task(self, index: int, name: str, ranks: Ranks) -> Ended:
-        batches = list(ranks.batches(self.config.samples))
-        count = int(ranks.sum_(torch.tensor(sum(len(batch.samples) for batch in batches), device=ranks.device)))
+        groups = ranks.groups(self.config.samples, GROUP)
         lengths = torch.from_numpy(np.asarray(ranks.samples().answer_lengths))
+        count = min(self.config.samples, len(lengths))
         signs = chances(len(lengths), self.facts.seed, name)
         with torch.no_grad():
             for stretch in ranks.stretches():
@@ -70,9 +72,9 @@ class Ewc(Sequential):
                 stretch.kept["fisher"].addcmul_(stretch.gradient, stretch.gradient, value=1.0 / count)
 
         torch.manual_seed(zlib.crc32(f"{self.facts.seed} {name}".encode()))  # dropout's, whenever the run was started
-        for done, batch in enumerate(batches, 1):
-            ranks.sense(loss, [batch], add)
-            ranks.said("information", done, len(batches))
+        for done, batches in enumerate(groups, 1):
+            ranks.sense(loss, batches, add)
+            ranks.said("information", done, len(groups))
         with torch.no_grad():
             for stretch in ranks.stretches():
                 stretch.kept["anchor"].copy_(stretch.master)

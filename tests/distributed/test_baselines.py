@@ -16,11 +16,11 @@ from safetensors import safe_open
 from torch import nn
 from torch.nn import functional
 
-from dscl import dist
 from dscl.data.batches import Batch, collate
 from dscl.data.memory import Joined, Kept
 from dscl.engine import fill
 from dscl.job import Job, Lesson, open_job
+from dscl.methods import ewc
 from dscl.methods.ewc import chances, signed_loss
 from dscl.methods.lwf import apart
 from dscl.model.routed import first_values
@@ -62,8 +62,8 @@ def answers(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
 class Plain:
     """One process that trains a stream by the book; a method's rule is in the four calls."""
 
-    def __init__(self, job: Job, world: int) -> None:
-        self.job, self.world = job, world
+    def __init__(self, job: Job) -> None:
+        self.job = job
         self.model: Any = job.backbone.build()
         fill(self.model, job.backbone.weights.read)
         self.setup()
@@ -122,6 +122,7 @@ class PlainEwc(Plain):
     """The penalty's gradient is added once the loss's own was clipped, and is not clipped itself."""
 
     fisher: list[torch.Tensor] | None = None
+    group = 8
 
     def turn(self, lesson: Lesson, number: int) -> None:
         if self.fisher is None:
@@ -149,18 +150,10 @@ class PlainEwc(Plain):
         self.anchor = [p.detach().clone() for p in self.trained()]
 
     def groups(self, lesson: Lesson) -> Iterator[list[int]]:
-        """The samples that the ranks put together, micro-batch by micro-batch."""
-        seen = 0
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(dist, "world", lambda: self.world)
-            schedule = lesson.planned(lesson.data)
-        for number in range(schedule.steps_per_epoch):
-            if seen >= 20:
-                return
-            shares = [schedule.micro_batches(number, rank) for rank in range(self.world)]
-            for parts in zip(*shares, strict=True):
-                yield [sample for part in parts for row in part for sample in row]
-            seen += len(schedule.step(number).samples)
+        """Of the first twenty samples in the order in which they are learnt, eight at a time."""
+        plans = [lesson.schedule.step(number).samples for number in range(lesson.schedule.steps_per_epoch)]
+        first = [sample for plan in plans for sample in plan][:20]
+        yield from (first[at : at + self.group] for at in range(0, len(first), self.group))
 
 
 class PlainAgem(Plain):
@@ -257,9 +250,8 @@ class PlainOlora(Plain):
 PLAIN: dict[str, type[Plain]] = {"ewc": PlainEwc, "agem": PlainAgem, "lwf": PlainLwf, "olora": PlainOlora}
 
 
-def reference(made: dict[str, Any], world: int) -> tuple[list[float], Plain]:
-    torch.manual_seed(0)
-    plain = PLAIN[made["method"]["name"]](open_job(resolve(made)), world)
+def reference(made: dict[str, Any]) -> tuple[list[float], Plain]:
+    plain = PLAIN[made["method"]["name"]](open_job(resolve(made)))
     if isinstance(plain, PlainAgem):
         plain.run_dir = Path(made["run_dir"])
     return plain.losses(), plain
@@ -270,7 +262,7 @@ def reference(made: dict[str, Any], world: int) -> tuple[list[float], Plain]:
 def test_every_step_equals_plain_torch(ranks: Any, tasks: Path, method: str, stage: int, world: int) -> None:
     made = document(tasks, f"{method}{stage}{world}", method, stage)
     ranks(world)(run, made)
-    losses, plain = reference(made, world)
+    losses, plain = reference(made)
     assert len(losses) == sum(steps for _, steps in plain.job.steps()) > 20
     assert [record["loss"] for record in metrics(tasks / f"{method}{stage}{world}")] == pytest.approx(losses, rel=2e-4)
     if isinstance(plain, PlainAgem):
@@ -286,7 +278,7 @@ def test_offload_changes_nothing(ranks: Any, tasks: Path, method: str, stage: in
     path.write_text(json.dumps({"zero_optimization": zero}))
     made = document(tasks, f"offload {method}{stage}", method, stage)
     ranks(2)(run, made | {"deepspeed": str(path)})
-    losses, _ = reference(made, 2)
+    losses, _ = reference(made)
     assert [record["loss"] for record in metrics(Path(made["run_dir"]))] == pytest.approx(losses, rel=2e-4)
 
 
@@ -301,13 +293,21 @@ def test_a_run_that_died_ends_as_one_that_did_not(ranks: Any, tasks: Path, metho
     assert outcome(tasks / f"died {method}{stage}") == outcome(tasks / f"whole {method}{stage}")
 
 
+def run_one_by_one(made: dict[str, Any]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ewc, "GROUP", 1)
+        run(made)
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_information_is_the_mean_of_squared_gradients(ranks: Any, tasks: Path, stage: int) -> None:
-    """With a sample a pass it is exact; what is kept of it stands in the checkpoint, sharded as the masters are."""
+    """With a sample a group it is exact; what is kept of it stands in the checkpoint, sharded as the masters are."""
     made = document(tasks, f"fisher{stage}", "ewc", stage)
-    made["stream"], made["train"]["micro_batch"] = made["stream"][:1], 1
-    ranks(1)(run, made)
-    _, plain = reference(made, 1)
+    made["stream"] = made["stream"][:1]
+    ranks(1)(run_one_by_one, made)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PlainEwc, "group", 1)
+        _, plain = reference(made)
     assert isinstance(plain, PlainEwc)
     assert plain.fisher is not None
     (newest,) = sorted((tasks / f"fisher{stage}" / "checkpoints").iterdir())[-1:]
@@ -373,7 +373,7 @@ def test_steps_one_group_after_the_other_are_refused_where_all_have_to_be_seen(r
         ranks(2)(run, made)
     made = document(tasks, "groups, ewc", "ewc", 3)
     ranks(2)(run, made | {"deepspeed": str(path)})
-    losses, _ = reference(made, 2)
+    losses, _ = reference(made)
     assert [record["loss"] for record in metrics(tasks / "groups, ewc")] == pytest.approx(losses, rel=2e-4)
 
 

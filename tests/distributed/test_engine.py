@@ -188,6 +188,57 @@ def test_steps_equal_plain_torch(
         assert (values - whole).norm() <= 1e-4 * whole.norm(), name
 
 
+def sensing(stage: int, zero: dict[str, Any], precision: str) -> tuple[list[float], Any, Any]:
+    """Look at a gradient before every step, which must change nothing; then at one more, shown and assembled."""
+    engine = make(stage, precision, clip=0.01, **zero)  # so low that every step is clipped
+    losses, shown = [], []
+    for step in range(STEPS):
+        batches, count = micro_batches(step + 1, 2)
+        engine.sense(summed_loss, batches, count, lambda _: None)
+        losses += go(engine, 1, step, step + 1)[0]
+    batches, count = micro_batches(0, 2)
+    engine.sense(
+        summed_loss, batches, count, lambda held: shown.extend((f.name, f.start, f.gradient.clone()) for f in held)
+    )
+    result = masters(engine)
+    engine.close()
+    found: dict[str, list[tuple[int, torch.Tensor]]] = {}
+    for name, start, gradient in shown:
+        found.setdefault(name, []).append((start, gradient))
+    return losses, found, result
+
+
+@pytest.mark.parametrize(("stage", "zero"), SETTINGS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_gradient_is_shown_whole_and_changes_nothing(ranks: Any, stage: int, zero: Any, precision: str) -> None:
+    """As plain torch's at the weights that the engine has come to, not clipped; training goes on as without looking."""
+    results = ranks(2)(sensing, stage, zero, precision)
+    expected = ranks(2)(undisturbed, stage, zero, precision)
+    for (losses, _, _), (plain_losses, _) in zip(results, expected, strict=True):
+        assert losses == plain_losses
+    trained = assemble([part for *_, part in results])
+    for name, values in assemble([part for _, part in expected]).items():
+        assert torch.equal(trained[name], values)
+    gradients = assemble([part for _, part, _ in results[: 1 if stage == 0 else 2]])
+    model = backbone().build()
+    for name, parameter in model.named_parameters():
+        parameter.data = trained[name].view(parameter.shape)
+    batch = rows(0)
+    (sum((summed_loss(model, toy) for toy in batch), torch.zeros(())) / targets(batch)).backward()
+    whole = torch.cat([p.grad.flatten() for _, p in model.named_parameters() if p.grad is not None])
+    found = torch.cat([gradients[name] for name, _ in model.named_parameters()])
+    assert float(whole.norm()) > 0.1
+    assert float((found - whole).norm()) <= (1e-4 if precision == "fp32" else 0.05) * float(whole.norm())
+
+
+def undisturbed(stage: int, zero: dict[str, Any], precision: str) -> tuple[list[float], Any]:
+    engine = make(stage, precision, clip=0.01, **zero)
+    losses = go(engine)[0]
+    result = masters(engine)
+    engine.close()
+    return losses, result
+
+
 def tuned_by_lora(stage: int) -> tuple[list[float], Any]:
     built = backbone()
     engine = Engine(

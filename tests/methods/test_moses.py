@@ -54,9 +54,7 @@ class Alone:
             self._whole,
             _never,
             lambda t: t,
-            _never,
-            _never,
-            _never,
+            *[_never] * 6,
         )
 
     def _whole(self, names: Any) -> dict[str, torch.Tensor]:

@@ -68,14 +68,32 @@ Writes an export of PEFT adapters that were trained elsewhere. Some prompts of e
 through the lower layers of the base model; nothing is trained. Prompts stand one a line in a .txt file, or as texts or
 as {"prompt": ...} in a .json or .jsonl file."""
 
+COMPARE_EXAMPLE = """example:
+  dscl compare launch/recipes/compare.yaml --methods sequential,asr,osft --seeds 3
+
+The file is a recipe without method and train.lr, with a section compare: the rates that every method tries on the dev
+split (equally many each), and rows, which are methods with settings. --methods names rows, or methods as they are by
+default. Every run has the same samples, order, epochs, batches and evaluation; they go on side by side where there is
+room. Give the command again and it goes on: what is complete is not run again. The end is a report in run_dir."""
+
+REPORT_EXAMPLE = """example:
+  dscl report out/a out/b --out out/report
+
+Writes report.html (one file, no network) and report.md: scores, score matrices, forgetting over time, routing, bytes,
+time and memory. Runs that differ in nothing but their seed are averaged, runs of another stream or budget stand apart.
+A folder that holds runs stands for all of them."""
+
 VERBS = {
     "train": ("train a recipe's stream of tasks", TRAIN_EXAMPLE),
     "eval": ("evaluate a run's newest checkpoint", EVAL_EXAMPLE),
     "generate": ("answer prompts, each by what its task has learnt", GENERATE_EXAMPLE),
     "export": ("write what a run has learnt as a folder that needs nothing of the run", EXPORT_EXAMPLE),
+    "compare": ("train several methods on one stream, with equal budgets", COMPARE_EXAMPLE),
+    "report": ("write what runs have come to as a page", REPORT_EXAMPLE),
     "route-existing": ("make an export of adapters that were trained elsewhere", ROUTE_EXAMPLE),
 }
 RANKED = ("train", "eval")  # the verbs that ranks do together
+ASSIGNED = (*RANKED, "compare")  # the verbs that take key=value
 AT_ONCE = 64  # prompts that are answered before the first answer of them is shown
 
 
@@ -147,13 +165,24 @@ def _run(options: argparse.Namespace) -> int:
         recipe = read_recipe(options.recipe, options.assignments)
         (train.rehearse if options.dry_run else train.train)(recipe)
     else:
-        train.evaluate(options.run, options.assignments)
+        general = [name.strip() for name in (options.lm_eval or "").split(",") if name.strip()]
+        if options.limit is not None and (not general or options.limit < 1):
+            raise UserError(f"--limit: given {options.limit}; it needs --lm-eval, and a number of at least 1")
+        train.evaluate(options.run, options.assignments, general, options.limit)
     return 0
 
 
 def _serve(options: argparse.Namespace) -> int:
     if options.verb == "generate":
         return _generate(options)
+    if options.verb == "compare":
+        return _compare(options)
+    if options.verb == "report":
+        from dscl import report
+
+        for path in report.write([Path(run).expanduser() for run in options.runs], Path(options.out).expanduser()):
+            print(path)
+        return 0
     export = _export()
     folder = Path(options.folder).expanduser()
     if options.verb == "export" and options.task is not None:
@@ -192,13 +221,45 @@ def _generate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(options: argparse.Namespace) -> int:
+    """Its runs are programs of their own; DeepSpeed comes with what checks them, see `_export`."""
+    if options.at_once is not None and options.at_once < 1:
+        raise UserError(f"--at-once: given {options.at_once}; at least 1 is needed")
+    compare = _with_deepspeed("dscl.compare")
+    methods = [name.strip() for name in (options.methods or "").split(",") if name.strip()]
+    comparison = compare.read_comparison(options.recipe, options.assignments, methods, _seeds(options.seeds))
+    if options.dry_run:
+        for run in comparison.every():
+            print(run.name)
+        return 0
+    for path in compare.perform(comparison, options.at_once, how_many(options.nproc or "1")):
+        print(path)
+    print((comparison.folder / "report.md").read_text("utf-8"))
+    return 0
+
+
+def _seeds(given: str | None) -> list[int]:
+    """`--seeds 3`: 0, 1 and 2; `--seeds 3,4`: these."""
+    if given is None:
+        return []
+    if not all(word.isdecimal() for word in given.split(",")) or given == "0":
+        raise UserError(f"--seeds: given {given!r}; allowed: how many, or seeds like 3,4,5")
+    numbers = [int(word) for word in given.split(",")]
+    return numbers if "," in given else list(range(numbers[0]))
+
+
 def _export() -> Any:
-    """The module that reads runs. DeepSpeed comes with it, and would warn where there is no GPU to be found."""
+    """The module that reads runs."""
+    return _with_deepspeed("dscl.export")
+
+
+def _with_deepspeed(name: str) -> Any:
+    """A module with which DeepSpeed comes, that would warn where there is no GPU to be found."""
     from dscl import dist
 
     if dist.device().type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-    return import_module("dscl.export")
+    return import_module(name)
 
 
 def _prompts(options: argparse.Namespace) -> list[str]:
@@ -245,8 +306,8 @@ def _read(given: list[str]) -> argparse.Namespace:
         raise UserError(f"{given[0]}: no such verb{nearest(given[0], VERBS)}; {allowed}")
     options, rest = _parser().parse_known_args(given)
     for word in rest:  # argparse loses positional words that follow an option
-        allowed = "key=value and options" if options.verb in RANKED else "options"
-        if word.startswith("-") or "=" not in word or options.verb not in RANKED:
+        allowed = "key=value and options" if options.verb in ASSIGNED else "options"
+        if word.startswith("-") or "=" not in word or options.verb not in ASSIGNED:
             raise UserError(f"{word}: not understood; allowed: {allowed}, see dscl {options.verb} --help")
         options.assignments.append(word)
     return options
@@ -271,6 +332,18 @@ def _parser() -> Parser:
     train.add_argument("--dry-run", action="store_true", help="build and check everything, show the plan, stop")
     evaluate.add_argument("run", metavar="RUN_DIR")
     evaluate.add_argument("assignments", **words, metavar="evaluate.key=value", help="overrides of evaluate.*")
+    evaluate.add_argument("--lm-eval", metavar="A,B", help="also ask these tasks of lm-eval, if it is installed")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="with --lm-eval: samples of each of its tasks")
+    compare, report = made["compare"], made["report"]
+    compare.add_argument("recipe", metavar="STREAM.yaml")
+    compare.add_argument("assignments", **words, metavar="key=value", help="dotted overrides of the file's keys")
+    compare.add_argument("--methods", metavar="A,B,C", help="rows of the file, or methods (default: all rows)")
+    compare.add_argument("--seeds", metavar="N", help="how many, or seeds like 3,4,5 (default: the file's, or 3)")
+    compare.add_argument("--at-once", type=int, metavar="N", help="runs side by side (default: as GPUs or cores allow)")
+    compare.add_argument("--nproc", metavar="N", help="ranks of each run (default: 1)")
+    compare.add_argument("--dry-run", action="store_true", help="check everything, name the runs, stop")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="run directories, or folders that hold some")
+    report.add_argument("--out", required=True, metavar="DIR", help="where report.html and report.md go")
     _add_serving(made["generate"], made["export"], made["route-existing"])
     return parser
 

@@ -44,10 +44,22 @@ class EvaluateConfig:
 TEXTS_AT_ONCE = 4  # of held-out texts, each of whose tokens needs its logits
 
 
-METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
-    "accuracy": text.accuracy,
-    "exact_match": text.exact_match,
-    "rouge_l": text.rouge_l,
+Metric = Callable[[str, Sample], float]
+
+
+def _by_references(score: Callable[[str, Sequence[str]], float]) -> Metric:
+    return lambda answer, sample: score(answer, sample.references)
+
+
+METRICS: dict[str, Metric] = {
+    "accuracy": _by_references(text.accuracy),
+    "exact_match": _by_references(text.exact_match),
+    "first_letter": _by_references(text.first_letter),
+    "rouge_l": _by_references(text.rouge_l),
+    "edit_similarity": _by_references(text.edit_similarity),
+    "code_similarity": _by_references(text.code_similarity),
+    # What is simplified is the whole prompt, the instruction in it included: so TRACE has it.
+    "sari": lambda answer, sample: text.sari(answer, sample.references, source=sample.prompt),
 }
 
 
@@ -106,7 +118,7 @@ def take(
                     tokens = generate(module, batch, config.max_new_tokens, tokenizer.eos_token_id, pad)
                     answers = [tokenizer.decode(row, skip_special_tokens=True).strip() for row in tokens]
                 for index, answer in zip(chosen, answers, strict=False):
-                    total += torch.tensor([metric(answer, samples[index].references), 1.0])
+                    total += torch.tensor([metric(answer, samples[index]), 1.0])
                 answered.update((routes or ())[: len(chosen)])
             said(number + 1, rounds)
     module.train(was_training)

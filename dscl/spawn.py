@@ -27,23 +27,25 @@ PATIENCE = 10.0  # seconds after which a rank doubts that another launcher's fir
 POLL = 0.05
 LONGEST = 16_000  # characters of one report; it travels as one datagram
 PARENT, CHANNEL = "DSCL_SPAWNED_BY", "DSCL_REPORT_TO"
+ENDS_WITH = "DSCL_ENDS_WITH"  # a program that starts others, which are not its ranks
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def how_many(asked: str) -> int:
     """The number of ranks for `--nproc N|auto`; auto is one for each GPU, or one."""
     if asked == "auto":
-        return max(1, _gpus())
+        return max(1, gpus())
     if not re.fullmatch("[0-9]{1,6}", asked) or int(asked) < 1:
         raise UserError(f"--nproc: given {asked!r}; allowed: a whole number of at least 1, or auto")
     count = int(asked)
-    if count > 1 and (gpus := _gpus()) and count > gpus:
+    there = gpus() if count > 1 else 0
+    if there and count > there:
         raise UserError(
-            f"--nproc: given {count}; this machine has {gpus} GPUs, so at most {gpus} (or DS_ACCELERATOR=cpu)"
+            f"--nproc: given {count}; this machine has {there} GPUs, so at most {there} (or DS_ACCELERATOR=cpu)"
         )
-    most = max(16, 2 * _cores())
-    if count > most and not gpus:
-        raise UserError(f"--nproc: given {count}; this machine has {_cores()} cores, so at most {most}")
+    most = max(16, 2 * cores())
+    if count > most and not there:
+        raise UserError(f"--nproc: given {count}; this machine has {cores()} cores, so at most {most}")
     return count
 
 
@@ -68,7 +70,7 @@ def spawn(count: int, arguments: Sequence[str]) -> int:
             "LOCAL_WORLD_SIZE": str(count),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(_free_port()),
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, _cores() // count)),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, cores() // count)),
             PARENT: str(os.getpid()),
             CHANNEL: str(theirs.fileno()),
         }
@@ -96,11 +98,13 @@ def spawned() -> bool:
 
 
 def die_with_parent() -> None:
-    """In a spawned rank: be killed when the spawner is, instead of training on unseen (Linux)."""
-    if not spawned() or not sys.platform.startswith("linux"):
+    """Be killed when the program that started this one is, instead of training on unseen (Linux)."""
+    parent = os.environ.get(PARENT if spawned() else ENDS_WITH)
+    if parent is None or not sys.platform.startswith("linux"):
         return
+    os.environ.pop(ENDS_WITH, None)  # it is not for those that this one starts
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != int(os.environ[PARENT]):  # it died before we asked
+    if os.getppid() != int(parent):  # it died before we asked
         os._exit(1)
 
 
@@ -172,11 +176,11 @@ def _free_port() -> int:
         return port
 
 
-def _cores() -> int:
+def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _gpus() -> int:
+def gpus() -> int:
     """The GPUs that the ranks would use."""
     if os.environ.get("DS_ACCELERATOR", "cuda") != "cuda":
         return 0

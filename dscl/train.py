@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import yaml
 
-from dscl import dist
+from dscl import dist, harness
 from dscl.checkpoint import Checkpoints, load
 from dscl.data.batches import Batch
 from dscl.engine import Engine
@@ -353,8 +353,8 @@ def rehearse(recipe: Recipe) -> None:
     print(f"steps:    {sum(steps)} in all; nothing was trained", flush=True)
 
 
-def evaluate(run_dir: str, assignments: Sequence[str]) -> None:
-    """`dscl eval`: the newest checkpoint of a run on all its tasks, as one line of JSON."""
+def evaluate(run_dir: str, assignments: Sequence[str], general: Sequence[str] = (), limit: int | None = None) -> None:
+    """`dscl eval`: the newest checkpoint of a run on all its tasks, as one line of JSON; and on lm-eval's `general`."""
     for assignment in assignments:
         if not assignment.startswith("evaluate."):
             raise UserError(
@@ -373,6 +373,7 @@ def evaluate(run_dir: str, assignments: Sequence[str]) -> None:
         if newest is None:
             raise UserError(f"{run_dir}: no checkpoint there yet; train first")
         position = restore(newest, engine, job)
+        asked_too = harness.ask(general, limit, engine, job.backbone.tokenizer, recipe.evaluate.batch)
         marks = {
             lesson.task.name: take(lesson.exam, engine, job.method, job.backbone.tokenizer, recipe.evaluate)
             for lesson in job.lessons
@@ -394,5 +395,7 @@ def evaluate(run_dir: str, assignments: Sequence[str]) -> None:
         found["given"] = told
     if heldout:
         found["heldout"] = heldout[0]
+    if asked_too:
+        found["lm_eval"] = asked_too
     if dist.is_main():
         print(json.dumps(found), flush=True)

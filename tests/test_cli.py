@@ -98,8 +98,8 @@ def test_program_answers_at_once_and_needs_no_torch() -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ([], "no verb given; allowed: train, eval, generate, export, route-existing; see dscl --help"),
-        (["trian"], "trian: no such verb (did you mean 'train'?); allowed: train, eval, generate, export, route-exi"),
+        ([], "no verb given; allowed: train, eval, generate, export, compare, report, route-existing; see dscl --help"),
+        (["trian"], "trian: no such verb (did you mean 'train'?); allowed: train, eval, generate, export, compare,"),
         (["--fast"], "the following arguments are required: VERB; see dscl --help"),
         (["train"], "the following arguments are required: RECIPE.yaml; see dscl train --help"),
         (["train", "--nproc"], "argument --nproc: expected one argument; see dscl train --help"),
@@ -116,6 +116,12 @@ def test_program_answers_at_once_and_needs_no_torch() -> None:
         (["generate"], "the following arguments are required: RUN_DIR|EXPORT; see dscl generate --help"),
         (["generate", "out", "--nproc", "2"], "--nproc: not understood; allowed: options, see dscl generate --help"),
         (["generate", "out", "train.lr=1"], "train.lr=1: not understood; allowed: options, see dscl generate --help"),
+        (["compare", "no.yaml"], "no.yaml: no such recipe; give the path of a YAML file"),
+        (["compare", "r.yaml", "--seeds", "x"], "--seeds: given 'x'; allowed: how many, or seeds like 3,4,5"),
+        (["compare", "r.yaml", "--seeds", "0"], "--seeds: given '0'; allowed: how many, or seeds like 3,4,5"),
+        (["compare", "r.yaml", "--at-once", "0"], "--at-once: given 0; at least 1 is needed"),
+        (["report", "--out", "x"], "the following arguments are required: RUN; see dscl report --help"),
+        (["report", "no-such", "--out", "x"], "no-such"),
         (["generate", "out", "--max-new-tokens", "x"], "argument --max-new-tokens: invalid int value: 'x'; see dscl"),
         (["export", "out"], "the following arguments are required: DIR; see dscl export --help"),
         (["export", "out", "made", "more"], "more: not understood; allowed: options, see dscl export --help"),
@@ -282,3 +288,17 @@ def test_a_reader_that_leaves_early_is_no_failure() -> None:
     process.stdout.readline()
     process.stdout.close()
     assert (process.wait(60), process.stderr.read()) == (0, b"")
+
+
+def test_a_comparison_is_rehearsed(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows in the file's order, overrides and words after options; nothing is made."""
+    recipe = json.loads((project / "r.yaml").read_text())
+    recipe["compare"] = {"rates": [1e-3, 1e-2], "rows": {"b": {"name": "replay"}, "a": {"tune": "lora"}}}
+    (project / "c.yaml").write_text(json.dumps(recipe))
+    assert main(["compare", str(project / "c.yaml"), "--dry-run", "--seeds", "4,6", "compare.rates=[0.5]"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown == ["b: seed 4, rate 0.5", "b: seed 6, rate 0.5", "a: seed 4, rate 0.5", "a: seed 6, rate 0.5"]
+    assert main(["compare", str(project / "c.yaml"), "--dry-run", "--seeds", "1", "--methods", "osft"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown == ["osft: dev, rate 0.001", "osft: dev, rate 0.01", "osft: seed 0, rate 0.001"]
+    assert not (project / "out").exists()

@@ -27,7 +27,7 @@ LAYERS = {
     2.0: ("dscl.engine", "dscl.serve"),
     3.0: ("dscl.methods",),
     4.0: ("dscl.observe",),
-    5.0: ("dscl.evaluate", "dscl.checkpoint"),
+    5.0: ("dscl.evaluate", "dscl.checkpoint", "dscl.harness"),
     6.0: ("dscl.recipe",),
     6.5: ("dscl.job", "dscl.watch"),
     7.0: ("dscl.train", "dscl.export", "dscl.report"),

@@ -227,7 +227,7 @@ def test_counts_that_are_refused(asked: str) -> None:
 
 def test_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     gpus = 0
-    monkeypatch.setattr(spawning, "_gpus", lambda: gpus)
+    monkeypatch.setattr(spawning, "gpus", lambda: gpus)
     assert (how_many("1"), how_many("007"), how_many("auto")) == (1, 7, 1)
     with pytest.raises(UserError, match=r"^--nproc: given 9999; this machine has \d+ cores, so at most \d+$"):
         how_many("9999")

@@ -12,7 +12,7 @@ from dscl.config import key, nearest
 from dscl.errors import UserError
 
 FORMATS = ("trace", "cl_benchmark", "superni", "jsonl", "datasets")
-METRICS = ("accuracy", "exact_match", "rouge_l")
+METRICS = ("accuracy", "exact_match", "first_letter", "rouge_l", "edit_similarity", "code_similarity", "sari")
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,25 @@
-"""Answer scores worked out by hand, and the longest common subsequence against the textbook table."""
+"""Answer scores worked out by hand; the longest common subsequence against the textbook table, SARI against its
+definition, gram by gram."""
 
 from __future__ import annotations
 
 import random
 import time
+from fractions import Fraction
 
 import pytest
 
-from dscl.maths.text import accuracy, common_length, exact_match, rouge_l, words
+from dscl.maths.text import (
+    accuracy,
+    code_similarity,
+    common_length,
+    edit_similarity,
+    exact_match,
+    first_letter,
+    rouge_l,
+    sari,
+    words,
+)
 
 
 def test_accuracy_is_of_the_label_itself() -> None:
@@ -21,6 +33,21 @@ def test_exact_match_ignores_case_and_white_space_alone() -> None:
     assert exact_match("the cat sat.", ["the cat sat"]) == 0.0
     assert exact_match("thecat sat", ["the cat sat"]) == 0.0
     assert exact_match("", ["  "]) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "expected"),
+    [
+        ("A", "A\nBecause it is cold there.", 1.0),
+        (" B\nBecause it is warm.", "B\nBecause of the sun.", 1.0),
+        ("b", "B", 0.0),
+        ("C. Because", "A\nBecause", 0.0),
+        ("", "A\nBecause", 0.0),
+        ("", "", 0.0),
+    ],
+)
+def test_the_first_letter_is_the_choice(prediction: str, reference: str, expected: float) -> None:
+    assert first_letter(prediction, [reference]) == expected
 
 
 @pytest.mark.parametrize(
@@ -43,12 +70,149 @@ def test_rouge_l_by_hand(prediction: str, reference: str, expected: float) -> No
     assert rouge_l(prediction, [reference]) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("prediction", "reference", "expected"),
+    [
+        ("kitten", "sitting", 2 * 4 / 13),  # common: i t t n
+        ("abcd", "bcda", 2 * 3 / 8),
+        ("return x", "return x + 1", 2 * 8 / 20),
+        ("  return x\n", "return x", 1.0),
+        ("RETURN X", "return x", 2 * 1 / 16),  # the space
+        ("", "return x", 0.0),
+        ("", "", 0.0),
+    ],
+)
+def test_edit_similarity_by_hand(prediction: str, reference: str, expected: float) -> None:
+    assert edit_similarity(prediction, [reference]) == pytest.approx(expected)
+    assert edit_similarity(reference, [prediction]) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "expected"),
+    [
+        ("x = <NUM_LIT:12>", "x = 12", 1.0),
+        ("x = <NUM_LIT>", "x = 0", 1.0),
+        ("f ( '<STR_LIT>' )", "f ( '' )", 1.0),
+        ("f ( '<STR_LIT:utf-8>' )", "f ( 'utf-8' )", 1.0),
+        ("c = '<CHAR_LIT:>' + <NUM_LIT:1>", "c = '' + 1", 1.0),
+        ("<STR_LIT:a\nb>", "a\nb", 1.0),
+        ("if a < b and c > d :", "if a < b and c > d :", 1.0),
+        ("x = <NUM_LIT:1>", "x = <NUM_LIT:2>", 2 * 4 / 10),  # "x = 1" and "x = 2"; as they stand it were 2 * 14 / 30
+        ("<STR_LIT>", "<STR_LIT>", 0.0),  # nothing is left of either
+    ],
+)
+def test_code_similarity_replaces_the_literals(prediction: str, reference: str, expected: float) -> None:
+    assert code_similarity(prediction, [reference]) == pytest.approx(expected)
+
+
 def test_the_best_reference_decides() -> None:
     assert rouge_l("a b", ["c", "a b c d", "a x"]) == pytest.approx(2 * 2 / 6)
-    for score in (accuracy, exact_match, rouge_l):
+    for score in (accuracy, exact_match, first_letter, rouge_l, edit_similarity, code_similarity):
         assert score("yes", ["no", "yes", "maybe"]) == 1.0
         with pytest.raises(ValueError, match="no reference"):
             score("yes", [])
+
+
+def test_sari_by_hand() -> None:
+    # "a b c" to "a b", where "a b d" is right; kept, deleted and added of each length:
+    #   1: keeps a b of a b (1), deletes c rightly (1), adds none of d: precision 0/0 = 1, recall 0 (0)
+    #   2: keeps "a b" (1), deletes "b c" rightly (1), adds none of "b d" (0)
+    #   3: keeps nothing of nothing (1), deletes "a b c" rightly (1), adds none of "a b d" (0)
+    #   4: there is nothing (1, 1, 1)
+    assert sari("a b", ["a b d"], "a b c") == pytest.approx((2 / 3 + 2 / 3 + 2 / 3 + 1) / 4)
+    # The same with a second reference "a c": each run of source and answer counts twice.
+    #   1: a is right twice of 2, b once: precision 3/4; of a a b c to keep 3 are kept: recall 3/4 (3/4)
+    #      c was deleted twice, once rightly (1/2); adds none of d (0)
+    #   2: "a b" is kept twice, once rightly: precision 1/2, recall 1/1 (2/3); "b c" rightly deleted (1); none of "b d",
+    #      "a c" added (0)
+    #   3: (1), (1), (0) as before;  4: (1, 1, 1)
+    expected = ((3 / 4 + 1 / 2) / 3 + (2 / 3 + 1) / 3 + 2 / 3 + 1) / 4
+    assert sari("a b", ["a b d", "a c"], "a b c") == pytest.approx(expected)
+
+
+def test_sari_of_the_example_that_its_implementations_share() -> None:
+    source, answer = "About 95 species are currently accepted .", "About 95 you now get in ."
+    references = [
+        "About 95 species are currently known .",
+        "About 95 species are now accepted .",
+        "95 species are now accepted .",
+    ]
+    assert sari(answer, references, source) == pytest.approx(0.26953601953601954)
+
+
+def test_sari_at_the_edges() -> None:
+    long = "one two three four five"
+    assert sari(long, [long], long) == 1.0  # nothing was to be done
+    assert sari("two three four five", ["two three four five"], long) == 1.0
+    assert sari("", [""], "") == 1.0
+    # An empty answer deletes everything, rightly what no reference keeps; what it should keep and add, it does not.
+    assert sari("", [long], long) == pytest.approx((0 + 0 + 1) / 3)
+    assert sari("", ["six seven eight nine"], long) == pytest.approx((1 + 1 + 0) / 3)
+    assert sari("nine eight seven six", [""], long) == pytest.approx((1 + 1 + 0) / 3)
+    with pytest.raises(ValueError, match="no reference"):
+        sari("a", [], "a")
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ('He said: "No!" (Twice.)', 'he said : " no ! " ( twice . )'),
+        ("1,5 Mio., 3.2% - z.B. 1990-95", "1,5 mio . , 3.2 % - z . b . 1990 - 95"),
+        ("it's well-known/known", "it's well-known / known"),
+    ],
+)
+def test_sari_sees_marks_as_words(text: str, tokens: str) -> None:
+    assert sari(text, [tokens], "") == 1.0  # else it would have added what no reference has
+
+
+def sari_by_definition(answer: str, references: list[str], source: str) -> float:
+    """Gram by gram, in exact fractions."""
+
+    def share(part: Fraction, whole: Fraction) -> Fraction:
+        return part / whole if whole else Fraction(1)
+
+    def f1(p: Fraction, r: Fraction) -> Fraction:
+        return 2 * p * r / (p + r) if p + r else Fraction(0)
+
+    total = Fraction(0)
+    for n in (1, 2, 3, 4):
+
+        def grams(text: str, n: int = n) -> list[str]:
+            listed = text.split()
+            return [" ".join(listed[i : i + n]) for i in range(len(listed) - n + 1)]
+
+        s, a, r = grams(source), grams(answer), [gram for reference in references for gram in grams(reference)]
+        m = len(references)
+        keep_right = keep_said = keep_good = keep_due = delete_right = delete_said = Fraction(0)
+        for gram in {*s, *a, *r}:
+            in_s, in_a, in_r = m * s.count(gram), m * a.count(gram), r.count(gram)
+            kept = min(in_s, in_a)
+            if kept:
+                keep_said += 1
+                keep_right += Fraction(min(kept, in_r), kept)
+            keep_good += min(kept, in_r)
+            keep_due += min(in_s, in_r)
+            if in_s > in_a:
+                delete_said += 1
+                delete_right += Fraction(max(in_s - in_a - in_r, 0), in_s - in_a)
+        added, due = set(a) - set(s), set(r) - set(s)
+        hits = Fraction(len(added & due))
+        total += f1(share(keep_right, keep_said), share(keep_good, keep_due))
+        total += share(delete_right, delete_said)
+        total += f1(share(hits, Fraction(len(added))), share(hits, Fraction(len(due))))
+    return float(total / 12)
+
+
+def test_sari_is_its_definition() -> None:
+    draw = random.Random(0)
+    for _ in range(300):
+        letters = "abcdef"[: draw.randint(1, 6)]
+        source, answer, *references = (
+            " ".join(draw.choice(letters) for _ in range(draw.randint(0, 9))) for _ in range(2 + draw.randint(1, 3))
+        )
+        score = sari(answer, references, source)
+        assert score == pytest.approx(sari_by_definition(answer, references, source), abs=1e-12)
+        assert 0.0 <= score <= 1.0 + 1e-12
 
 
 def test_words() -> None:

@@ -1,8 +1,8 @@
 """Where real text goes: an export's tasks on their own test prompts, and text of no task, which should be rejected.
 
-python tools/compare_on_text.py --data ../shared/data --out out/text --only asr
-dscl export out/text/asr out/text-export
-python tools/reject_on_text.py out/text-export --data ../shared/data
+dscl train launch/recipes/cl-benchmark-small.yaml folder=data run_dir=out/text
+dscl export out/text out/text-export
+python tools/reject_on_text.py out/text-export --data data
 """
 
 from __future__ import annotations

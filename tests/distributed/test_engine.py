@@ -379,6 +379,32 @@ def test_bf16_weights_are_the_rounded_masters(ranks: Any, stage: int) -> None:
     assert min(ranks(2)(low_precision_copies, stage)) > 0.0  # masters do hold more than bf16
 
 
+def changed_then_stepped(stage: int) -> tuple[float, float]:
+    """What a method writes between tasks, in bf16, and a step of rate zero after it: how far the weights are from what
+    was written, and how far that is from what was there."""
+    engine = make(stage, "bf16")
+    go(engine, last=2)
+    name = next(f.name for f in engine.fragments() if f.name.endswith("layers.1.mlp.up_proj.weight"))
+    drawn = torch.randn(80 * 48, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    parameter: Any = dict(engine.module.named_parameters())[name]
+    with whole(parameter):
+        before = parameter.detach().flatten().float().clone()
+    engine.start_over(lambda tensor, _, start, stop: drawn[start:stop] if tensor == name else None)
+    batches, count = micro_batches(2, 1)
+    engine.step(summed_loss, batches, targets=count, lr=0.0)
+    with whole(parameter):
+        after = parameter.detach().flatten().float().clone()
+    engine.close()
+    return float((after - drawn).abs().max()), float((before - drawn).abs().max())
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_what_is_written_between_tasks_is_not_undone_by_the_next_step(ranks: Any, stage: int) -> None:
+    for left, moved in ranks(2)(changed_then_stepped, stage):
+        assert left == 0.0
+        assert moved > 1.0
+
+
 def infinite_loss(model: Any, toy: Toy) -> torch.Tensor:
     return summed_loss(model, toy) * float("inf")
 

@@ -92,9 +92,7 @@ def alone(engine: Engine) -> Ranks:
         engine.whole,
         engine.visit,
         dist.sum_,
-        nothing,
-        nothing,
-        nothing,
+        *[nothing] * 6,
     )
 
 

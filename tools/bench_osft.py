@@ -232,6 +232,9 @@ def ranks_of(options: argparse.Namespace, engine: Engine) -> Ranks:
         lambda *_: None,
         refuse,
         lambda: Kept("", ()),
+        engine.fragments,
+        lambda *_: [],
+        lambda *_: None,
     )
 
 

@@ -1,8 +1,8 @@
 """`dscl compare`: methods side by side on one stream, with equal samples, order, epochs, batches and evaluation.
 
 A comparison is a recipe whose `method` and `train.lr` are left out and which has a section `compare`. Every row (a
-method and its settings) tries the same number of learning rates on the dev split, with one seed; the best one then runs
-on the test split with every seed. Each run is a `dscl train` of its own, in a folder of its own: what is complete is
+method and its settings) tries the same number of learning rates on the dev split, with the recipe's seed; the best one
+then runs on the test split with every seed. Each run is a `dscl train` of its own, in a folder of its own: what is complete is
 not run again, one that fails is told and does not keep the others from ending.
 """
 
@@ -55,6 +55,9 @@ class CompareConfig:
         for name, values in (("rates", self.rates), ("seeds", self.seeds)):
             if len(set(values)) < len(values):
                 raise UserError(f"compare.{name}: given {list(values)}; name each once")
+        for row in self.rows:
+            if "," in row:
+                raise UserError(f"compare.rows: given {row!r}; a name holds no comma, which parts names in --methods")
         if not self.seeds:
             raise UserError("compare.seeds: given []; at least one is needed")
 
@@ -122,7 +125,7 @@ class Comparison:
 
     def search(self, row: str) -> list[Run]:
         rates = self.rates[row]
-        return [self.run(row, rate, self.settings.seeds[0], "dev") for rate in rates] if len(rates) > 1 else []
+        return [self.run(row, rate, self.common["seed"], "dev") for rate in rates] if len(rates) > 1 else []
 
     def finals(self, row: str, rate: float) -> list[Run]:
         return [self.run(row, rate, seed, "test") for seed in self.settings.seeds]
@@ -146,6 +149,7 @@ def read_comparison(
         raise UserError("train.lr: given in a comparison, whose rows try those of compare.rates; write it there")
     for section in ("train", "evaluate", "observe"):
         given[section] = given.get(section) or {}
+    given.setdefault("seed", 0)
     named = {**{name: {"name": name} for name in METHODS}, **settings.rows}
     chosen = list(methods or settings.rows)
     if not chosen:

@@ -112,6 +112,8 @@ def test_methods_seeds_and_assignments_of_the_command(tmp_path: Path) -> None:
         (row, seed, 0.1) for row in ("osft", "plain") for seed in (4, 7)
     ]
     assert all(resolve(run.recipe).train.epochs == 5 for run in comparison.every())
+    searching = read_comparison(written(tmp_path), ["seed=9"], ["plain"], [4, 7])
+    assert [run.seed for run in searching.every()] == [9, 9, 4, 7]
 
 
 @pytest.mark.parametrize(
@@ -135,6 +137,7 @@ def test_methods_seeds_and_assignments_of_the_command(tmp_path: Path) -> None:
             "compare.rows: 'a?b' and 'a b' would share the folder a-b; rename one",
         ),
         ({"compare": {"rates": [0.1], "rows": {"a": {}}, "speed": 1}}, "compare.speed: no such key"),
+        ({"compare": {"rates": [0.1], "rows": {"a, b": {}}}}, "compare.rows: given 'a, b'; a name holds no comma"),
         ({"method": {"name": "osft"}}, "method: given a mapping in a comparison; write it as a row of compare.rows"),
         ({"train": {"lr": 0.1}}, "train.lr: given in a comparison, whose rows try those of compare.rates"),
     ],

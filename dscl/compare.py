@@ -2,8 +2,8 @@
 
 A comparison is a recipe whose `method` and `train.lr` are left out and which has a section `compare`. Every row (a
 method and its settings) tries the same number of learning rates on the dev split, with the recipe's seed; the best one
-then runs on the test split with every seed. Each run is a `dscl train` of its own, in a folder of its own: what is complete is
-not run again, one that fails is told and does not keep the others from ending.
+then runs on the test split with every seed. Each run is a `dscl train` of its own, in a folder of its own: what is
+complete is not run again, one that fails is told and does not keep the others from ending.
 """
 
 from __future__ import annotations

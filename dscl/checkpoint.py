@@ -42,6 +42,7 @@ OWNED = "owned-"  # begins the name of a file with what a rank keeps of its own 
 class CheckpointConfig:
     every: int = key(200, at_least=1, help="optimizer steps between checkpoints; one is always written after a task")
     keep: int = key(2, at_least=1, help="how many of the newest are kept")
+    grace: float = key(120.0, above=0.0, help="seconds that a signal leaves for coming to a step's end and saving")
 
 
 class Checkpoints:

@@ -1,7 +1,7 @@
 """The command line: verbs, exit statuses, and one clear line where something is wrong.
 
-Exit status 0: done; 1: an internal failure; 2: the input is wrong. Heavy imports happen inside the verbs, so that help
-and wrong words answer at once.
+Exit status 0: done; 1: an internal failure; 2: the input is wrong; 75: stopped on purpose, to be run again. Heavy
+imports happen inside the verbs, so that help and wrong words answer at once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from dscl import __version__
 from dscl.config import nearest
-from dscl.errors import Failure, UserError
+from dscl.errors import Failure, Stopped, UserError
 from dscl.observe.quiet import quiet
 from dscl.spawn import die_with_parent, how_many, spawn, spawned, tell
 
@@ -118,6 +118,8 @@ def guarded(work: Callable[[], int]) -> int:
         return _told(2, error)
     except Failure as error:
         return _told(1, error)
+    except Stopped as error:
+        return _told(75, error)
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -160,10 +162,15 @@ def _start(given: list[str]) -> int:
 def _run(options: argparse.Namespace) -> int:
     from dscl import train
     from dscl.recipe import read_recipe
+    from dscl.stopping import Stop
 
     if options.verb == "train":
-        recipe = read_recipe(options.recipe, options.assignments)
-        (train.rehearse if options.dry_run else train.train)(recipe)
+        with Stop().listening() as stop:
+            recipe = read_recipe(options.recipe, options.assignments)
+            if options.dry_run:
+                train.rehearse(recipe)
+            else:
+                train.train(recipe, stop)
     else:
         general = [name.strip() for name in (options.lm_eval or "").split(",") if name.strip()]
         if options.limit is not None and (not general or options.limit < 1):

@@ -132,6 +132,32 @@ def any_rank(flag: bool) -> bool:
     return bool(value.item())
 
 
+class Flag:
+    """Raised by any rank at any time, even in a signal handler; all ranks learn of it at the same call of `raised`.
+
+    No call waits for another rank's: each starts a sum over a group of its own, which the next call reads.
+    """
+
+    def __init__(self) -> None:
+        self._mine = False
+        self._seen = torch.zeros((), dtype=torch.int32)
+        self._sum: Any = None
+        self._group: Any = torch_dist.new_group(backend="gloo") if world() > 1 else None
+
+    def raise_(self) -> None:
+        self._mine = True
+
+    def raised(self) -> bool:
+        if self._group is None:
+            return self._mine
+        if self._sum is not None:
+            self._sum.wait()
+        seen = bool(self._seen)
+        self._seen = torch.tensor(int(self._mine), dtype=torch.int32)
+        self._sum = torch_dist.all_reduce(self._seen, group=self._group, async_op=True)
+        return seen
+
+
 def from_main(value: Any) -> Any:
     """The main rank's `value`, on every rank. For small plain objects."""
     if world() == 1:

@@ -1,4 +1,4 @@
-"""The two ways a run ends early on somebody's account: a wrong input, or a failure outside the program."""
+"""The ways a run ends early on somebody's account: a wrong input, a failure outside the program, or a wish."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,7 @@ class UserError(ValueError):
 
 class Failure(RuntimeError):
     """Something outside the program failed (a disk is full, say). One clear line, exit status 1."""
+
+
+class Stopped(Exception):
+    """Somebody asked the run to stop, and it has; one line, exit status 75: run it again and it goes on."""

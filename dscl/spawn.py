@@ -52,14 +52,14 @@ def how_many(asked: str) -> int:
 def spawn(count: int, arguments: Sequence[str]) -> int:
     """Run `dscl ARGUMENTS` in `count` processes that find each other; returns the exit status of the whole."""
     ranks: list[subprocess.Popen[bytes]] = []
-    interrupts = 0
+    heard = 0
 
     def forward(number: int, _frame: FrameType | None) -> None:
-        nonlocal interrupts
-        interrupts += number == signal.SIGINT
+        nonlocal heard
+        heard += 1
         for rank in ranks:
-            if rank.poll() is None:  # a second Ctrl-C does not ask any more
-                rank.send_signal(number if interrupts < 2 else signal.SIGKILL)
+            if rank.poll() is None:  # a second one does not ask any more
+                rank.send_signal(number if heard < 2 else signal.SIGKILL)
 
     previous = {number: signal.signal(number, forward) for number in FORWARDED}
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)

@@ -21,13 +21,14 @@ from dscl import dist, harness
 from dscl.checkpoint import Checkpoints, load
 from dscl.data.batches import Batch
 from dscl.engine import Engine
-from dscl.errors import Failure, UserError
+from dscl.errors import Failure, Stopped, UserError
 from dscl.evaluate import Mark, loss_on, take
 from dscl.job import Job, Lesson, open_job
 from dscl.maths import scores
 from dscl.methods import Look, Ranks
 from dscl.observe import Observer, score_table
 from dscl.recipe import Recipe, difference, read_recipe
+from dscl.stopping import AGAIN, Stop
 from dscl.watch import Watch
 
 log = logging.getLogger("dscl")
@@ -57,7 +58,7 @@ class Position:
         return f"step-{self.total:08d}{phase}"
 
 
-def train(recipe: Recipe) -> None:
+def train(recipe: Recipe, stop: Stop | None = None) -> None:
     """Train the recipe's stream, or what is left of it, and show the scores. The ranks have joined already."""
     refuse_another_run(recipe)
     if finished(recipe):
@@ -68,6 +69,8 @@ def train(recipe: Recipe) -> None:
     engine = job.engine()
     checkpoints = Checkpoints(recipe.folder / "checkpoints", recipe.checkpoint.keep)
     position = resume(checkpoints, engine, job)
+    if stop is not None:
+        stop.arm(recipe.checkpoint.grace)
     watched = recipe.folder, recipe.observe, dist.is_main(), job.steps(), position.total
     with closing(engine), Observer(*watched) as observer:
         observer.recipe(recipe.text())
@@ -75,12 +78,12 @@ def train(recipe: Recipe) -> None:
             observer.scores(publish(recipe, job, position))
         if (recipe.evaluate.before or job.heldout) and position.before is None and not position.heldout:
             if recipe.evaluate.before:
-                position.before = [examine(engine, job, lesson, observer).score for lesson in job.lessons]
-            position.heldout += general(engine, job, observer)
+                position.before = [examine(engine, job, lesson, observer, stop).score for lesson in job.lessons]
+            position.heldout += general(engine, job, observer, stop)
             save(checkpoints, position, engine, job)
         while position.task < len(job.lessons):
             if not position.learned:
-                learn(engine, job, job.lesson(position.task), position, checkpoints, observer)
+                learn(engine, job, job.lesson(position.task), position, checkpoints, observer, stop)
                 position.learned = True
                 save(checkpoints, position, engine, job)
             if job.method.together:  # there is no score after each task, only one after all of them
@@ -88,20 +91,20 @@ def train(recipe: Recipe) -> None:
                 position.matrix = [[None] * len(job.lessons)] * missing
                 position.task += missing
             row = [
-                examine(engine, job, other, observer) if asked(recipe, index, position.task) else None
+                examine(engine, job, other, observer, stop) if asked(recipe, index, position.task) else None
                 for index, other in enumerate(job.lessons)
             ]
             position.matrix.append([mark and mark.score for mark in row])
             if recipe.evaluate.given:
                 told = [
-                    examine(engine, job, other, observer, given=True) if asked(recipe, index, position.task) else None
+                    examine(engine, job, other, observer, stop, True) if asked(recipe, index, position.task) else None
                     for index, other in enumerate(job.lessons)
                 ]
                 position.given.append([mark and mark.score for mark in told])
             position.routed.append([mark and mark.routed for mark in row])
             position.rejected.append([mark and mark.rejected for mark in row])
             position.went = [list(map(list, mark.went)) if mark and mark.went else None for mark in row]
-            position.heldout += general(engine, job, observer)
+            position.heldout += general(engine, job, observer, stop)
             position.task, position.step, position.learned = position.task + 1, 0, False
             save(checkpoints, position, engine, job)  # before scores.json may say that the run is complete
             observer.scores(publish(recipe, job, position))
@@ -109,7 +112,13 @@ def train(recipe: Recipe) -> None:
 
 
 def learn(
-    engine: Engine, job: Job, lesson: Lesson, position: Position, checkpoints: Checkpoints, observer: Observer
+    engine: Engine,
+    job: Job,
+    lesson: Lesson,
+    position: Position,
+    checkpoints: Checkpoints,
+    observer: Observer,
+    stop: Stop | None,
 ) -> None:
     """Train on one task from wherever `position` stands in it, to where it has ended."""
     recipe, name = job.recipe, lesson.task.name
@@ -120,6 +129,7 @@ def learn(
     review = job.review(lesson)
     watch = Watch(engine, name, recipe.observe.every, skipping, lesson.sources, observer.step, observer.note)
     watch.begin()
+    stopping = False
     for number in range(position.step, lesson.steps):
         # Each step draws from a seed of its own, so that neither a restart, nor an evaluation in between, nor the
         # tasks before this one change anything.
@@ -141,9 +151,14 @@ def learn(
             hold=last or saving or position.step % engine.hold_every == 0,
         )
         watch.add(number, position.total, plan, lr, loss, last)
-        if saving:
+        stopping = stopping or (stop is not None and stop.asked())
+        # Where steps go unheld, one that is held comes soon; to hold this one would change what follows.
+        leaving = stopping and not last and (saving or position.step % engine.hold_every == 0)
+        if saving or leaving:
             watch.flush()
             save(checkpoints, position, engine, job)
+        if leaving:
+            raise Stopped(f"stopped after step {position.total}, with everything saved; {AGAIN}")
     ended = job.method.end_task(position.task, name, ranks_of(engine, lesson, f"ending {name}", observer))
     watch.finish(ended.numbers)
     observer.ended(name, ended, position.total)
@@ -183,25 +198,35 @@ def ranks_of(engine: Engine, lesson: Lesson, doing: str, observer: Observer) -> 
         refuse=refuse,
         samples=lambda: lesson.own,
         stretches=engine.fragments,
-        groups=lesson.groups,
+        groups=lambda samples, size: lesson.groups(samples, size),
         sense=lambda loss, batches, shown: engine.sense(loss, batches, 1, shown),
     )
 
 
-def examine(engine: Engine, job: Job, lesson: Lesson, observer: Observer, given: bool = False) -> Mark:
+def examine(
+    engine: Engine, job: Job, lesson: Lesson, observer: Observer, stop: Stop | None, given: bool = False
+) -> Mark:
     def said(done: int, of: int) -> None:
         observer.evaluating(lesson.task.name, done, of)
+        leave_evaluation(stop)
 
     return take(lesson.exam, engine, job.method, job.backbone.tokenizer, job.recipe.evaluate, said, given)
 
 
-def general(engine: Engine, job: Job, observer: Observer) -> list[float]:
+def leave_evaluation(stop: Stop | None) -> None:
+    """The checkpoint that came before an evaluation holds everything."""
+    if stop is not None and stop.asked():
+        raise Stopped(f"stopped in an evaluation, before which everything was saved; {AGAIN}")
+
+
+def general(engine: Engine, job: Job, observer: Observer, stop: Stop | None) -> list[float]:
     """The loss on held-out texts, where there are any."""
     if not job.heldout:
         return []
 
     def said(done: int, of: int) -> None:
         observer.evaluating("held-out texts", done, of)
+        leave_evaluation(stop)
 
     return [loss_on(job.heldout, engine, job.method, job.backbone.tokenizer, said)]
 

@@ -18,6 +18,7 @@ LAYERS = {
         "dscl.data",
         "dscl.model",
         "dscl.dist",
+        "dscl.stopping",
         "dscl.owners",
         "dscl.steering",
         "dscl.router",

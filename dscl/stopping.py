@@ -1,0 +1,69 @@
+"""Stopping on purpose: a signal to any rank ends the run at one and the same place on all of them, with all saved.
+
+Signals come at any moment, collectives must not: so a signal only raises a flag, and the run asks at places that all
+ranks come by (`asked`). If it comes by none in time, or a second signal comes, the process leaves at once; what it goes
+on from later is then the newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from dscl import dist
+from dscl.errors import Stopped
+from dscl.spawn import tell
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+AGAIN = "run the same command again to go on"
+
+
+class Stop:
+    """The flag. Before `arm`, when nothing has been trained yet, a signal ends the process there and then."""
+
+    def __init__(self) -> None:
+        self._flag: dist.Flag | None = None
+        self._heard = ""
+
+    @contextmanager
+    def listening(self) -> Iterator[Stop]:
+        """Within, signals are heard here. Only a program's main thread can."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def arm(self, grace: float) -> None:
+        """From now on there is something to save, in at most so many seconds after a signal. All ranks call it."""
+        self._flag, self._grace = dist.Flag(), grace
+
+    def asked(self) -> bool:
+        """Whether a rank was told to stop; the same answer on all of them, who all ask equally often."""
+        return self._flag is not None and self._flag.raised()
+
+    def _hear(self, number: int, _frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if self._flag is None:
+            raise Stopped(f"{name}: nothing was trained yet; {AGAIN}")
+        if self._heard:
+            self._leave(128 + number, f"{self._heard}, then {name}: left at once; {AGAIN}, from the newest checkpoint")
+        self._heard = name
+        self._flag.raise_()
+        late = f"{name}: not saved within checkpoint.grace={self._grace:g} s; {AGAIN}, from the newest checkpoint"
+        timer = threading.Timer(self._grace, self._leave, (1, late))
+        timer.daemon = True
+        timer.start()
+
+    @staticmethod
+    def _leave(status: int, text: str) -> None:
+        tell(status, f"dscl: {text}", patience=0.0)
+        os._exit(status)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from dscl import dist, harness
 from dscl.checkpoint import Checkpoints, load
@@ -27,7 +25,8 @@ from dscl.job import Job, Lesson, open_job
 from dscl.maths import scores
 from dscl.methods import Look, Ranks
 from dscl.observe import Observer, score_table
-from dscl.recipe import Recipe, difference, read_recipe
+from dscl.recipe import Recipe, read_recipe
+from dscl.run_dir import held, refuse_another_run, write_whole
 from dscl.stopping import AGAIN, Stop
 from dscl.watch import Watch
 
@@ -65,7 +64,13 @@ def train(recipe: Recipe, stop: Stop | None = None) -> None:
         return
     job = open_job(recipe)
     refuse_needless_telling(job)
-    claim(recipe)
+    with held(recipe):
+        follow(recipe, job, stop)
+    finished(recipe)
+
+
+def follow(recipe: Recipe, job: Job, stop: Stop | None) -> None:
+    """Task after task, from wherever the newest checkpoint stands."""
     engine = job.engine()
     checkpoints = Checkpoints(recipe.folder / "checkpoints", recipe.checkpoint.keep)
     position = resume(checkpoints, engine, job)
@@ -108,7 +113,6 @@ def train(recipe: Recipe, stop: Stop | None = None) -> None:
             position.task, position.step, position.learned = position.task + 1, 0, False
             save(checkpoints, position, engine, job)  # before scores.json may say that the run is complete
             observer.scores(publish(recipe, job, position))
-    finished(recipe)
 
 
 def learn(
@@ -291,49 +295,11 @@ def confusion(tasks: Sequence[str], position: Position) -> dict[str, Any]:
     return {"tasks": list(asked), "answered_by": names, "shares": shares}
 
 
-def refuse_another_run(recipe: Recipe) -> None:
-    """A run directory that has results of other settings is not touched."""
-    stored = recipe.folder / "recipe.yaml"
-    results = (*recipe.folder.glob("checkpoints/step-*"), *recipe.folder.glob("scores.json"))
-    if not results or not stored.is_file():
-        return
-    try:
-        there = yaml.safe_load(stored.read_text("utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{stored}: cannot be read ({' '.join(str(error).split())}); choose another run_dir") from None
-    if changed := difference(there, recipe.document()):
-        raise UserError(
-            f"run_dir: {recipe.run_dir} holds a run with another {changed}; "
-            "choose another run_dir, remove that folder, or give the settings it was started with"
-        )
-
-
 def refuse_needless_telling(job: Job) -> None:
     """Evaluating with the task given as well is for methods that else find it out."""
     if job.recipe.evaluate.given and not job.method.decides:
         how = "is told every prompt's task anyway" if job.method.by_task else "answers alike whatever the task"
         raise UserError(f"evaluate.given: given true, but this method ({job.recipe.method.name}) {how}; remove it")
-
-
-def claim(recipe: Recipe) -> None:
-    """Make the run directory and write the resolved recipe into it."""
-    dist.barrier()  # all have read what was there
-    problem = ""
-    if dist.is_main():
-        try:
-            recipe.folder.mkdir(parents=True, exist_ok=True)
-            write_whole(recipe.folder / "recipe.yaml", recipe.text())
-        except OSError as error:
-            problem = f"run_dir: {recipe.run_dir} cannot be written ({error.strerror}); choose another"
-    if problem := dist.from_main(problem):
-        raise UserError(problem)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """A reader finds either the old file or the new one, never a part."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, "utf-8")
-    os.replace(partial, path)
 
 
 def finished(recipe: Recipe) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -189,3 +190,21 @@ def test_what_is_not_saved_in_time_is_said(tasks: Path) -> None:
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "SIGTERM: not saved within checkpoint.grace=1 s; run the same command again" in err
+
+
+def test_a_second_job_is_refused_and_a_dead_one_holds_nothing(tasks: Path) -> None:
+    process, run_dir = started(tasks, "held once", 2, train__epochs=40)
+    until(lambda: (run_dir / "metrics.jsonl").exists(), process)
+    holder = rank_of(process, 0)
+    second, _ = started(tasks, "held once", 2, train__epochs=40)
+    _, err = second.communicate(timeout=120)
+    assert second.returncode == 2
+    assert f"is in use by process {holder} on {socket.gethostname()}, since 20" in err
+    assert len(err.splitlines()) == 1
+    process.kill()
+    process.wait()
+    third, _ = started(tasks, "held once", 2, train__epochs=40)
+    count = len(lines(run_dir))
+    until(lambda: len(lines(run_dir)) > count + 4, third)
+    third.kill()
+    third.wait()

@@ -42,7 +42,16 @@ from tests.distributed.test_asr import LABELS, words_of
 from tests.distributed.test_engine import VOCABULARY, Toy, assemble, backbone, join, masters, summed_loss, targets
 from tests.distributed.test_engine import whole as gathered
 from tests.distributed.test_osft import excess, of_matrices, quick, stored
-from tests.distributed.test_run import Killed, failing, metrics, outcome, recipe_of, run, run_until, run_until_killed
+from tests.distributed.test_run import (
+    failing,
+    killed_after,
+    metrics,
+    outcome,
+    recipe_of,
+    run,
+    run_until,
+    run_until_killed,
+)
 
 Tensors = dict[str, torch.Tensor]
 Stretches = dict[str, list[tuple[int, torch.Tensor]]]
@@ -613,26 +622,8 @@ PLACES: dict[str, Any] = {
 }
 
 
-def killed_after(document: dict[str, Any], deaths: list[tuple[str, int]]) -> None:
-    """Run; die right after the n-th call of a function, start again, die at the next place; then run to the end."""
-    for name, count in deaths:
-        owner, attribute = PLACES[name]
-        original, calls = getattr(owner, attribute), [0]
-
-        def dying(*a: Any, original: Any = original, calls: list[int] = calls, count: int = count, **k: Any) -> Any:
-            result = original(*a, **k)
-            calls[0] += 1
-            if calls[0] == count:
-                raise Killed
-            return result
-
-        setattr(owner, attribute, dying)
-        try:
-            with pytest.raises(Killed):
-                run(document)
-        finally:
-            setattr(owner, attribute, original)
-    run(document)
+def killed_around(document: dict[str, Any], deaths: list[tuple[str, int]]) -> None:
+    killed_after(document, deaths, PLACES)
 
 
 AROUND = [("begin", 1), ("step", 2), ("claim", 1), ("end", 1), ("left", 1), ("save", 1), ("begin", 1), ("left", 1)]
@@ -643,9 +634,9 @@ ANYWHERE = [("step", 2), ("take", 1), ("shares", 2), ("save", 2), ("gather", 2)]
 @pytest.mark.parametrize(
     ("world", "stage", "method", "killed", "deaths"),
     [
-        (2, 0, {"masks": "element", "top_k": 1}, killed_after, AROUND),
-        (2, 3, KEY, killed_after, AROUND),
-        (1, 2, {"masks": "element", **GIVEN}, killed_after, BETWEEN),
+        (2, 0, {"masks": "element", "top_k": 1}, killed_around, AROUND),
+        (2, 3, KEY, killed_around, AROUND),
+        (1, 2, {"masks": "element", **GIVEN}, killed_around, BETWEEN),
         (2, 1, {"dropout": 0.2, "gate": "uniform"}, run_until, ANYWHERE),
     ],
 )
@@ -900,7 +891,7 @@ def test_with_dense_weights_a_run_that_died_ends_as_one_that_did_not(ranks: Any,
     whole, died = (recipe(tasks, f"dense-{kind}", 3, True, **DENSE) for kind in ("whole", "died"))
     ranks(2)(quick, run, whole)
     deaths = [("begin", 1), ("step", 2), ("claim", 1), ("end", 1), ("left", 2), ("step", 1)]
-    ranks(2)(quick, killed_after, died, deaths)
+    ranks(2)(quick, killed_around, died, deaths)
     first, second = Path(whole["run_dir"]), Path(died["run_dir"])
     assert outcome(second) == outcome(first)
     assert {"owned-00000.safetensors", "owned-00001.safetensors"} <= set(outcome(first)[-1])

@@ -33,8 +33,8 @@ from tests.distributed.test_engine import OFFLOAD, assemble, backbone, masters, 
 from tests.distributed.test_engine import rows as samples
 from tests.distributed.test_engine import whole as gathered
 from tests.distributed.test_run import (
-    Killed,
     failing,
+    killed_after,
     metrics,
     outcome,
     recipe_of,
@@ -563,32 +563,14 @@ PLACES = {
 }
 
 
-def killed_after(document: dict[str, Any], deaths: list[tuple[str, int]]) -> None:
-    """Run; die right after the n-th call of a function, start again, die at the next place; then run to the end."""
-    for name, count in deaths:
-        owner, attribute = PLACES[name]
-        original, calls = getattr(owner, attribute), [0]
-
-        def dying(*a: Any, original: Any = original, calls: list[int] = calls, count: int = count, **k: Any) -> Any:
-            result = original(*a, **k)
-            calls[0] += 1
-            if calls[0] == count:
-                raise Killed
-            return result
-
-        setattr(owner, attribute, dying)
-        try:
-            with pytest.raises(Killed):
-                run(document)
-        finally:
-            setattr(owner, attribute, original)
-    run(document)
+def killed_around(document: dict[str, Any], deaths: list[tuple[str, int]]) -> None:
+    killed_after(document, deaths, PLACES)
 
 
 ANYWHERE = run_until, [("step", 2), ("save", 3), ("take", 3), ("step", 4), ("shares", 1), ("gather", 2)]
-AROUND_TASKS = killed_after, [("begin", 1), ("step", 1), ("end", 1), ("begin", 1), ("end", 1), ("step", 2)]
-WITHIN = killed_after, [("visit", 1), ("visit", 2), ("visit", 3), ("visit", 1), ("visit", 2), ("visit", 2)]
-WITHIN_FEW = killed_after, [("visit", 1), ("visit", 2), ("visit", 1), ("visit", 2), ("visit", 1)]
+AROUND_TASKS = killed_around, [("begin", 1), ("step", 1), ("end", 1), ("begin", 1), ("end", 1), ("step", 2)]
+WITHIN = killed_around, [("visit", 1), ("visit", 2), ("visit", 3), ("visit", 1), ("visit", 2), ("visit", 2)]
+WITHIN_FEW = killed_around, [("visit", 1), ("visit", 2), ("visit", 1), ("visit", 2), ("visit", 1)]
 SHORT = {"when_short": "give_back", "share": 0.75, "claim_energy": 0.9}
 
 

@@ -115,6 +115,28 @@ def run(document: dict[str, Any]) -> None:
     train.train(resolve(document))
 
 
+def killed_after(document: dict[str, Any], deaths: list[tuple[str, int]], places: dict[str, Any]) -> None:
+    """Run; die right after the n-th call of a function, start again, die at the next place; then run to the end."""
+    for name, count in deaths:
+        owner, attribute = places[name]
+        original, calls = getattr(owner, attribute), [0]
+
+        def dying(*a: Any, original: Any = original, calls: list[int] = calls, count: int = count, **k: Any) -> Any:
+            result = original(*a, **k)
+            calls[0] += 1
+            if calls[0] == count:
+                raise Killed
+            return result
+
+        setattr(owner, attribute, dying)
+        try:
+            with pytest.raises(Killed):
+                run(document)
+        finally:
+            setattr(owner, attribute, original)
+    run(document)
+
+
 def run_until(document: dict[str, Any], deaths: list[tuple[str, int]]) -> None:
     """Run; die at the n-th call of a function, start again, die at the next place; then run to the end."""
     places: dict[str, Any] = {

@@ -258,7 +258,7 @@ def reference(made: dict[str, Any]) -> tuple[list[float], Plain]:
 
 
 @pytest.mark.parametrize("method", list(METHODS))
-@pytest.mark.parametrize(("stage", "world"), [(0, 1), (0, 2), (1, 2), (2, 2), (3, 1), (3, 2)])
+@pytest.mark.parametrize(("stage", "world"), [(0, 1), (1, 2), (2, 2), (3, 2)])
 def test_every_step_equals_plain_torch(ranks: Any, tasks: Path, method: str, stage: int, world: int) -> None:
     made = document(tasks, f"{method}{stage}{world}", method, stage)
     ranks(world)(run, made)
@@ -270,7 +270,7 @@ def test_every_step_equals_plain_torch(ranks: Any, tasks: Path, method: str, sta
 
 
 @pytest.mark.parametrize("method", ["ewc", "agem"])
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [2, 3])
 def test_offload_changes_nothing(ranks: Any, tasks: Path, method: str, stage: int) -> None:
     (tasks / "offload").mkdir(exist_ok=True)
     path = tasks / "offload" / f"zero{stage}.json"
@@ -381,13 +381,11 @@ def test_steps_one_group_after_the_other_are_refused_where_all_have_to_be_seen(r
 def test_bf16_follows_fp32(ranks: Any, tasks: Path, method: str) -> None:
     """What steers acts on the fp32 masters, from which every step makes the 16-bit weights anew."""
     found = {}
-    for precision, stage in itertools.product(("fp32", "bf16"), (0, 2, 3)):
-        if (precision, stage) == ("fp32", 3):
-            continue
+    for precision, stage in (("fp32", 0), ("bf16", 1), ("bf16", 3)):
         made = document(tasks, f"{precision} {method}{stage}", method, stage)
         made["train"]["precision"] = precision
         ranks(2)(run, made)
         found[precision, stage] = torch.tensor([record["loss"] for record in metrics(Path(made["run_dir"]))])
-    for stage in (0, 2, 3):
+    for stage in (1, 3):
         difference = (found["bf16", stage] - found["fp32", 0]).norm() / found["fp32", 0].norm()
         assert float(difference) < 0.1

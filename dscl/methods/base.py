@@ -124,7 +124,7 @@ class Method(ABC):
 
     def reviewed(self, stretches: Sequence[Held]) -> None:
         """Is shown that gradient."""
-        raise NotImplementedError
+        raise AssertionError(f"{type(self).__name__} asks for a review of samples and does not look at it")
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """The sum (not the mean) over the batch's target tokens; the engine divides by the global count."""

@@ -69,7 +69,7 @@ through the lower layers of the base model; nothing is trained. Prompts stand on
 as {"prompt": ...} in a .json or .jsonl file."""
 
 COMPARE_EXAMPLE = """example:
-  dscl compare launch/recipes/compare.yaml --methods sequential,asr,osft --seeds 3
+  dscl compare launch/comparisons/methods.yaml folder=data --methods sequential,asr,osft --seeds 3
 
 The file is a recipe without method and train.lr, with a section compare: the rates that every method tries on the dev
 split (equally many each), and rows, which are methods with settings. --methods names rows, or methods as they are by

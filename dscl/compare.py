@@ -103,7 +103,7 @@ class Comparison:
         folder = self.folder / RUNS / plain_name(row) / f"{'dev' if searching else f'seed-{seed}'}-{rate:g}"
         method = dict(self.rows[row])
         evaluate = {**self.common["evaluate"], "split": split}
-        defaults = dict(self.common.get("stream_defaults") or {})
+        defaults = dict(self.common["stream_defaults"])
         if searching:  # only OP and BWT count
             evaluate |= {"before": False, "tasks": "seen", "heldout": None}
             if self.settings.search_limit is not None:
@@ -145,10 +145,12 @@ def read_comparison(
         settings = parse(CompareConfig, {**vars(settings), "seeds": list(seeds)}, "compare")
     if "method" in given:
         raise UserError(f"method: given {show(given['method'])} in a comparison; write it as a row of compare.rows")
-    if "lr" in (given.get("train") or {}):
-        raise UserError("train.lr: given in a comparison, whose rows try those of compare.rates; write it there")
-    for section in ("train", "evaluate", "observe"):
+    for section in ("train", "evaluate", "observe", "stream_defaults"):
         given[section] = given.get(section) or {}
+        if not isinstance(given[section], dict):
+            raise UserError(f"{section}: given {show(given[section])}; a mapping of keys is needed")
+    if "lr" in given["train"]:
+        raise UserError("train.lr: given in a comparison, whose rows try those of compare.rates; write it there")
     given.setdefault("seed", 0)
     named = {**{name: {"name": name} for name in METHODS}, **settings.rows}
     chosen = list(methods or settings.rows)

@@ -138,6 +138,8 @@ def test_methods_seeds_and_assignments_of_the_command(tmp_path: Path) -> None:
         ),
         ({"compare": {"rates": [0.1], "rows": {"a": {}}, "speed": 1}}, "compare.speed: no such key"),
         ({"compare": {"rates": [0.1], "rows": {"a, b": {}}}}, "compare.rows: given 'a, b'; a name holds no comma"),
+        ({"train": 5}, "train: given 5 (int); a mapping of keys is needed"),
+        ({"stream_defaults": [1]}, "stream_defaults: given a list; a mapping of keys is needed"),
         ({"method": {"name": "osft"}}, "method: given a mapping in a comparison; write it as a row of compare.rows"),
         ({"train": {"lr": 0.1}}, "train.lr: given in a comparison, whose rows try those of compare.rates"),
     ],

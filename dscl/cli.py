@@ -21,7 +21,7 @@ from dscl import __version__
 from dscl.config import nearest
 from dscl.errors import Failure, Stopped, UserError
 from dscl.observe.quiet import quiet
-from dscl.spawn import die_with_parent, how_many, spawn, spawned, tell
+from dscl.spawn import begin, die_with_parent, how_many, leave, spawn, spawned, tell
 
 ABOUT = """Fine-tune LLaMA-class language models on one task after another.
 
@@ -107,7 +107,7 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     given = [word for word in given if not word.startswith("--local_rank=")]  # DeepSpeed's launcher adds it
-    return guarded(lambda: _start(given))
+    return leave(guarded(lambda: _start(given)))
 
 
 def guarded(work: Callable[[], int]) -> int:
@@ -138,6 +138,7 @@ def _told(status: int, error: Exception) -> int:
 def _start(given: list[str]) -> int:
     """Read the words; then be the spawner, or a rank."""
     die_with_parent()
+    begin()
     options = _read(given)
     if options.verb not in RANKED:
         if os.environ.get("WORLD_SIZE", "1") != "1":
@@ -154,9 +155,10 @@ def _start(given: list[str]) -> int:
     quiet()
     _log()
     from dscl import dist  # after the switches of quiet(); and it takes seconds
+    from dscl.pulse import Pulse
 
-    with dist.session():  # a rank tells its mistake before it leaves, which fails the others
-        return guarded(lambda: _run(options))
+    with dist.session(), Pulse() as pulse:  # a rank tells its mistake before it leaves, which fails the others
+        return guarded(lambda: pulse.beside(lambda: _run(options)))
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -15,6 +15,8 @@ import torch.distributed as torch_dist
 
 from dscl.errors import UserError
 
+_PATIENT: list[Any] = []  # the process group of `_patient`, once it is there
+
 
 def rank() -> int:
     return int(os.environ.get("RANK", "0"))
@@ -72,6 +74,8 @@ def start() -> None:
     if "RANK" in os.environ:
         _check_environment()
         torch_dist.init_process_group(backend, timeout=timeout)
+        if world() > 1:
+            _patient()  # made while all are here
     else:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it even here
         torch_dist.init_process_group(backend, store=torch_dist.HashStore(), rank=0, world_size=1, timeout=timeout)
@@ -105,6 +109,14 @@ def _check_environment() -> None:
 def finish() -> None:
     if torch_dist.is_initialized():
         torch_dist.destroy_process_group()
+        _PATIENT.clear()
+
+
+def _patient() -> Any:
+    """A group on which a wait has no end; it carries no sums that a step waits for."""
+    if not _PATIENT:
+        _PATIENT.append(torch_dist.new_group(backend="gloo", timeout=timedelta(days=7)))
+    return _PATIENT[0]
 
 
 def sum_(tensor: torch.Tensor) -> torch.Tensor:
@@ -135,14 +147,14 @@ def any_rank(flag: bool) -> bool:
 class Flag:
     """Raised by any rank at any time, even in a signal handler; all ranks learn of it at the same call of `raised`.
 
-    No call waits for another rank's: each starts a sum over a group of its own, which the next call reads.
+    No call waits for another rank's: each starts a sum, which the next call reads.
     """
 
     def __init__(self) -> None:
         self._mine = False
         self._seen = torch.zeros((), dtype=torch.int32)
         self._sum: Any = None
-        self._group: Any = torch_dist.new_group(backend="gloo") if world() > 1 else None
+        self._group: Any = _patient() if world() > 1 else None
 
     def raise_(self) -> None:
         self._mine = True
@@ -183,6 +195,15 @@ def peak_memory() -> float:
     else:
         mine = 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return max(gather(mine))
+
+
+def meet() -> None:
+    """Wait for all ranks, however long: where one may have hours of work that no collective's time limit should end.
+
+    A rank that dies meanwhile ends the wait all the same, see dscl/pulse.py.
+    """
+    if world() > 1:
+        torch_dist.all_reduce(torch.zeros(1), group=_patient())
 
 
 def barrier() -> None:

@@ -17,9 +17,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 
-from dscl.errors import UserError
+from dscl.errors import AGAIN, Stopped, UserError
 
 PROGRAM = ("-m", "dscl")
 GRACE = 20.0  # seconds that the other ranks get to end by themselves once one has failed
@@ -27,6 +28,7 @@ PATIENCE = 10.0  # seconds after which a rank doubts that another launcher's fir
 POLL = 0.05
 LONGEST = 16_000  # characters of one report; it travels as one datagram
 PARENT, CHANNEL = "DSCL_SPAWNED_BY", "DSCL_REPORT_TO"
+STATUS_TO = "DSCL_STATUS_TO"  # a file for what no restart mends, under a launcher that restarts whatever fails
 ENDS_WITH = "DSCL_ENDS_WITH"  # a program that starts others, which are not its ranks
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -106,6 +108,29 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != int(parent):  # it died before we asked
         os._exit(1)
+
+
+def begin() -> None:
+    """What a rank does first: hear signals, and clear away the status that an earlier start has left."""
+    if not {"RANK", "SLURM_PROCID"} & set(os.environ):
+        return
+    for number in FORWARDED:
+        signal.signal(number, stop_early)
+    if STATUS_TO in os.environ:
+        Path(os.environ[STATUS_TO]).write_text("")
+
+
+def stop_early(number: int, _frame: FrameType | None) -> None:
+    """A signal's handler, as long as there is nothing to save."""
+    raise Stopped(f"{signal.Signals(number).name}: nothing was trained yet; {AGAIN}", together=False)
+
+
+def leave(status: int) -> int:
+    """The status to exit with: 0 where a rank would be started again in vain, and a launch script is told the other."""
+    if status in (2, 75) and "RANK" in os.environ and STATUS_TO in os.environ:
+        Path(os.environ[STATUS_TO]).write_text(str(status))
+        return 0
+    return status
 
 
 def tell(status: int, text: str, patience: float | None = None) -> None:

@@ -15,11 +15,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 from dscl import dist
-from dscl.errors import Stopped
-from dscl.spawn import tell
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-AGAIN = "run the same command again to go on"
+from dscl.errors import AGAIN
+from dscl.spawn import FORWARDED, stop_early, tell
 
 
 class Stop:
@@ -35,7 +32,7 @@ class Stop:
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+        before = {number: signal.signal(number, self._hear) for number in FORWARDED}
         try:
             yield self
         finally:
@@ -50,10 +47,11 @@ class Stop:
         """Whether a rank was told to stop; the same answer on all of them, who all ask equally often."""
         return self._flag is not None and self._flag.raised()
 
-    def _hear(self, number: int, _frame: FrameType | None) -> None:
+    def _hear(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         if self._flag is None:
-            raise Stopped(f"{name}: nothing was trained yet; {AGAIN}")
+            stop_early(number, frame)
+            return
         if self._heard:
             self._leave(128 + number, f"{self._heard}, then {name}: left at once; {AGAIN}, from the newest checkpoint")
         self._heard = name

@@ -19,7 +19,7 @@ from dscl import dist, harness
 from dscl.checkpoint import Checkpoints, load
 from dscl.data.batches import Batch
 from dscl.engine import Engine
-from dscl.errors import Failure, Stopped, UserError
+from dscl.errors import AGAIN, Failure, Stopped, UserError
 from dscl.evaluate import Mark, loss_on, take
 from dscl.job import Job, Lesson, open_job
 from dscl.maths import scores
@@ -27,7 +27,7 @@ from dscl.methods import Look, Ranks
 from dscl.observe import Observer, score_table
 from dscl.recipe import Recipe, read_recipe
 from dscl.run_dir import held, refuse_another_run, write_whole
-from dscl.stopping import AGAIN, Stop
+from dscl.stopping import Stop
 from dscl.watch import Watch
 
 log = logging.getLogger("dscl")

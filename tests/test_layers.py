@@ -19,6 +19,7 @@ LAYERS = {
         "dscl.model",
         "dscl.dist",
         "dscl.stopping",
+        "dscl.pulse",
         "dscl.owners",
         "dscl.steering",
         "dscl.router",

@@ -1,0 +1,201 @@
+"""Which ranks are alive: a rank that dies is named on all others, which leave instead of waiting for it for ever.
+
+Every rank keeps a line to the main one and gives a sign of life on it, from a thread beside the work. A process that is
+killed breaks its line at once; a host that is switched off, or whose network is cut, falls silent. The main rank then
+tells the others who it was. Without this a collective waits for its time limit (ten minutes), or on a GPU for ever.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import selectors
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+from dscl import dist
+from dscl.errors import AGAIN, Failure, Stopped, UserError
+from dscl.spawn import GRACE, POLL, spawned, tell
+
+DEAD_AFTER = "DSCL_DEAD_AFTER"  # the environment's; it has to be known before any recipe is read
+SECONDS = 60.0  # that is, unless it says otherwise
+BEATS = 4  # signs of life within that time
+SOON = 3.0  # seconds that a rank gets to end by itself when another one has died
+KNOCK = 10.0  # seconds that whoever connects gets to say who it is
+ALIVE, LEFT, FAILED, DEAD, SILENT = b"a", b"l", b"f", b"d", b"s"  # what is said on a line, and then four bytes: of whom
+WORDS = {
+    FAILED: "has failed (its own message says why)",
+    DEAD: "is dead (its process ended without a word)",
+    SILENT: "is silent for more than {seconds:g} s (see {name})",
+}
+
+
+class Line:
+    """One end of a line, and when it was last heard."""
+
+    def __init__(self, end: socket.socket, rank: int) -> None:
+        self.end, self.rank, self.heard, self._rest = end, rank, time.monotonic(), b""
+
+    def say(self, what: bytes, rank: int = 0) -> None:
+        with suppress(OSError):  # it is broken, which listening finds out
+            self.end.sendall(what + rank.to_bytes(4, "big"))
+
+    def listen(self) -> list[tuple[bytes, int]]:
+        """What has come; DEAD when the other end is gone."""
+        try:
+            come = self.end.recv(1 << 12)
+        except OSError:
+            come = b""
+        if not come:
+            return [(DEAD, self.rank)]
+        self.heard = time.monotonic()
+        whole = self._rest + come
+        count = len(whole) // 5
+        self._rest = whole[5 * count :]
+        return [(whole[i : i + 1], int.from_bytes(whole[i + 1 : i + 5], "big")) for i in range(0, 5 * count, 5)]
+
+
+class Pulse:
+    """Within it the other ranks are watched, and watch this one."""
+
+    def __init__(self) -> None:
+        self.seconds = _seconds()
+        self._gone = threading.Event()  # somebody is
+        self._closed = threading.Event()
+        self._why = ""
+        self._last = LEFT
+        self._lines: dict[int, Line] = {}
+        self._hosts: list[str] = []
+
+    def __enter__(self) -> Pulse:
+        if dist.world() > 1:
+            self._hosts = dist.gather(socket.gethostname())
+            self._connect()
+            self._thread = threading.Thread(target=self._watch, name="pulse", daemon=True)
+            self._thread.start()
+        return self
+
+    def beside(self, work: Callable[[], int]) -> int:
+        """The work. An error in it that comes of another rank's end is told as that."""
+        try:
+            return work()
+        except Stopped as error:
+            self._last = LEFT if error.together else FAILED
+            raise
+        except (UserError, Failure):
+            self._last = FAILED
+            raise
+        except Exception:
+            self._last = FAILED
+            if dist.world() > 1 and self._gone.wait(SOON):
+                raise Failure(self._why) from None
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        if dist.world() == 1:
+            return
+        self._closed.set()
+        self._thread.join()
+        for line in self._lines.values():
+            line.say(self._last, dist.rank())
+            line.end.close()
+        if self._why:  # to take leave of the others would be to wait for the one that is gone
+            sys.stdout.flush()
+            os._exit(1)
+
+    def _connect(self) -> None:
+        """A line from each other rank to the main one."""
+        if dist.is_main():
+            with _server() as server:
+                key = secrets.token_bytes(16)  # others than the ranks may knock
+                dist.from_main((server.getsockname()[1], key))
+                server.settimeout(self.seconds)
+                while len(self._lines) < dist.world() - 1:
+                    end, _ = server.accept()
+                    end.settimeout(KNOCK)
+                    try:
+                        said = end.recv(20, socket.MSG_WAITALL)
+                    except OSError:
+                        said = b""
+                    if said[:16] != key:
+                        end.close()
+                        continue
+                    rank = int.from_bytes(said[16:], "big")
+                    self._lines[rank] = Line(end, rank)
+        else:
+            port, key = dist.from_main(None)
+            end = socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=self.seconds)
+            end.sendall(key + dist.rank().to_bytes(4, "big"))
+            self._lines[0] = Line(end, 0)
+        for line in self._lines.values():
+            line.end.settimeout(KNOCK)
+            line.heard = time.monotonic()
+
+    def _watch(self) -> None:
+        beat = self.seconds / BEATS
+        with selectors.DefaultSelector() as selector:
+            for line in self._lines.values():
+                selector.register(line.end, selectors.EVENT_READ, line)
+            spoken = woken = 0.0
+            while not self._closed.is_set():
+                if time.monotonic() - spoken > beat:
+                    spoken = time.monotonic()
+                    for line in self._lines.values():
+                        line.say(ALIVE)
+                for ready, _ in selector.select(min(beat, 0.2)):
+                    for what, rank in ready.data.listen():
+                        if what == LEFT:
+                            selector.unregister(ready.fileobj)
+                            del self._lines[rank]
+                            break
+                        if what != ALIVE:
+                            return self._lose(what, rank)
+                now = time.monotonic()
+                if now - woken > beat and woken:  # this very rank stood still, and cannot tell who else did
+                    for line in self._lines.values():
+                        line.heard = now
+                woken = now
+                for line in self._lines.values():
+                    if now - line.heard > self.seconds:
+                        return self._lose(SILENT, line.rank)
+
+    def _lose(self, what: bytes, rank: int) -> None:
+        """Tell the others, if that is this rank's part, and leave."""
+        for line in self._lines.values():
+            line.say(what, rank)
+        host, how = self._hosts[rank], WORDS[what].format(seconds=self.seconds, name=DEAD_AFTER)
+        if spawned() and what == DEAD:
+            time.sleep(10 * POLL)  # the spawner knows more, and says it first
+        self._why = f"rank {rank} on {host} {how}; all ranks leave: {AGAIN}, from the newest checkpoint"
+        self._gone.set()
+        if self._closed.wait(GRACE if what == FAILED else SOON):
+            return
+        first_here = next(r for r, name in enumerate(self._hosts) if name == self._hosts[dist.rank()] and r != rank)
+        if spawned() or dist.rank() == first_here:
+            tell(1, f"dscl: {self._why}", patience=0.0)
+        os._exit(1)
+
+
+def _seconds() -> float:
+    given = os.environ.get(DEAD_AFTER, str(SECONDS))
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = 0.0
+    if not 1.0 <= seconds < 1e6:
+        raise UserError(f"{DEAD_AFTER}: given {given!r} in the environment; allowed: seconds, at least 1")
+    return seconds
+
+
+def _server() -> socket.socket:
+    """Listens on all of this host's addresses: which of them the others know it by is the launcher's affair."""
+    if socket.has_dualstack_ipv6():
+        try:
+            return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
+        except OSError:
+            pass
+    return socket.create_server(("", 0), backlog=1024)

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# dscl on this machine alone, with a rank for each GPU.
+#
+#   ./launch/single.sh RECIPE.yaml [key=value ...]
+#
+#   --dry-run        show the command, and do nothing
+#   NPROC_PER_NODE   ranks (default: one for each GPU, or one)
+#   MAX_RESTARTS     how often ranks that failed are started again (default: 3); they go on from the newest checkpoint
+set -euo pipefail
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+source "$here/launch/supervise.sh"
+options "$@"
+[ -n "$dry" ] && DSCL_PYTHON=python || source "$here/launch/environment.sh"
+launch "${MAX_RESTARTS:-3}" "$DSCL_PYTHON" -m dscl train "${words[@]}" --nproc "${NPROC_PER_NODE:-auto}"

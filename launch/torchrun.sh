@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# dscl on one or several nodes by torchrun. Give the same command on every node.
+#
+#   ./launch/torchrun.sh RECIPE.yaml [key=value ...]                                            one node
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 ./launch/torchrun.sh RECIPE.yaml [key=value ...]     each of two nodes
+#
+#   --dry-run        show the command, and do nothing
+#   NNODES           nodes (default: 1), or a range like 2:4
+#   NODE_RANK        this node's number, of which 0 keeps the meeting; left out, it is the node that MASTER_ADDR means
+#   MASTER_ADDR      the node where all meet, which has to be one of them; needed with several nodes
+#   MASTER_PORT      its port (default: 29400)
+#   LOCAL_ADDR       this node's address, where its name does not lead to it
+#   RDZV_ID          the job's name, where several meet at one address (default: dscl)
+#   NPROC_PER_NODE   ranks on this node (default: one for each GPU, or one)
+#   MAX_RESTARTS     how often ranks that failed are started again (default: 3); they go on from the newest checkpoint
+#
+# Where Kubeflow says it (PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR, PET_MASTER_PORT, PET_NPROC_PER_NODE), that is taken.
+set -euo pipefail
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+source "$here/launch/supervise.sh"
+options "$@"
+
+for name in NNODES NODE_RANK MASTER_ADDR MASTER_PORT NPROC_PER_NODE; do
+    pet="PET_$name"
+    [ -n "${!name:-}" ] || printf -v "$name" %s "${!pet:-}"
+done
+[[ "${NNODES:=1}" =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]] || wrong "NNODES: given '$NNODES'; a number, or a range like 2:4, is needed"
+case "${NPROC_PER_NODE:-auto}" in
+auto | gpu) NPROC_PER_NODE="$(gpus)"; [ "$NPROC_PER_NODE" != 0 ] || NPROC_PER_NODE=1 ;;
+*) number NPROC_PER_NODE "$NPROC_PER_NODE" ;;
+esac
+place=(--standalone)
+if [ "$NNODES" != 1 ]; then
+    [ -n "$MASTER_ADDR" ] || wrong "MASTER_ADDR: not set, with NNODES=$NNODES; give the address of one of the nodes"
+    place=(--rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:${MASTER_PORT:-29400}" --rdzv-id "${RDZV_ID:-dscl}")
+    # Which node keeps the meeting is found by name and address; where these mislead (containers), the number says it.
+    [ -z "$NODE_RANK" ] || place+=(--rdzv-conf "is_host=$([ "$NODE_RANK" = 0 ] && echo true || echo false)")
+    [ -z "${LOCAL_ADDR:-}" ] || place+=(--local-addr "$LOCAL_ADDR")
+fi
+command=(
+    -m torch.distributed.run --nnodes "$NNODES" --nproc-per-node "$NPROC_PER_NODE" "${place[@]}"
+    --max-restarts "${MAX_RESTARTS:-3}" -m dscl train "${words[@]}"
+)
+unset "${!PET_@}" # torchrun would read them as options
+
+[ -n "$dry" ] && DSCL_PYTHON=python || source "$here/launch/environment.sh"
+source "$here/launch/nccl.env"
+launch 0 "$DSCL_PYTHON" "${command[@]}"

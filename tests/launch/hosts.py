@@ -1,0 +1,79 @@
+"""Several hosts on one machine: network namespaces with addresses of their own, joined by a bridge in one more."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+class Missing(Exception):
+    """Why there can be no such hosts here."""
+
+
+class Hosts:
+    def __init__(self, count: int) -> None:
+        if shutil.which("ip") is None:
+            raise Missing("no ip command; install iproute2")
+        self.addresses = [f"10.77.{os.getpid() % 250}.{number + 1}" for number in range(count)]
+        self._names = [f"dscl{os.getpid()}-{number}" for number in range(count)]
+        self._bridge = f"dscl{os.getpid()}-s"
+        self._started: list[subprocess.Popen[str]] = []
+        try:
+            for name in (*self._names, self._bridge):
+                self._ip("netns", "add", name)
+                self._ip("-n", name, "link", "set", "lo", "up")
+            self._ip("-n", self._bridge, "link", "add", "bridge", "type", "bridge")
+            self._ip("-n", self._bridge, "link", "set", "bridge", "up")
+            for number, (name, address) in enumerate(zip(self._names, self.addresses, strict=True)):
+                port = f"port{number}"
+                self._ip("-n", name, "link", "add", "eth0", "type", "veth", "peer", "name", port, "netns", self._bridge)
+                self._ip("-n", self._bridge, "link", "set", port, "master", "bridge", "up")
+                self._ip("-n", name, "addr", "add", f"{address}/24", "dev", "eth0")
+                self._ip("-n", name, "link", "set", "eth0", "up")
+        except subprocess.CalledProcessError as error:
+            self.close()
+            raise Missing(f"network namespaces cannot be made ({error.stderr.strip()}); they need root") from None
+
+    def start(self, number: int, words: Sequence[str], **environment: str) -> subprocess.Popen[str]:
+        """A command on a host; it is ended when the hosts are."""
+        process = subprocess.Popen(
+            ["ip", "netns", "exec", self._names[number], *words],
+            cwd=REPOSITORY,
+            env={
+                **{k: v for k, v in os.environ.items() if not k.startswith(("DSCL_", "MASTER_"))},
+                "PYTHON": sys.executable,
+                "OMP_NUM_THREADS": "1",
+                "DS_ACCELERATOR": "cpu",
+                "GLOO_SOCKET_IFNAME": "eth0",
+                **environment,
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self._started.append(process)
+        return process
+
+    def cut(self, number: int, up: bool = False) -> None:
+        """Take a host's cable out (or put it back)."""
+        self._ip("-n", self._bridge, "link", "set", f"port{number}", "up" if up else "down")
+
+    def close(self) -> None:
+        for process in self._started:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        for name in (*self._names, self._bridge):
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+    @staticmethod
+    def _ip(*words: str) -> None:
+        subprocess.run(["ip", *words], capture_output=True, text=True, check=True)

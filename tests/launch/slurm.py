@@ -1,0 +1,109 @@
+"""A Slurm of one's own on this machine: controller, node daemon and munge, with all their files in one folder."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+from tests.launch.hosts import Missing
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scancel", "scontrol", "squeue")
+CONFIGURATION = """
+ClusterName=dscl
+SlurmctldHost={host}
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+SlurmctldPort={controller}
+SlurmdPort={node}
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/linear
+ReturnToService=2
+MpiDefault=none
+KillWait=60
+NodeName={host} CPUs={cores} State=UNKNOWN
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE OverSubscribe=FORCE State=UP
+"""
+
+
+class Slurm:
+    def __init__(self, folder: Path) -> None:
+        if missing := [name for name in PROGRAMS if shutil.which(name) is None]:
+            raise Missing(f"no {', '.join(missing)}; install Debian's packages slurm-wlm and munge")
+        if os.geteuid() != 0:
+            raise Missing("Slurm's daemons need root here")
+        self.folder = folder
+        for name in ("state", "spool", "munge"):
+            (folder / name).mkdir(mode=0o700, parents=True)
+        key = folder / "munge" / "key"
+        key.write_bytes(secrets.token_bytes(1024))
+        key.chmod(0o600)
+        for above in (folder, *folder.parents):  # munged wants a path to its socket that everyone may go
+            if above.stat().st_uid == os.geteuid():
+                above.chmod(above.stat().st_mode | 0o111)
+        (folder / "slurm.conf").write_text(
+            CONFIGURATION.format(
+                host=socket.gethostname().split(".")[0],
+                folder=folder,
+                controller=_free_port(),
+                node=_free_port(),
+                cores=os.cpu_count(),
+            )
+        )
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))},
+            "SLURM_CONF": str(folder / "slurm.conf"),
+        }
+        munge = {name: f"--{name}-file={folder}/munge/{name}" for name in ("key", "pid", "log", "seed")}
+        self._daemons = [
+            self._daemon("munged", "--foreground", "--force", f"--socket={folder}/munge.socket", *munge.values()),
+            self._daemon("slurmctld", "-D"),
+            self._daemon("slurmd", "-D"),
+        ]
+        deadline = time.monotonic() + 60
+        while "idle" not in self.ask("sinfo", "-h", "-o", "%T"):
+            if time.monotonic() > deadline:
+                logs = {path.name: path.read_text()[-2000:] for path in folder.glob("*.log")}
+                self.close()
+                raise Missing(f"Slurm does not come up here: {logs}")
+            time.sleep(0.5)
+
+    def ask(self, *words: str) -> str:
+        """What a command of Slurm's says."""
+        done = subprocess.run(words, env=self.environment, capture_output=True, text=True, check=False)
+        return done.stdout + done.stderr
+
+    def state(self, job: str) -> str:
+        return self.ask("squeue", "-h", "-t", "all", "-j", job, "-o", "%T").strip()
+
+    def close(self) -> None:
+        self.ask("scancel", "--user", "root", "--signal", "KILL")
+        for daemon in reversed(self._daemons):
+            daemon.send_signal(signal.SIGTERM)
+            try:
+                daemon.wait(20)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
+
+    def _daemon(self, name: str, *words: str) -> subprocess.Popen[bytes]:
+        with open(self.folder / f"{name}.log", "w") as log:
+            return subprocess.Popen([name, *words], env=self.environment, stdout=log, stderr=log)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,222 @@
+"""The launch scripts: what they would run, what they refuse, and what they make of the ends of what they started."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.launch.hosts import REPOSITORY
+
+LAUNCH = REPOSITORY / "launch"
+
+
+def script(name: str, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    bare = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("MASTER_", "PET_", "SLURM_", "RANK", "WORLD"))
+    }
+    return subprocess.run(
+        [str(LAUNCH / name), *words], env={**bare, **environment}, capture_output=True, text=True, check=False
+    )
+
+
+TORCHRUN = "python -m torch.distributed.run"
+END = "--max-restarts 3 -m dscl train r.yaml a=b\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "environment", "shown"),
+    [
+        ("single.sh", {}, "python -m dscl train r.yaml a=b --nproc auto\n"),
+        ("single.sh", {"NPROC_PER_NODE": "4"}, "python -m dscl train r.yaml a=b --nproc 4\n"),
+        ("torchrun.sh", {"NPROC_PER_NODE": "2"}, f"{TORCHRUN} --nnodes 1 --nproc-per-node 2 --standalone {END}"),
+        (
+            "torchrun.sh",
+            {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "h0", "NPROC_PER_NODE": "8"},
+            f"{TORCHRUN} --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint h0:29400 "
+            f"--rdzv-id dscl --rdzv-conf is_host=false {END}",
+        ),
+        (
+            "torchrun.sh",  # as in a pod of Kubeflow's
+            {"PET_NNODES": "2", "PET_NODE_RANK": "0", "PET_MASTER_ADDR": "h0", "PET_NPROC_PER_NODE": "4"},
+            f"{TORCHRUN} --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint h0:29400 "
+            f"--rdzv-id dscl --rdzv-conf is_host=true {END}",
+        ),
+        (
+            "deepspeed.sh",
+            {"HOSTFILE": str(LAUNCH / "hostfile.sample"), "NODE_RANK": "1", "MASTER_ADDR": "h0"},
+            f"python -m deepspeed.launcher.runner --hostfile {LAUNCH}/hostfile.sample --master_port 29500 "
+            "--no_ssh --node_rank 1 --master_addr h0 --module dscl train r.yaml a=b\n",
+        ),
+        (
+            "deepspeed.sh",
+            {"HOSTFILE": str(LAUNCH / "hostfile.sample")},
+            f"python -m deepspeed.launcher.runner --hostfile {LAUNCH}/hostfile.sample --master_port 29500 "
+            "--module dscl train r.yaml a=b\n",
+        ),
+        (
+            "slurm.sh",
+            {"NNODES": "2", "SBATCH": "--time=1:00:00 --partition=gpu"},
+            "sbatch --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 --time=1:00:00 --partition=gpu "
+            f"--export=ALL,DSCL_HOME={REPOSITORY},DSCL_JOB=1 {LAUNCH}/slurm.sh r.yaml a=b\n",
+        ),
+    ],
+)
+def test_a_dry_run_shows_the_command_and_does_nothing(name: str, environment: dict[str, str], shown: str) -> None:
+    done = script(name, "r.yaml", "--dry-run", "a=b", **environment)
+    assert (done.returncode, done.stdout, done.stderr) == (0, shown, "")
+
+
+@pytest.mark.parametrize("name", ["single.sh", "torchrun.sh", "deepspeed.sh", "slurm.sh"])
+def test_help_is_the_head_of_the_script(name: str) -> None:
+    done = script(name, "--help")
+    assert done.returncode == 0
+    assert f"./launch/{name} RECIPE.yaml [key=value ...]" in done.stdout
+    assert "--dry-run" in done.stdout
+    assert "MAX_RESTARTS" in done.stdout
+    assert "#" not in done.stdout
+    assert "SBATCH -" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "environment", "said"),
+    [
+        ("single.sh", [], {}, "no recipe given; give RECIPE.yaml"),
+        ("single.sh", ["-x"], {}, "-x: not understood; allowed: --dry-run, --help, a recipe, key=value"),
+        ("single.sh", ["r.yaml"], {"MAX_RESTARTS": "-1"}, "MAX_RESTARTS: given '-1'; a whole number is needed"),
+        ("torchrun.sh", ["r"], {"NNODES": "2"}, "MASTER_ADDR: not set, with NNODES=2; give the address of one of"),
+        ("torchrun.sh", ["r"], {"NNODES": "two"}, "NNODES: given 'two'; a number, or a range like 2:4, is needed"),
+        ("torchrun.sh", ["r"], {"NPROC_PER_NODE": "x"}, "NPROC_PER_NODE: given 'x'; a whole number is needed"),
+        ("deepspeed.sh", ["r"], {}, "HOSTFILE: not set; name a file like launch/hostfile.sample"),
+        ("deepspeed.sh", ["r"], {"HOSTFILE": "no"}, "HOSTFILE: no is not there; name a file like"),
+        (
+            "deepspeed.sh",
+            ["r"],
+            {"HOSTFILE": str(LAUNCH / "hostfile.sample"), "NODE_RANK": "0"},
+            "MASTER_ADDR: not set, with NODE_RANK=0; give the address of node 0",
+        ),
+        ("slurm.sh", ["r"], {"NNODES": "x"}, "NNODES: given 'x'; a whole number is needed"),
+    ],
+)
+def test_what_is_wrong_is_told_in_one_line(name: str, words: list[str], environment: dict[str, str], said: str) -> None:
+    done = script(name, *words, **environment)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"{name}: {said}")
+    assert done.stderr.endswith("; see --help\n")
+    assert len(done.stderr.splitlines()) == 1
+
+
+# In the place of a launcher: ranks, which have LOCAL_RANK, below a process that has not.
+LAUNCHER = """
+import os, subprocess, sys
+words = [sys.executable, sys.argv[1]]
+ranks = [subprocess.Popen(words, env={**os.environ, "LOCAL_RANK": str(n)}, start_new_session=True) for n in range(2)]
+print("up", flush=True)
+sys.exit(max(abs(rank.wait()) for rank in ranks))
+"""
+
+
+def supervised(folder: Path, rank: str, restarts: int = 0) -> subprocess.Popen[str]:
+    """supervise.sh over a launcher whose ranks run this program."""
+    (folder / "rank.py").write_text("import os, signal, sys, time\nfrom pathlib import Path\n" + rank)
+    (folder / "launcher.py").write_text(LAUNCHER)
+    body = f'source {LAUNCH}/supervise.sh; launch {restarts} {sys.executable} "$@"'
+    return subprocess.Popen(
+        ["bash", "-euo", "pipefail", "-c", body, "script", str(folder / "launcher.py"), str(folder / "rank.py")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+LISTENING = """
+def heard(number, frame):
+    print("heard", signal.Signals(number).name, flush=True)
+    Path(os.environ["DSCL_STATUS_TO"]).write_text("75")
+    sys.exit(0)
+signal.signal(signal.SIGTERM, heard); signal.signal(signal.SIGUSR1, heard); signal.signal(signal.SIGINT, heard)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def wait_for(process: subprocess.Popen[str], word: str, times: int) -> None:
+    assert process.stdout is not None
+    while times:
+        line = process.stdout.readline()
+        assert line
+        times -= line.strip() == word
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_goes_to_the_ranks_and_their_status_comes_back(tmp_path: Path, number: signal.Signals) -> None:
+    process = supervised(tmp_path, LISTENING)
+    wait_for(process, "ready", 2)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 75, err
+    assert out.splitlines() == [f"heard {number.name}"] * 2
+
+
+def test_ranks_that_come_up_after_the_signal_are_told_too(tmp_path: Path) -> None:
+    late = "here = Path(__file__).parent\nif os.environ['LOCAL_RANK'] == '1' and not (here / 'again').exists():\n"
+    late += "    (here / 'again').touch(); print('ready', flush=True); time.sleep(1); os.execv(sys.executable, [sys.executable, __file__])\n"
+    process = supervised(tmp_path, late + LISTENING)
+    wait_for(process, "ready", 3)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 75
+
+
+def test_a_second_signal_ends_the_launcher_too(tmp_path: Path) -> None:
+    deaf = "signal.signal(signal.SIGTERM, lambda *a: print('heard', flush=True))\nprint('ready', flush=True)\n"
+    process = supervised(tmp_path, deaf + "while True: time.sleep(0.1)")
+    wait_for(process, "ready", 2)
+    process.send_signal(signal.SIGTERM)
+    wait_for(process, "heard", 2)
+    process.send_signal(signal.SIGTERM)
+    wait_for(process, "heard", 2)
+    assert process.wait(30) == 128 + signal.SIGTERM
+    subprocess.run(["pkill", "-KILL", "-f", str(tmp_path / "rank.py")], check=False)
+
+
+@pytest.mark.parametrize(
+    ("ends", "restarts", "status", "starts"),
+    [("[0]", 3, 0, 1), ("[1, 1, 0]", 3, 0, 3), ("[1, 1, 1]", 1, 1, 2), ("[2]", 3, 2, 1), ("[75]", 3, 75, 1)],
+)
+def test_what_failed_is_started_again_as_often_as_asked(
+    tmp_path: Path, ends: str, restarts: int, status: int, starts: int
+) -> None:
+    """A wrong recipe and a stop on purpose are not: the ranks leave those in a file, whatever the launcher says."""
+    rank = f"""
+here = Path(__file__).parent / os.environ["LOCAL_RANK"]
+count = len(here.read_text()) if here.exists() else 0
+here.write_text("x" * (count + 1))
+end = {ends}[count]
+if end in (2, 75): Path(os.environ["DSCL_STATUS_TO"]).write_text(str(end)); end = 0
+sys.exit(end)
+"""
+    process = supervised(tmp_path, rank, restarts)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == status, err
+    assert (tmp_path / "0").read_text() == "x" * starts
+    assert err.count("starting again") == starts - 1
+    if starts > 1:
+        assert f"ended with status 1; starting again (then {restarts - 1} times more)" in err
+
+
+def test_a_signal_before_there_are_ranks_ends_the_launcher(tmp_path: Path) -> None:
+    (tmp_path / "launcher.py").write_text("import time\nprint('up', flush=True)\ntime.sleep(60)\n")
+    body = f"source {LAUNCH}/supervise.sh; launch 3 {sys.executable} {tmp_path}/launcher.py"
+    process = subprocess.Popen(["bash", "-euo", "pipefail", "-c", body], stdout=subprocess.PIPE, text=True)
+    wait_for(process, "up", 1)
+    start = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 75
+    assert time.monotonic() - start < 10

@@ -1,0 +1,113 @@
+"""launch/slurm.sh on a real Slurm: trains, is preempted, goes back into the queue, and ends as if nothing had been."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.distributed.test_run import outcome, recipe_of, write_tasks
+from tests.launch.hosts import REPOSITORY, Missing
+from tests.launch.slurm import Slurm
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("jobs")
+    write_tasks(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    try:
+        cluster = Slurm(tmp_path_factory.mktemp("slurm"))
+    except Missing as why:
+        pytest.skip(str(why))
+    yield cluster
+    cluster.close()
+
+
+def submitted(slurm: Slurm, document: dict[str, Any], folder: Path, **environment: str) -> tuple[str, Path]:
+    """The job's number, and where its output goes."""
+    name = Path(document["run_dir"]).name
+    path, log = folder / f"{name}.yaml", folder / f"{name}.log"
+    path.write_text(yaml.safe_dump(document))
+    done = subprocess.run(
+        [str(REPOSITORY / "launch" / "slurm.sh"), str(path)],
+        cwd=folder,
+        env={
+            **slurm.environment,
+            "PYTHON": sys.executable,
+            "NPROC_PER_NODE": "2",
+            "GPU_OPTION": "",
+            "SBATCH": f"--output={log}",
+            "OMP_NUM_THREADS": "1",
+            "DS_ACCELERATOR": "cpu",
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()[-1], log
+
+
+def until(there: Callable[[], bool], log: Path, seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not there():
+        assert time.monotonic() < deadline, log.read_text() if log.exists() else "no output"
+        time.sleep(0.2)
+
+
+def steps(folder: Path, name: str) -> int:
+    lines = folder / name / "metrics.jsonl"
+    return len(lines.read_text().splitlines()) if lines.exists() else 0
+
+
+def test_a_job_trains_and_a_preempted_one_goes_on(slurm: Slurm, tasks: Path) -> None:
+    calm, told = (recipe_of(tasks, name, 2, train__epochs=8, checkpoint__every=1000) for name in ("calm", "told"))
+    job, log = submitted(slurm, calm, tasks)
+    until(lambda: slurm.state(job) == "COMPLETED", log)
+    assert "OP" in log.read_text()
+
+    job, log = submitted(slurm, told, tasks)
+    until(lambda: steps(tasks, "told") > 6, log)
+    slurm.ask("scancel", "--signal=USR1", job)  # what --signal=USR1@300 and a preemption do
+    until(lambda: "with everything saved" in log.read_text() or "everything was saved" in log.read_text(), log)
+    until(lambda: slurm.state(job) in ("PENDING", "RUNNING") and "Restarts=1" in shown(slurm, job), log)
+    slurm.ask("scontrol", "update", f"jobid={job}", "StartTime=now")  # Slurm lets two minutes go by
+    until(lambda: slurm.state(job) == "COMPLETED", log)
+    assert "resumed from step-" in log.read_text()
+    assert outcome(tasks / "told") == outcome(tasks / "calm")
+
+
+def shown(slurm: Slurm, job: str) -> str:
+    return slurm.ask("scontrol", "show", "job", job)
+
+
+def test_a_dead_rank_brings_a_restart_within_the_job(slurm: Slurm, tasks: Path) -> None:
+    alive, dead = (recipe_of(tasks, name, 3, train__epochs=8, checkpoint__every=4) for name in ("alive", "dead"))
+    job, log = submitted(slurm, alive, tasks)
+    until(lambda: slurm.state(job) == "COMPLETED", log)
+    job, log = submitted(slurm, dead, tasks)
+    until(lambda: steps(tasks, "dead") > 8, log)
+    slurm.ask("scancel", "--signal=KILL", f"{job}.0")  # kills the ranks, not the job
+    until(lambda: slurm.state(job) == "COMPLETED", log)
+    assert re.search(r"slurm.sh: ended with status \d+; starting again", log.read_text())
+    assert outcome(tasks / "dead") == outcome(tasks / "alive")
+
+
+def test_a_wrong_recipe_is_not_tried_again(slurm: Slurm, tasks: Path) -> None:
+    job, log = submitted(slurm, recipe_of(tasks, "wrong", 2, train__lr=-1.0), tasks)
+    until(lambda: slurm.state(job) == "FAILED", log)
+    assert "train.lr" in log.read_text()
+    assert "starting again" not in log.read_text()
+    assert "ExitCode=2:0" in shown(slurm, job)

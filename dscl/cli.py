@@ -36,6 +36,14 @@ TRAIN_EXAMPLE = """example:
 Run it again with the same run_dir and it resumes; with --dry-run it checks everything up to the first step and stops.
 Under torchrun, deepspeed or srun leave --nproc out: the ranks they started are joined."""
 
+DOCTOR_EXAMPLE = """example:
+  dscl doctor recipe.yaml --nproc 2
+  torchrun ... -m dscl doctor recipe.yaml
+
+All ranks compare their programs, recipe, data and model, their clocks and what they see of run_dir, and measure memory,
+network and arithmetic. What is odd is named with its host, and the status is 2. Nothing is trained; dscl train --doctor
+does the same and then trains, and so do the launch scripts."""
+
 EVAL_EXAMPLE = """example:
   dscl eval out/a --nproc 2 evaluate.mode=generate
 
@@ -85,6 +93,7 @@ A folder that holds runs stands for all of them."""
 
 VERBS = {
     "train": ("train a recipe's stream of tasks", TRAIN_EXAMPLE),
+    "doctor": ("see whether machines are fit for a recipe", DOCTOR_EXAMPLE),
     "eval": ("evaluate a run's newest checkpoint", EVAL_EXAMPLE),
     "generate": ("answer prompts, each by what its task has learnt", GENERATE_EXAMPLE),
     "export": ("write what a run has learnt as a folder that needs nothing of the run", EXPORT_EXAMPLE),
@@ -92,7 +101,7 @@ VERBS = {
     "report": ("write what runs have come to as a page", REPORT_EXAMPLE),
     "route-existing": ("make an export of adapters that were trained elsewhere", ROUTE_EXAMPLE),
 }
-RANKED = ("train", "eval")  # the verbs that ranks do together
+RANKED = ("train", "doctor", "eval")  # the verbs that ranks do together
 ASSIGNED = (*RANKED, "compare")  # the verbs that take key=value
 AT_ONCE = 64  # prompts that are answered before the first answer of them is shown
 
@@ -172,7 +181,9 @@ def _run(options: argparse.Namespace) -> int:
             if options.dry_run:
                 train.rehearse(recipe)
             else:
-                train.train(recipe, stop)
+                train.train(recipe, stop, options.doctor)
+    elif options.verb == "doctor":
+        train.diagnose(read_recipe(options.recipe, options.assignments))
     else:
         general = [name.strip() for name in (options.lm_eval or "").split(",") if name.strip()]
         if options.limit is not None and (not general or options.limit < 1):
@@ -336,8 +347,12 @@ def _parser() -> Parser:
             made[verb].add_argument("--nproc", metavar="N|auto", help="start N ranks here (auto: one for each GPU)")
     train, evaluate = made["train"], made["eval"]
     words: dict[str, Any] = {"nargs": "*", "default": []}
-    train.add_argument("recipe", metavar="RECIPE.yaml")
-    train.add_argument("assignments", **words, metavar="key=value", help="dotted overrides of the recipe's keys")
+    for parser_of in (train, made["doctor"]):
+        parser_of.add_argument("recipe", metavar="RECIPE.yaml")
+        parser_of.add_argument(
+            "assignments", **words, metavar="key=value", help="dotted overrides of the recipe's keys"
+        )
+    train.add_argument("--doctor", action="store_true", help="first see whether the machines are fit for it")
     train.add_argument("--dry-run", action="store_true", help="build and check everything, show the plan, stop")
     evaluate.add_argument("run", metavar="RUN_DIR")
     evaluate.add_argument("assignments", **words, metavar="evaluate.key=value", help="overrides of evaluate.*")

@@ -94,6 +94,7 @@ class Job:
     method: Method
     lessons: tuple[Lesson, ...]
     heldout: list[list[int]]  # texts that show what the model can do in general
+    facts: Facts
 
     def lesson(self, index: int) -> Lesson:
         """A task as it is trained: with what the method mixes in, or all tasks as one."""
@@ -190,7 +191,7 @@ def open_job(recipe: Recipe, longest: int | None = None) -> Job:
     if recipe.evaluate.heldout is not None:
         texts_there = read_texts(recipe.evaluate.heldout, "evaluate.heldout")
         heldout = encode_texts(texts_there, backbone.tokenizer, recipe.train.max_length)
-    return Job(recipe, settings, backbone, method, lessons, heldout)
+    return Job(recipe, settings, backbone, method, lessons, heldout, facts)
 
 
 def _refuse_own_plans(method: str, tasks: Sequence[Task]) -> None:

@@ -45,7 +45,7 @@ def held(recipe: Recipe) -> Iterator[None]:
 
     The lock is the main rank's and the system's own, so that it ends with the process, however that dies.
     """
-    dist.meet()  # all have read what was there, and prepared their data, which may take one of them long
+    dist.barrier()  # all have read what was there
     problem, lock = "", None
     if dist.is_main():
         try:

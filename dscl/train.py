@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dscl import dist, harness
+from dscl import dist, doctor, harness
 from dscl.checkpoint import Checkpoints, load
 from dscl.data.batches import Batch
 from dscl.engine import Engine
@@ -57,13 +57,21 @@ class Position:
         return f"step-{self.total:08d}{phase}"
 
 
-def train(recipe: Recipe, stop: Stop | None = None) -> None:
-    """Train the recipe's stream, or what is left of it, and show the scores. The ranks have joined already."""
+def train(recipe: Recipe, stop: Stop | None = None, thorough: bool = False) -> None:
+    """Train the recipe's stream, or what is left of it, and show the scores. The ranks have joined already.
+
+    `thorough`: first see whether the cluster is fit for it.
+    """
     refuse_another_run(recipe)
     if finished(recipe):
         return
     job = open_job(recipe)
     refuse_needless_telling(job)
+    dist.meet()  # one of the ranks may have prepared its data for hours
+    if thorough:
+        doctor.examine(job, log.info)
+    else:
+        doctor.agree(job)
     with held(recipe):
         follow(recipe, job, stop)
     finished(recipe)
@@ -316,6 +324,13 @@ def finished(recipe: Recipe) -> bool:
         print(f"look:     {sys.executable} -m tensorboard.main --logdir {recipe.folder / 'tensorboard'}")
         print("again:    remove that folder, or give another run_dir", flush=True)
     return True
+
+
+def diagnose(recipe: Recipe) -> None:
+    """`dscl doctor`: whether the cluster is fit for this recipe; nothing is trained."""
+    job = open_job(recipe)
+    dist.meet()
+    doctor.examine(job, lambda line: print(line, flush=True) if dist.is_main() else None)
 
 
 def rehearse(recipe: Recipe) -> None:

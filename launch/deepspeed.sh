@@ -6,6 +6,7 @@
 #                                                                            on every node, without ssh
 #
 #   --dry-run        show the command, and do nothing
+#   --no-doctor      train without first seeing whether the machines are fit for it
 #   HOSTFILE         a line for each node, its name and its ranks, as in launch/hostfile.sample
 #   NODE_RANK        this node's number, from 0, in the hostfile's order; set, nothing is done by ssh
 #   MASTER_ADDR      the address of the node with number 0; needed where NODE_RANK is set
@@ -28,7 +29,7 @@ if [ -n "${NODE_RANK:-}" ]; then
     command+=(--no_ssh --node_rank "$NODE_RANK")
 fi
 [ -z "${MASTER_ADDR:-}" ] || command+=(--master_addr "$MASTER_ADDR")
-command+=(--module dscl train "${words[@]}")
+command+=(--module dscl train "${words[@]}" ${doctor:+"$doctor"})
 
 [ -n "$dry" ] && DSCL_PYTHON=python || source "$here/launch/environment.sh"
 source "$here/launch/nccl.env"

@@ -4,6 +4,7 @@
 #   ./launch/single.sh RECIPE.yaml [key=value ...]
 #
 #   --dry-run        show the command, and do nothing
+#   --no-doctor      train without first seeing whether the machines are fit for it
 #   NPROC_PER_NODE   ranks (default: one for each GPU, or one)
 #   MAX_RESTARTS     how often ranks that failed are started again (default: 3); they go on from the newest checkpoint
 set -euo pipefail
@@ -11,4 +12,4 @@ here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$here/launch/supervise.sh"
 options "$@"
 [ -n "$dry" ] && DSCL_PYTHON=python || source "$here/launch/environment.sh"
-launch "${MAX_RESTARTS:-3}" "$DSCL_PYTHON" -m dscl train "${words[@]}" --nproc "${NPROC_PER_NODE:-auto}"
+launch "${MAX_RESTARTS:-3}" "$DSCL_PYTHON" -m dscl train "${words[@]}" ${doctor:+"$doctor"} --nproc "${NPROC_PER_NODE:-auto}"

@@ -9,6 +9,7 @@
 #   NNODES=2 NPROC_PER_NODE=8 ./launch/slurm.sh RECIPE.yaml [key=value ...]
 #
 #   --dry-run        show the command, and submit nothing
+#   --no-doctor      train without first seeing whether the machines are fit for it
 #   NNODES           nodes (default: 1)
 #   NPROC_PER_NODE   ranks on a node (default: 8, a GPU each)
 #   SBATCH           further options of sbatch, e.g. "--partition=gpu --time=24:00:00 --cpus-per-task=12"
@@ -24,6 +25,7 @@ source "$home/launch/supervise.sh"
 
 submit() {
     local nodes="${NNODES:-1}" ranks="${NPROC_PER_NODE:-8}"
+    [ -n "$doctor" ] || words+=(--no-doctor)
     number NNODES "$nodes"
     number NPROC_PER_NODE "$ranks"
     # shellcheck disable=SC2206 # options, word by word
@@ -43,7 +45,7 @@ run() {
     source "$home/launch/nccl.env"
     while true; do
         status=0
-        srun --kill-on-bad-exit=0 --wait=150 "$DSCL_PYTHON" -m dscl train "${words[@]}" || status=$?
+        srun --kill-on-bad-exit=0 --wait=150 "$DSCL_PYTHON" -m dscl train "${words[@]}" ${doctor:+"$doctor"} || status=$?
         case "$status:$left" in
         75:*) scontrol requeue "$SLURM_JOB_ID" || true; exit 75 ;;
         0:* | 2:* | *:0) exit "$status" ;;

@@ -1,13 +1,14 @@
 # What the scripts beside this one share: their options, and how they look after what they start. Sourced by them.
 #
 #   --dry-run       show the command, and do nothing
+#   --no-doctor     train without first seeing whether the machines are fit for it
 #   MAX_RESTARTS    how often ranks that failed are started again (default: 3); they go on from the newest checkpoint
 #
 # Told to stop (SIGTERM, SIGINT, SIGUSR1), a script passes that on to the ranks, which save and leave; told again, they
 # leave at once. Its exit status is then 75, and the same command goes on. What no restart mends (status 2: the recipe is
 # wrong; 75: stopped on purpose) the ranks write down in a file, since launchers call every status but 0 a failure.
 
-dry="" words=() launcher=0 heard=0 signal="" told="" early=""
+dry="" doctor="--doctor" words=() launcher=0 heard=0 signal="" told="" early=""
 
 wrong() {
     echo "$(basename "$0"): $*; see --help" >&2
@@ -19,8 +20,9 @@ options() {
     for word in "$@"; do
         case "$word" in
         --dry-run) dry=1 ;;
+        --no-doctor) doctor="" ;;
         -h | --help) sed -n '2,/^set /{/^set /d;/^#SBATCH/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
-        -*) wrong "$word: not understood; allowed: --dry-run, --help, a recipe, key=value" ;;
+        -*) wrong "$word: not understood; allowed: --dry-run, --no-doctor, --help, a recipe, key=value" ;;
         *) words+=("$word") ;;
         esac
     done

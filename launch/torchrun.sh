@@ -5,6 +5,7 @@
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 ./launch/torchrun.sh RECIPE.yaml [key=value ...]     each of two nodes
 #
 #   --dry-run        show the command, and do nothing
+#   --no-doctor      train without first seeing whether the machines are fit for it
 #   NNODES           nodes (default: 1), or a range like 2:4
 #   NODE_RANK        this node's number, of which 0 keeps the meeting; left out, it is the node that MASTER_ADDR means
 #   MASTER_ADDR      the node where all meet, which has to be one of them; needed with several nodes
@@ -39,7 +40,7 @@ if [ "$NNODES" != 1 ]; then
 fi
 command=(
     -m torch.distributed.run --nnodes "$NNODES" --nproc-per-node "$NPROC_PER_NODE" "${place[@]}"
-    --max-restarts "${MAX_RESTARTS:-3}" -m dscl train "${words[@]}"
+    --max-restarts "${MAX_RESTARTS:-3}" -m dscl train "${words[@]}" ${doctor:+"$doctor"}
 )
 unset "${!PET_@}" # torchrun would read them as options
 

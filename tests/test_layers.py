@@ -31,7 +31,7 @@ LAYERS = {
     4.0: ("dscl.observe",),
     5.0: ("dscl.evaluate", "dscl.checkpoint", "dscl.harness"),
     6.0: ("dscl.recipe",),
-    6.5: ("dscl.job", "dscl.watch", "dscl.run_dir"),
+    6.5: ("dscl.job", "dscl.watch", "dscl.run_dir", "dscl.doctor"),
     7.0: ("dscl.train", "dscl.export", "dscl.report"),
     7.5: ("dscl.compare",),
     8.0: ("dscl.cli",),

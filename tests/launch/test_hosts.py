@@ -1,4 +1,4 @@
-"""The launch scripts on two and three hosts with addresses of their own: they train, stop on a signal, outlive a death."""
+"""The launch scripts on two and three hosts with addresses of their own: they train, stop and outlive a death."""
 
 from __future__ import annotations
 
@@ -160,7 +160,9 @@ def ranks_below(pid: int) -> list[int]:
             if b"\0LOCAL_RANK=" in b"\0" + Path(f"/proc/{one}/environ").read_bytes():
                 found.append(one)
             else:
-                todo += [int(c) for t in Path(f"/proc/{one}/task").iterdir() for c in (t / "children").read_text().split()]
+                todo += [
+                    int(c) for t in Path(f"/proc/{one}/task").iterdir() for c in (t / "children").read_text().split()
+                ]
         except OSError:
             continue
     return found

@@ -28,14 +28,14 @@ def script(name: str, *words: str, **environment: str) -> subprocess.CompletedPr
 
 
 TORCHRUN = "python -m torch.distributed.run"
-END = "--max-restarts 3 -m dscl train r.yaml a=b\n"
+END = "--max-restarts 3 -m dscl train r.yaml a=b --doctor\n"
 
 
 @pytest.mark.parametrize(
     ("name", "environment", "shown"),
     [
-        ("single.sh", {}, "python -m dscl train r.yaml a=b --nproc auto\n"),
-        ("single.sh", {"NPROC_PER_NODE": "4"}, "python -m dscl train r.yaml a=b --nproc 4\n"),
+        ("single.sh", {}, "python -m dscl train r.yaml a=b --doctor --nproc auto\n"),
+        ("single.sh", {"NPROC_PER_NODE": "4"}, "python -m dscl train r.yaml a=b --doctor --nproc 4\n"),
         ("torchrun.sh", {"NPROC_PER_NODE": "2"}, f"{TORCHRUN} --nnodes 1 --nproc-per-node 2 --standalone {END}"),
         (
             "torchrun.sh",
@@ -53,13 +53,13 @@ END = "--max-restarts 3 -m dscl train r.yaml a=b\n"
             "deepspeed.sh",
             {"HOSTFILE": str(LAUNCH / "hostfile.sample"), "NODE_RANK": "1", "MASTER_ADDR": "h0"},
             f"python -m deepspeed.launcher.runner --hostfile {LAUNCH}/hostfile.sample --master_port 29500 "
-            "--no_ssh --node_rank 1 --master_addr h0 --module dscl train r.yaml a=b\n",
+            "--no_ssh --node_rank 1 --master_addr h0 --module dscl train r.yaml a=b --doctor\n",
         ),
         (
             "deepspeed.sh",
             {"HOSTFILE": str(LAUNCH / "hostfile.sample")},
             f"python -m deepspeed.launcher.runner --hostfile {LAUNCH}/hostfile.sample --master_port 29500 "
-            "--module dscl train r.yaml a=b\n",
+            "--module dscl train r.yaml a=b --doctor\n",
         ),
         (
             "slurm.sh",
@@ -72,6 +72,13 @@ END = "--max-restarts 3 -m dscl train r.yaml a=b\n"
 def test_a_dry_run_shows_the_command_and_does_nothing(name: str, environment: dict[str, str], shown: str) -> None:
     done = script(name, "r.yaml", "--dry-run", "a=b", **environment)
     assert (done.returncode, done.stdout, done.stderr) == (0, shown, "")
+
+
+def test_without_the_doctor() -> None:
+    assert (
+        script("single.sh", "r.yaml", "--dry-run", "--no-doctor").stdout == "python -m dscl train r.yaml --nproc auto\n"
+    )
+    assert script("slurm.sh", "r.yaml", "--dry-run", "--no-doctor").stdout.endswith("slurm.sh r.yaml --no-doctor\n")
 
 
 @pytest.mark.parametrize("name", ["single.sh", "torchrun.sh", "deepspeed.sh", "slurm.sh"])
@@ -89,7 +96,7 @@ def test_help_is_the_head_of_the_script(name: str) -> None:
     ("name", "words", "environment", "said"),
     [
         ("single.sh", [], {}, "no recipe given; give RECIPE.yaml"),
-        ("single.sh", ["-x"], {}, "-x: not understood; allowed: --dry-run, --help, a recipe, key=value"),
+        ("single.sh", ["-x"], {}, "-x: not understood; allowed: --dry-run, --no-doctor, --help, a recipe, key=value"),
         ("single.sh", ["r.yaml"], {"MAX_RESTARTS": "-1"}, "MAX_RESTARTS: given '-1'; a whole number is needed"),
         ("torchrun.sh", ["r"], {"NNODES": "2"}, "MASTER_ADDR: not set, with NNODES=2; give the address of one of"),
         ("torchrun.sh", ["r"], {"NNODES": "two"}, "NNODES: given 'two'; a number, or a range like 2:4, is needed"),
@@ -166,8 +173,14 @@ def test_a_signal_goes_to_the_ranks_and_their_status_comes_back(tmp_path: Path, 
 
 
 def test_ranks_that_come_up_after_the_signal_are_told_too(tmp_path: Path) -> None:
-    late = "here = Path(__file__).parent\nif os.environ['LOCAL_RANK'] == '1' and not (here / 'again').exists():\n"
-    late += "    (here / 'again').touch(); print('ready', flush=True); time.sleep(1); os.execv(sys.executable, [sys.executable, __file__])\n"
+    late = """
+here = Path(__file__).parent
+if os.environ["LOCAL_RANK"] == "1":
+    del os.environ["LOCAL_RANK"]  # of the one that starts it, which is no rank
+    print("ready", flush=True)
+    time.sleep(1)
+    os.execve(sys.executable, [sys.executable, __file__], {**os.environ, "LOCAL_RANK": "late"})
+"""
     process = supervised(tmp_path, late + LISTENING)
     wait_for(process, "ready", 3)
     process.send_signal(signal.SIGTERM)

@@ -1,0 +1,284 @@
+"""Is the cluster fit for a run? What all ranks must have in common is compared, what they have is measured; what is odd
+is named with its host.
+
+`agree` costs little and comes before every run: ranks that read another recipe, other data or another model than the
+main one would train on with it all the same. `examine` takes some seconds more: `dscl doctor`, and the launch scripts.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+import socket
+import statistics
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from dscl import __version__, dist
+from dscl.errors import UserError
+from dscl.job import Job
+from dscl.recipe import difference
+
+PACKAGES = ("torch", "deepspeed", "transformers", "peft", "tokenizers", "numpy")
+CLOCKS = 5.0  # seconds that two hosts' clocks may differ
+SEEN_WITHIN = 15.0  # seconds after which a host should see what another has written
+SLOW, FEW = 0.5, 3  # below this share of the median, of at least so many, something is odd
+MOVED = 1 << 24  # numbers that are sent to measure a network on GPUs; on CPUs a sixteenth
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Finding:
+    what: str
+    said: str
+    fine: bool = True
+
+
+def agree(job: Job) -> None:
+    """All ranks call it; none goes on if one would train on something else than the others."""
+    findings = [finding for finding in agreement(job) if not finding.fine]
+    if findings:
+        raise UserError("; ".join(f"{finding.what}: {finding.said}" for finding in findings))
+
+
+def examine(job: Job, show: Callable[[str], None]) -> None:
+    """All ranks call it; each finding is shown as soon as it is there, and what is odd is an error at the end."""
+    odd = []
+    for look in (agreement, clocks, shared_folder, room, network, arithmetic):
+        for finding in look(job):
+            show(f"{'ok ' if finding.fine else 'BAD'}  {finding.what}: {finding.said}")
+            odd += [] if finding.fine else [finding.what]
+    if odd:
+        raise UserError(f"not fit for a run: {', '.join(odd)} (see above); mend that, or leave these hosts out")
+
+
+def agreement(job: Job) -> list[Finding]:
+    """Programs, recipe, data and model are the same everywhere."""
+    mine = {"dscl": f"{__version__}, sources {_sources()}", "python": platform.python_version()}
+    mine |= {package: version(package) for package in PACKAGES}
+    everyone = by_host(mine)
+    findings = [
+        Finding(name, text + "; install the same everywhere, as launch/environment.sh does", False)
+        for name in mine
+        if (text := divided([(host, facts[name]) for host, facts in everyone]))
+    ]
+    if not findings:
+        findings = [Finding("programs", ", ".join(f"{name} {value}" for name, value in mine.items()))]
+
+    document = job.recipe.document()
+    theirs = dist.from_main({"recipe": document, "deepspeed": job.settings})
+    other = difference(theirs["recipe"], document) or difference(theirs["deepspeed"], job.settings)
+    others = [(host, key) for host, key in by_host(other) if key]
+    said = "; ".join(f"{host} has another {key}" for host, key in dict(others).items())
+    findings.append(Finding("recipe", said or "the same everywhere", not others))
+
+    read = by_host(_read(job))
+    for name in read[0][1]:
+        text = divided([(host, facts[name]) for host, facts in read])
+        if text:
+            findings.append(Finding(name, text + "; copy the same files everywhere", False))
+    if findings[-1].fine:
+        findings.append(
+            Finding("data and model", f"{len(job.lessons)} tasks, model and tokenizer: the same everywhere")
+        )
+    return findings
+
+
+def clocks(_job: Job) -> list[Finding]:
+    dist.barrier()
+    now = by_host(time.time())
+    middle = statistics.median(seconds for _, seconds in now)
+    wrong = {host: seconds - middle for host, seconds in now if abs(seconds - middle) > CLOCKS}
+    said = ", ".join(f"{host} is {abs(by):.1f} s {'ahead' if by > 0 else 'behind'}" for host, by in wrong.items())
+    most = max(abs(seconds - middle) for _, seconds in now)
+    return [Finding("clocks", said or f"within {most:.1f} s", not wrong)]
+
+
+def shared_folder(job: Job) -> list[Finding]:
+    """What any host writes to `run_dir`, all see; and a lock that one holds, no other gets."""
+    folder = job.recipe.folder
+    name = dist.from_main(f".doctor-{os.getpid()}-{time.time_ns()}")
+    mine = folder / f"{name}-{dist.rank()}"
+    problem, lock, made = "", None, not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        mine.write_text(socket.gethostname())
+        if dist.is_main():
+            lock = open(folder / name, "w")  # noqa: SIM115 - held until all have tried
+            fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError as error:
+        problem = f"cannot be written ({error.strerror})"
+    dist.barrier()
+    wanted = [folder / f"{name}-{rank}" for rank in range(dist.world())]
+    unseen: list[Path] = []
+    deadline = time.monotonic() + SEEN_WITHIN
+    while not problem and (unseen := [path for path in wanted if not path.exists()]) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    hosts = [host for host, _ in by_host(None)]
+    if unseen and not problem:
+        writers = {hosts[wanted.index(path)] for path in unseen}
+        problem = f"does not see what {', '.join(sorted(writers))} wrote; it has to be a file system that all share"
+    unlocked = not problem and not dist.is_main() and _lockable(folder / name)
+    problems = {host: text for host, text in by_host(problem) if text}
+    loose = any(found for _, found in by_host(unlocked))
+    dist.barrier()
+    with suppress(OSError):
+        mine.unlink()
+    if lock is not None:
+        lock.close()
+        (folder / name).unlink()
+    dist.barrier()
+    if made:
+        with suppress(OSError):
+            folder.rmdir()
+    said = "; ".join(f"{host} {text}" for host, text in problems.items())
+    findings = [Finding("run_dir", said or f"{folder}: written and seen by all", not problems)]
+    if loose and not problems:
+        findings.append(Finding("locks", f"do not reach across hosts in {folder}: a second job would go unnoticed"))
+    return findings
+
+
+def room(job: Job) -> list[Finding]:
+    """Free memory and disk; hosts that have far less than the others."""
+    free = by_host(_free_memory())
+    found = [measured("free memory", free, lambda size: f"{size / 2**30:.1f} GiB", FEW)]
+    try:
+        disk = f"{shutil.disk_usage(job.recipe.folder).free / 2**30:.1f} GiB free"
+    except OSError as error:
+        disk = f"not known ({error.strerror})"
+    return [*found, Finding("disk of run_dir", disk)]
+
+
+def network(_job: Job) -> list[Finding]:
+    """All-reduce and all-to-all over all ranks, and each link of a ring through them."""
+    world = dist.world()
+    if world == 1:
+        return []
+    here = dist.device()
+    count = MOVED if here.type == "cuda" else MOVED // 16
+    count -= count % world
+    values = torch.ones(count, device=here)
+    size = values.element_size() * count
+    summed = _seconds(lambda: dist.sum_(values.fill_(1.0)))
+    parts = [count // world] * world
+    swapped = _seconds(lambda: dist.exchange(values.split(parts), parts))
+    after, before = (dist.rank() + 1) % world, (dist.rank() - 1) % world
+    sent = [values if rank == after else values[:0] for rank in range(world)]
+    arriving = [count if rank == before else 0 for rank in range(world)]
+    passed = _seconds(lambda: dist.exchange(sent, arriving))
+    bus = [2 * (world - 1) / world * size / max(t for _, t in by_host(summed))]
+    bus.append((world - 1) / world * size / max(t for _, t in by_host(swapped)))
+    said = f"all-reduce {_rate(bus[0])}, all-to-all {_rate(bus[1])} (of a rank's link)"
+    hosts = [host for host, _ in by_host(None)]
+    rates = [size / seconds for _, seconds in by_host(passed)]
+    links = [(f"{hosts[rank - 1]} → {hosts[rank]}", rate) for rank, rate in enumerate(rates)]
+    within = [link for rank, link in enumerate(links) if hosts[rank - 1] == hosts[rank]]
+    between = [link for rank, link in enumerate(links) if hosts[rank - 1] != hosts[rank]]
+    kinds = (("links within hosts", within), ("links between hosts", between))
+    return [Finding("network", said), *(measured(what, some, _rate, FEW) for what, some in kinds if some)]
+
+
+def arithmetic(_job: Job) -> list[Finding]:
+    """One matrix product on every rank: a device that is throttled, or shared with somebody."""
+    here = dist.device()
+    size, kind = (8192, torch.bfloat16) if here.type == "cuda" else (1024, torch.float32)
+    matrix = torch.ones(size, size, dtype=kind, device=here)
+    seconds = _seconds(lambda: matrix @ matrix)
+    rates = [(host, 2 * size**3 / t) for host, t in by_host(seconds)]
+    return [measured("matrix products", rates, lambda rate: f"{rate / 1e12:.2f} TFLOP/s", FEW)]
+
+
+def measured(what: str, values: Sequence[tuple[str, float]], text: Callable[[float], str], few: int) -> Finding:
+    """What was measured in many places; the places that have far less than the others are named."""
+    middle = statistics.median(value for _, value in values)
+    odd = [(place, value) for place, value in values if value < SLOW * middle] if len(values) >= few else []
+    if odd:
+        named = ", ".join(f"{place} {text(value)}" for place, value in odd)
+        return Finding(what, f"{named}, where the median is {text(middle)}", False)
+    least = min(value for _, value in values)
+    return Finding(what, text(middle) if least == middle else f"{text(least)} and more, median {text(middle)}")
+
+
+def divided(values: Sequence[tuple[str, str]]) -> str:
+    """Which hosts have which value, where they have not all the same; what most have comes first."""
+    counts = Counter(value for _, value in values)
+    if len(counts) == 1:
+        return ""
+    sides = []
+    for value, _ in counts.most_common():
+        hosts = dict.fromkeys(host for host, other in values if other == value)
+        sides.append(f"{value} on {', '.join(hosts)}")
+    return "; ".join(sides)
+
+
+def by_host(mine: T) -> list[tuple[str, T]]:
+    """Every rank's value, in rank order, with its host."""
+    return dist.gather((socket.gethostname(), mine))
+
+
+def _sources() -> str:
+    """A checksum of this very program, which a commit's number would not be: files may have been changed since."""
+    home, checksum = Path(__file__).resolve().parent, 0
+    for path in sorted(home.rglob("*.py")):
+        checksum = zlib.crc32(path.read_bytes(), zlib.crc32(str(path.relative_to(home)).encode(), checksum))
+    return f"{checksum:08x}"
+
+
+def _read(job: Job) -> Mapping[str, str]:
+    """What this rank has read, as checksums."""
+    found = {"model": job.facts.model[:12], "tokenizer": job.facts.tokenizer[:12]}
+    for lesson in job.lessons:
+        checksum = 0
+        for samples in (lesson.task.train, lesson.exam.samples):
+            for sample in samples:
+                checksum = zlib.crc32(json.dumps([sample.prompt, sample.answer]).encode(), checksum)
+        found[f"data of {lesson.task.name}"] = f"{checksum:08x}"
+    return found
+
+
+def _lockable(path: Path) -> bool:
+    try:
+        with open(path, "a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _free_memory() -> float:
+    """Of this rank's GPU, or of the host."""
+    if dist.device().type == "cuda":
+        return float(torch.cuda.mem_get_info()[0])
+    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
+    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), 0.0)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """The fastest of a few turns, all ranks starting together."""
+    best = float("inf")
+    for _ in range(4):
+        dist.barrier()
+        start = time.perf_counter()
+        work()
+        if dist.device().type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _rate(bytes_per_second: float) -> str:
+    return f"{bytes_per_second / 1e9:.2f} GB/s"

@@ -1,0 +1,164 @@
+"""Ranks that are unlike each other are named with their hosts, before anything is trained; what is odd is told."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dscl import dist, doctor, train
+from dscl.doctor import divided, measured
+from dscl.errors import UserError
+from dscl.recipe import resolve
+from tests.distributed.test_run import recipe_of, write_tasks
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ([("a", "1"), ("b", "1")], ""),
+        ([("a", "1"), ("b", "2"), ("c", "1")], "1 on a, c; 2 on b"),
+        ([("a", "1"), ("a", "1"), ("b", "2")], "1 on a; 2 on b"),
+    ],
+)
+def test_who_has_what(values: list[tuple[str, str]], said: str) -> None:
+    assert divided(values) == said
+
+
+def test_a_place_with_far_less_than_the_others_is_odd() -> None:
+    values = [("a", 10.0), ("b", 9.0), ("c", 4.4), ("d", 11.0)]
+    finding = measured("speed", values, "{:.1f}".format, 3)
+    assert not finding.fine
+    assert finding.said == "c 4.4, where the median is 9.5"
+    assert measured("speed", values[:2] + values[3:], "{:.1f}".format, 3).said == "9.0 and more, median 10.0"
+    assert measured("speed", [("a", 10.0), ("b", 1.0)], "{:.1f}".format, 3).fine  # of two, neither is the odd one
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("doctor")
+    write_tasks(folder)
+    return folder
+
+
+def looked(document: dict[str, Any], places: list[str], trouble: str, fully: bool) -> tuple[list[str], str]:
+    """What a rank, standing in a place of its own, is shown and told at the end."""
+    before = os.getcwd(), time.time, socket.gethostname
+    os.chdir(places[dist.rank()])
+    socket.gethostname = lambda: f"node{dist.rank()}"
+    if dist.rank() == 1:
+        if trouble == "clock":
+            time.time = lambda: before[1]() + 60.0
+        if trouble == "recipe":
+            document = {**document, "train": {**document["train"], "lr": 0.5}}
+        if trouble == "zero":
+            document = {**document, "deepspeed": "ds_configs/zero3.json"}
+    shown: list[str] = []
+    told = ""
+    sources, sight = doctor._sources, doctor.SEEN_WITHIN
+    doctor.SEEN_WITHIN = 1.0
+    try:
+        if trouble == "program" and dist.rank() == 1:
+            doctor._sources = lambda: "changed"
+        job = train.open_job(resolve(document))
+        if fully:
+            doctor.examine(job, shown.append)
+        else:
+            doctor.agree(job)
+    except UserError as error:
+        told = str(error)
+    finally:
+        os.chdir(before[0])
+        time.time, socket.gethostname = before[1:]
+        doctor._sources, doctor.SEEN_WITHIN = sources, sight
+    return shown, told
+
+
+def relative(folder: Path, run: str) -> dict[str, Any]:
+    """A recipe that names everything from the place where a rank stands."""
+    document = recipe_of(folder, run, 2)
+    document["run_dir"] = f"runs/{run}"
+    document["stream"] = [{**task, "path": task["name"]} for task in document["stream"]]
+    return document
+
+
+def test_like_ranks_agree_and_are_fit(ranks: Any, tasks: Path) -> None:
+    results = ranks(2)(looked, relative(tasks, "fit"), [str(tasks)] * 2, "", True)
+    for shown, told in results:
+        assert told == ""
+        assert all(line.startswith("ok ") for line in shown), shown
+    text = "\n".join(results[0][0])
+    for what in (
+        "programs",
+        "recipe",
+        "data and model",
+        "clocks",
+        "run_dir",
+        "free memory",
+        "network",
+        "matrix products",
+    ):
+        assert f"ok   {what}: " in text
+    assert not (tasks / "runs" / "fit").exists()  # it leaves nothing behind
+
+
+@pytest.mark.parametrize(
+    ("trouble", "said"),
+    [
+        ("recipe", "recipe: node1 has another train.lr (there: 0.003, given: 0.5)"),
+        ("zero", "recipe: node1 has another zero_optimization.stage (there: 2, given: 3)"),
+        ("program", "dscl: 0."),
+    ],
+)
+def test_a_rank_with_another_recipe_or_program_is_refused(ranks: Any, tasks: Path, trouble: str, said: str) -> None:
+    results = ranks(2)(looked, relative(tasks, "odd"), [str(tasks)] * 2, trouble, False)
+    assert results[0][1] == results[1][1]
+    assert results[0][1].startswith(said)
+    if trouble == "program":
+        assert "changed on node1; install the same everywhere" in results[0][1]
+
+
+def test_a_rank_that_reads_other_data_is_refused(ranks: Any, tasks: Path, tmp_path: Path) -> None:
+    """One record of one task differs, in the answer."""
+    shutil.copytree(tasks, tmp_path / "other")
+    path = tmp_path / "other" / "animal" / "train.json"
+    records = json.loads(path.read_text())
+    records[0]["label"] = "no" if records[0]["label"] != "no" else "yes"
+    path.write_text(json.dumps(records))
+    places = [str(tasks), str(tmp_path / "other")]
+    for _, told in ranks(2)(looked, relative(tasks, "data"), places, "", False):
+        assert told.startswith("data of animal: ")
+        assert "on node0; " in told
+        assert told.endswith("on node1; copy the same files everywhere")
+
+
+def test_wrong_clocks_and_folders_that_are_not_shared_are_named(ranks: Any, tasks: Path, tmp_path: Path) -> None:
+    shutil.copytree(tasks, tmp_path / "apart")
+    places = [str(tasks), str(tmp_path / "apart")]
+    (shown, told), _ = ranks(2)(looked, relative(tasks, "apart"), places, "clock", True)
+    bad = [line for line in shown if line.startswith("BAD")]
+    assert len(bad) == 2
+    assert bad[0].startswith("BAD  clocks: node0 is 30.")
+    assert "node1 is 30." in bad[0]
+    assert "node1 does not see what node0 wrote; it has to be a file system that all share" in bad[1]
+    assert told == "not fit for a run: clocks, run_dir (see above); mend that, or leave these hosts out"
+
+
+def test_training_refuses_what_does_not_agree(ranks: Any, tasks: Path) -> None:
+    results = ranks(2)(trained, recipe_of(tasks, "refused", 2))
+    assert all("recipe: " in told and "has another seed" in told for told in results)
+    assert not (tasks / "refused").exists()
+
+
+def trained(document: dict[str, Any]) -> str:
+    try:
+        train.train(resolve({**document, "seed": dist.rank()}))
+    except UserError as error:
+        return str(error)
+    return ""

@@ -13,9 +13,11 @@ import json
 import logging
 import os
 import shutil
+import threading
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,16 +27,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from dscl import dist
-from dscl.config import key
+from dscl.config import key, nearest
 from dscl.engine import Engine, Fragment
-from dscl.errors import Failure
+from dscl.errors import Failure, Stopped, UserError
+from dscl.maths import scores
 from dscl.methods import Method
 
 log = logging.getLogger("dscl")
 MARKER = "complete.json"
 FORMAT = 2
 Sum = dict[str, int]  # of a file: its bytes and its checksum
+Content = bytes | dict[str, torch.Tensor]  # of a file
 ROWS = "rows"  # of the method, among a rank's stretches
+BEST = ("OP", "BWT", "heldout")
 OWNED = "owned-"  # begins the name of a file with what a rank keeps of its own matrices
 
 
@@ -43,17 +48,66 @@ class CheckpointConfig:
     every: int = key(200, at_least=1, help="optimizer steps between checkpoints; one is always written after a task")
     keep: int = key(2, at_least=1, help="how many of the newest are kept")
     grace: float = key(120.0, above=0.0, help="seconds that a signal leaves for coming to a step's end and saving")
+    async_: bool = key(False, help="write beside training; takes host memory for a copy of what is written")
+    best: str | None = key(
+        None, choices=BEST, help="keep the one after the task, too, where this was best (heldout: the loss, lowest)"
+    )
+
+
+class Writing:
+    """A rank's files of a checkpoint, on their way to the disk."""
+
+    def __init__(self, name: str, folder: Path, files: Mapping[str, Content], began: float) -> None:
+        self.name, self.folder, self.began = name, folder, began
+        self.written: dict[str, Sum] = {}
+        self.problem = ""
+        self.done = dist.Flag()
+        self._files = files
+        self._thread: threading.Thread | None = None
+
+    def run(self) -> None:
+        try:
+            for name, content in self._files.items():
+                path = self.folder / name
+                if isinstance(content, bytes):
+                    self.written[name] = _write_bytes(path, content)
+                else:
+                    self.written[name] = _write_tensors(path, content)
+        except (OSError, SafetensorError) as error:
+            self.problem = f"rank {dist.rank()}: {error}"
+        self.done.raise_()
+
+    def start(self) -> None:
+        """Beside what goes on, from a copy of what that changes."""
+        self._files = {name: _copied(content) for name, content in self._files.items()}
+        self._thread = threading.Thread(target=self._run_beside, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _run_beside(self) -> None:
+        try:
+            self.run()
+        except Exception as error:  # which nobody else would hear of
+            self.problem = f"rank {dist.rank()}: {error!r}"
+            self.done.raise_()
+
+    def wait(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+        self.done.drop()
 
 
 class Checkpoints:
-    """The `checkpoints/` folder of a run."""
+    """The `checkpoints/` folder of a run. `saved` is told of each that is there: its name, and the seconds it took."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, config: CheckpointConfig) -> None:
+        self.folder, self.config = folder, config
+        self.saved: Callable[[str, float], None] = lambda name, seconds: None
         self._left: dict[str, Sum] = {}  # files of ended tasks, by their path in the run's folder
+        self._writing: Writing | None = None
 
     def leave(self, write: Callable[[], Iterable[Path]]) -> None:
         """The main rank writes what an ended task leaves; the checkpoints from now on vouch for these files."""
+        self.settle()  # an earlier one does not
         problem = ""
         if dist.is_main():
             try:
@@ -67,9 +121,8 @@ class Checkpoints:
 
     def save(self, name: str, position: Mapping[str, Any], engine: Engine, method: Method) -> None:
         """Write one checkpoint, all ranks together; on any rank's failure the previous one stays and the run stops."""
-        final, partial = self.folder / name, self.folder / f"{name}.partial"
-        written: dict[str, Sum] = {}
-        problem = ""
+        self.settle()
+        began, partial, problem = time.monotonic(), self.folder / f"{name}.partial", ""
         try:
             if dist.is_main():
                 shutil.rmtree(partial, ignore_errors=True)
@@ -77,26 +130,52 @@ class Checkpoints:
         except OSError as error:
             problem = str(error)
         dist.barrier()
+        rows = {f"{ROWS}|0|{name}": values for name, values in method.rows().items()}
+        files: dict[str, Content] = {
+            f"rank-{dist.rank():05d}.safetensors": {**dict(_named(engine.shares())), **rows},
+        }
+        if owned := method.owned():
+            files[f"{OWNED}{dist.rank():05d}.safetensors"] = owned
+        if dist.is_main():
+            state = {
+                "format": FORMAT,
+                "world": dist.world(),
+                "optimizer_steps": engine.optimizer_steps(),
+                "loss_scale": engine.loss_scale(),
+                "position": position,
+            }
+            files |= {"method.safetensors": method.state(), "state.json": json.dumps(state).encode()}
+        self._writing = Writing(name, partial, files, began)
+        self._writing.problem = problem
+        if self.config.async_:
+            self._writing.start()
+        else:
+            self._writing.run()
+            self.settle()
+
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """On leaving, nothing is still being written; where the ranks have lost each other, it is not waited for."""
         try:
-            mine = partial / f"rank-{dist.rank():05d}.safetensors"
-            rows = {f"{ROWS}|0|{name}": values for name, values in method.rows().items()}
-            written[mine.name] = _write_tensors(mine, {**dict(_named(engine.shares())), **rows})
-            if owned := method.owned():
-                path = partial / f"{OWNED}{dist.rank():05d}.safetensors"
-                written[path.name] = _write_tensors(path, owned)
-            if dist.is_main():
-                written["method.safetensors"] = _write_tensors(partial / "method.safetensors", method.state())
-                state = {
-                    "format": FORMAT,
-                    "world": dist.world(),
-                    "optimizer_steps": engine.optimizer_steps(),
-                    "loss_scale": engine.loss_scale(),
-                    "position": position,
-                }
-                written["state.json"] = _write_bytes(partial / "state.json", json.dumps(state).encode())
-        except (OSError, SafetensorError) as error:
-            problem = problem or f"rank {dist.rank()}: {error}"
-        reports = dist.gather((written, problem))
+            yield
+        except Stopped:
+            self.settle()
+            raise
+        self.settle()
+
+    def poll(self) -> None:
+        """After a step: give a checkpoint its name if all of it has been written meanwhile."""
+        if self._writing is not None and self._writing.done.raised() == dist.world():
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait for what is being written, and give it its name; all ranks call it, equally often."""
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        writing.wait()
+        final, partial = self.folder / writing.name, writing.folder
+        reports = dist.gather((writing.written, writing.problem))
         problem = next((p for _, p in reports if p), "")
         if not problem and dist.is_main():
             try:
@@ -114,14 +193,21 @@ class Checkpoints:
                 shutil.rmtree(partial, ignore_errors=True)
             kept = self._complete()
             raise Failure(
-                f"checkpoint {name} could not be written to {self.folder} ({problem}); "
+                f"checkpoint {writing.name} could not be written to {self.folder} ({problem}); "
                 + (f"{kept[-1].name} is intact: make room and run again to go on from it" if kept else "none was there")
             )
         if dist.is_main():
-            # Later ones are damaged (newest() passed them over), so that they do not count as kept.
-            for old in [p for p in self._complete() if p.name <= name][: -self.keep]:
-                shutil.rmtree(old, ignore_errors=True)
+            self._remove_old(writing.name)
+        self.saved(writing.name, time.monotonic() - writing.began)
         dist.barrier()
+
+    def _remove_old(self, newest: str) -> None:
+        # Later ones are damaged (newest() passed them over), so that they do not count as kept.
+        there = [path for path in self._complete() if path.name <= newest]
+        best = best_of(there, self.config.best)
+        for old in there[: -self.config.keep]:
+            if old != best:
+                shutil.rmtree(old, ignore_errors=True)
 
     def newest(self) -> Path | None:
         """The newest whole checkpoint, the same on every rank; damaged ones are passed over with a line each.
@@ -142,8 +228,44 @@ class Checkpoints:
             )
         return None
 
+    def find(self, which: str | None) -> Path | None:
+        """The newest (None), the `best`, or the one of that name; None if there is none."""
+        if which is None:
+            return self.newest()
+        there = {path.name: path for path in self._complete()}
+        if which == "best" and self.config.best is not None:
+            best = best_of(there.values(), self.config.best)
+            which = best.name if best else which
+        if which not in there:
+            why = "is not there" if which != "best" else "needs checkpoint.best in the recipe, and a task's end"
+            allowed = f"allowed: {', '.join(there)}" if there else "there is none yet, so train first"
+            raise UserError(f"--checkpoint: given {which}, which {why}{nearest(which, there)}; {allowed}")
+        folder = there[which]
+        if damage := next((found for found in dist.gather(_damage(folder)) if found), ""):
+            raise Failure(f"checkpoint {folder.name} is damaged ({damage}); use another one")
+        return folder
+
     def _complete(self) -> list[Path]:
         return sorted(p for p in self.folder.glob("step-*") if p.is_dir() and not p.name.endswith(".partial"))
+
+
+def best_of(folders: Iterable[Path], by: str | None) -> Path | None:
+    """The one after a task's evaluation where that figure was best; of equals the latest."""
+    best: tuple[float, str, Path] | None = None
+    for folder in folders:
+        try:
+            position = json.loads((folder / "state.json").read_text("utf-8"))["position"]
+        except (OSError, ValueError, KeyError):  # damaged
+            continue
+        if by is None or position["step"] or position["learned"] or not position["matrix"]:
+            continue
+        if by == "heldout":
+            figure = -position["heldout"][-1] if position["heldout"] else None
+        else:
+            figure = scores.summary(position["matrix"])[by]
+        if figure is not None and (best is None or (figure, folder.name) > best[:2]):
+            best = figure, folder.name, folder
+    return best[2] if best else None
 
 
 def load(folder: Path, engine: Engine, method: Method) -> dict[str, Any]:
@@ -239,6 +361,13 @@ def _named(shares: Iterable[Fragment]) -> Iterator[tuple[str, torch.Tensor]]:
     for share in shares:
         for kind, values in share.tensors().items():
             yield f"{kind}|{share.start}|{share.name}", values
+
+
+def _copied(content: Content) -> Content:
+    """That what is trained from now on does not reach; on the host."""
+    if isinstance(content, bytes):
+        return content
+    return {name: value.detach().to("cpu", copy=True) for name, value in content.items()}
 
 
 def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> Sum:

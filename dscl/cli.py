@@ -47,7 +47,8 @@ does the same and then trains, and so do the launch scripts."""
 EVAL_EXAMPLE = """example:
   dscl eval out/a --nproc 2 evaluate.mode=generate
 
-Evaluates the newest checkpoint of a run on all its tasks and prints one JSON line; the run itself is not changed."""
+Evaluates the newest checkpoint of a run (or --checkpoint) on all its tasks and prints one JSON line; the run itself is
+not changed."""
 
 GENERATE_EXAMPLE = """example:
   dscl generate out/a --prompt "The film was a joy." --template "{prompt}\\nAnswer:"
@@ -94,7 +95,7 @@ A folder that holds runs stands for all of them."""
 VERBS = {
     "train": ("train a recipe's stream of tasks", TRAIN_EXAMPLE),
     "doctor": ("see whether machines are fit for a recipe", DOCTOR_EXAMPLE),
-    "eval": ("evaluate a run's newest checkpoint", EVAL_EXAMPLE),
+    "eval": ("evaluate a checkpoint of a run", EVAL_EXAMPLE),
     "generate": ("answer prompts, each by what its task has learnt", GENERATE_EXAMPLE),
     "export": ("write what a run has learnt as a folder that needs nothing of the run", EXPORT_EXAMPLE),
     "compare": ("train several methods on one stream, with equal budgets", COMPARE_EXAMPLE),
@@ -188,7 +189,7 @@ def _run(options: argparse.Namespace) -> int:
         general = [name.strip() for name in (options.lm_eval or "").split(",") if name.strip()]
         if options.limit is not None and (not general or options.limit < 1):
             raise UserError(f"--limit: given {options.limit}; it needs --lm-eval, and a number of at least 1")
-        train.evaluate(options.run, options.assignments, general, options.limit)
+        train.evaluate(options.run, options.assignments, general, options.limit, options.checkpoint)
     return 0
 
 
@@ -206,9 +207,9 @@ def _serve(options: argparse.Namespace) -> int:
     export = _export()
     folder = Path(options.folder).expanduser()
     if options.verb == "export" and options.task is not None:
-        export.export_task(Path(options.run).expanduser(), folder, options.task)
+        export.export_task(Path(options.run).expanduser(), folder, options.task, options.checkpoint)
     elif options.verb == "export":
-        export.export(Path(options.run).expanduser(), folder)
+        export.export(Path(options.run).expanduser(), folder, options.checkpoint)
     else:
         settings = {name: getattr(options, name) for name in ("feature_layer", "width", "max_length", "precision")}
         export.route_existing(folder, options.base, _existing(options.task), **settings)
@@ -358,6 +359,8 @@ def _parser() -> Parser:
     evaluate.add_argument("assignments", **words, metavar="evaluate.key=value", help="overrides of evaluate.*")
     evaluate.add_argument("--lm-eval", metavar="A,B", help="also ask these tasks of lm-eval, if it is installed")
     evaluate.add_argument("--limit", type=int, metavar="N", help="with --lm-eval: samples of each of its tasks")
+    for one in (evaluate, made["export"]):
+        one.add_argument("--checkpoint", metavar="NAME|best", help="which of the run's (default: the newest)")
     compare, report = made["compare"], made["report"]
     compare.add_argument("recipe", metavar="STREAM.yaml")
     compare.add_argument("assignments", **words, metavar="key=value", help="dotted overrides of the file's keys")

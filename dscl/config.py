@@ -1,6 +1,7 @@
 """Strict configuration: frozen dataclasses from nested mappings, with bounds, dotted overrides and helpful refusals.
 
-A component declares its own settings as a frozen dataclass whose fields are made by `key`. `parse` turns a mapping
+A component declares its own settings as a frozen dataclass whose fields are made by `key`; a field whose name would be
+one of Python's own words ends in an underscore, the key does not. `parse` turns a mapping
 into such a dataclass and refuses whatever it does not know: an unknown name (with the nearest valid one), a wrong type,
 a value out of range. Nothing is coerced except an int where a float is asked for, and a YAML number such as `1e-4`
 that YAML reads as text.
@@ -56,7 +57,7 @@ def parse(cls: type[T], given: Any, path: str = "") -> T:
     values = convert(cls, given, path)
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         if field.name not in values and field.default is REQUIRED and field.default_factory is REQUIRED:
-            where = _join(path, field.name)
+            where = _join(path, _key(field))
             raise UserError(f"{where}: missing; give it in the recipe or as {where}=VALUE")
     return cls(**values)
 
@@ -65,14 +66,14 @@ def convert(cls: type, given: Any, path: str = "") -> dict[str, Any]:
     """The keys that `given` holds, checked as `parse` does it; what is left out stays out."""
     if not isinstance(given, Mapping):
         raise UserError(f"{path or 'the recipe'}: given {show(given)}; a mapping of keys is needed")
-    fields = {field.name: field for field in dataclasses.fields(cls)}
+    fields = {_key(field): field for field in dataclasses.fields(cls)}
     check_names(given, fields, path)
     hints = typing.get_type_hints(cls)
     values = {}
     for name, value in given.items():
-        where = _join(path, name)
-        values[name] = _convert(hints[name], value, where)
-        _check_bounds(values[name], fields[name].metadata, where)
+        field, where = fields[name], _join(path, name)
+        values[field.name] = _convert(hints[field.name], value, where)
+        _check_bounds(values[field.name], field.metadata, where)
     return values
 
 
@@ -88,7 +89,7 @@ def check_names(given: Mapping[Any, Any], valid: Iterable[str], path: str = "") 
 def plain(value: Any) -> Any:
     """The opposite of `parse`: nested dicts and lists that YAML and JSON can write."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {_key(field): plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {k: plain(v) for k, v in value.items()}
     if isinstance(value, tuple | list):
@@ -212,6 +213,10 @@ def _assign(node: Any, parts: list[str], value: Any) -> None:
             node[index] = value
         else:
             node = node[index]
+
+
+def _key(field: dataclasses.Field[Any]) -> str:
+    return field.name.rstrip("_")
 
 
 def _join(path: str, name: Any) -> str:

@@ -159,15 +159,21 @@ class Flag:
     def raise_(self) -> None:
         self._mine = True
 
-    def raised(self) -> bool:
+    def raised(self) -> int:
+        """How many ranks have, as of the last call."""
         if self._group is None:
-            return self._mine
+            return int(self._mine)
         if self._sum is not None:
             self._sum.wait()
-        seen = bool(self._seen)
+        seen = int(self._seen)
         self._seen = torch.tensor(int(self._mine), dtype=torch.int32)
         self._sum = torch_dist.all_reduce(self._seen, group=self._group, async_op=True)
         return seen
+
+    def drop(self) -> None:
+        """Nobody asks any more; all ranks call it, after equally many calls of `raised`."""
+        if self._sum is not None:
+            self._sum.wait()
 
 
 def from_main(value: Any) -> Any:

@@ -49,8 +49,8 @@ from dscl.serve import open_model
 SHORTEST = 8  # tokens of a prompt that can be asked for, as of a row in a recipe
 
 
-def describe(run_dir: Path) -> Description:
-    """What a run has learnt so far: the tasks that had ended at its newest whole checkpoint."""
+def describe(run_dir: Path, which: str | None = None) -> Description:
+    """What a run has learnt so far: the tasks that had ended at a checkpoint (by default the newest whole one)."""
     stored = run_dir / "recipe.yaml"
     if not stored.is_file():
         raise UserError(
@@ -74,7 +74,7 @@ def describe(run_dir: Path) -> Description:
             f"{run_dir}: task {chats[0]!r} is a chat task (chat: true), which was not trained on plain prompts; use "
             "dscl eval, or train on prompts that a template makes"
         )
-    newest, names = _newest(recipe)
+    checkpoint, names = _ended(recipe, which)
     kind = ADAPTERS if isinstance(method, AsrConfig) else EXPERTS
     tasks = {name: part_of(run_dir, kind, name) for name in names}
     if isinstance(method, MosesConfig) and method.task_inference == "given":
@@ -88,23 +88,23 @@ def describe(run_dir: Path) -> Description:
     description = Description(model, recipe.seed, tasks, training, router, kind)
     if isinstance(method, MosesConfig) and method.weights is not None:
         # As they are now: with a further task in progress, what ended tasks have left stands beside weights that move.
-        description = dataclasses.replace(description, trained=Masters(newest, shapes_of(open_base(description))))
+        description = dataclasses.replace(description, trained=Masters(checkpoint, shapes_of(open_base(description))))
     return description
 
 
-def export(run_dir: Path, folder: Path) -> None:
+def export(run_dir: Path, folder: Path, which: str | None = None) -> None:
     """Write a run's tasks as a folder that needs nothing of the run, and say what is in it."""
     refuse_other(folder)
-    description = describe(run_dir)
+    description = describe(run_dir, which)
     open_base(description)  # refused if the base model was changed after the training
     write(description, folder)
     _show(folder, description)
 
 
-def export_task(run_dir: Path, folder: Path, task: str) -> None:
+def export_task(run_dir: Path, folder: Path, task: str, which: str | None = None) -> None:
     """Write what one task of a run has left as a LoRA in PEFT's layout, and say whether that is all of it."""
     _refuse_other_than_adapter(folder)
-    description = describe(run_dir)
+    description = describe(run_dir, which)
     if task not in description.tasks:
         raise UserError(
             f"--task: no task {task!r} has ended in {run_dir}{nearest(task, description.tasks)}; tasks there: "
@@ -175,15 +175,15 @@ def route_existing(
     _show(folder, read_description(folder))
 
 
-def _newest(recipe: Recipe) -> tuple[Path, list[str]]:
-    """The newest whole checkpoint, and the names of the tasks that had ended."""
-    newest, count = Checkpoints(recipe.folder / "checkpoints", recipe.checkpoint.keep).newest(), 0
-    if newest is not None:
-        position = json.loads((newest / "state.json").read_text("utf-8"))["position"]
+def _ended(recipe: Recipe, which: str | None) -> tuple[Path, list[str]]:
+    """A whole checkpoint, and the names of the tasks that had ended."""
+    found, count = Checkpoints(recipe.folder / "checkpoints", recipe.checkpoint).find(which), 0
+    if found is not None:
+        position = json.loads((found / "state.json").read_text("utf-8"))["position"]
         count = position["task"] + position["learned"]
-    if newest is None or not count:
+    if found is None or not count:
         raise UserError(f"{recipe.run_dir}: no task has ended there yet; train first, or let the training go on")
-    return newest, [task.name for task in recipe.stream[:count]]
+    return found, [task.name for task in recipe.stream[:count]]
 
 
 def _router(run_dir: Path, names: Sequence[str], method: AsrConfig | MosesConfig) -> Router:

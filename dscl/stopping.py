@@ -45,7 +45,7 @@ class Stop:
 
     def asked(self) -> bool:
         """Whether a rank was told to stop; the same answer on all of them, who all ask equally often."""
-        return self._flag is not None and self._flag.raised()
+        return self._flag is not None and self._flag.raised() > 0
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name

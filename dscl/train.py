@@ -80,12 +80,13 @@ def train(recipe: Recipe, stop: Stop | None = None, thorough: bool = False) -> N
 def follow(recipe: Recipe, job: Job, stop: Stop | None) -> None:
     """Task after task, from wherever the newest checkpoint stands."""
     engine = job.engine()
-    checkpoints = Checkpoints(recipe.folder / "checkpoints", recipe.checkpoint.keep)
+    checkpoints = Checkpoints(recipe.folder / "checkpoints", recipe.checkpoint)
     position = resume(checkpoints, engine, job)
     if stop is not None:
         stop.arm(recipe.checkpoint.grace)
     watched = recipe.folder, recipe.observe, dist.is_main(), job.steps(), position.total
-    with closing(engine), Observer(*watched) as observer:
+    with closing(engine), Observer(*watched) as observer, checkpoints.settled():
+        checkpoints.saved = observer.saved
         observer.recipe(recipe.text())
         if position.matrix:  # a kill may have come between the checkpoint and what is shown of it
             observer.scores(publish(recipe, job, position))
@@ -119,7 +120,8 @@ def follow(recipe: Recipe, job: Job, stop: Stop | None) -> None:
             position.went = [list(map(list, mark.went)) if mark and mark.went else None for mark in row]
             position.heldout += general(engine, job, observer, stop)
             position.task, position.step, position.learned = position.task + 1, 0, False
-            save(checkpoints, position, engine, job)  # before scores.json may say that the run is complete
+            save(checkpoints, position, engine, job)
+            checkpoints.settle()  # before scores.json may say that the run is complete
             observer.scores(publish(recipe, job, position))
 
 
@@ -169,6 +171,8 @@ def learn(
         if saving or leaving:
             watch.flush()
             save(checkpoints, position, engine, job)
+        else:
+            checkpoints.poll()
         if leaving:
             raise Stopped(f"stopped after step {position.total}, with everything saved; {AGAIN}")
     ended = job.method.end_task(position.task, name, ranks_of(engine, lesson, f"ending {name}", observer))
@@ -359,8 +363,14 @@ def rehearse(recipe: Recipe) -> None:
     print(f"steps:    {sum(steps)} in all; nothing was trained", flush=True)
 
 
-def evaluate(run_dir: str, assignments: Sequence[str], general: Sequence[str] = (), limit: int | None = None) -> None:
-    """`dscl eval`: the newest checkpoint of a run on all its tasks, as one line of JSON; and on lm-eval's `general`."""
+def evaluate(
+    run_dir: str,
+    assignments: Sequence[str],
+    general: Sequence[str] = (),
+    limit: int | None = None,
+    which: str | None = None,
+) -> None:
+    """`dscl eval`: a checkpoint of a run on all its tasks, as one line of JSON; and on lm-eval's `general`."""
     for assignment in assignments:
         if not assignment.startswith("evaluate."):
             raise UserError(
@@ -375,10 +385,10 @@ def evaluate(run_dir: str, assignments: Sequence[str], general: Sequence[str] = 
     job = open_job(recipe, read_recipe(str(stored), [place]).evaluate.max_new_tokens)
     refuse_needless_telling(job)
     with closing(job.engine()) as engine:
-        newest = Checkpoints(recipe.folder / "checkpoints", recipe.checkpoint.keep).newest()
-        if newest is None:
+        chosen = Checkpoints(recipe.folder / "checkpoints", recipe.checkpoint).find(which)
+        if chosen is None:
             raise UserError(f"{run_dir}: no checkpoint there yet; train first")
-        position = restore(newest, engine, job)
+        position = restore(chosen, engine, job)
         asked_too = harness.ask(general, limit, engine, job.backbone.tokenizer, recipe.evaluate.batch)
         marks = {
             lesson.task.name: take(lesson.exam, engine, job.method, job.backbone.tokenizer, recipe.evaluate)
@@ -392,7 +402,7 @@ def evaluate(run_dir: str, assignments: Sequence[str], general: Sequence[str] = 
             if recipe.evaluate.given
         }
         heldout = [loss_on(job.heldout, engine, job.method, job.backbone.tokenizer)] if job.heldout else []
-    found: dict[str, Any] = {"checkpoint": newest.name, "tasks_trained": position.task}
+    found: dict[str, Any] = {"checkpoint": chosen.name, "tasks_trained": position.task}
     found["scores"] = {name: mark.score for name, mark in marks.items()}
     if any(mark.routed is not None for mark in marks.values()):
         found["routed"] = {name: mark.routed for name, mark in marks.items()}

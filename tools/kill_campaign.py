@@ -2,9 +2,9 @@
 
     python tools/kill_campaign.py --kills 50
 
-Every run is one method at one ZeRO stage on two ranks, on small made-up tasks. A rank is killed by SIGKILL at one of the
-moments below (in the middle of writing a file too: half of it is there then), the run is started again, killed again, and
-at last left alone. Then everything that it computed (each step's metrics, the scores, the bytes of the last checkpoint)
+Every run is one method at one ZeRO stage on two ranks, on small made-up tasks. A rank is killed by SIGKILL at one of
+the moments below (in the middle of writing a file too: half of it is there then), the run is started again, killed
+again, and at last left alone. Then all that it computed (each step's metrics, the scores, the last checkpoint's bytes)
 has to be what a run that nobody killed computed; and after each kill the newest checkpoint of before has to be there
 still, whole, or a newer one. The table goes to the standard output, progress to the standard error.
 """
@@ -32,7 +32,7 @@ from typing import Any, NoReturn
 import yaml
 
 ORDER, NOTE = "DSCL_CAMPAIGN_KILL", "DSCL_CAMPAIGN_NOTE"  # `rank:moment:count`, and where the dying rank says of what
-TIMINGS = ("tokens_per_s", "seconds", "peak_memory_bytes")
+TIMINGS = ("tokens_per_s", "seconds", "peak_memory_bytes", "save_seconds")
 METHODS: dict[str, dict[str, Any]] = {
     "sequential": {},
     "joint": {},
@@ -163,7 +163,8 @@ def start(recipe: Path, order: str, note: Path) -> tuple[int, str, str]:
 
 def newest(run: Path) -> str:
     """The name of the newest whole checkpoint."""
-    found = import_module("dscl.checkpoint").Checkpoints(run / "checkpoints", 2).newest()
+    checkpoint = import_module("dscl.checkpoint")
+    found = checkpoint.Checkpoints(run / "checkpoints", checkpoint.CheckpointConfig()).newest()
     return found.name if found else ""
 
 

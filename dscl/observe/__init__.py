@@ -56,6 +56,7 @@ class Observer:
         self._metrics = MetricsFile(run_dir / "metrics.jsonl")
         self._metrics.rewind(resume_step)
         self._progress = Progress(tasks, config.every, config.live, stream)
+        self._saving = 0.0  # seconds of checkpoints that no record tells yet
         self._board: Board | None = None
         if config.tensorboard:
             from dscl.observe.board import Board  # slow to import, and needless without it
@@ -66,12 +67,20 @@ class Observer:
         """One or more optimizer steps, in order; each record holds plain numbers and its global `step`."""
         if not self._main or not records:
             return
+        if self._saving:
+            records = ({**records[0], "save_seconds": self._saving}, *records[1:])
+            self._saving = 0.0
         self._metrics.write(records)
         self._progress.steps(records)
         if self._board is not None:
             for record in records:
                 if record["step"] % self._every == 0 or record["step"] == 1:
                     self._board.step(record)
+
+    def saved(self, name: str, seconds: float) -> None:
+        """A checkpoint is whole; the next step's record says how long that took since it was begun."""
+        if self._main:
+            self._saving += seconds
 
     def evaluating(self, task: str, done: int, total: int) -> None:
         """The evaluation of `task` has come that far."""

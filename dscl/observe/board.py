@@ -17,6 +17,7 @@ _TAGS = {
     "grad_norm": "train/grad_norm",
     "epoch": "train/epoch",
     "tokens_per_s": "perf/tokens_per_s",
+    "save_seconds": "perf/save_seconds",
 }
 
 

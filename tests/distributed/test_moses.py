@@ -555,7 +555,7 @@ def mixed(document: dict[str, Any], inferred: bool) -> tuple[float, float, int, 
     recipe = resolve(document)
     job = open_job(recipe)
     engine = job.engine()
-    newest = Checkpoints(recipe.folder / "checkpoints", 2).newest()
+    newest = Checkpoints(recipe.folder / "checkpoints", recipe.checkpoint).newest()
     assert newest is not None
     train.restore(newest, engine, job)
     method, module, pad = job.method, engine.module.eval(), job.lessons[0].pad

@@ -43,7 +43,7 @@ WORDS = (
     "here",
     "there",
 )
-TIMINGS = ("tokens_per_s", "seconds", "peak_memory_bytes")
+TIMINGS = ("tokens_per_s", "seconds", "peak_memory_bytes", "save_seconds")
 
 
 class Killed(BaseException):

@@ -1,0 +1,215 @@
+"""Saving beside training: the same bytes, the marker only when all is there, trouble told; and the best one is kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dscl import checkpoint, dist, train
+from dscl.checkpoint import MARKER, CheckpointConfig, Checkpoints
+from dscl.errors import Failure, Stopped, UserError
+from dscl.recipe import resolve
+from tests.distributed.test_run import Killed, outcome, recipe_of, run, write_tasks
+from tests.distributed.test_stop import Told
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saving")
+    write_tasks(folder)
+    return folder
+
+
+class Slow:
+    """Writing a file takes a while; when which is begun and done is noted."""
+
+    def __init__(self, seconds: float, fails: bool = False) -> None:
+        self.seconds, self.fails = seconds, fails
+        self.original = checkpoint._write_tensors
+        self.threads: set[str] = set()
+
+    def __enter__(self) -> Slow:
+        def slow(path: Path, tensors: Any) -> Any:
+            self.threads.add(threading.current_thread().name)
+            time.sleep(self.seconds)
+            if self.fails and dist.rank() == dist.world() - 1 and path.name.startswith("rank-"):
+                raise OSError(28, "No space left on device")
+            return self.original(path, tensors)
+
+        checkpoint._write_tensors = slow
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        checkpoint._write_tensors = self.original
+
+
+def beside(folder: Path, name: str, stage: int, **changes: Any) -> dict[str, Any]:
+    document = recipe_of(folder, name, stage, **changes)
+    document["checkpoint"] = {"every": 3, **document["checkpoint"], "async": True}
+    return document
+
+
+def run_slowly(document: dict[str, Any], seconds: float) -> tuple[set[str], list[str]]:
+    """Which threads wrote, and what was there at each step."""
+    seen: list[str] = []
+    original = Checkpoints.poll
+
+    def poll(self: Checkpoints) -> None:
+        original(self)
+        seen.append(",".join(sorted(path.name for path in self.folder.iterdir())))
+
+    Checkpoints.poll = poll  # type: ignore[method-assign]
+    try:
+        with Slow(seconds) as slow:
+            run(document)
+    finally:
+        Checkpoints.poll = original  # type: ignore[method-assign]
+    return slow.threads, seen
+
+
+@pytest.mark.parametrize(
+    ("stage", "method"), [(0, "sequential"), (2, "osft"), (3, "sequential"), (3, "asr"), (2, "moses"), (1, "ewc")]
+)
+def test_what_is_written_beside_training_is_what_was_there_then(
+    ranks: Any, tasks: Path, stage: int, method: str
+) -> None:
+    """Training goes on while it is written, and changes everything; the last checkpoint alone would not show it."""
+    kept = {"asr": {"width": 128, "feature_layer": 1}, "ewc": {"samples": 16}}.get(method, {})
+    changes: dict[str, Any] = {"method": {"name": method, **kept}, "checkpoint__keep": 50}
+    plain = recipe_of(tasks, f"plain {method} {stage}", stage, **changes)
+    asynchronous = beside(tasks, f"beside {method} {stage}", stage, **changes)
+    for document in (plain, asynchronous):
+        document["model"]["shape"]["num_hidden_layers"] = 4
+    ranks(2)(run, plain)
+    (threads, _), _ = ranks(2)(run_slowly, asynchronous, 0.1)
+    assert threads == {"checkpoint"}
+    expected, found = (Path(document["run_dir"]) for document in (plain, asynchronous))
+    assert outcome(found) == outcome(expected)
+    names = sorted(path.name for path in (expected / "checkpoints").iterdir())
+    assert sorted(path.name for path in (found / "checkpoints").iterdir()) == names
+    assert len(names) > 6
+    for name in names:
+        for path in sorted((expected / "checkpoints" / name).iterdir()):
+            assert (found / "checkpoints" / name / path.name).read_bytes() == path.read_bytes(), f"{name}/{path.name}"
+
+
+def test_training_goes_on_meanwhile_and_the_name_comes_as_soon_as_all_is_there(ranks: Any, tasks: Path) -> None:
+    document = beside(tasks, "meanwhile", 2, train__epochs=6, checkpoint__every=8)
+    for _, seen in ranks(2)(run_slowly, document, 0.05):
+        partial = [state for state in seen if ".partial" in state]
+        assert len(partial) > 2  # steps were made while it was being written
+        named = [index for index, state in enumerate(seen) if "step-00000008" in state and ".partial" not in state]
+        assert named  # before the next one was begun
+
+
+def run_into_trouble(document: dict[str, Any]) -> str:
+    with Slow(0.02, fails=True):
+        try:
+            run(document)
+        except Failure as error:
+            return str(error)
+    return ""
+
+
+def test_a_disk_that_is_full_is_told_and_the_one_before_is_there(ranks: Any, tasks: Path) -> None:
+    document = beside(tasks, "full", 2)
+    ranks(2)(stop_at, document, 4)
+    before = [path.name for path in (tasks / "full" / "checkpoints").iterdir()]
+    for told in ranks(2)(run_into_trouble, document):
+        assert "could not be written to" in told
+        assert "No space left on device" in told
+        assert f"{max(before)} is intact" in told
+    assert [path.name for path in (tasks / "full" / "checkpoints").iterdir()] == before
+    ranks(2)(run, document)
+    plain = recipe_of(tasks, "full, plain", 2)
+    ranks(2)(run, plain)
+    assert outcome(tasks / "full") == outcome(tasks / "full, plain")
+
+
+def stop_at(document: dict[str, Any], place: int) -> list[str]:
+    """The checkpoints that are there when the run has stopped."""
+    with Slow(0.2), pytest.raises(Stopped):
+        train.train(resolve(document), Told(place))
+    return sorted(path.name for path in (Path(document["run_dir"]) / "checkpoints").iterdir())
+
+
+def test_a_run_that_stops_waits_for_what_is_being_written(ranks: Any, tasks: Path) -> None:
+    document = beside(tasks, "stops", 2, checkpoint__every=100)
+    for names in ranks(2)(stop_at, document, 5):
+        assert not [name for name in names if name.endswith(".partial")]
+        assert "step-00000006" in names or any("learned" in name for name in names)
+
+
+def die_while_writing(document: dict[str, Any]) -> list[str]:
+    """As if killed when the files are written and the marker is not."""
+    original = Checkpoints.settle
+
+    def dying(self: Checkpoints) -> None:
+        if self._writing is not None and self._writing.name == "step-00000006":
+            self._writing.wait()
+            raise Killed
+        original(self)
+
+    Checkpoints.settle = dying  # type: ignore[method-assign]
+    try:
+        with pytest.raises(Killed):
+            run(document)
+    finally:
+        Checkpoints.settle = original  # type: ignore[method-assign]
+    return sorted(path.name for path in (Path(document["run_dir"]) / "checkpoints").iterdir())
+
+
+def test_without_its_marker_it_does_not_count(ranks: Any, tasks: Path) -> None:
+    document = beside(tasks, "dies", 3)
+    for names in ranks(2)(die_while_writing, document):
+        assert "step-00000006.partial" in names
+        assert "step-00000006" not in names
+    assert not (tasks / "dies" / "checkpoints" / "step-00000006.partial" / MARKER).exists()
+    ranks(2)(run, document)
+    plain = recipe_of(tasks, "dies, plain", 3)
+    ranks(2)(run, plain)
+    assert outcome(tasks / "dies") == outcome(tasks / "dies, plain")
+
+
+def fake(folder: Path, total: int, row: list[float], heldout: float, **position: Any) -> None:
+    made = folder / f"step-{total:08d}{'-scored' if not position else ''}"
+    made.mkdir(parents=True)
+    (made / MARKER).write_text(json.dumps({"files": {}}))
+    stands = {"step": 0, "learned": False, "matrix": [row] if row else [], "heldout": [heldout], **position}
+    (made / "state.json").write_text(json.dumps({"position": stands}))
+
+
+@pytest.mark.parametrize(("by", "best"), [("OP", "step-00000020-scored"), ("heldout", "step-00000010-scored")])
+def test_the_best_outlives_the_newest(tmp_path: Path, by: str, best: str) -> None:
+    folder = tmp_path / "checkpoints"
+    fake(folder, 0, [], 0.5)  # before any task
+    fake(folder, 10, [0.5], 2.0)
+    fake(folder, 15, [0.9], 1.0, step=5)  # within a task: no figure of its own
+    fake(folder, 20, [0.8, 0.6], 3.0)
+    fake(folder, 30, [0.8, 0.5], 4.0)
+    fake(folder, 40, [0.7, 0.5], 5.0)
+    checkpoints = Checkpoints(folder, CheckpointConfig(keep=1, best=by))
+    checkpoints._remove_old("step-00000040-scored")
+    assert sorted(path.name for path in folder.iterdir()) == sorted([best, "step-00000040-scored"])
+    found = checkpoints.find("best")
+    assert found is not None
+    assert found.name == best
+    assert checkpoints.find(None) == folder / "step-00000040-scored"
+    assert checkpoints.find(best) == folder / best
+
+
+def test_one_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    fake(tmp_path, 10, [0.5], 2.0)
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    with pytest.raises(UserError, match=r"given best, which needs checkpoint\.best in the recipe"):
+        checkpoints.find("best")
+    with pytest.raises(UserError, match=r"given step-00000011-scored, which is not there \(did you mean"):
+        checkpoints.find("step-00000011-scored")
+    with pytest.raises(UserError, match="allowed: step-00000010-scored"):
+        checkpoints.find(os.path.join("..", tmp_path.name, "step-00000010-scored"))

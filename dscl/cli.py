@@ -64,7 +64,9 @@ EXPORT_EXAMPLE = """example:
   dscl export out/a out/lora --task news
 
 Writes what the tasks that have ended left (adapters or sub-experts), the router, the tokenizer, the dense weights where
-they were trained too, and where the base model lies, for dscl generate and, in Python, dscl.load.
+they were trained too, and where the base model lies, for dscl generate and, in Python, dscl.load. Of a method whose
+tasks leave nothing of their own (sequential, osft, ...) it writes the whole model as transformers reads it, or with
+tune: lora the one LoRA.
 
 With --task it writes one task alone as a LoRA for PEFT. That is exact for adapters, and for sub-experts with gate:
 uniform; where a token router sends every token to sub-experts of its own it cannot be, and the command says so."""

@@ -7,18 +7,20 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import torch
+
 from dscl.checkpoint import Checkpoints, Masters
 from dscl.config import nearest, parse
 from dscl.data.encode import fingerprint
 from dscl.data.prompts import read_prompts
 from dscl.data.stream import load_stream
-from dscl.data.task import Task
 from dscl.description import (
     ADAPTERS,
     DESCRIPTION,
     EXPERTS,
     ROUTER,
     TOKENIZER,
+    TOKENIZER_FILES,
     TRAINED,
     Description,
     Training,
@@ -37,27 +39,26 @@ from dscl.methods.asr import AsrConfig
 from dscl.methods.deciding import feature_layer_of, width_of
 from dscl.methods.lora_per_task import LoraPerTaskConfig
 from dscl.methods.moses import MosesConfig
-from dscl.model.adapters import CONFIG, WEIGHTS, file_name, write_adapter
+from dscl.methods.osft import OsftConfig
+from dscl.methods.sequential import SequentialConfig
+from dscl.model.adapters import CONFIG, WEIGHTS, Adapter, Pair, file_name, write_adapter
 from dscl.model.backbone import DTYPES, Backbone, ModelConfig, locate, open_backbone
 from dscl.model.claims import open_claims
+from dscl.model.folder import write_model
 from dscl.model.learnt import Claimed
 from dscl.model.routing import Routing
+from dscl.model.surgery import LoraConfig, matching
 from dscl.recipe import Recipe, read_recipe
 from dscl.router import Router, Spec
 from dscl.serve import open_model
 
+TASKS = "dscl_tasks.json"  # in the export of a whole model: what it was trained on
 SHORTEST = 8  # tokens of a prompt that can be asked for, as of a row in a recipe
 
 
 def describe(run_dir: Path, which: str | None = None) -> Description:
     """What a run has learnt so far: the tasks that had ended at a checkpoint (by default the newest whole one)."""
-    stored = run_dir / "recipe.yaml"
-    if not stored.is_file():
-        raise UserError(
-            f"{run_dir}: no run there (it would hold recipe.yaml) and no export ({DESCRIPTION}); "
-            "give the run_dir of a training run, or a folder that dscl export wrote"
-        )
-    recipe = read_recipe(str(stored), [f"run_dir={json.dumps(str(run_dir), ensure_ascii=False)}"])
+    recipe = _recipe(run_dir)
     method = recipe.method
     if isinstance(method, LoraPerTaskConfig):
         raise UserError(
@@ -66,8 +67,8 @@ def describe(run_dir: Path, which: str | None = None) -> Description:
         )
     if not isinstance(method, AsrConfig | MosesConfig):
         raise UserError(
-            f"{run_dir}: a run of method {method.name}; dscl generate and dscl export work for methods whose tasks "
-            "leave something beside the base model (asr, moses)"
+            f"{run_dir}: a run of method {method.name}, whose tasks leave nothing beside the base model (as asr's and "
+            "moses' do); dscl export makes a model or a LoRA of it that transformers and PEFT load"
         )
     if chats := [task.name for task in recipe.stream if task.chat]:
         raise UserError(
@@ -93,12 +94,70 @@ def describe(run_dir: Path, which: str | None = None) -> Description:
 
 
 def export(run_dir: Path, folder: Path, which: str | None = None) -> None:
-    """Write a run's tasks as a folder that needs nothing of the run, and say what is in it."""
+    """Write what a run has learnt as a folder that needs nothing of the run, and say what is in it."""
+    recipe = _recipe(run_dir)
+    if isinstance(recipe.method, SequentialConfig):
+        return (
+            export_lora(recipe, folder, which) if recipe.method.tune == "lora" else export_model(recipe, folder, which)
+        )
+    if isinstance(recipe.method, OsftConfig):
+        return export_model(recipe, folder, which)
     refuse_other(folder)
     description = describe(run_dir, which)
     open_base(description)  # refused if the base model was changed after the training
     write(description, folder)
     _show(folder, description)
+
+
+def export_model(recipe: Recipe, folder: Path, which: str | None) -> None:
+    """All weights, as a folder that transformers reads."""
+    if folder.exists() and not (folder / TASKS).is_file() and (folder.is_file() or any(folder.iterdir())):
+        raise UserError(
+            f"{folder}: something else is there; give a new or an empty folder, or that of a model's export"
+        )
+    checkpoint, names = _ended(recipe, which)
+    backbone = _backbone(recipe)
+    masters = Masters(checkpoint, shapes_of(backbone))
+    with replacing(folder) as new:
+        copy(_tokenizer_folder(recipe), new, TOKENIZER_FILES)
+        files = write_model(new, backbone, masters)
+        told = {
+            "method": recipe.method.name,
+            "tasks": names,
+            "base": _named_base(recipe),
+            "checkpoint": checkpoint.name,
+        }
+        (new / TASKS).write_text(json.dumps(told, indent=1, ensure_ascii=False), "utf-8")
+    print(f"wrote {folder}: {', '.join(files)}, the tokenizer, {TASKS}")
+    print(f"tasks: {', '.join(names)}")
+    print("use:   from transformers import AutoModelForCausalLM")
+    print(f"       AutoModelForCausalLM.from_pretrained({str(folder)!r})", flush=True)
+
+
+def export_lora(recipe: Recipe, folder: Path, which: str | None) -> None:
+    """The one LoRA that all tasks have trained, in PEFT's layout."""
+    _refuse_other_than_adapter(folder)
+    checkpoint, names = _ended(recipe, which)
+    backbone, lora = _backbone(recipe), recipe.method.lora or LoraConfig()
+    with torch.device("meta"):
+        plain = dict(backbone.build().named_modules())
+        paths = matching(plain[""], lora.targets)
+    sides = {
+        f"{path}.lora_{side}.default.weight": torch.Size(size)
+        for path in paths
+        for side, size in (("A", (lora.rank, plain[path].in_features)), ("B", (plain[path].out_features, lora.rank)))
+    }
+    masters = Masters(checkpoint, sides)
+    layers = {}
+    for path in paths:
+        a, b = (masters.read(f"{path}.lora_{side}.default.weight").to(backbone.dtype) for side in "AB")
+        layers[path] = Pair(a, b, lora.alpha / lora.rank)
+    write_adapter(folder, Adapter("", _named_base(recipe), layers))
+    print(f"wrote {folder}: {CONFIG}, {WEIGHTS}")
+    print(f"tasks: {', '.join(names)}")
+    print(f"base:  {_named_base(recipe)} (not copied)")
+    print("use:   from peft import PeftModel")
+    print(f"       PeftModel.from_pretrained(base, {str(folder)!r})", flush=True)
 
 
 def export_task(run_dir: Path, folder: Path, task: str, which: str | None = None) -> None:
@@ -197,24 +256,37 @@ def _router(run_dir: Path, names: Sequence[str], method: AsrConfig | MosesConfig
     return router
 
 
+def _recipe(run_dir: Path) -> Recipe:
+    stored = run_dir / "recipe.yaml"
+    if not stored.is_file():
+        raise UserError(
+            f"{run_dir}: no run there (it would hold recipe.yaml) and no export ({DESCRIPTION}); "
+            "give the run_dir of a training run, or a folder that dscl export wrote"
+        )
+    return read_recipe(str(stored), [f"run_dir={json.dumps(str(run_dir), ensure_ascii=False)}"])
+
+
 def _tokenizer_folder(recipe: Recipe) -> Path:
     """Where the run's tokenizer lies: beside the model, or where the recipe says, or in the cache."""
     if recipe.model.tokenizer is not None:
         return locate(recipe.model.tokenizer, "model.tokenizer")
     if recipe.model.name is not None:
         return locate(recipe.model.name, "model.name")
-    tasks = load_stream(recipe.stream, recipe.data, recipe.seed)
-    return Path(_backbone(recipe, tasks).tokenizer.name_or_path)
+    return Path(_backbone(recipe).tokenizer.name_or_path)
 
 
-def _backbone(recipe: Recipe, tasks: Sequence[Task]) -> Backbone:
+def _backbone(recipe: Recipe) -> Backbone:
     def texts() -> Iterator[str]:
-        for task in tasks:
+        for task in load_stream(recipe.stream, recipe.data, recipe.seed):
             for sample in task.train:
                 yield f"{sample.prompt} {sample.answer}"
 
     dtype = DTYPES[recipe.train.precision]
     return open_backbone(recipe.model, seed=recipe.seed, dtype=dtype, cache=recipe.data.cache, texts=texts)
+
+
+def _named_base(recipe: Recipe) -> str:
+    return lasting(recipe.model.name) if recipe.model.name else f"drawn from seed {recipe.seed}"
 
 
 def _refuse_other_than_adapter(folder: Path) -> None:

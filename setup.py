@@ -27,6 +27,6 @@ setup(
         "tensorboard",
         "pyyaml",
     ],
-    extras_require={"test": ["pytest", "pytest-timeout", "ruff", "mypy", "types-PyYAML"]},
+    extras_require={"test": ["pytest", "pytest-timeout", "ruff", "mypy", "types-PyYAML", "kubeflow-trainer-api"]},
     entry_points={"console_scripts": ["dscl=dscl.cli:main"]},
 )

@@ -126,7 +126,7 @@ class Checkpoints:
         try:
             if dist.is_main():
                 shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
+                partial.mkdir()  # no parents: a run's folder that somebody removed is not made anew, half empty
         except OSError as error:
             problem = str(error)
         dist.barrier()

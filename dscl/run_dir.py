@@ -51,6 +51,7 @@ def held(recipe: Recipe) -> Iterator[None]:
         try:
             recipe.folder.mkdir(parents=True, exist_ok=True)
             lock = _locked(recipe)
+            (recipe.folder / "checkpoints").mkdir(exist_ok=True)
             write_whole(recipe.folder / "recipe.yaml", recipe.text())
         except UserError as error:
             problem = str(error)

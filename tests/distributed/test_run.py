@@ -364,6 +364,34 @@ def exploding(document: dict[str, Any], at: int, spoil: Any = not_a_number) -> t
         Engine.step = original  # type: ignore[method-assign]
 
 
+def run_and_lose_the_folder(document: dict[str, Any], steps: int) -> str:
+    original, calls = Engine.step, [0]
+
+    def losing(*a: Any, **k: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == steps and dist.is_main():
+            shutil.rmtree(document["run_dir"])
+        return original(*a, **k)
+
+    Engine.step = losing  # type: ignore[method-assign]
+    try:
+        run(document)
+    except Failure as error:
+        return str(error)
+    finally:
+        Engine.step = original  # type: ignore[method-assign]
+    return ""
+
+
+def test_a_folder_that_somebody_removed_is_noticed(ranks: Any, tasks: Path) -> None:
+    """It is not made anew: what ended tasks left in it would be missing."""
+    document = recipe_of(tasks, "removed", 2, observe={"every": 50, "tensorboard": False, "live": "off"})
+    for told in ranks(2)(run_and_lose_the_folder, document, 5):
+        assert f"could not be written to {tasks / 'removed' / 'checkpoints'}" in told
+        assert "No such file or directory" in told
+    assert not (tasks / "removed" / "checkpoints").exists()
+
+
 @pytest.mark.parametrize("stage", [0, 3])
 def test_a_loss_that_is_not_finite_stops_the_run(ranks: Any, tasks: Path, stage: int) -> None:
     name = f"nan{stage}"

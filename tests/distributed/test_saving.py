@@ -181,7 +181,7 @@ def fake(folder: Path, total: int, row: list[float], heldout: float, **position:
     made = folder / f"step-{total:08d}{'-scored' if not position else ''}"
     made.mkdir(parents=True)
     (made / MARKER).write_text(json.dumps({"files": {}}))
-    stands = {"step": 0, "learned": False, "matrix": [row] if row else [], "heldout": [heldout], **position}
+    stands = {"step": 0, "learned": False, "matrix": [row] * len(row), "heldout": [heldout], **position}
     (made / "state.json").write_text(json.dumps({"position": stands}))
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 import threading
@@ -74,7 +75,7 @@ class Writing:
                 else:
                     self.written[name] = _write_tensors(path, content)
         except (OSError, SafetensorError) as error:
-            self.problem = f"rank {dist.rank()}: {error}"
+            self.problem = self.problem or f"rank {dist.rank()}: {error}"
         self.done.raise_()
 
     def start(self) -> None:
@@ -232,9 +233,9 @@ class Checkpoints:
         """The newest (None), the `best`, or the one of that name; None if there is none."""
         if which is None:
             return self.newest()
-        there = {path.name: path for path in self._complete()}
+        there = {path.name: path for path in dist.from_main(self._complete())}
         if which == "best" and self.config.best is not None:
-            best = best_of(there.values(), self.config.best)
+            best = dist.from_main(best_of(there.values(), self.config.best))
             which = best.name if best else which
         if which not in there:
             why = "is not there" if which != "best" else "needs checkpoint.best in the recipe, and a task's end"
@@ -263,7 +264,7 @@ def best_of(folders: Iterable[Path], by: str | None) -> Path | None:
             figure = -position["heldout"][-1] if position["heldout"] else None
         else:
             figure = scores.summary(position["matrix"])[by]
-        if figure is not None and (best is None or (figure, folder.name) > best[:2]):
+        if figure is not None and math.isfinite(figure) and (best is None or (figure, folder.name) > best[:2]):
             best = figure, folder.name, folder
     return best[2] if best else None
 

@@ -21,7 +21,7 @@ from dscl import __version__
 from dscl.config import nearest
 from dscl.errors import Failure, Stopped, UserError
 from dscl.observe.quiet import quiet
-from dscl.spawn import begin, die_with_parent, how_many, leave, spawn, spawned, tell
+from dscl.spawn import begin, die_with_parent, how_many, leave, local_rank, spawn, spawned, tell
 
 ABOUT = """Fine-tune LLaMA-class language models on one task after another.
 
@@ -170,7 +170,7 @@ def _start(given: list[str]) -> int:
     from dscl.pulse import Pulse
 
     with dist.session(), Pulse() as pulse:  # a rank tells its mistake before it leaves, which fails the others
-        return guarded(lambda: pulse.beside(lambda: _run(options)))
+        return pulse.end(guarded(lambda: pulse.beside(lambda: _run(options))))
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -414,4 +414,4 @@ def _log() -> None:
     logger = logging.getLogger("dscl")
     logger.handlers[:] = [handler]
     logger.propagate = False
-    logger.setLevel(logging.INFO if int(os.environ.get("LOCAL_RANK", "0")) == 0 else logging.CRITICAL)
+    logger.setLevel(logging.INFO if local_rank() == 0 else logging.CRITICAL)

@@ -57,7 +57,7 @@ def parse(cls: type[T], given: Any, path: str = "") -> T:
     values = convert(cls, given, path)
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         if field.name not in values and field.default is REQUIRED and field.default_factory is REQUIRED:
-            where = _join(path, _key(field))
+            where = _join(path, key_of(field))
             raise UserError(f"{where}: missing; give it in the recipe or as {where}=VALUE")
     return cls(**values)
 
@@ -66,7 +66,7 @@ def convert(cls: type, given: Any, path: str = "") -> dict[str, Any]:
     """The keys that `given` holds, checked as `parse` does it; what is left out stays out."""
     if not isinstance(given, Mapping):
         raise UserError(f"{path or 'the recipe'}: given {show(given)}; a mapping of keys is needed")
-    fields = {_key(field): field for field in dataclasses.fields(cls)}
+    fields = {key_of(field): field for field in dataclasses.fields(cls)}
     check_names(given, fields, path)
     hints = typing.get_type_hints(cls)
     values = {}
@@ -89,7 +89,7 @@ def check_names(given: Mapping[Any, Any], valid: Iterable[str], path: str = "") 
 def plain(value: Any) -> Any:
     """The opposite of `parse`: nested dicts and lists that YAML and JSON can write."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {_key(field): plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {key_of(field): plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {k: plain(v) for k, v in value.items()}
     if isinstance(value, tuple | list):
@@ -215,7 +215,8 @@ def _assign(node: Any, parts: list[str], value: Any) -> None:
             node = node[index]
 
 
-def _key(field: dataclasses.Field[Any]) -> str:
+def key_of(field: dataclasses.Field[Any]) -> str:
+    """How a recipe calls it."""
     return field.name.rstrip("_")
 
 

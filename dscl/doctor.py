@@ -35,6 +35,8 @@ PACKAGES = ("torch", "deepspeed", "transformers", "peft", "tokenizers", "numpy")
 CLOCKS = 5.0  # seconds that two hosts' clocks may differ
 SEEN_WITHIN = 15.0  # seconds after which a host should see what another has written
 SLOW, FEW = 0.5, 3  # below this share of the median, of at least so many, something is odd
+# What ranks may have differently, as it decides nothing that they do together (but what the DeepSpeed JSON holds does).
+MAY_DIFFER = ("run_dir", "deepspeed", "data.cache_dir", "observe.live", "observe.tensorboard")
 MOVED = 1 << 24  # numbers that are sent to measure a network on GPUs; on CPUs a sixteenth
 
 
@@ -46,6 +48,7 @@ class Finding:
     what: str
     said: str
     fine: bool = True
+    measured: bool = False
 
 
 def agree(job: Job) -> None:
@@ -55,13 +58,16 @@ def agree(job: Job) -> None:
         raise UserError("; ".join(f"{finding.what}: {finding.said}" for finding in findings))
 
 
-def examine(job: Job, show: Callable[[str], None]) -> None:
-    """All ranks call it; each finding is shown as soon as it is there, and what is odd is an error at the end."""
+def examine(job: Job, show: Callable[[str], None], strict: bool = True) -> None:
+    """All ranks call it; each finding is shown as soon as it is there, and what is odd is an error at the end.
+
+    Not `strict`, what was only measured to be slow or scarce is none: that may pass, and a run goes on with it.
+    """
     odd = []
     for look in (agreement, clocks, shared_folder, room, network, arithmetic):
         for finding in look(job):
             show(f"{'ok ' if finding.fine else 'BAD'}  {finding.what}: {finding.said}")
-            odd += [] if finding.fine else [finding.what]
+            odd += [] if finding.fine or (finding.measured and not strict) else [finding.what]
     if odd:
         raise UserError(f"not fit for a run: {', '.join(odd)} (see above); mend that, or leave these hosts out")
 
@@ -81,21 +87,20 @@ def agreement(job: Job) -> list[Finding]:
 
     document = job.recipe.document()
     theirs = dist.from_main({"recipe": document, "deepspeed": job.settings})
-    other = difference(theirs["recipe"], document) or difference(theirs["deepspeed"], job.settings)
+    other = difference(theirs["recipe"], document, but=MAY_DIFFER)
+    other = other or difference(theirs["deepspeed"], job.settings, but=())
     others = [(host, key) for host, key in by_host(other) if key]
     said = "; ".join(f"{host} has another {key}" for host, key in dict(others).items())
     findings.append(Finding("recipe", said or "the same everywhere", not others))
 
     read = by_host(_read(job))
-    for name in read[0][1]:
-        text = divided([(host, facts[name]) for host, facts in read])
-        if text:
-            findings.append(Finding(name, text + "; copy the same files everywhere", False))
-    if findings[-1].fine:
-        findings.append(
-            Finding("data and model", f"{len(job.lessons)} tasks, model and tokenizer: the same everywhere")
-        )
-    return findings
+    unlike = [
+        Finding(name, text + "; copy the same files everywhere", False)
+        for name in dict.fromkeys(name for _, facts in read for name in facts)
+        if (text := divided([(host, facts.get(name, "nothing")) for host, facts in read]))
+    ]
+    same = Finding("data and model", f"{len(job.lessons)} tasks, the model and its tokenizer are the same everywhere")
+    return [*findings, *(unlike or [same])]
 
 
 def clocks(_job: Job) -> list[Finding]:
@@ -117,11 +122,12 @@ def shared_folder(job: Job) -> list[Finding]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         mine.write_text(socket.gethostname())
+    except OSError as error:
+        problem = f"cannot be written ({error.strerror})"
+    with suppress(OSError):  # a file system without locks is told of below
         if dist.is_main():
             lock = open(folder / name, "w")  # noqa: SIM115 - held until all have tried
             fcntl.flock(lock, fcntl.LOCK_EX)
-    except OSError as error:
-        problem = f"cannot be written ({error.strerror})"
     dist.barrier()
     wanted = [folder / f"{name}-{rank}" for rank in range(dist.world())]
     unseen: list[Path] = []
@@ -156,11 +162,9 @@ def room(job: Job) -> list[Finding]:
     """Free memory and disk; hosts that have far less than the others."""
     free = by_host(_free_memory())
     found = [measured("free memory", free, lambda size: f"{size / 2**30:.1f} GiB", FEW)]
-    try:
-        disk = f"{shutil.disk_usage(job.recipe.folder).free / 2**30:.1f} GiB free"
-    except OSError as error:
-        disk = f"not known ({error.strerror})"
-    return [*found, Finding("disk of run_dir", disk)]
+    place = job.recipe.folder.absolute()
+    there = next(folder for folder in (place, *place.parents) if folder.exists())
+    return [*found, Finding("disk of run_dir", f"{shutil.disk_usage(there).free / 2**30:.1f} GiB free")]
 
 
 def network(_job: Job) -> list[Finding]:
@@ -208,7 +212,7 @@ def measured(what: str, values: Sequence[tuple[str, float]], text: Callable[[flo
     odd = [(place, value) for place, value in values if value < SLOW * middle] if len(values) >= few else []
     if odd:
         named = ", ".join(f"{place} {text(value)}" for place, value in odd)
-        return Finding(what, f"{named}, where the median is {text(middle)}", False)
+        return Finding(what, f"{named}, where the median is {text(middle)}", False, measured=True)
     least = min(value for _, value in values)
     return Finding(what, text(middle) if least == middle else f"{text(least)} and more, median {text(middle)}")
 
@@ -246,7 +250,9 @@ def _read(job: Job) -> Mapping[str, str]:
         for samples in (lesson.task.train, lesson.exam.samples):
             for sample in samples:
                 checksum = zlib.crc32(json.dumps([sample.prompt, sample.answer]).encode(), checksum)
+        checksum = zlib.crc32(json.dumps(lesson.task.labels).encode(), checksum)
         found[f"data of {lesson.task.name}"] = f"{checksum:08x}"
+    found["held-out texts"] = f"{zlib.crc32(json.dumps(job.heldout).encode()):08x}"
     return found
 
 

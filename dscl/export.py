@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -35,10 +36,12 @@ from dscl.description import (
     write,
 )
 from dscl.errors import UserError
+from dscl.methods import find_method
 from dscl.methods.asr import AsrConfig
 from dscl.methods.deciding import feature_layer_of, width_of
 from dscl.methods.lora_per_task import LoraPerTaskConfig
 from dscl.methods.moses import MosesConfig
+from dscl.methods.olora import OloraConfig
 from dscl.methods.osft import OsftConfig
 from dscl.methods.sequential import SequentialConfig
 from dscl.model.adapters import CONFIG, WEIGHTS, Adapter, Pair, file_name, write_adapter
@@ -52,6 +55,7 @@ from dscl.recipe import Recipe, read_recipe
 from dscl.router import Router, Spec
 from dscl.serve import open_model
 
+log = logging.getLogger("dscl")
 TASKS = "dscl_tasks.json"  # in the export of a whole model: what it was trained on
 SHORTEST = 8  # tokens of a prompt that can be asked for, as of a row in a recipe
 
@@ -64,6 +68,11 @@ def describe(run_dir: Path, which: str | None = None) -> Description:
         raise UserError(
             f"{run_dir}: a run of method {method.name}, in which nobody decides whose a prompt is; make an export of "
             f"its adapters ({run_dir / 'adapters'}) with dscl route-existing"
+        )
+    if isinstance(method, OloraConfig):
+        raise UserError(
+            f"{run_dir}: a run of method {method.name}, whose adapters ({run_dir / 'adapters'}) all act together; load "
+            "them with PEFT and add them up"
         )
     if not isinstance(method, AsrConfig | MosesConfig):
         raise UserError(
@@ -239,7 +248,11 @@ def _ended(recipe: Recipe, which: str | None) -> tuple[Path, list[str]]:
     found, count = Checkpoints(recipe.folder / "checkpoints", recipe.checkpoint).find(which), 0
     if found is not None:
         position = json.loads((found / "state.json").read_text("utf-8"))["position"]
-        count = position["task"] + position["learned"]
+        together = find_method(recipe.method.name).together
+        count = len(recipe.stream) if together and position["learned"] else position["task"] + position["learned"]
+        if position["step"] and not position["learned"] and not together:
+            begun = f"{found.name}: within task {recipe.stream[position['task']].name!r}"
+            log.warning("%s, whose steps so far count; --checkpoint names another one", begun)
     if found is None or not count:
         raise UserError(f"{recipe.run_dir}: no task has ended there yet; train first, or let the training go on")
     return found, [task.name for task in recipe.stream[:count]]

@@ -19,16 +19,20 @@ from contextlib import suppress
 
 from dscl import dist
 from dscl.errors import AGAIN, Failure, Stopped, UserError
-from dscl.spawn import GRACE, POLL, spawned, tell
+from dscl.spawn import GRACE, POLL, joined, leave, spawned, tell
 
 DEAD_AFTER = "DSCL_DEAD_AFTER"  # the environment's; it has to be known before any recipe is read
 SECONDS = 60.0  # that is, unless it says otherwise
 BEATS = 4  # signs of life within that time
 SOON = 3.0  # seconds that a rank gets to end by itself when another one has died
 KNOCK = 10.0  # seconds that whoever connects gets to say who it is
-ALIVE, LEFT, FAILED, DEAD, SILENT = b"a", b"l", b"f", b"d", b"s"  # what is said on a line, and then four bytes: of whom
+# What is said on a line, and then four bytes: of whom.
+ALIVE, LEFT, FAILED, WRONG, TOLD, DEAD, SILENT = (bytes([letter]) for letter in b"alfwtds")
+ENDS = {FAILED: 1, WRONG: 2, TOLD: 75}  # what a rank says that ends alone with such a status, and the others end with
 WORDS = {
     FAILED: "has failed (its own message says why)",
+    WRONG: "ends because of a wrong input (its own message says which)",
+    TOLD: "was told to stop",
     DEAD: "is dead (its process ended without a word)",
     SILENT: "is silent for more than {seconds:g} s (see {name})",
 }
@@ -68,6 +72,7 @@ class Pulse:
         self._closed = threading.Event()
         self._why = ""
         self._last = LEFT
+        self._status = 1
         self._lines: dict[int, Line] = {}
         self._hosts: list[str] = []
 
@@ -77,6 +82,7 @@ class Pulse:
             self._connect()
             self._thread = threading.Thread(target=self._watch, name="pulse", daemon=True)
             self._thread.start()
+        joined()
         return self
 
     def beside(self, work: Callable[[], int]) -> int:
@@ -84,9 +90,12 @@ class Pulse:
         try:
             return work()
         except Stopped as error:
-            self._last = LEFT if error.together else FAILED
+            self._last = LEFT if error.together else TOLD
             raise
-        except (UserError, Failure):
+        except UserError:
+            self._last = WRONG
+            raise
+        except Failure:
             self._last = FAILED
             raise
         except Exception:
@@ -94,6 +103,11 @@ class Pulse:
             if dist.world() > 1 and self._gone.wait(SOON):
                 raise Failure(self._why) from None
             raise
+
+    def end(self, status: int) -> int:
+        """What this rank is about to end with, and has told."""
+        self._status = status
+        return status
 
     def __exit__(self, *_: object) -> None:
         if dist.world() == 1:
@@ -105,7 +119,7 @@ class Pulse:
             line.end.close()
         if self._why:  # to take leave of the others would be to wait for the one that is gone
             sys.stdout.flush()
-            os._exit(1)
+            os._exit(leave(self._status))
 
     def _connect(self) -> None:
         """A line from each other rank to the main one."""
@@ -170,14 +184,16 @@ class Pulse:
         host, how = self._hosts[rank], WORDS[what].format(seconds=self.seconds, name=DEAD_AFTER)
         if spawned() and what == DEAD:
             time.sleep(10 * POLL)  # the spawner knows more, and says it first
-        self._why = f"rank {rank} on {host} {how}; all ranks leave: {AGAIN}, from the newest checkpoint"
+        again = "" if what == WRONG else f": {AGAIN}, from the newest checkpoint"
+        self._why = f"rank {rank} on {host} {how}; all ranks leave{again}"
         self._gone.set()
-        if self._closed.wait(GRACE if what == FAILED else SOON):
+        if self._closed.wait(GRACE if what in ENDS else SOON):
             return
-        first_here = next(r for r, name in enumerate(self._hosts) if name == self._hosts[dist.rank()] and r != rank)
-        if spawned() or dist.rank() == first_here:
-            tell(1, f"dscl: {self._why}", patience=0.0)
-        os._exit(1)
+        status, here = ENDS.get(what, 1), self._hosts[dist.rank()]
+        others_here = (r for r, name in enumerate(self._hosts) if name == here and r != rank)
+        if spawned() or dist.rank() == next(others_here, dist.rank()):  # or it was itself that fell silent
+            tell(status, f"dscl: {self._why}", patience=0.0)
+        os._exit(leave(status))
 
 
 def _seconds() -> float:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from dscl.checkpoint import CheckpointConfig
-from dscl.config import check_names, convert, key, nearest, override, parse, plain, read_yaml, shorten, show
+from dscl.config import check_names, convert, key, key_of, nearest, override, parse, plain, read_yaml, shorten, show
 from dscl.data.task import DataConfig, TaskConfig
 from dscl.errors import UserError
 from dscl.evaluate import EvaluateConfig
@@ -183,9 +183,10 @@ def _placed(given: Mapping[str, Any]) -> dict[str, Any]:
     return given
 
 
-def difference(old: Any, new: Any, path: str = "") -> str:
-    """The first key, among those that matter to a run's result, in which two resolved recipes differ; else empty."""
-    if path in MAY_CHANGE or old == new:
+def difference(old: Any, new: Any, path: str = "", but: Sequence[str] = MAY_CHANGE) -> str:
+    """The first key in which two resolved recipes differ, except in these (by default: all that do not change a run's
+    result); else empty."""
+    if path in but or old == new:
         return ""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         pairs = [(str(name), old.get(name), new.get(name)) for name in {**old, **new}]
@@ -193,7 +194,7 @@ def difference(old: Any, new: Any, path: str = "") -> str:
         pairs = [(str(index), *both) for index, both in enumerate(zip(old, new, strict=True))]
     else:
         return f"{path} (there: {_summary(old)}, given: {_summary(new)})"
-    found = (difference(before, after, f"{path}.{name}" if path else name) for name, before, after in pairs)
+    found = (difference(before, after, f"{path}.{name}" if path else name, but) for name, before, after in pairs)
     return next(filter(None, found), "")
 
 
@@ -202,7 +203,7 @@ def _summary(value: Any) -> str:
 
 
 def _names(config: type) -> tuple[str, ...]:
-    return tuple(field.name for field in dataclasses.fields(config))
+    return tuple(key_of(field) for field in dataclasses.fields(config))
 
 
 def _section(given: Mapping[str, Any], name: str) -> dict[str, Any]:

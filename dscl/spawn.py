@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ LONGEST = 16_000  # characters of one report; it travels as one datagram
 PARENT, CHANNEL = "DSCL_SPAWNED_BY", "DSCL_REPORT_TO"
 STATUS_TO = "DSCL_STATUS_TO"  # a file for what no restart mends, under a launcher that restarts whatever fails
 ENDS_WITH = "DSCL_ENDS_WITH"  # a program that starts others, which are not its ranks
+_JOINED = threading.Event()
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -125,12 +127,24 @@ def stop_early(number: int, _frame: FrameType | None) -> None:
     raise Stopped(f"{signal.Signals(number).name}: nothing was trained yet; {AGAIN}", together=False)
 
 
+def joined() -> None:
+    """All ranks have found each other, so that one which ends leaves nobody waiting for it."""
+    _JOINED.set()
+
+
 def leave(status: int) -> int:
-    """The status to exit with: 0 where a rank would be started again in vain, and a launch script is told the other."""
+    """The status to exit with: 0 where a rank would be started again in vain, and a launch script is told the other.
+
+    Before all ranks have found each other it stays what it is, or a launcher would let the others wait for this one.
+    """
     if status in (2, 75) and "RANK" in os.environ and STATUS_TO in os.environ:
         Path(os.environ[STATUS_TO]).write_text(str(status))
-        return 0
+        return 0 if _JOINED.is_set() else status
     return status
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
 
 
 def tell(status: int, text: str, patience: float | None = None) -> None:
@@ -139,7 +153,7 @@ def tell(status: int, text: str, patience: float | None = None) -> None:
     Under `spawn` the first to come is heard. Under another launcher the machine's first rank speaks at once, and the
     others only when, after a while, nobody has ended them: then the mistake is theirs alone.
     """
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    local = local_rank()
     if CHANNEL in os.environ:
         report = {"rank": local, "status": status, "text": text[-LONGEST:]}
         with socket.socket(fileno=os.dup(int(os.environ[CHANNEL]))) as channel:
@@ -149,9 +163,20 @@ def tell(status: int, text: str, patience: float | None = None) -> None:
             except OSError:  # a system with smaller datagrams; rather twice than never
                 pass
     elif local:
-        time.sleep(PATIENCE if patience is None else patience)
+        if _told_meanwhile(PATIENCE if patience is None else patience):
+            return
         text = f"rank {os.environ.get('RANK', local)}: {text}"
     print(text, file=sys.stderr, flush=True)
+
+
+def _told_meanwhile(seconds: float) -> bool:
+    """Wait, and see whether another rank of this machine has told a launch script what it ends with."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if STATUS_TO in os.environ and Path(os.environ[STATUS_TO]).read_text():
+            return True
+        time.sleep(POLL)
+    return False
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]], channel: socket.socket) -> int:

@@ -25,6 +25,7 @@ class Stop:
     def __init__(self) -> None:
         self._flag: dist.Flag | None = None
         self._heard = ""
+        self._timer: threading.Timer | None = None
 
     @contextmanager
     def listening(self) -> Iterator[Stop]:
@@ -38,6 +39,8 @@ class Stop:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            if self._timer is not None:
+                self._timer.cancel()
 
     def arm(self, grace: float) -> None:
         """From now on there is something to save, in at most so many seconds after a signal. All ranks call it."""
@@ -57,9 +60,9 @@ class Stop:
         self._heard = name
         self._flag.raise_()
         late = f"{name}: not saved within checkpoint.grace={self._grace:g} s; {AGAIN}, from the newest checkpoint"
-        timer = threading.Timer(self._grace, self._leave, (1, late))
-        timer.daemon = True
-        timer.start()
+        self._timer = threading.Timer(self._grace, self._leave, (1, late))
+        self._timer.daemon = True
+        self._timer.start()
 
     @staticmethod
     def _leave(status: int, text: str) -> None:

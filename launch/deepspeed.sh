@@ -33,4 +33,9 @@ command+=(--module dscl train "${words[@]}" ${doctor:+"$doctor"})
 
 [ -n "$dry" ] && DSCL_PYTHON=python || source "$here/launch/environment.sh"
 source "$here/launch/nccl.env"
+if [ -z "${NODE_RANK:-}" ]; then # of what is set here, ssh takes along what this file says
+    DS_ENV_FILE="$(mktemp)"
+    env | grep -E '^(DSCL|DEEPSPEED|DS|TORCH|PYTORCH|NCCL|GLOO|OMP)_' | grep -v '^DSCL_STATUS_TO' >"$DS_ENV_FILE" || true
+    export DS_ENV_FILE
+fi
 launch "${MAX_RESTARTS:-3}" "$DSCL_PYTHON" "${command[@]}"

@@ -12,4 +12,5 @@ here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$here/launch/supervise.sh"
 options "$@"
 [ -n "$dry" ] && DSCL_PYTHON=python || source "$here/launch/environment.sh"
+export LOCAL_RANK=0 # so that a signal is passed on to it, and by it to its ranks
 launch "${MAX_RESTARTS:-3}" "$DSCL_PYTHON" -m dscl train "${words[@]}" ${doctor:+"$doctor"} --nproc "${NPROC_PER_NODE:-auto}"

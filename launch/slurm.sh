@@ -18,7 +18,7 @@
 #
 # The folder of dscl, the recipe's data, its cache and run_dir have to be on a file system that all nodes share. 300 s
 # before the time limit (--signal), when the job is preempted, or by `scancel --signal=USR1 JOB`, the ranks save and the
-# job goes back into the queue, to go on from there. `scancel JOB` ends it; within Slurm's KillWait the ranks save too.
+# job goes back into the queue, to go on from there. `scancel JOB` ends it for good, at the newest checkpoint.
 set -euo pipefail
 home="${DSCL_HOME:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}" # a job runs a copy of this file, kept elsewhere
 source "$home/launch/supervise.sh"
@@ -38,16 +38,17 @@ submit() {
 
 # In the job. Signals reach the ranks without this script, and dead ranks are noticed by the others.
 run() {
-    local left="${MAX_RESTARTS:-3}" status
+    local left="${MAX_RESTARTS:-3}" status cancelled=""
+    [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK" # srun asks for it anew
     trap : USR1
-    trap 'left=0' TERM
+    trap 'left=0 cancelled=1' TERM
     source "$home/launch/environment.sh"
     source "$home/launch/nccl.env"
     while true; do
         status=0
         srun --kill-on-bad-exit=0 --wait=150 "$DSCL_PYTHON" -m dscl train "${words[@]}" ${doctor:+"$doctor"} || status=$?
         case "$status:$left" in
-        75:*) scontrol requeue "$SLURM_JOB_ID" || true; exit 75 ;;
+        75:*) [ -n "$cancelled" ] || scontrol requeue "$SLURM_JOB_ID" || true; exit 75 ;;
         0:* | 2:* | *:0) exit "$status" ;;
         esac
         echo "slurm.sh: ended with status $status; starting again (then $((left - 1)) times more)" >&2

@@ -38,31 +38,33 @@ gpus() {
     nvidia-smi -L 2>/dev/null | grep -c GPU || true
 }
 
-# The processes below this one that are ranks: a launcher gives them LOCAL_RANK, and they have helpers of their own.
-ranks_below() {
+# Of this process and those below it, the ones that are ranks: a launcher gives them LOCAL_RANK, and they have helpers of
+# their own.
+ranks_of() {
     local child
+    if tr '\0' '\n' <"/proc/$1/environ" 2>/dev/null | grep -q '^LOCAL_RANK='; then
+        echo "$1"
+        return
+    fi
     for child in $(cat "/proc/$1/task"/*/children 2>/dev/null); do
-        if tr '\0' '\n' <"/proc/$child/environ" 2>/dev/null | grep -q '^LOCAL_RANK='; then
-            echo "$child"
-        else
-            ranks_below "$child"
-        fi
+        ranks_of "$child"
     done
 }
 
 # Tell the ranks, those too that come up later: a launcher starts a rank again that the signal has killed in its cradle.
 pass_on() {
     heard=$((heard + 1)) signal="$1" told=" "
-    [ -n "$(ranks_below "$launcher")" ] || early=1
+    [ "$launcher" != 0 ] || return 0 # nothing has been started
+    [ -n "$(ranks_of "$launcher")" ] || early=1
     tell_ranks
     if [ -n "$early" ] || [ "$heard" -gt 1 ]; then # else it waits for others, or starts ranks again
-        kill -TERM "$launcher" 2>/dev/null || true
+        kill -TERM -- "-$launcher" 2>/dev/null || true
     fi
 }
 
 tell_ranks() {
     local rank
-    for rank in $(ranks_below "$launcher"); do
+    for rank in $(ranks_of "$launcher"); do
         [[ "$told" == *" $rank "* ]] || kill "-$signal" "$rank" 2>/dev/null || true
         told+="$rank "
     done
@@ -70,8 +72,9 @@ tell_ranks() {
 
 # Run a launcher to its end. Only the ranks are told to stop: a launcher that is told kills them, and fails.
 run_once() {
-    local status=0
-    DSCL_STATUS_TO="$(mktemp)"
+    local status=0 told_status
+    [ "$heard" = 0 ] || return 75
+    DSCL_STATUS_TO="$(mktemp)" || wrong "no temporary file can be made; make room in ${TMPDIR:-/tmp}"
     export DSCL_STATUS_TO
     set -m # in a process group of its own, so that a Ctrl-C comes only here
     "$@" &
@@ -83,12 +86,14 @@ run_once() {
         sleep 1
     done
     [ "$heard" = 0 ] || { status=0; wait "$launcher" || status=$?; }
-    if [ -s "$DSCL_STATUS_TO" ]; then
-        status="$(<"$DSCL_STATUS_TO")"
-    elif [ -n "$early" ]; then
+    told_status="$(<"$DSCL_STATUS_TO")"
+    rm -f "$DSCL_STATUS_TO"
+    # A rank that its launcher ends because another one failed says 75 as well.
+    if [ "$told_status" = 2 ] || { [ "$told_status" = 75 ] && { [ "$status" = 0 ] || [ "$heard" -gt 0 ]; }; }; then
+        status="$told_status"
+    elif [ -n "$early" ] && [ "$status" != 0 ]; then
         status=75
     fi
-    rm -f "$DSCL_STATUS_TO"
     return "$status"
 }
 
@@ -101,6 +106,7 @@ launch() {
         return
     fi
     trap 'pass_on TERM' TERM
+    trap 'pass_on TERM' HUP
     trap 'pass_on INT' INT
     trap 'pass_on USR1' USR1
     while true; do

@@ -46,4 +46,6 @@ unset "${!PET_@}" # torchrun would read them as options
 
 [ -n "$dry" ] && DSCL_PYTHON=python || source "$here/launch/environment.sh"
 source "$here/launch/nccl.env"
+# Where the ranks meet is settled anew at every restart: the node that kept it may be the one that is gone.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 launch 0 "$DSCL_PYTHON" "${command[@]}"

@@ -59,6 +59,16 @@ def looked(document: dict[str, Any], places: list[str], trouble: str, fully: boo
             document = {**document, "train": {**document["train"], "lr": 0.5}}
         if trouble == "zero":
             document = {**document, "deepspeed": "ds_configs/zero3.json"}
+        if trouble == "saving":
+            document = {**document, "checkpoint": {"every": 7}}
+        if trouble == "stream":
+            document = {**document, "stream": document["stream"][:1]}
+        if trouble == "paths":  # which may well be of its own
+            document = {
+                **document,
+                "data": {"cache_dir": "elsewhere"},
+                "observe": {**document["observe"], "live": "on"},
+            }
     shown: list[str] = []
     told = ""
     sources, sight = doctor._sources, doctor.SEEN_WITHIN
@@ -113,6 +123,9 @@ def test_like_ranks_agree_and_are_fit(ranks: Any, tasks: Path) -> None:
     [
         ("recipe", "recipe: node1 has another train.lr (there: 0.003, given: 0.5)"),
         ("zero", "recipe: node1 has another zero_optimization.stage (there: 2, given: 3)"),
+        ("saving", "recipe: node1 has another checkpoint.every (there: 3, given: 7)"),
+        ("stream", "recipe: node1 has another stream (there: 2 entries, given: 1 entries); "),
+        ("paths", ""),
         ("program", "dscl: 0."),
     ],
 )

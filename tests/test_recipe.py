@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dscl.config import plain
+from dscl.config import key_of, plain
 from dscl.errors import UserError
 from dscl.recipe import MAY_CHANGE, SECTIONS, Recipe, difference, read_recipe, resolve
 from dscl.settings import OWNED_BY_JSON, OWNED_BY_RECIPE, read_settings
@@ -76,7 +76,7 @@ def test_resolved_recipe_reads_back_as_itself(tmp_path: Path, contract: str) -> 
 def test_recipe_text_names_every_setting(small: dict[str, Any]) -> None:
     document = yaml.safe_load(resolve(small).text())
     for section, config in SECTIONS.items():
-        assert set(document[section]) == {field.name for field in dataclasses.fields(config)}
+        assert set(document[section]) == {key_of(field) for field in dataclasses.fields(config)}
     assert set(document) == {field.name for field in dataclasses.fields(Recipe)} - {"source"}
 
 

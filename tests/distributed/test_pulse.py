@@ -15,6 +15,7 @@ import pytest
 
 from dscl.errors import UserError
 from dscl.pulse import DEAD_AFTER, Line, Pulse
+from dscl.spawn import STATUS_TO
 from tests.test_spawn import REPOSITORY
 
 PROGRAM = """
@@ -26,6 +27,7 @@ from dscl import dist
 from dscl.cli import guarded
 from dscl.errors import Failure, Stopped, UserError
 from dscl.pulse import Pulse
+from dscl.spawn import leave
 here = Path({here!r})
 def mark(name): (here / f"{{name}}.{{dist.rank()}}").write_text(str(os.getpid()))
 def work():
@@ -33,9 +35,9 @@ def work():
     return 0
 with dist.session(), Pulse() as pulse:
     mark("joined")
-    status = guarded(lambda: pulse.beside(work))
+    status = pulse.end(guarded(lambda: pulse.beside(work)))
 mark("left")
-sys.exit(status)
+sys.exit(leave(status))
 """
 
 Start = Callable[..., list[subprocess.Popen[str]]]
@@ -138,9 +140,48 @@ def test_a_short_standstill_of_all_ranks_is_nobodys_death(start: Start) -> None:
 def test_a_failing_rank_tells_why_and_the_others_do_not_wait(start: Start, error: str, status: int, told: str) -> None:
     processes = start(2, f"if dist.rank() == 0: raise {error}\ntime.sleep(600)")
     results = ended(processes, 40)
-    assert [found for found, _ in results] == [status, 1]
+    assert [found for found, _ in results] == [status, status]  # what is wrong for one is wrong for all
     assert told in results[0][1]
     assert "rank 0 on " in results[1][1] or not results[1][1]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [("UserError('no such file')", 2), ("Stopped('told to', together=False)", 75)]
+)
+@pytest.mark.parametrize("later", [0.0, 0.5])
+def test_what_no_restart_mends_is_left_for_the_launch_script(
+    start: Start, tmp_path: Path, error: str, status: int, later: float
+) -> None:
+    """The ranks end with 0, or a launcher would start them again; one of them tells."""
+    (tmp_path / "status").touch()
+    processes = start(3, f"time.sleep({later} * dist.rank()); raise {error}", DSCL_STATUS_TO=str(tmp_path / "status"))
+    results = ended(processes, 40)
+    assert [found for found, _ in results] == [0, 0, 0]
+    assert (tmp_path / "status").read_text() == str(status)
+    assert [bool(said) for _, said in results] == [True, False, False]
+
+
+def test_before_the_ranks_have_joined_a_wrong_input_ends_them_all(tmp_path: Path) -> None:
+    """Status 0 would let the others wait for this one."""
+    words = [sys.executable, "-m", "dscl", "train", "no-such-recipe.yaml", "--nproc"]
+    done = subprocess.run(
+        words,
+        env={**os.environ, "RANK": "0", DEAD_AFTER: "60", STATUS_TO: str(tmp_path / "status")},
+        capture_output=True,
+    )
+    assert done.returncode == 2
+    assert (tmp_path / "status").read_text() == "2"
+
+
+def test_a_rank_that_wakes_after_it_was_given_up_leaves_too(start: Start) -> None:
+    """Alone on its host, as it believes: it hears that it is silent itself."""
+    work = "pulse._hosts = [f'host{r}' for r in range(3)]\ntime.sleep(600)"
+    processes = start(3, work, DSCL_DEAD_AFTER="2")
+    time.sleep(1)
+    os.kill(processes[1].pid, signal.SIGSTOP)
+    assert [status for status, _ in ended([processes[0], processes[2]], 30)] == [1, 1]
+    os.kill(processes[1].pid, signal.SIGCONT)
+    assert [status for status, _ in ended([processes[1]], 20)] == [1]
 
 
 def test_who_is_done_waits_for_nobody_and_is_no_death(start: Start) -> None:

@@ -127,9 +127,9 @@ def test_a_host_that_is_cut_off_counts_as_dead(hosts: Hosts, tasks: Path) -> Non
         assert processes[0].returncode == 1, said
         assert "dscl: rank 1 on " in said
         assert "is silent for more than 5 s (see DSCL_DEAD_AFTER)" in said
-        other = processes[1].communicate(timeout=120)[0]
-        assert processes[1].returncode == 1, other
-        assert "dscl: rank 0 on " in other
+        while ranks_below(processes[1].pid):  # torchrun itself goes on trying to reach the other host
+            assert time.monotonic() - start < 60
+            time.sleep(0.2)
     finally:
         hosts.cut(1, up=True)
 

@@ -26,6 +26,7 @@ from torch.nn import functional
 
 from dscl.maths import grouped
 from dscl.maths.masks import count_of, opened, pack, strongest, unpack
+from dscl.model.cost import Product, low_rank
 from dscl.model.routing import Projection, Routing, Rows, empty_like, put
 from dscl.model.surgery import draw_a
 from dscl.model.weights import draw_normal
@@ -109,6 +110,14 @@ class SubExperts(Projection):
         """The names of these tensors."""
         scores = [f"score_{name}" for name in self.mask_shapes]
         return ["sub_a", "sub_b", *scores, *(["token_router"] if self.shape.top else [])]
+
+    def beside(self) -> list[list[Product]]:
+        """What training computes beside the projection; how many columns, a grouped product decides by the tokens."""
+        shape, like = self.shape, self.held_a
+        sort = grouped.pays(like.device, like.dtype, shape.most, shape.rank, shape.top)
+        columns = shape.top * shape.rank if sort else shape.columns
+        chains = [low_rank(self.in_features, columns, self.out_features, True)]
+        return chains + ([[Product(self.in_features, shape.most, True)]] if shape.top else [])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.training:

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from dscl.errors import UserError
 from dscl.model.adapters import Adapter, Pair
+from dscl.model.cost import Product, low_rank
 from dscl.model.routing import Projection, Routing, empty_like, put
 from dscl.model.surgery import LoraConfig, draw_a
 
@@ -34,12 +35,16 @@ class RoutedLinear(Projection):
         columns = routing.capacity * routing.rank
         self.register_buffer("bank_a", like.new_zeros(columns, self.in_features), persistent=False)
         self.register_buffer("bank_b", like.new_zeros(self.out_features, columns), persistent=False)
-        self.scale, self.dropout = 0.0, 0.0
+        self.rank, self.scale, self.dropout = 0, 0.0, 0.0
 
     def make_trainable(self, config: LoraConfig) -> None:
         self.lora_a = nn.Parameter(self.bank_a.new_zeros(config.rank, self.in_features))
         self.lora_b = nn.Parameter(self.bank_a.new_zeros(self.out_features, config.rank))
-        self.scale, self.dropout = config.alpha / config.rank, config.dropout
+        self.rank, self.scale, self.dropout = config.rank, config.alpha / config.rank, config.dropout
+
+    def beside(self) -> list[list[Product]]:
+        """What training computes beside the projection."""
+        return [low_rank(self.in_features, self.rank, self.out_features, True)]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = super().forward(x)
@@ -76,6 +81,9 @@ class StackedLinear(RoutedLinear):
     """
 
     overlap: Callable[[torch.Tensor], None]
+
+    def beside(self) -> list[list[Product]]:
+        return [*super().beside(), low_rank(self.in_features, len(self.bank_a), self.out_features, False)]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = functional.linear(functional.linear(x, self.bank_a), self.bank_b)

@@ -195,6 +195,42 @@ def test_stopping_together_is_no_failure(start: Start) -> None:
     assert [status for status, _ in ended(processes, 30)] == [75, 75, 75]
 
 
+IMPATIENT = """
+import os, sys, time
+from datetime import timedelta
+sys.path.insert(0, {repository!r})
+import torch.distributed as td
+from dscl import dist
+td.init_process_group("gloo", timeout=timedelta(seconds=2))
+dist._patient()
+if dist.rank() == 1:
+    time.sleep(5)  # it prepares its data
+dist.{wait}()
+td.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize(("wait", "status"), [("meet", 0), ("barrier", 1)])
+def test_who_prepares_its_data_for_long_runs_into_no_time_limit(tmp_path: Path, wait: str, status: int) -> None:
+    (tmp_path / "program.py").write_text(IMPATIENT.format(repository=str(REPOSITORY), wait=wait))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        shared = {
+            **os.environ,
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(probe.getsockname()[1]),
+        }
+    words = [sys.executable, str(tmp_path / "program.py")]
+    processes = [
+        subprocess.Popen(
+            words, env={**shared, "RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    assert ended(processes, 60)[0][0] == status
+
+
 def test_a_stranger_who_knocks_is_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who does not know the job's key gets no line; the rank that does, after it, gets one."""
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.distributed.test_run import metrics, outcome, recipe_of, run, write_tasks
+from tests.distributed.test_run import metrics, outcome, recipe_of, write_tasks
 from tests.launch.hosts import REPOSITORY, Hosts, Missing
 
 BOTH = pytest.mark.parametrize("script", ["torchrun.sh", "deepspeed.sh"])
@@ -68,7 +68,8 @@ def ended(processes: list[subprocess.Popen[str]], statuses: list[int]) -> list[s
     return said
 
 
-@pytest.mark.parametrize(("script", "count"), [("torchrun.sh", 3), ("deepspeed.sh", 3), ("torchrun.sh", 2)])
+@BOTH
+@pytest.mark.parametrize("count", [2, 3])
 def test_hosts_train_together(hosts: Hosts, tasks: Path, script: str, count: int) -> None:
     name = f"{script}{count}"
     said = ended(launched(hosts, script, count, recipe_of(tasks, name, 3), tasks), [0] * count)
@@ -79,11 +80,11 @@ def test_hosts_train_together(hosts: Hosts, tasks: Path, script: str, count: int
 
 
 @BOTH
-def test_a_signal_on_one_host_stops_all_of_them(ranks: Any, hosts: Hosts, tasks: Path, script: str) -> None:
+def test_a_signal_on_one_host_stops_all_of_them(hosts: Hosts, tasks: Path, script: str) -> None:
     """To its script, as a scheduler does it. All end with status 75, nobody waits, and the next start goes on."""
     changes: dict[str, Any] = {"train__epochs": 6, "checkpoint__every": 1000}
     calm, told = (recipe_of(tasks, f"{script} {name}", 2, **changes) for name in ("calm", "told"))
-    ranks(2)(run, calm)
+    ended(launched(hosts, script, 2, calm, tasks), [0, 0])
     processes = launched(hosts, script, 2, told, tasks)
     wait_for_steps(Path(told["run_dir"]), 6, processes)
     processes[1].send_signal(signal.SIGTERM)
@@ -96,11 +97,11 @@ def test_a_signal_on_one_host_stops_all_of_them(ranks: Any, hosts: Hosts, tasks:
 
 
 @BOTH
-def test_a_dead_rank_is_named_and_all_start_again(ranks: Any, hosts: Hosts, tasks: Path, script: str) -> None:
+def test_a_dead_rank_is_named_and_all_start_again(hosts: Hosts, tasks: Path, script: str) -> None:
     """SIGKILL to a rank: those on the other host say which, all are started again, from the newest checkpoint."""
     changes: dict[str, Any] = {"train__epochs": 6, "checkpoint__every": 3}
     alive, dead = (recipe_of(tasks, f"{script} {name}", 3, **changes) for name in ("alive", "dead"))
-    ranks(2)(run, alive)
+    ended(launched(hosts, script, 2, alive, tasks), [0, 0])
     processes = launched(hosts, script, 2, dead, tasks, MAX_RESTARTS="1")
     wait_for_steps(Path(dead["run_dir"]), 8, processes)
     (rank,) = ranks_below(processes[1].pid)

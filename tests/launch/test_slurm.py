@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.distributed.test_run import outcome, recipe_of, run, write_tasks
+from tests.distributed.test_run import outcome, recipe_of, write_tasks
 from tests.launch.hosts import REPOSITORY, Missing
 from tests.launch.slurm import Slurm
 
@@ -72,9 +72,12 @@ def steps(folder: Path, name: str) -> int:
     return len(lines.read_text().splitlines()) if lines.exists() else 0
 
 
-def test_a_preempted_job_goes_on(ranks: Any, slurm: Slurm, tasks: Path) -> None:
+def test_a_job_trains_and_a_preempted_one_goes_on(slurm: Slurm, tasks: Path) -> None:
     calm, told = (recipe_of(tasks, name, 2, train__epochs=8, checkpoint__every=1000) for name in ("calm", "told"))
-    ranks(2)(run, calm)
+    job, log = submitted(slurm, calm, tasks)
+    until(lambda: slurm.state(job) == "COMPLETED", log)
+    assert "OP" in log.read_text()
+
     job, log = submitted(slurm, told, tasks)
     until(lambda: steps(tasks, "told") > 6, log)
     slurm.ask("scancel", "--signal=USR1", job)  # what --signal=USR1@300 and a preemption do
@@ -84,7 +87,6 @@ def test_a_preempted_job_goes_on(ranks: Any, slurm: Slurm, tasks: Path) -> None:
     slurm.ask("scontrol", "update", f"jobid={job}", "StartTime=now")  # Slurm lets two minutes go by
     until(lambda: slurm.state(job) == "COMPLETED", log)
     assert "resumed from step-" in log.read_text()
-    assert "OP" in log.read_text()
     assert outcome(tasks / "told") == outcome(tasks / "calm")
 
 
@@ -92,9 +94,10 @@ def shown(slurm: Slurm, job: str) -> str:
     return slurm.ask("scontrol", "show", "job", job)
 
 
-def test_a_dead_rank_brings_a_restart_within_the_job(ranks: Any, slurm: Slurm, tasks: Path) -> None:
+def test_a_dead_rank_brings_a_restart_within_the_job(slurm: Slurm, tasks: Path) -> None:
     alive, dead = (recipe_of(tasks, name, 3, train__epochs=8, checkpoint__every=4) for name in ("alive", "dead"))
-    ranks(2)(run, alive)
+    job, log = submitted(slurm, alive, tasks)
+    until(lambda: slurm.state(job) == "COMPLETED", log)
     job, log = submitted(slurm, dead, tasks)
     until(lambda: steps(tasks, "dead") > 8, log)
     slurm.ask("scancel", "--signal=KILL", f"{job}.0")  # kills the ranks, not the job

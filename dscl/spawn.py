@@ -171,9 +171,12 @@ def tell(status: int, text: str, patience: float | None = None) -> None:
 
 def _told_meanwhile(seconds: float) -> bool:
     """Wait, and see whether another rank of this machine has told a launch script what it ends with."""
+    if STATUS_TO not in os.environ:
+        time.sleep(seconds)
+        return False
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        if STATUS_TO in os.environ and Path(os.environ[STATUS_TO]).read_text():
+        if Path(os.environ[STATUS_TO]).read_text():
             return True
         time.sleep(POLL)
     return False

@@ -62,7 +62,7 @@ def write_checkpoint(run_dir: Path, task: int, learned: bool) -> None:
     """One that vouches for what the ended tasks left."""
     folder = run_dir / "checkpoints" / f"step-{10 * task + learned:08d}"
     folder.mkdir(parents=True)
-    position = json.dumps({"format": checkpoint.FORMAT, "position": {"task": task, "learned": learned}})
+    position = json.dumps({"format": checkpoint.FORMAT, "position": {"task": task, "step": 0, "learned": learned}})
     files = {"state.json": checkpoint._write_bytes(folder / "state.json", position.encode())}
     paths = [path for kind in ("adapters", "router") for path in (run_dir / kind).rglob("*") if path.is_file()]
     left = {str(path.relative_to(run_dir)): checkpoint._facts(path) for path in paths}
@@ -169,7 +169,7 @@ def test_a_run_that_has_nothing_to_serve_is_refused(spoilt: Path, base: Path) ->
     (spoilt / "recipe.yaml").write_text(other)
     assert list(export.describe(spoilt).tasks) == list(ENDED)  # the files tell their features
     (spoilt / "recipe.yaml").write_text(json.dumps({**document(spoilt, base), "method": {"name": "sequential"}}))
-    assert "a run of method sequential; dscl generate and dscl export work for methods whose ta" in refused(spoilt)
+    assert "a run of method sequential, whose tasks leave nothing beside the base model" in refused(spoilt)
     shutil.rmtree(spoilt / "checkpoints")
     (spoilt / "recipe.yaml").write_text(json.dumps(document(spoilt, base)))
     assert "no task has ended there yet; train first" in refused(spoilt)

@@ -34,6 +34,7 @@ def run_for(changed: Any, places: int) -> None:
 )
 def test_a_run_goes_on_at_other_sizes(ranks: Any, tasks: Path, method: str, chain: Any) -> None:
     whole = document(tasks, method, "zero0", 1) | {"run_dir": str(tasks / f"{method} whole")}
+    whole["train"]["epochs"] = 3
     if not Path(whole["run_dir"]).exists():
         ranks(1)(run, whole)
     changing = whole | {"run_dir": str(tasks / f"{method} {chain}")}

@@ -98,7 +98,7 @@ def test_program_answers_at_once_and_needs_no_torch() -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ([], "no verb given; allowed: train, doctor, eval, generate, export, compare, report, route-existing; see dscl"),
+        ([], "no verb given; allowed: train, doctor, eval, generate, export, compare, report, route-existing"),
         (["trian"], "trian: no such verb (did you mean 'train'?); allowed: train, doctor, eval, generate, export,"),
         (["--fast"], "the following arguments are required: VERB; see dscl --help"),
         (["train"], "the following arguments are required: RECIPE.yaml; see dscl train --help"),

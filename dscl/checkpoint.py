@@ -98,11 +98,11 @@ class Writing:
 
 
 class Checkpoints:
-    """The `checkpoints/` folder of a run. `saved` is told of each that is there: its name, and the seconds it took."""
+    """The `checkpoints/` folder of a run. `saved` is told the seconds that each has taken."""
 
     def __init__(self, folder: Path, config: CheckpointConfig) -> None:
         self.folder, self.config = folder, config
-        self.saved: Callable[[str, float], None] = lambda name, seconds: None
+        self.saved: Callable[[float], None] = lambda seconds: None
         self._left: dict[str, Sum] = {}  # files of ended tasks, by their path in the run's folder
         self._writing: Writing | None = None
 
@@ -199,7 +199,7 @@ class Checkpoints:
             )
         if dist.is_main():
             self._remove_old(writing.name)
-        self.saved(writing.name, time.monotonic() - writing.began)
+        self.saved(time.monotonic() - writing.began)
         dist.barrier()
 
     def _remove_old(self, newest: str) -> None:
@@ -253,17 +253,17 @@ class Checkpoints:
 def best_of(folders: Iterable[Path], by: str | None) -> Path | None:
     """The one after a task's evaluation where that figure was best; of equals the latest."""
     best: tuple[float, str, Path] | None = None
-    for folder in folders:
+    for folder in folders if by is not None else ():
         try:
             position = json.loads((folder / "state.json").read_text("utf-8"))["position"]
         except (OSError, ValueError, KeyError):  # damaged
             continue
-        if by is None or position["step"] or position["learned"] or not position["matrix"]:
+        if position["step"] or position["learned"] or not position["matrix"]:
             continue
         if by == "heldout":
             figure = -position["heldout"][-1] if position["heldout"] else None
         else:
-            figure = scores.summary(position["matrix"])[by]
+            figure = scores.summary(position["matrix"])[str(by)]
         if figure is not None and math.isfinite(figure) and (best is None or (figure, folder.name) > best[:2]):
             best = figure, folder.name, folder
     return best[2] if best else None

@@ -350,11 +350,9 @@ def _parser() -> Parser:
             made[verb].add_argument("--nproc", metavar="N|auto", help="start N ranks here (auto: one for each GPU)")
     train, evaluate = made["train"], made["eval"]
     words: dict[str, Any] = {"nargs": "*", "default": []}
-    for parser_of in (train, made["doctor"]):
-        parser_of.add_argument("recipe", metavar="RECIPE.yaml")
-        parser_of.add_argument(
-            "assignments", **words, metavar="key=value", help="dotted overrides of the recipe's keys"
-        )
+    for one in (train, made["doctor"]):
+        one.add_argument("recipe", metavar="RECIPE.yaml")
+        one.add_argument("assignments", **words, metavar="key=value", help="dotted overrides of the recipe's keys")
     train.add_argument("--doctor", action="store_true", help="first see whether the machines are fit for it")
     train.add_argument("--dry-run", action="store_true", help="build and check everything, show the plan, stop")
     evaluate.add_argument("run", metavar="RUN_DIR")

@@ -77,7 +77,7 @@ class Observer:
                 if record["step"] % self._every == 0 or record["step"] == 1:
                     self._board.step(record)
 
-    def saved(self, name: str, seconds: float) -> None:
+    def saved(self, seconds: float) -> None:
         """A checkpoint is whole; the next step's record says how long that took since it was begun."""
         if self._main:
             self._saving += seconds

@@ -8,11 +8,13 @@ import resource
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as torch_dist
 
+from dscl import clock
 from dscl.errors import UserError
 
 _PATIENT: list[Any] = []  # the process group of `_patient`, once it is there
@@ -122,7 +124,8 @@ def _patient() -> Any:
 def sum_(tensor: torch.Tensor) -> torch.Tensor:
     """Add `tensor` up over all ranks, in place."""
     if world() > 1:
-        torch_dist.all_reduce(tensor)
+        with clock.collective("all_reduce", tensor):
+            torch_dist.all_reduce(tensor)
     return tensor
 
 
@@ -130,8 +133,9 @@ def exchange(sent: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.T
     """Give each rank its flat tensor of `sent`, and get one from each, of these sizes."""
     if world() == 1:
         return list(sent)
-    arrived = sent[0].new_empty(sum(sizes))
-    torch_dist.all_to_all_single(arrived, torch.cat(list(sent)), list(sizes), [part.numel() for part in sent])
+    arrived, packed = sent[0].new_empty(sum(sizes)), torch.cat(list(sent))
+    with clock.collective("all_to_all", packed):
+        torch_dist.all_to_all_single(arrived, packed, list(sizes), [part.numel() for part in sent])
     return list(arrived.split(list(sizes)))
 
 
@@ -140,7 +144,8 @@ def any_rank(flag: bool) -> bool:
     if world() == 1:
         return flag
     value = torch.tensor([int(flag)], dtype=torch.int32)
-    torch_dist.all_reduce(value, op=torch_dist.ReduceOp.MAX)
+    with clock.collective("all_reduce", value):
+        torch_dist.all_reduce(value, op=torch_dist.ReduceOp.MAX)
     return bool(value.item())
 
 
@@ -201,6 +206,20 @@ def peak_memory() -> float:
     else:
         mine = 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return max(gather(mine))
+
+
+def memory() -> dict[str, float]:
+    """Bytes in use by this rank now: of its GPU, and of the process."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        found = {"host": float(pages * resource.getpagesize())}
+    except OSError:  # not a Linux machine
+        found = {}
+    if device().type == "cuda":
+        found["allocated"] = float(torch.cuda.memory_allocated())
+        found["reserved"] = float(torch.cuda.memory_reserved())
+        found["peak"] = float(torch.cuda.max_memory_allocated())
+    return found
 
 
 def meet() -> None:

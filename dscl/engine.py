@@ -27,7 +27,7 @@ from pydantic import ValidationError
 from torch import nn
 from torch.utils.cpp_extension import _get_build_directory
 
-from dscl import dist
+from dscl import clock, dist
 from dscl.cache import locked
 from dscl.errors import UserError
 from dscl.model.backbone import DTYPES
@@ -36,6 +36,20 @@ from dscl.settings import refuse_other_steps
 from dscl.steering import Shown, Steering
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+# DeepSpeed's collectives: their kind, and which argument is what they send.
+COLLECTIVES = {
+    "all_reduce": ("all_reduce", 0, "tensor"),
+    "all_reduce_coalesced": ("all_reduce", 0, "tensors"),
+    "inference_all_reduce": ("all_reduce", 0, "tensor"),
+    "reduce": ("reduce", 0, "tensor"),
+    "broadcast": ("broadcast", 0, "tensor"),
+    "all_gather": ("all_gather", 1, "tensor"),
+    "all_gather_into_tensor": ("all_gather", 1, "input_tensor"),
+    "all_gather_coalesced": ("all_gather", 1, "input_tensors"),
+    "reduce_scatter": ("reduce_scatter", 1, "input_list"),
+    "reduce_scatter_tensor": ("reduce_scatter", 1, "input_tensor"),
+    "all_to_all_single": ("all_to_all", 1, "input"),
+}
 
 
 @dataclass(frozen=True)
@@ -121,6 +135,7 @@ class Engine:
         betas: tuple[float, float] = (0.9, 0.999),
     ) -> None:
         self.device = dist.device()
+        clock.use(self.device)
         self.dtype = DTYPES[precision]
         self.stage = int(settings.get("zero_optimization", {}).get("stage", 0))
         self.grad_clip = grad_clip
@@ -197,17 +212,18 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         total = self._backward(loss, micro_batches, targets)
-        self.optimizer.skip = skip_non_finite and dist.any_rank(not bool(torch.isfinite(total)))
-        if self._clips_itself:
-            self.last_norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.grad_clip or math.inf)
-            self.optimizer.skip |= skip_non_finite and not math.isfinite(self.last_norm)
-        self.deepspeed.step()
-        if not self._clips_itself:
-            self.last_norm = self.deepspeed.get_global_grad_norm()
-        self.optimizer.skip = False
-        if hold and self._loose:  # the step was left out, so that nothing brought back what those before it had done
-            self._bring_back(list(self._views))
-            self.publish()
+        with clock.part("optimizer"):
+            self.optimizer.skip = skip_non_finite and dist.any_rank(not bool(torch.isfinite(total)))
+            if self._clips_itself:
+                self.last_norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.grad_clip or math.inf)
+                self.optimizer.skip |= skip_non_finite and not math.isfinite(self.last_norm)
+            self.deepspeed.step()
+            if not self._clips_itself:
+                self.last_norm = self.deepspeed.get_global_grad_norm()
+            self.optimizer.skip = False
+            if hold and self._loose:  # the step was left out: nothing brought back what those before it had done
+                self._bring_back(list(self._views))
+                self.publish()
         return total
 
     def sense(
@@ -224,7 +240,8 @@ class Engine:
             wrapper.clip_grad = 0.0
         self.optimizer.instead = lambda stepped: shown(self._stepped(stepped))
         try:
-            self.deepspeed.step()
+            with clock.part("steering"):
+                self.deepspeed.step()
         finally:
             self.optimizer.instead = None
             if clip is not None:
@@ -238,9 +255,13 @@ class Engine:
         total = torch.zeros((), device=self.device)
         for index, batch in enumerate(micro_batches):
             self.deepspeed.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
-            value = loss(self.deepspeed, batch.to(self.device)).float()
-            # DeepSpeed averages over ranks; times world over all targets makes that the mean over the global batch.
-            self.deepspeed.backward(value * (dist.world() / targets), scale_wrt_gas=False)
+            with clock.part("data"):
+                here = batch.to(self.device)
+            with clock.part("forward"):
+                value = loss(self.deepspeed, here).float()
+            with clock.part("backward"):
+                # DeepSpeed averages over ranks; times world over all targets makes that the mean over the global batch.
+                self.deepspeed.backward(value * (dist.world() / targets), scale_wrt_gas=False)
             total += value.detach()
         return total
 
@@ -456,10 +477,12 @@ class Engine:
 
     def _before(self, stepped: Sequence[torch.Tensor]) -> None:
         if self.steering is not None:
-            self.steering.steer(self._stepped(stepped), self._over_stretches)
+            with clock.part("steering"):
+                self.steering.steer(self._stepped(stepped), self._over_stretches)
         if self.constraint is not None and self.constraint.gradients:
-            gradients = {f.name: f.gradient for f in self._stepped(stepped) if f.name in self._constrained}
-            self._rounds.visit(self._names(stepped), gradients, self.constraint.free, change=True)
+            with clock.part("projection"):
+                gradients = {f.name: f.gradient for f in self._stepped(stepped) if f.name in self._constrained}
+                self._rounds.visit(self._names(stepped), gradients, self.constraint.free, change=True)
 
     def _after(self, stepped: Sequence[torch.Tensor]) -> None:
         if self.constraint is not None:
@@ -480,7 +503,8 @@ class Engine:
     def _bring_back(self, names: Sequence[str]) -> None:
         """Make the constraint hold for these matrices' masters."""
         assert self.constraint is not None
-        self._rounds.visit(names, self._views, self.constraint.hold, change=True)
+        with clock.part("projection"):
+            self._rounds.visit(names, self._views, self.constraint.hold, change=True)
         self._loose = False
 
     def _sub_group(self, parameter: Any) -> int:
@@ -551,6 +575,12 @@ def _join_deepspeed() -> None:
         if dist.device().type == "cpu":
             _build_extension()
         deepspeed.init_distributed(verbose=False)
+    _count_collectives(deepspeed.comm.comm.cdb)
+
+
+def _count_collectives(backend: Any) -> None:
+    for name, (kind, place, keyword) in COLLECTIVES.items():
+        setattr(backend, name, clock.counted(kind, getattr(backend, name), place, keyword))
 
 
 def _build_extension() -> None:

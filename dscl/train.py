@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import sys
+import time
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dscl import dist, doctor, harness
+from dscl import clock, dist, doctor, harness
 from dscl.checkpoint import Checkpoints, load
 from dscl.data.batches import Batch
 from dscl.engine import Engine
@@ -25,6 +26,7 @@ from dscl.job import Job, Lesson, open_job
 from dscl.maths import scores
 from dscl.methods import Look, Ranks
 from dscl.observe import Observer, score_table
+from dscl.observe.trace import Tracer
 from dscl.recipe import Recipe, read_recipe
 from dscl.run_dir import held, refuse_another_run, write_whole
 from dscl.stopping import Stop
@@ -41,6 +43,7 @@ class Position:
     step: int = 0  # its steps done
     learned: bool = False  # its last step is done, its evaluation not
     total: int = 0  # steps done in the whole run
+    tokens: int = 0  # seen in them
     before: list[float] | None = None
     matrix: list[list[float | None]] = field(default_factory=list)
     # Where a method routes: the shares of prompts that went to their own task, and to none.
@@ -79,13 +82,14 @@ def train(recipe: Recipe, stop: Stop | None = None, thorough: bool = False) -> N
 
 def follow(recipe: Recipe, job: Job, stop: Stop | None) -> None:
     """Task after task, from wherever the newest checkpoint stands."""
+    tracer = Tracer(recipe.folder, recipe.observe.profile)
     engine = job.engine()
     checkpoints = Checkpoints(recipe.folder / "checkpoints", recipe.checkpoint)
     position = resume(checkpoints, engine, job)
     if stop is not None:
         stop.arm(recipe.checkpoint.grace)
     watched = recipe.folder, recipe.observe, dist.is_main(), job.steps(), position.total
-    with closing(engine), Observer(*watched) as observer, checkpoints.settled():
+    with closing(engine), tracer.memory_told(), Observer(*watched) as observer, checkpoints.settled():
         checkpoints.saved = observer.saved
         observer.recipe(recipe.text())
         if position.matrix:  # a kill may have come between the checkpoint and what is shown of it
@@ -97,13 +101,14 @@ def follow(recipe: Recipe, job: Job, stop: Stop | None) -> None:
             save(checkpoints, position, engine, job)
         while position.task < len(job.lessons):
             if not position.learned:
-                learn(engine, job, job.lesson(position.task), position, checkpoints, observer, stop)
+                learn(engine, job, job.lesson(position.task), position, checkpoints, observer, tracer, stop)
                 position.learned = True
                 save(checkpoints, position, engine, job)
             if job.method.together:  # there is no score after each task, only one after all of them
                 missing = len(job.lessons) - 1
                 position.matrix = [[None] * len(job.lessons)] * missing
                 position.task += missing
+            began = time.perf_counter()
             row = [
                 examine(engine, job, other, observer, stop) if asked(recipe, index, position.task) else None
                 for index, other in enumerate(job.lessons)
@@ -119,10 +124,11 @@ def follow(recipe: Recipe, job: Job, stop: Stop | None) -> None:
             position.rejected.append([mark and mark.rejected for mark in row])
             position.went = [list(map(list, mark.went)) if mark and mark.went else None for mark in row]
             position.heldout += general(engine, job, observer, stop)
+            took = time.perf_counter() - began
             position.task, position.step, position.learned = position.task + 1, 0, False
             save(checkpoints, position, engine, job)
             checkpoints.settle()  # before scores.json may say that the run is complete
-            observer.scores(publish(recipe, job, position))
+            observer.scores(publish(recipe, job, position), took)
 
 
 def learn(
@@ -132,6 +138,7 @@ def learn(
     position: Position,
     checkpoints: Checkpoints,
     observer: Observer,
+    tracer: Tracer,
     stop: Stop | None,
 ) -> None:
     """Train on one task from wherever `position` stands in it, to where it has ended."""
@@ -141,7 +148,18 @@ def learn(
         ranks = ranks_of(engine, lesson, f"beginning {name}", observer)
         engine.start_over(job.method.begin_task(position.task, name, ranks))
     review = job.review(lesson)
-    watch = Watch(engine, name, recipe.observe.every, skipping, lesson.sources, observer.step, observer.note)
+    peak = recipe.observe.peak_tflops and 1e12 * recipe.observe.peak_tflops
+    watch = Watch(
+        engine,
+        name,
+        recipe.observe.every,
+        skipping,
+        lesson.sources,
+        observer.step,
+        observer.note,
+        peak,
+        position.tokens,
+    )
     watch.begin()
     stopping = False
     for number in range(position.step, lesson.steps):
@@ -149,22 +167,28 @@ def learn(
         # tasks before this one change anything.
         torch.manual_seed(hash((recipe.seed, zlib.crc32(name.encode()), number, dist.rank())))
         plan, lr = lesson.schedule.step(number), lesson.learning_rate(number)
-        position.step, position.total = number + 1, position.total + 1
+        position.step, position.total, position.tokens = number + 1, position.total + 1, position.tokens + plan.tokens
         last = position.step == lesson.steps
         saving = position.total % recipe.checkpoint.every == 0 and not last
-        if review is not None:
-            again = number % review.steps
-            targets = review.schedule.step(again).targets
-            engine.sense(job.method.loss, review.micro_batches(again), targets, job.method.reviewed)
+        tracer.before(position.total)
+        with clock.part("data"):
+            batches = lesson.micro_batches(number)
+            past = review.micro_batches(number % review.steps) if review is not None else []
+        reviewed = review.schedule.step(number % review.steps) if review is not None else None
+        if reviewed is not None:
+            engine.sense(job.method.loss, past, reviewed.targets, job.method.reviewed)
         loss = engine.step(
             job.method.loss,
-            lesson.micro_batches(number),
+            batches,
             targets=plan.targets,
             lr=lr,
             skip_non_finite=skipping,
             hold=last or saving or position.step % engine.hold_every == 0,
         )
-        watch.add(number, position.total, plan, lr, loss, last)
+        computed = sum(batch.input_ids.numel() for batch in (*batches, *past))
+        watch.add(number, position.total, plan, lr, loss, last, computed, reviewed)
+        if written := tracer.after(position.total, last):
+            observer.note(written)
         stopping = stopping or (stop is not None and stop.asked())
         # Where steps go unheld, one that is held comes soon; to hold this one would change what follows.
         leaving = stopping and not last and (saving or position.step % engine.hold_every == 0)

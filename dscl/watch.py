@@ -6,7 +6,9 @@ Losses stay on the device until `flush`, so that watching never makes a GPU wait
 from __future__ import annotations
 
 import math
+import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,9 +19,11 @@ from dscl import dist
 from dscl.data.batches import Step
 from dscl.engine import Engine
 from dscl.errors import Failure
+from dscl.pace import Pace
 
 MUST_HAVE_MOVED = 10  # steps after which a tensor that never changed is worth a warning
 SHOWN = 8  # names or records in one message
+SPIKE, LOOKED_BACK = 6.0, 50  # deviations from the mean of so many losses before it
 
 
 @dataclass
@@ -33,26 +37,55 @@ class Watch:
     sources: Callable[[int], list[str]]
     record: Callable[[dict[str, Any]], None]
     say: Callable[[str], None]
+    peak: float | None = None  # operations a second of one device at most, where they are known
+    seen: int = 0  # tokens of the run before this task, or before this start of it
     _pending: list[dict[str, Any]] = field(default_factory=list)
-    _seen: int = 0
+    _steps: int = 0
     _start: dict[str, int] = field(default_factory=dict)
     _last: dict[str, Any] = field(default_factory=dict)  # the task's last record, until the task has ended
     _clock: float = 0.0
+    _pace: Pace | None = None
+    _losses: deque[float] = field(default_factory=lambda: deque(maxlen=LOOKED_BACK))
 
     def begin(self) -> None:
         self._start = self.engine.fingerprints()
+        self._pace = Pace(self.engine, self.task, self.peak, self.say)
         self._clock = time.perf_counter()
 
-    def add(self, number: int, step: int, plan: Step, lr: float, loss: torch.Tensor, last: bool) -> None:
-        """Step `step` of the run, which is the task's `number`-th (from 0), is done."""
+    def add(
+        self,
+        number: int,
+        step: int,
+        plan: Step,
+        lr: float,
+        loss: torch.Tensor,
+        last: bool,
+        computed: int,
+        reviewed: Step | None = None,
+    ) -> None:
+        """Step `step` of the run, which is the task's `number`-th (from 0), is done.
+
+        `computed`: tokens that this rank's batches have, with padding. `reviewed`: what else went through the model.
+        """
+        self.seen += plan.tokens
         self._pending.append(
-            {"number": number, "step": step, "plan": plan, "lr": lr, "loss": loss, "grad_norm": self.engine.last_norm}
+            {
+                "number": number,
+                "step": step,
+                "plan": plan,
+                "lr": lr,
+                "loss": loss,
+                "grad_norm": self.engine.last_norm,
+                "computed": computed,
+                "reviewed": reviewed,
+                "seen": self.seen,
+            }
         )
-        self._seen += 1
+        self._steps += 1
         if len(self._pending) >= self.every or last:
             self.flush(last)
         # A few steps at the end of a task, after a restart, prove nothing: their rates may be too small to be seen.
-        if self._seen == MUST_HAVE_MOVED or (last and self._seen == number + 1 < MUST_HAVE_MOVED):
+        if self._steps == MUST_HAVE_MOVED or (last and self._steps == number + 1 < MUST_HAVE_MOVED):
             self._check_movement()
 
     def finish(self, numbers: Mapping[str, float]) -> None:
@@ -62,14 +95,18 @@ class Watch:
 
     def flush(self, last: bool = False) -> None:
         """Wait for the device, check and report what has gathered since the last time."""
-        if not self._pending:
+        if not self._pending or self._pace is None:
             return
-        sums = dist.sum_(torch.stack([entry["loss"] for entry in self._pending]).double()).tolist()
+        entries, self._pending = self._pending, []
+        losses = torch.stack([entry["loss"] for entry in entries]).double()
+        ranks = self._pace.mine(sum(entry["computed"] for entry in entries))
+        sums = dist.sum_(torch.cat([losses, ranks.flatten().to(losses.device)])).cpu()
         now = time.perf_counter()
         elapsed, self._clock = now - self._clock, now
-        rate = sum(entry["plan"].tokens for entry in self._pending) / max(elapsed, 1e-9)
-        entries, self._pending = self._pending, []
-        for entry, total in zip(entries, sums, strict=True):
+        plans = [entry["plan"] for entry in entries]
+        reviewed = [entry["reviewed"] for entry in entries if entry["reviewed"] is not None]
+        common = self._pace.numbers(sums[len(entries) :].view_as(ranks), elapsed, plans, reviewed)
+        for entry, total in zip(entries, sums[: len(entries)].tolist(), strict=True):
             plan, norm = entry["plan"], entry["grad_norm"]
             loss = total / plan.targets
             trouble = "" if math.isfinite(loss) else f"the loss is {loss}"
@@ -84,8 +121,8 @@ class Watch:
                 "grad_norm": _finite(norm),
                 "tokens": plan.tokens,
                 "targets": plan.targets,
-                "tokens_per_s": rate,
-                "seconds": elapsed / len(entries),
+                "tokens_seen": entry["seen"],
+                **common,
             }
             held = last and entry is entries[-1]
             if held:
@@ -94,11 +131,24 @@ class Watch:
                 self.record(record)
             if trouble:
                 self._not_finite(entry["number"], entry["step"], trouble)
+            else:
+                self._look_for_spike(entry["number"], entry["step"], loss)
+
+    def _look_for_spike(self, number: int, step: int, loss: float) -> None:
+        before = list(self._losses)
+        self._losses.append(loss)
+        if len(before) < LOOKED_BACK // 2:
+            return
+        mean, spread = statistics.mean(before), statistics.pstdev(before)
+        if loss > mean + SPIKE * spread and loss > 2 * mean:
+            self._losses.clear()  # one line for what may go on for some steps
+            self.say(
+                f"task {self.task}, step {step}: the loss leaps to {loss:.3g}, after {mean:.3g} on average; its "
+                f"records: {self._records(number)}"
+            )
 
     def _not_finite(self, number: int, step: int, trouble: str) -> None:
-        sources = self.sources(number)
-        records = "; ".join(sources[:SHOWN]) + (f"; and {len(sources) - SHOWN} more" if len(sources) > SHOWN else "")
-        told = f"task {self.task}, step {step}: {trouble}; its records: {records}"
+        told = f"task {self.task}, step {step}: {trouble}; its records: {self._records(number)}"
         if not self.skipping:
             raise Failure(
                 f"{told}. The run stops and no checkpoint is written from it; lower train.lr, look at these records, "
@@ -106,18 +156,23 @@ class Watch:
             )
         self.say(f"{told}. The step is skipped")
 
+    def _records(self, number: int) -> str:
+        """Which a step learnt from."""
+        sources = self.sources(number)
+        return "; ".join(sources[:SHOWN]) + (f"; and {len(sources) - SHOWN} more" if len(sources) > SHOWN else "")
+
     def _check_movement(self) -> None:
         now = self.engine.fingerprints()
         still = [name for name, value in now.items() if value == self._start[name]]
         if len(still) == len(now):
             raise Failure(
-                f"task {self.task}: after {self._seen} steps no trainable tensor has moved, so nothing is being "
+                f"task {self.task}: after {self._steps} steps no trainable tensor has moved, so nothing is being "
                 "learned; check train.lr and what method trains"
             )
-        if still and self._seen > 1:  # LoRA's A has no gradient before B has moved, which takes a step
+        if still and self._steps > 1:  # LoRA's A has no gradient before B has moved, which takes a step
             more = f" and {len(still) - SHOWN} more" if len(still) > SHOWN else ""
             self.say(
-                f"task {self.task}: after {self._seen} steps {len(still)} of {len(now)} trainable tensors have never "
+                f"task {self.task}: after {self._steps} steps {len(still)} of {len(now)} trainable tensors have never "
                 f"moved: {', '.join(still[:SHOWN])}{more}"
             )
 

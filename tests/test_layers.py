@@ -13,7 +13,17 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 # A file imports from its own layer and from those below. Folders count as one name.
 LAYERS = {
-    0.0: ("dscl", "dscl.errors", "dscl.config", "dscl.cache", "dscl.spawn", "dscl.stamped", "dscl.maths"),
+    0.0: (
+        "dscl",
+        "dscl.errors",
+        "dscl.config",
+        "dscl.cache",
+        "dscl.clock",
+        "dscl.hardware",
+        "dscl.spawn",
+        "dscl.stamped",
+        "dscl.maths",
+    ),
     1.0: (
         "dscl.data",
         "dscl.model",
@@ -31,7 +41,7 @@ LAYERS = {
     4.0: ("dscl.observe",),
     5.0: ("dscl.evaluate", "dscl.checkpoint", "dscl.harness"),
     6.0: ("dscl.recipe",),
-    6.5: ("dscl.job", "dscl.watch", "dscl.run_dir", "dscl.doctor"),
+    6.5: ("dscl.job", "dscl.pace", "dscl.watch", "dscl.run_dir", "dscl.doctor"),
     7.0: ("dscl.train", "dscl.export", "dscl.report"),
     7.5: ("dscl.compare",),
     8.0: ("dscl.cli",),

@@ -32,7 +32,6 @@ from typing import Any, NoReturn
 import yaml
 
 ORDER, NOTE = "DSCL_CAMPAIGN_KILL", "DSCL_CAMPAIGN_NOTE"  # `rank:moment:count`, and where the dying rank says of what
-TIMINGS = ("tokens_per_s", "seconds", "peak_memory_bytes", "save_seconds")
 METHODS: dict[str, dict[str, Any]] = {
     "sequential": {},
     "joint": {},
@@ -170,8 +169,9 @@ def newest(run: Path) -> str:
 
 def outcome(run: Path) -> list[Any]:
     """All that a run computed."""
+    measured = import_module("dscl.pace").measured
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    bare = [{name: value for name, value in record.items() if name not in TIMINGS} for record in records]
+    bare = [{name: value for name, value in record.items() if not measured(name)} for record in records]
     last = sorted((run / "checkpoints").glob("step-*"))[-1]
     sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(last.iterdir())}
     return [bare, json.loads((run / "scores.json").read_text()), last.name, sums]

@@ -32,6 +32,7 @@ class Step:
     samples: tuple[int, ...]
     targets: int  # target tokens
     tokens: int  # all tokens
+    pairs: int  # of a token with itself or one before it in its sample
     epoch: float  # how many epochs are done when this step is
 
 
@@ -73,10 +74,12 @@ class Schedule:
         ids = self._permutation(epoch)[place * self._global_batch : (place + 1) * self._global_batch]
         # Longest first: dealt out in turn, every rank gets like lengths, and rows of like length meet in a micro-batch.
         ids = ids[np.argsort(-self._lengths[ids], kind="stable")]
+        lengths = self._lengths[ids].astype(np.int64)
         return Step(
             samples=tuple(map(int, ids)),
             targets=int(self._targets[ids].sum()),
-            tokens=int(self._lengths[ids].sum()),
+            tokens=int(lengths.sum()),
+            pairs=int((lengths * (lengths + 1) // 2).sum()),
             epoch=(number + 1) / self.steps_per_epoch,
         )
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from dscl import clock
 from dscl.data.batches import Batch, PromptBatch
 from dscl.errors import UserError
 from dscl.methods.base import Facts, Ranks, answer_loss
@@ -38,9 +39,10 @@ class Deciding:
             loss = answer_loss(model, batch)
         # The answer stands behind its prompt, which therefore does not see it: these are the features of serving.
         self._samples += batch.samples
-        states = pooled()
-        self._finite.append(states.isfinite().all(1))  # not looked at now, which would make a GPU wait
-        self._rows.append(self.router.expansion.rows(states.nan_to_num()))
+        with clock.part("router"):
+            states = pooled()
+            self._finite.append(states.isfinite().all(1))  # not looked at now, which would make a GPU wait
+            self._rows.append(self.router.expansion.rows(states.nan_to_num()))
         return loss
 
     def learn(self, name: str, ranks: Ranks) -> str:

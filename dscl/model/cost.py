@@ -40,9 +40,17 @@ class Cost:
         return self.again_token * tokens + self.again_pair * pairs
 
 
-def cost_of(model: nn.Module) -> Cost:
-    """Of a LLaMA-like causal language model as it stands: what trains, and what was put beside its projections."""
-    core: Any = model.get_submodule("model")
+def cost_of(model: nn.Module) -> Cost | None:
+    """Of a LLaMA-like causal language model as it stands: what trains, and what was put beside its projections.
+
+    None where it is not built like that.
+    """
+    core: Any = getattr(model, "model", None)
+    first = next(iter(getattr(core, "layers", ())), None)
+    if not hasattr(getattr(first, "self_attn", None), "q_proj") or not hasattr(
+        getattr(first, "mlp", None), "gate_proj"
+    ):
+        return None
     head: Any = model.get_submodule("lm_head")
     token = pair = forward = forward_pair = 0.0
     flows = _trains(core.embed_tokens)

@@ -8,7 +8,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
+import yaml
+
 from dscl.config import key
+from dscl.errors import UserError
 from dscl.observe.metrics import MetricsFile
 from dscl.observe.progress import Progress
 from dscl.observe.table import score_table
@@ -17,13 +20,38 @@ if TYPE_CHECKING:
     from dscl.methods import Ended
     from dscl.observe.board import Board
 
-__all__ = ["ObserveConfig", "Observer", "score_table"]
+__all__ = ["ObserveConfig", "Observer", "ProfileConfig", "score_table"]
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    steps: tuple[int, ...] = key((), help="the first and the last step of the run that a trace shows, e.g. [10, 14]")
+    ranks: tuple[int, ...] = key((0,), help="which ranks write one")
+    shapes: bool = key(False, help="with the shapes of all tensors")
+    memory: bool = key(
+        False, help="keep who allocated what on the GPU (costs a little), for the snapshot when it runs out"
+    )
+
+    def __post_init__(self) -> None:
+        if self.steps and (len(self.steps) != 2 or not 1 <= self.steps[0] <= self.steps[1]):
+            raise UserError(
+                f"observe.profile.steps: given {list(self.steps)}; the first and the last step of a trace are needed, "
+                "like [10, 14]"
+            )
+        if not self.ranks or min(self.ranks) < 0:
+            raise UserError(
+                f"observe.profile.ranks: given {list(self.ranks)}; numbers of ranks are needed, like [0, 1]"
+            )
 
 
 @dataclass(frozen=True)
 class ObserveConfig:
     every: int = key(10, at_least=1, help="steps between two updates of TensorBoard and of the progress line")
     tensorboard: bool = key(True, help="write TensorBoard events into run_dir/tensorboard")
+    peak_tflops: float | None = key(
+        None, above=0.0, help="what one device can do at this precision, for MFU; default: known of common GPUs in bf16"
+    )
+    profile: ProfileConfig = key(ProfileConfig, help="traces for Perfetto")
     live: str = key(
         "auto",
         choices=("auto", "on", "off"),
@@ -56,7 +84,8 @@ class Observer:
         self._metrics = MetricsFile(run_dir / "metrics.jsonl")
         self._metrics.rewind(resume_step)
         self._progress = Progress(tasks, config.every, config.live, stream)
-        self._saving = 0.0  # seconds of checkpoints that no record tells yet
+        self._between: dict[str, float] = {}  # seconds of checkpoints and evaluations that no record tells yet
+        self._settings: dict[str, Any] = {}
         self._board: Board | None = None
         if config.tensorboard:
             from dscl.observe.board import Board  # slow to import, and needless without it
@@ -67,9 +96,9 @@ class Observer:
         """One or more optimizer steps, in order; each record holds plain numbers and its global `step`."""
         if not self._main or not records:
             return
-        if self._saving:
-            records = ({**records[0], "save_seconds": self._saving}, *records[1:])
-            self._saving = 0.0
+        if self._between:
+            records = ({**records[0], **self._between}, *records[1:])
+            self._between = {}
         self._metrics.write(records)
         self._progress.steps(records)
         if self._board is not None:
@@ -80,7 +109,7 @@ class Observer:
     def saved(self, seconds: float) -> None:
         """A checkpoint is whole; the next step's record says how long that took since it was begun."""
         if self._main:
-            self._saving += seconds
+            self._add("save_seconds", seconds)
 
     def evaluating(self, task: str, done: int, total: int) -> None:
         """The evaluation of `task` has come that far."""
@@ -92,13 +121,18 @@ class Observer:
         if self._main:
             self._progress.working(doing, done, total)
 
-    def scores(self, document: Mapping[str, Any]) -> None:
+    def scores(self, document: Mapping[str, Any], seconds: float | None = None) -> None:
         """An evaluation of the tasks is over; `document` is the content of scores.json with its row."""
         if not self._main:
             return
         self._progress.evaluated()
+        step = sum(self._steps[: len(document["matrix"])])
+        if seconds is not None:
+            self._add("evaluate_seconds", seconds)
         if self._board is not None:
-            self._board.scores(document, sum(self._steps[: len(document["matrix"])]))
+            self._board.scores(document, step)
+            if document.get("complete"):
+                self._board.settled(self._settings, document["summary"])
 
     def ended(self, task: str, ended: Ended, step: int) -> None:
         """A task has ended, at this step of the run."""
@@ -113,6 +147,10 @@ class Observer:
         """The resolved recipe, as YAML."""
         if self._main and self._board is not None:
             self._board.text("recipe", f"```yaml\n{text}\n```", self._resume_step)
+            self._settings = flat(yaml.safe_load(text))
+
+    def _add(self, name: str, seconds: float) -> None:
+        self._between[name] = self._between.get(name, 0.0) + seconds
 
     def note(self, text: str) -> None:
         """Tell the user something, without tearing the progress line."""
@@ -134,3 +172,14 @@ class Observer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """By dotted name, those that are single values."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{before}{name}.")
+        elif isinstance(value, bool | int | float | str):
+            found[f"{before}{name}"] = value
+    return found

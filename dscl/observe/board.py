@@ -1,4 +1,5 @@
-"""TensorBoard: the curves of training, every task's scores, and the score matrix as a picture."""
+"""TensorBoard: the curves of training, where time and memory go, every task's scores, and what is best seen as a
+picture."""
 
 from __future__ import annotations
 
@@ -7,18 +8,26 @@ from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
+from dscl.clock import KINDS, PARTS
 from dscl.methods import Ended
-from dscl.observe.picture import score_picture, share_picture
+from dscl.observe.picture import routing_picture, score_picture, share_picture
 
 _TAGS = {
-    "loss": "train/loss",
-    "lr": "train/lr",
-    "grad_norm": "train/grad_norm",
-    "epoch": "train/epoch",
-    "tokens_per_s": "perf/tokens_per_s",
-    "save_seconds": "perf/save_seconds",
-}
+    **{name: f"train/{name}" for name in ("loss", "lr", "grad_norm", "epoch", "tokens_seen")},
+    "seconds": "perf/step_seconds",
+    **{
+        name: f"perf/{name}"
+        for name in (
+            "tokens_per_s", "tokens_per_s_per_device", "tflops_per_device", "tflops_with_recomputation", "mfu",
+            "padding", "evaluate_seconds", "save_seconds",
+        )
+    },
+    **{f"{part}_seconds": f"perf/parts/{part}_seconds" for part in PARTS},
+    **{f"memory_{name}_bytes": f"mem/{name}_bytes" for name in ("allocated", "reserved", "peak", "host")},
+    **{f"{kind}_{what}": f"comm/{kind}_{what}" for kind in KINDS for what in ("bytes", "seconds")},
+}  # fmt: skip
 
 
 class Board:
@@ -42,20 +51,27 @@ class Board:
                 self._writer.add_scalar(f"task/{name}/score", score, step)
         for name, value in document["summary"].items():
             if value is not None:
-                self._writer.add_scalar(f"summary/{name}", value, step)
+                self._writer.add_scalar(f"task/{name}", value, step)
         if document.get("heldout"):
-            self._writer.add_scalar("summary/heldout_loss", document["heldout"][-1], step)
-        self._writer.add_image("scores", score_picture(document), step, dataformats="HWC")
+            self._writer.add_scalar("task/heldout_loss", document["heldout"][-1], step)
+        self._writer.add_image("task/scores", score_picture(document), step, dataformats="HWC")
+        if document.get("confusion"):
+            self._writer.add_image("task/routing", routing_picture(document), step, dataformats="HWC")
+        self._writer.flush()
+
+    def settled(self, settings: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
+        """The whole stream is learnt: what it was set to, beside what it came to, for the comparison of runs."""
+        found = {name: value for name, value in summary.items() if value is not None}
+        for part in hparams(dict(settings), found):
+            self._writer._get_file_writer().add_summary(part)
         self._writer.flush()
 
     def ended(self, ended: Ended, step: int) -> None:
         """What a method has to show when a task has ended."""
         for name, value in ended.numbers.items():
-            self._writer.add_scalar(f"method/{name}", value, step)
+            self._writer.add_scalar(f"task/{name}", value, step)
         if ended.picture is not None:
-            self._writer.add_image(
-                f"method/{ended.picture.title}", share_picture(ended.picture), step, dataformats="HWC"
-            )
+            self._writer.add_image(f"task/{ended.picture.title}", share_picture(ended.picture), step, dataformats="HWC")
         self._writer.flush()
 
     def text(self, name: str, text: str, step: int) -> None:

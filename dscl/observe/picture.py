@@ -36,6 +36,13 @@ def share_picture(matrix: Matrix) -> np.ndarray:
     return _picture(names, names, matrix.values, marked=0)
 
 
+def routing_picture(document: Mapping[str, Any]) -> np.ndarray:
+    """Whose prompts (rows) were answered by whom (columns), as shares."""
+    found = document["confusion"]
+    by = ["nobody" if name is None else shorten(name, LABEL_CHARACTERS) for name in found["answered_by"]]
+    return _picture(by, [shorten(name, LABEL_CHARACTERS) for name in found["tasks"]], found["shares"], marked=0)
+
+
 def _picture(names: Sequence[str], labels: Sequence[str], rows: Sequence[Row], marked: int) -> np.ndarray:
     """A cell for each number; those on the diagonal (by so many rows above) are framed."""
     font = ImageFont.load_default(15)

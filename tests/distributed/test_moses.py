@@ -694,12 +694,12 @@ def shown(run_dir: Path) -> tuple[dict[int, float], list[int]]:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     limits = {"scalars": 0, "images": 0, "tensors": 0}
     events = accumulator.EventAccumulator(str(run_dir / "tensorboard"), size_guidance=limits).Reload()
-    curve = {event.step: event.value for event in events.Scalars("method/capacity_bytes")}
+    curve = {event.step: event.value for event in events.Scalars("task/capacity_bytes")}
     assert sorted(curve) == [4, 7, 10]
     for record in metrics(run_dir):
         if "capacity_bytes" in record:
             assert curve[record["step"]] == record["capacity_bytes"]
-    (picture,) = [tag for tag in events.Tags()["images"] if tag.startswith("method/masks")]
+    (picture,) = [tag for tag in events.Tags()["images"] if tag.startswith("task/masks")]
     return curve, sorted({event.step for event in events.Images(picture)})
 
 

@@ -25,6 +25,7 @@ from safetensors import safe_open
 from dscl import checkpoint, dist, train
 from dscl.engine import Engine
 from dscl.errors import Failure, UserError
+from dscl.pace import measured
 from dscl.recipe import Recipe, resolve
 
 WORDS = (
@@ -43,7 +44,6 @@ WORDS = (
     "here",
     "there",
 )
-TIMINGS = ("tokens_per_s", "seconds", "peak_memory_bytes", "save_seconds")
 
 
 class Killed(BaseException):
@@ -101,7 +101,7 @@ def recipe_of(folder: Path, run: str, stage: int = 0, **changes: Any) -> dict[st
 
 def metrics(run: Path) -> list[dict[str, Any]]:
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in record.items() if name not in TIMINGS} for record in records]
+    return [{name: value for name, value in record.items() if not measured(name)} for record in records]
 
 
 def outcome(run: Path) -> tuple[Any, ...]:

@@ -61,9 +61,9 @@ def test_curves_scores_picture_and_recipe_read_back(tmp_path: Path) -> None:
     assert scalars(events, "perf/tokens_per_s") == [(1, 64.0)]
     assert scalars(events, "task/a/score") == [(0, 0.125), (2, 0.75), (4, 0.25)]
     assert scalars(events, "task/b/score") == [(0, 0.25), (2, 0.5), (4, 1.0)]
-    assert scalars(events, "summary/BWT") == [(4, -0.5)]
+    assert scalars(events, "task/BWT") == [(4, -0.5)]
     assert b"seed: 7" in events.Tensors("recipe/text_summary")[0].tensor_proto.string_val[0]
-    last = events.Images("scores")[-1]
+    last = events.Images("task/scores")[-1]
     shown = np.asarray(Image.open(BytesIO(last.encoded_image_string)))
     assert last.step == 4
     assert np.array_equal(shown, score_picture(document([[0.75, 0.5], [0.25, 1.0]], [0.125, 0.25])))

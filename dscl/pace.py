@@ -1,0 +1,108 @@
+"""The pace of training: what steps spend their time on, how much of the device they use, and who holds the others up.
+
+Every rank has its numbers since the last time, which meet in one sum; what comes out is the same on every rank.
+"""
+
+from __future__ import annotations
+
+import socket
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from dscl import clock, dist, hardware
+from dscl.data.batches import Step
+from dscl.engine import Engine
+from dscl.model.cost import cost_of
+
+SLOW, WORTH = 1.25, 0.05  # a rank that takes so much longer than the median, if that is such a share of the step
+LATE_DATA = 0.1  # the share of a step's time that making its batches may take before it is told
+TWICE = 2  # in a row: a single time may mean anything
+MEMORY = ("allocated", "reserved", "peak", "host")
+
+
+def measured(name: str) -> bool:
+    """Whether a record's number of that name was measured, and so differs from run to run; all others do not."""
+    return (
+        name.endswith("seconds")
+        or name.startswith(("tokens_per_s", "tflops", "mfu", "padding", "memory_", "peak_memory"))
+        or name.removesuffix("_bytes") in clock.KINDS
+    )
+
+
+class Pace:
+    """Of one task. `say` gets a line for the user, once for each thing that is odd."""
+
+    def __init__(self, engine: Engine, task: str, peak: float | None, say: Callable[[str], None]) -> None:
+        self._task, self._say = task, say
+        self._cost = cost_of(engine.module)
+        self._peak = hardware.peak(engine.device, engine.dtype) if peak is None else peak
+        self._hosts = dist.gather(socket.gethostname())
+        self._odd: dict[int | str, int] = {}  # how often in a row a rank was slow, or the data late
+        clock.taken()  # what was before does not belong to this task
+
+    def mine(self, computed: int) -> torch.Tensor:
+        """This rank's numbers, in a row of its own among the others', to be added up. `computed`: with padding."""
+        taken = clock.taken()
+        memory = dist.memory()
+        own = [*taken.seconds.values(), *taken.sent.values(), *taken.waited.values()]
+        own += [*(memory.get(name, 0.0) for name in MEMORY), float(computed)]
+        ranks = torch.zeros(dist.world(), len(own), dtype=torch.float64)
+        ranks[dist.rank()] = torch.tensor(own, dtype=torch.float64)
+        return ranks
+
+    def numbers(
+        self, ranks: torch.Tensor, elapsed: float, plans: Sequence[Step], reviewed: Sequence[Step]
+    ) -> dict[str, Any]:
+        """What goes into the records of these steps, which took so many seconds; `reviewed`: passes beside them."""
+        steps, world = len(plans), dist.world()
+        kinds = len(clock.KINDS)
+        seconds, sent, waited, memory, computed = ranks.split([len(clock.PARTS), kinds, kinds, len(MEMORY), 1], dim=1)
+        self._compare(dict(zip(clock.PARTS, seconds.T.tolist(), strict=True)), computed[:, 0].tolist(), elapsed)
+        tokens = sum(plan.tokens for plan in plans)
+        rate = tokens / elapsed
+        found = {"tokens_per_s": rate, "tokens_per_s_per_device": rate / world, "seconds": elapsed / steps}
+        parts = zip(clock.PARTS, (seconds.mean(0) / steps).tolist(), strict=True)
+        found |= {f"{part}_seconds": value for part, value in parts if value}
+        for kind, amount, wait in zip(clock.KINDS, sent.mean(0).tolist(), waited.mean(0).tolist(), strict=True):
+            if amount:
+                found |= {f"{kind}_bytes": amount / steps, f"{kind}_seconds": wait / steps}
+        found |= {f"memory_{name}_bytes": v for name, v in zip(MEMORY, memory.amax(0).tolist(), strict=True) if v}
+        found["padding"] = 1 - (tokens + sum(plan.tokens for plan in reviewed)) / float(computed.sum())
+        if self._cost is not None:
+            passed = [*plans, *reviewed]
+            useful = sum(self._cost.of(plan.tokens, plan.pairs, plan.targets) for plan in passed)
+            again = sum(self._cost.again(plan.tokens, plan.pairs) for plan in passed)
+            found["tflops_per_device"] = useful / (elapsed * world) / 1e12
+            if again:
+                found["tflops_with_recomputation"] = (useful + again) / (elapsed * world) / 1e12
+            if self._peak is not None:
+                found["mfu"] = useful / (elapsed * world) / self._peak
+        return found
+
+    def _compare(self, seconds: dict[str, list[float]], computed: Sequence[float], elapsed: float) -> None:
+        """Tell of a rank that the others wait for, and of batches that the device waits for."""
+        late = statistics.mean(seconds["data"])
+        if self._again("data", late > LATE_DATA * elapsed):
+            self._say(
+                f"task {self._task}: making batches takes {late / elapsed:.0%} of the time, in which the device waits; "
+                "give every rank more CPU cores, or train larger batches"
+            )
+        # Not the backward pass, in which those that are done wait for the others.
+        own = [data + forward for data, forward in zip(seconds["data"], seconds["forward"], strict=True)]
+        usual, many = statistics.median(own), statistics.median(computed)
+        for rank, (took, had) in enumerate(zip(own, computed, strict=True)):
+            fair = usual * max(1.0, had / many)  # what its tokens explain
+            if self._again(rank, took > SLOW * fair and took - fair > WORTH * elapsed):
+                self._say(
+                    f"task {self._task}: rank {rank} on {self._hosts[rank]} is slow: its forward passes take "
+                    f"{took / fair:.1f} times those of the others, which wait for it; look at that machine"
+                )
+
+    def _again(self, what: int | str, odd: bool) -> bool:
+        """Whether it has just become odd for long enough to be told; it is told once."""
+        count = self._odd.get(what, 0)
+        self._odd[what] = count + 1 if odd else (0 if count < TWICE else count)
+        return odd and self._odd[what] == TWICE

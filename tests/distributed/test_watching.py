@@ -1,0 +1,162 @@
+"""What a run says of its own pace: parts that fit into the step, bytes that ZeRO's arithmetic gives, operations counted
+exactly, a rank that holds the others up, and traces."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dscl import clock, dist
+from dscl.data.batches import Step
+from dscl.methods.sequential import Sequential
+from dscl.watch import LOOKED_BACK, Watch
+from tests.distributed.test_run import recipe_of, run, write_tasks
+
+WORLD = 2
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("watching")
+    write_tasks(folder)
+    return folder
+
+
+def records(document: dict[str, Any]) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(document["run_dir"]) / "metrics.jsonl").read_text().splitlines()]
+
+
+def sent(trained: int, stage: int) -> dict[str, float]:
+    """Bytes that a rank puts into a step's collectives, of one micro-batch in fp32: what ZeRO's definition says.
+
+    At stage 3 weights are gathered for the forward and again for the backward pass; once DeepSpeed knows in which order
+    they come, a model as small as this one stays gathered in between (stage3_max_reuse_distance): that is the least.
+    """
+    weights = 4.0 * trained
+    return {
+        0: {"all_reduce": weights},
+        1: {"all_reduce": weights, "all_gather": weights / WORLD},
+        2: {"all_reduce": weights, "all_gather": weights / WORLD},
+        3: {"reduce_scatter": weights, "all_gather": weights / WORLD},
+    }[stage]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_parts_fit_into_the_step_and_bytes_are_those_of_the_stage(ranks: Any, tasks: Path, stage: int) -> None:
+    document = recipe_of(tasks, f"stage-{stage}", stage, train__micro_batch=4, observe__peak_tflops=1e-3)
+    ranks(WORLD)(run, document)
+    found = records(document)
+    trained = found[-1]["trainable_parameters"]
+    seen = 0
+    for record in found:
+        parts = {part: record.get(f"{part}_seconds", 0.0) for part in clock.PARTS}
+        assert all(parts[name] > 0 for name in ("data", "forward", "backward", "optimizer", "communication"))
+        assert all(value >= 0 for value in parts.values())
+        assert sum(parts.values()) <= record["seconds"] * 1.001
+        waited = sum(record.get(f"{kind}_seconds", 0.0) for kind in clock.KINDS)
+        assert waited == pytest.approx(parts["communication"])
+        for kind, amount in sent(trained, stage).items():  # and norms, flags and padding
+            most = amount * (2 if stage == 3 and kind == "all_gather" else 1)
+            assert amount <= record[f"{kind}_bytes"] <= 1.1 * most + 64, (kind, record)
+        seen += record["tokens"]
+        assert record["tokens_seen"] == seen
+        assert record["tokens_per_s_per_device"] == record["tokens_per_s"] / WORLD
+        assert record["mfu"] == pytest.approx(record["tflops_per_device"] / 1e-3)
+        assert 0 <= record["padding"] < 1
+        assert record["memory_host_bytes"] > 1e8
+
+
+def slowly(document: dict[str, Any], slow: int, seconds: float) -> None:
+    """Run, with one rank whose forward passes take longer."""
+    original = Sequential.loss
+
+    def loss(self: Sequential, model: Any, batch: Any) -> torch.Tensor:
+        time.sleep(seconds * (dist.rank() == slow))
+        return original(self, model, batch)
+
+    Sequential.loss = loss  # type: ignore[method-assign]
+    try:
+        run(document)
+    finally:
+        Sequential.loss = original  # type: ignore[method-assign]
+
+
+def test_a_slow_rank_is_named_once_a_task(
+    ranks: Any, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard = tmp_path / "said"
+    document = recipe_of(tasks, "slow", 1, observe__live="auto")
+    ranks(WORLD)(listening, document, str(heard))
+    lines = [line for line in heard.read_text().splitlines() if "is slow" in line]
+    assert [line.split(":")[0] for line in lines] == ["task colour", "task animal"], heard.read_text()
+    assert all("rank 1 on " in line for line in lines)
+
+
+def listening(document: dict[str, Any], path: str) -> None:
+    """Run slowly on rank 1; what the user is told goes into a file."""
+    from dscl.observe import Observer
+
+    original = Observer.note
+
+    def note(self: Observer, text: str) -> None:
+        if dist.is_main():
+            with open(path, "a") as file:
+                file.write(f"{text}\n")
+
+    Observer.note = note  # type: ignore[method-assign]
+    try:
+        slowly(document, 1, 0.1)
+    finally:
+        Observer.note = original  # type: ignore[method-assign]
+
+
+def test_traces_are_written_by_the_ranks_that_were_asked(ranks: Any, tasks: Path) -> None:
+    document = recipe_of(tasks, "traced", 2, observe__profile={"steps": [2, 3], "ranks": [1]})
+    ranks(WORLD)(run, document)
+    (path,) = (Path(document["run_dir"]) / "traces").iterdir()
+    assert path.name == "rank-1-steps-2-3.json.gz"
+    names = [event.get("name") for event in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]]
+    for part in ("data", "forward", "backward", "optimizer"):
+        assert names.count(part) >= 2, part
+    assert names.count("communication: all_reduce") >= 2
+
+
+class Numbers:
+    """As much of an engine as a watch needs to look at losses."""
+
+    scales_loss = False
+
+
+def test_a_loss_that_leaps_is_told_with_its_records() -> None:
+    said: list[str] = []
+    watch = Watch(Numbers(), "x", 1, False, lambda number: [f"record {number}"], lambda record: None, said.append)  # type: ignore[arg-type]
+    for number in range(LOOKED_BACK):
+        watch._look_for_spike(number, number + 1, 1.0 + 0.01 * (number % 5))
+    assert not said
+    watch._look_for_spike(50, 51, 1.2)
+    assert not said, "a loss may move"
+    watch._look_for_spike(51, 52, 9.0)
+    assert len(said) == 1
+    assert "step 52: the loss leaps to 9, after 1.0" in said[0]
+    assert "record 51" in said[0]
+    watch._look_for_spike(52, 53, 9.0)
+    assert len(said) == 1, "what goes on is not told again"
+
+
+def test_pairs_are_those_of_each_sample_alone() -> None:
+    from dscl.data.batches import Schedule
+
+    lengths = torch.tensor([5, 1, 3]).numpy()
+    schedule = Schedule(
+        lengths - 1, lengths * 0 + 1,
+        seed=0, epochs=1, global_batch=2, micro_batch=1, world=1, max_length=8, packing=True,
+    )  # fmt: skip
+    steps: list[Step] = [schedule.step(number) for number in range(2)]
+    assert sum(step.pairs for step in steps) == 15 + 1 + 6
+    assert sum(step.tokens for step in steps) == 9

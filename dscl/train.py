@@ -110,13 +110,13 @@ def follow(recipe: Recipe, job: Job, stop: Stop | None) -> None:
                 position.task += missing
             began = time.perf_counter()
             row = [
-                examine(engine, job, other, observer, stop) if asked(recipe, index, position.task) else None
+                examine(engine, job, other, observer, stop) if asked(job, index, position.task) else None
                 for index, other in enumerate(job.lessons)
             ]
             position.matrix.append([mark and mark.score for mark in row])
             if recipe.evaluate.given:
                 told = [
-                    examine(engine, job, other, observer, stop, True) if asked(recipe, index, position.task) else None
+                    examine(engine, job, other, observer, stop, True) if asked(job, index, position.task) else None
                     for index, other in enumerate(job.lessons)
                 ]
                 position.given.append([mark and mark.score for mark in told])
@@ -271,8 +271,11 @@ def general(engine: Engine, job: Job, observer: Observer, stop: Stop | None) -> 
     return [loss_on(job.heldout, engine, job.method, job.backbone.tokenizer, said)]
 
 
-def asked(recipe: Recipe, task: int, after: int) -> bool:
-    return recipe.evaluate.tasks == "all" or task <= after
+def asked(job: Job, task: int, after: int) -> bool:
+    """Whether a task is evaluated after that one has been learnt."""
+    settings = job.recipe.evaluate
+    due = (after + 1) % settings.every == 0 or after + 1 == len(job.lessons)
+    return due and (settings.tasks == "all" or task <= after)
 
 
 def save(checkpoints: Checkpoints, position: Position, engine: Engine, job: Job) -> None:

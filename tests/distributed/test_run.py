@@ -181,6 +181,18 @@ DEATHS = [
 ]
 
 
+def test_evaluating_less_often_changes_nothing_else(ranks: Any, tasks: Path) -> None:
+    often = recipe_of(tasks, "often", 1)
+    seldom = recipe_of(tasks, "seldom", 1, evaluate={"every": 2})
+    for document in (often, seldom):
+        ranks(2)(run, document)
+    a, b = (json.loads((Path(document["run_dir"]) / "scores.json").read_text()) for document in (often, seldom))
+    assert b["matrix"] == [[None, None], a["matrix"][1]]
+    assert b["summary"]["OP"] == a["summary"]["OP"]
+    assert b["summary"]["BWT"] is None
+    assert metrics(Path(seldom["run_dir"])) == metrics(Path(often["run_dir"]))
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_run_that_died_ends_as_one_that_did_not(ranks: Any, tasks: Path, stage: int) -> None:
     ranks(2)(run, recipe_of(tasks, f"whole{stage}", stage))

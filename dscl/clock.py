@@ -96,6 +96,16 @@ def collective(kind: str, *tensors: torch.Tensor) -> Iterator[None]:
         yield
 
 
+def waiting(kind: str, work: Callable[..., Any]) -> Callable[..., Any]:
+    """A function in which the device may wait for a collective that was begun before."""
+
+    def same(*given: Any, **named: Any) -> Any:
+        with collective(kind):
+            return work(*given, **named)
+
+    return same
+
+
 def counted(kind: str, work: Callable[..., Any], place: int, name: str) -> Callable[..., Any]:
     """A function that makes a collective, or starts one, and has it counted; where among its arguments stands what it
     sends, and by which name it may be given."""
@@ -134,8 +144,11 @@ def taken() -> Taken:
     for name, kind, around, begun, ended in spans:
         took = begun.elapsed_time(ended) / 1000 if _clock.gpu else ended - begun
         seconds[name] += took
-        if around >= 0:
-            seconds[spans[around][0]] -= took
         if kind:
             waited[kind] += took
+        if around >= 0:  # which counts without what is within it
+            outer, of, *_ = spans[around]
+            seconds[outer] -= took
+            if of:
+                waited[of] -= took
     return Taken(seconds, sent, waited)

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.zero.partition_parameters import DeepSpeedTensorOverride
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from pydantic import ValidationError
 from torch import nn
@@ -581,6 +583,10 @@ def _join_deepspeed() -> None:
 def _count_collectives(backend: Any) -> None:
     for name, (kind, place, keyword) in COLLECTIVES.items():
         setattr(backend, name, clock.counted(kind, getattr(backend, name), place, keyword))
+    # ZeRO-3 gathers in a stream of its own; this is where a layer waits for its weights.
+    if not hasattr(PartitionedParameterCoordinator.fetch_sub_module, "__wrapped__"):
+        fetch = PartitionedParameterCoordinator.fetch_sub_module
+        PartitionedParameterCoordinator.fetch_sub_module = wraps(fetch)(clock.waiting("all_gather", fetch))
 
 
 def _build_extension() -> None:

@@ -5,15 +5,20 @@ Dense operations in bf16, with sums in fp32; no structured sparsity, which train
 
 from __future__ import annotations
 
+import re
+
 import torch
 
-# The first name that is part of the device's own counts: the longer ones come first.
+# The first whose words stand in the device's own name counts: the longer ones come first.
 TFLOPS = {
     "H100 PCIe": 756.0,
     "H100 NVL": 835.0,
+    "H200 NVL": 835.0,
     "GH200": 989.0,
     "H200": 989.0,
     "H100": 989.0,
+    "GB300": 2500.0,
+    "GB200": 2500.0,
     "B300": 2250.0,
     "B200": 2250.0,
     "A100": 312.0,
@@ -30,5 +35,10 @@ def peak(device: torch.device, dtype: torch.dtype) -> float | None:
     """Operations a second of this device at this precision; None where nothing is stated, as for every CPU."""
     if device.type != "cuda" or dtype is torch.float32:
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((1e12 * found for known, found in TFLOPS.items() if known in name), None)
+    return peak_of(torch.cuda.get_device_name(device))
+
+
+def peak_of(name: str) -> float | None:
+    if "MIG" in name:  # a slice of one
+        return None
+    return next((1e12 * found for known, found in TFLOPS.items() if re.search(rf"\b{known}\b", name)), None)

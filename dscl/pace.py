@@ -84,21 +84,21 @@ class Pace:
 
     def _compare(self, seconds: dict[str, list[float]], computed: Sequence[float], elapsed: float) -> None:
         """Tell of a rank that the others wait for, and of batches that the device waits for."""
-        late = statistics.mean(seconds["data"])
+        late = max(seconds["data"])
         if self._again("data", late > LATE_DATA * elapsed):
             self._say(
                 f"task {self._task}: making batches takes {late / elapsed:.0%} of the time, in which the device waits; "
                 "give every rank more CPU cores, or train larger batches"
             )
         # Not the backward pass, in which those that are done wait for the others.
-        own = [data + forward for data, forward in zip(seconds["data"], seconds["forward"], strict=True)]
+        own = [sum(both) for both in zip(seconds["data"], seconds["forward"], strict=True)]
         usual, many = statistics.median(own), statistics.median(computed)
         for rank, (took, had) in enumerate(zip(own, computed, strict=True)):
             fair = usual * max(1.0, had / many)  # what its tokens explain
             if self._again(rank, took > SLOW * fair and took - fair > WORTH * elapsed):
                 self._say(
-                    f"task {self._task}: rank {rank} on {self._hosts[rank]} is slow: its forward passes take "
-                    f"{took / fair:.1f} times those of the others, which wait for it; look at that machine"
+                    f"task {self._task}: rank {rank} on {self._hosts[rank]} is slow: its batches and forward passes "
+                    f"take {took / fair:.1f} times as long as the others', who wait for it; look at that machine"
                 )
 
     def _again(self, what: int | str, odd: bool) -> bool:

@@ -8,7 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -16,7 +16,7 @@ import yaml
 
 from dscl import dist
 from dscl.errors import UserError
-from dscl.recipe import Recipe, difference
+from dscl.recipe import Recipe, difference, resolve
 
 log = logging.getLogger("dscl")
 LOCK = ".lock"
@@ -32,6 +32,8 @@ def refuse_another_run(recipe: Recipe) -> None:
         there = yaml.safe_load(stored.read_text("utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{stored}: cannot be read ({' '.join(str(error).split())}); choose another run_dir") from None
+    with suppress(UserError):  # of a version with other keys: what it leaves out is as it is by default
+        there = resolve(there).document()
     if changed := difference(there, recipe.document()):
         raise UserError(
             f"run_dir: {recipe.run_dir} holds a run with another {changed}; "

@@ -83,52 +83,69 @@ def train(recipe: Recipe, stop: Stop | None = None, thorough: bool = False) -> N
 def follow(recipe: Recipe, job: Job, stop: Stop | None) -> None:
     """Task after task, from wherever the newest checkpoint stands."""
     tracer = Tracer(recipe.folder, recipe.observe.profile)
-    engine = job.engine()
-    checkpoints = Checkpoints(recipe.folder / "checkpoints", recipe.checkpoint)
-    position = resume(checkpoints, engine, job)
-    if stop is not None:
-        stop.arm(recipe.checkpoint.grace)
-    watched = recipe.folder, recipe.observe, dist.is_main(), job.steps(), position.total
-    with closing(engine), tracer.memory_told(), Observer(*watched) as observer, checkpoints.settled():
-        checkpoints.saved = observer.saved
-        observer.recipe(recipe.text())
-        if position.matrix:  # a kill may have come between the checkpoint and what is shown of it
-            observer.scores(publish(recipe, job, position))
-        if (recipe.evaluate.before or job.heldout) and position.before is None and not position.heldout:
-            if recipe.evaluate.before:
-                position.before = [examine(engine, job, lesson, observer, stop).score for lesson in job.lessons]
-            position.heldout += general(engine, job, observer, stop)
+    with tracer, closing(job.engine()) as engine:
+        checkpoints = Checkpoints(recipe.folder / "checkpoints", recipe.checkpoint)
+        position = resume(checkpoints, engine, job)
+        if stop is not None:
+            stop.arm(recipe.checkpoint.grace)
+        watched = recipe.folder, recipe.observe, dist.is_main(), job.steps(), position.total
+        with Observer(*watched) as observer, checkpoints.settled():
+            checkpoints.saved = observer.saved
+            if missed := tracer.missed(position.total, sum(steps for _, steps in job.steps())):
+                observer.note(missed)
+            go_through(engine, job, position, checkpoints, observer, tracer, stop)
+
+
+def go_through(
+    engine: Engine,
+    job: Job,
+    position: Position,
+    checkpoints: Checkpoints,
+    observer: Observer,
+    tracer: Tracer,
+    stop: Stop | None,
+) -> None:
+    """Learn and evaluate what is left of the stream."""
+    recipe = job.recipe
+    observer.recipe(recipe.text())
+    if position.matrix:  # a kill may have come between the checkpoint and what is shown of it
+        observer.scores(publish(recipe, job, position))
+    if (recipe.evaluate.before or job.heldout) and position.before is None and not position.heldout:
+        if recipe.evaluate.before:
+            position.before = [examine(engine, job, lesson, observer, stop).score for lesson in job.lessons]
+        position.heldout += general(engine, job, observer, stop)
+        save(checkpoints, position, engine, job)
+    while position.task < len(job.lessons):
+        if not position.learned:
+            learn(engine, job, job.lesson(position.task), position, checkpoints, observer, tracer, stop)
+            position.learned = True
             save(checkpoints, position, engine, job)
-        while position.task < len(job.lessons):
-            if not position.learned:
-                learn(engine, job, job.lesson(position.task), position, checkpoints, observer, tracer, stop)
-                position.learned = True
-                save(checkpoints, position, engine, job)
-            if job.method.together:  # there is no score after each task, only one after all of them
-                missing = len(job.lessons) - 1
-                position.matrix = [[None] * len(job.lessons)] * missing
-                position.task += missing
-            began = time.perf_counter()
-            row = [
-                examine(engine, job, other, observer, stop) if asked(job, index, position.task) else None
+        if job.method.together:  # there is no score after each task, only one after all of them
+            missing = len(job.lessons) - 1
+            position.matrix = [[None] * len(job.lessons)] * missing
+            position.task += missing
+        began = time.perf_counter()
+        row = [
+            examine(engine, job, other, observer, stop) if asked(job, index, position.task) else None
+            for index, other in enumerate(job.lessons)
+        ]
+        position.matrix.append([mark and mark.score for mark in row])
+        if recipe.evaluate.given:
+            told = [
+                examine(engine, job, other, observer, stop, True) if asked(job, index, position.task) else None
                 for index, other in enumerate(job.lessons)
             ]
-            position.matrix.append([mark and mark.score for mark in row])
-            if recipe.evaluate.given:
-                told = [
-                    examine(engine, job, other, observer, stop, True) if asked(job, index, position.task) else None
-                    for index, other in enumerate(job.lessons)
-                ]
-                position.given.append([mark and mark.score for mark in told])
-            position.routed.append([mark and mark.routed for mark in row])
-            position.rejected.append([mark and mark.rejected for mark in row])
+            position.given.append([mark and mark.score for mark in told])
+        position.routed.append([mark and mark.routed for mark in row])
+        position.rejected.append([mark and mark.rejected for mark in row])
+        if any(row):  # else it was not the turn for an evaluation
             position.went = [list(map(list, mark.went)) if mark and mark.went else None for mark in row]
-            position.heldout += general(engine, job, observer, stop)
-            took = time.perf_counter() - began
-            position.task, position.step, position.learned = position.task + 1, 0, False
-            save(checkpoints, position, engine, job)
-            checkpoints.settle()  # before scores.json may say that the run is complete
-            observer.scores(publish(recipe, job, position), took)
+        position.heldout += general(engine, job, observer, stop)
+        took = time.perf_counter() - began
+        position.task, position.step, position.learned = position.task + 1, 0, False
+        save(checkpoints, position, engine, job)
+        checkpoints.settle()  # before scores.json may say that the run is complete
+        observer.scores(publish(recipe, job, position), took)
 
 
 def learn(
@@ -187,16 +204,19 @@ def learn(
         )
         computed = sum(batch.input_ids.numel() for batch in (*batches, *past))
         watch.add(number, position.total, plan, lr, loss, last, computed, reviewed)
-        if written := tracer.after(position.total, last):
-            observer.note(written)
+        with watch.aside():
+            if written := tracer.after(position.total, last):
+                observer.note(written)
         stopping = stopping or (stop is not None and stop.asked())
         # Where steps go unheld, one that is held comes soon; to hold this one would change what follows.
         leaving = stopping and not last and (saving or position.step % engine.hold_every == 0)
         if saving or leaving:
             watch.flush()
-            save(checkpoints, position, engine, job)
-        else:
-            checkpoints.poll()
+        with watch.aside():
+            if saving or leaving:
+                save(checkpoints, position, engine, job)
+            else:
+                checkpoints.poll()
         if leaving:
             raise Stopped(f"stopped after step {position.total}, with everything saved; {AGAIN}")
     ended = job.method.end_task(position.task, name, ranks_of(engine, lesson, f"ending {name}", observer))

@@ -9,7 +9,8 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,7 @@ from dscl.pace import Pace
 MUST_HAVE_MOVED = 10  # steps after which a tensor that never changed is worth a warning
 SHOWN = 8  # names or records in one message
 SPIKE, LOOKED_BACK = 6.0, 50  # deviations from the mean of so many losses before it
+LEAP = 1.0  # nats, at least: small losses are tossed about by single samples
 
 
 @dataclass
@@ -86,7 +88,17 @@ class Watch:
             self.flush(last)
         # A few steps at the end of a task, after a restart, prove nothing: their rates may be too small to be seen.
         if self._steps == MUST_HAVE_MOVED or (last and self._steps == number + 1 < MUST_HAVE_MOVED):
-            self._check_movement()
+            with self.aside():
+                self._check_movement()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What happens within is no part of a step."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._clock += time.perf_counter() - began
 
     def finish(self, numbers: Mapping[str, float]) -> None:
         """The task has ended; `numbers` join the record of its last step, and so does what it took."""
@@ -140,7 +152,7 @@ class Watch:
         if len(before) < LOOKED_BACK // 2:
             return
         mean, spread = statistics.mean(before), statistics.pstdev(before)
-        if loss > mean + SPIKE * spread and loss > 2 * mean:
+        if loss > mean + max(SPIKE * spread, mean, LEAP):
             self._losses.clear()  # one line for what may go on for some steps
             self.say(
                 f"task {self.task}, step {step}: the loss leaps to {loss:.3g}, after {mean:.3g} on average; its "

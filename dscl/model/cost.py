@@ -43,14 +43,16 @@ class Cost:
 def cost_of(model: nn.Module) -> Cost | None:
     """Of a LLaMA-like causal language model as it stands: what trains, and what was put beside its projections.
 
-    None where it is not built like that.
+    None where it is not built like that: there are many kinds, and nothing but a figure depends on it.
     """
-    core: Any = getattr(model, "model", None)
-    first = next(iter(getattr(core, "layers", ())), None)
-    if not hasattr(getattr(first, "self_attn", None), "q_proj") or not hasattr(
-        getattr(first, "mlp", None), "gate_proj"
-    ):
+    try:
+        return _cost_of(model)
+    except AttributeError:
         return None
+
+
+def _cost_of(model: nn.Module) -> Cost:
+    core: Any = model.get_submodule("model")
     head: Any = model.get_submodule("lm_head")
     token = pair = forward = forward_pair = 0.0
     flows = _trains(core.embed_tokens)

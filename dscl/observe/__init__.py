@@ -86,6 +86,7 @@ class Observer:
         self._progress = Progress(tasks, config.every, config.live, stream)
         self._between: dict[str, float] = {}  # seconds of checkpoints and evaluations that no record tells yet
         self._settings: dict[str, Any] = {}
+        self._step = resume_step
         self._board: Board | None = None
         if config.tensorboard:
             from dscl.observe.board import Board  # slow to import, and needless without it
@@ -99,6 +100,7 @@ class Observer:
         if self._between:
             records = ({**records[0], **self._between}, *records[1:])
             self._between = {}
+        self._step = records[-1]["step"]
         self._metrics.write(records)
         self._progress.steps(records)
         if self._board is not None:
@@ -125,7 +127,8 @@ class Observer:
         """An evaluation of the tasks is over; `document` is the content of scores.json with its row."""
         if not self._main:
             return
-        self._progress.evaluated()
+        if document["matrix"] and any(score is not None for score in document["matrix"][-1]):
+            self._progress.evaluated()
         step = sum(self._steps[: len(document["matrix"])])
         if seconds is not None:
             self._add("evaluate_seconds", seconds)
@@ -151,6 +154,8 @@ class Observer:
 
     def _add(self, name: str, seconds: float) -> None:
         self._between[name] = self._between.get(name, 0.0) + seconds
+        if self._board is not None:
+            self._board.took(name, seconds, self._step)
 
     def note(self, text: str) -> None:
         """Tell the user something, without tearing the progress line."""

@@ -21,7 +21,7 @@ _TAGS = {
         name: f"perf/{name}"
         for name in (
             "tokens_per_s", "tokens_per_s_per_device", "tflops_per_device", "tflops_with_recomputation", "mfu",
-            "padding", "evaluate_seconds", "save_seconds",
+            "padding",
         )
     },
     **{f"{part}_seconds": f"perf/parts/{part}_seconds" for part in PARTS},
@@ -61,7 +61,7 @@ class Board:
 
     def settled(self, settings: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
         """The whole stream is learnt: what it was set to, beside what it came to, for the comparison of runs."""
-        found = {name: value for name, value in summary.items() if value is not None}
+        found = {f"task/{name}": value for name, value in summary.items() if value is not None}
         for part in hparams(dict(settings), found):
             self._writer._get_file_writer().add_summary(part)
         self._writer.flush()
@@ -73,6 +73,10 @@ class Board:
         if ended.picture is not None:
             self._writer.add_image(f"task/{ended.picture.title}", share_picture(ended.picture), step, dataformats="HWC")
         self._writer.flush()
+
+    def took(self, what: str, seconds: float, step: int) -> None:
+        """What is no step, at this step of the run."""
+        self._writer.add_scalar(f"perf/{what}", seconds, step)
 
     def text(self, name: str, text: str, step: int) -> None:
         self._writer.add_text(name, text, step)

@@ -569,6 +569,20 @@ def test_other_settings_on_the_same_run_are_refused(ranks: Any, tasks: Path) -> 
     assert "1e-05" in message
 
 
+def test_a_run_of_a_version_that_lacked_a_key_goes_on(ranks: Any, tasks: Path) -> None:
+    document = recipe_of(tasks, "older", 0)
+    ranks(1)(run, document)
+    stored = Path(document["run_dir"]) / "recipe.yaml"
+    there = yaml.safe_load(stored.read_text())
+    del there["evaluate"]["every"], there["observe"]["profile"]
+    stored.write_text(yaml.safe_dump(there))
+    ranks(1)(run, document)
+    document["evaluate"] = {"every": 2}
+    ((kind, message),) = ranks(1)(failing, document)
+    assert kind == "UserError"
+    assert "evaluate.every (there: 1, given: 2)" in message
+
+
 def command(document: dict[str, Any], folder: Path) -> list[str]:
     path = folder / "recipe-of-kills.yaml"
     path.write_text(yaml.safe_dump(document))

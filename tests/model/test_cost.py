@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from dscl.methods import Facts, find_method
 from dscl.model.cost import cost_of
@@ -98,3 +98,13 @@ def test_what_is_frozen_below_costs_a_third() -> None:
     full, above = cost_of(prepared({"name": "sequential"})), cost_of(prepared(METHODS[3]))
     assert above.token < 0.6 * full.token
     assert above.pair < 0.65 * full.pair
+
+
+@pytest.mark.parametrize("kind", ["opt", "gpt2"])
+def test_of_a_model_that_is_built_otherwise_nothing_is_said(kind: str) -> None:
+    small = {
+        "opt": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "word_embed_proj_dim": 16},
+        "gpt2": {"n_embd": 16, "n_layer": 1, "n_head": 2},
+    }[kind]
+    config = AutoConfig.for_model(kind, vocab_size=30, **small)
+    assert cost_of(AutoModelForCausalLM.from_config(config)) is None

@@ -69,6 +69,25 @@ def test_curves_scores_picture_and_recipe_read_back(tmp_path: Path) -> None:
     assert np.array_equal(shown, score_picture(document([[0.75, 0.5], [0.25, 1.0]], [0.125, 0.25])))
 
 
+def test_runs_can_be_compared_by_settings_and_scores(tmp_path: Path) -> None:
+    from tensorboard.plugins.hparams import metadata
+
+    from dscl.observe.board import Board
+
+    board = Board(tmp_path, 0)
+    complete = document([[0.75, 0.5], [0.25, 1.0]])
+    board.scores(complete, 4)
+    board.settled({"train.lr": 0.5, "method.name": "asr"}, complete["summary"])
+    board.close()
+    events = read(tmp_path)
+    (told,) = (data for tag, data in events.PluginTagToContent("hparams").items() if "experiment" in tag)
+    experiment = metadata.parse_experiment_plugin_data(told)
+    assert [each.name for each in experiment.hparam_infos] == ["train.lr", "method.name"]
+    declared = [each.name.tag for each in experiment.metric_infos]
+    assert declared == ["task/OP", "task/BWT", "task/forgetting"]
+    assert set(declared) <= set(events.Tags()["scalars"]), "TensorBoard looks the metrics up by their tags"
+
+
 @pytest.mark.parametrize("resumed_from", [0, 4])
 def test_what_came_after_the_checkpoint_is_gone_after_resuming(tmp_path: Path, resumed_from: int) -> None:
     from dscl.observe.board import Board

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ def test_a_trace_holds_the_steps_that_were_asked_for_under_the_names_of_their_pa
     told = [step(tracer, number) for number in range(1, 6)]
     assert [bool(line) for line in told] == [False, False, True, False, False]
     (path,) = (tmp_path / "traces").iterdir()
-    assert str(path) in told[2]
+    assert f"{tmp_path / 'traces'}/rank-*-steps-2-3" in told[2]
     found = names(path)
     assert {name: found.count(name) for name in ("forward", "optimizer", "communication: all_reduce")} == {
         "forward": 2,
@@ -49,7 +50,7 @@ def test_a_trace_ends_with_its_task(tmp_path: Path) -> None:
     tracer = Tracer(tmp_path, ProfileConfig(steps=(2, 9)))
     assert not step(tracer, 1)
     assert not step(tracer, 2)
-    assert "steps 2 to 3" in step(tracer, 3, last=True)
+    assert "steps-2-3" in step(tracer, 3, last=True)
     assert not step(tracer, 10)
     assert [path.name for path in (tmp_path / "traces").iterdir()] == ["rank-0-steps-2-3.json.gz"]
     clock.taken()
@@ -73,10 +74,28 @@ def test_a_rank_that_is_not_there_is_refused(tmp_path: Path) -> None:
         Tracer(tmp_path, ProfileConfig(steps=(1, 2), ranks=(0, 1)))
 
 
+def test_steps_that_do_not_come_are_told(tmp_path: Path) -> None:
+    tracer = Tracer(tmp_path, ProfileConfig(steps=(4, 6)))
+    assert tracer.missed(0, 10) == tracer.missed(5, 10) == ""
+    assert "steps 7 to 10 are to come" in tracer.missed(6, 10)
+    assert "given [4, 6]" in tracer.missed(0, 3)
+    assert Tracer(tmp_path, ProfileConfig()).missed(0, 10) == ""
+
+
+def test_leaving_within_a_trace_leaves_no_profiler_behind(tmp_path: Path) -> None:
+    with suppress(ValueError), Tracer(tmp_path, ProfileConfig(steps=(1, 9))) as tracer:
+        step(tracer, 1)
+        raise ValueError
+    assert not clock._clock.named
+    with Tracer(tmp_path, ProfileConfig(steps=(2, 2))) as tracer:
+        assert step(tracer, 2)
+    clock.taken()
+
+
 def test_when_memory_runs_out_what_was_in_it_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: Path(path).write_text("snapshot"))
     tracer = Tracer(tmp_path, ProfileConfig())
-    with pytest.raises(Failure, match=r"CUDA out of memory.*micro_batch") as told, tracer.memory_told():
+    with pytest.raises(Failure, match=r"CUDA out of memory.*micro_batch") as told, tracer:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
     (path,) = (tmp_path / "traces").iterdir()
     assert str(path) in str(told.value)

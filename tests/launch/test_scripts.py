@@ -145,11 +145,11 @@ def supervised(folder: Path, rank: str, restarts: int = 0) -> subprocess.Popen[s
 
 LISTENING = """
 def heard(number, frame):
-    os.write(1, f"heard {signal.Signals(number).name}\n".encode())  # in one piece, beside another rank's
+    os.write(1, f"heard {signal.Signals(number).name}\\n".encode())  # in one piece, beside another rank's
     Path(os.environ["DSCL_STATUS_TO"]).write_text("75")
     sys.exit(0)
 signal.signal(signal.SIGTERM, heard); signal.signal(signal.SIGUSR1, heard); signal.signal(signal.SIGINT, heard)
-os.write(1, b"ready\n")
+os.write(1, b"ready\\n")
 time.sleep(60)
 """
 

@@ -104,8 +104,10 @@ class Comparison:
         method = dict(self.rows[row])
         evaluate = {**self.common["evaluate"], "split": split}
         defaults = dict(self.common["stream_defaults"])
-        if searching:  # only OP and BWT count
-            evaluate |= {"before": False, "tasks": "seen", "heldout": None}
+        if searching:  # only OP counts, and BWT where it is to be kept
+            stream = self.common.get("stream")
+            every = len(stream) if isinstance(stream, list) and stream and self.settings.keeps is None else 1
+            evaluate |= {"before": False, "tasks": "new", "every": every, "heldout": None}
             if self.settings.search_limit is not None:
                 defaults["train_limit"] = self.settings.search_limit
         known = METHODS.get(str(method.get("name", "sequential")))

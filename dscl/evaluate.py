@@ -32,7 +32,12 @@ class EvaluateConfig:
     )
     batch: int = key(16, at_least=1, help="prompts that a rank evaluates at once")
     max_new_tokens: int = key(32, at_least=1, help="longest generated answer")
-    tasks: str = key("all", choices=("all", "seen"), help="after each task, evaluate all tasks or those trained so far")
+    tasks: str = key(
+        "all",
+        choices=("all", "seen", "new"),
+        help="after each task evaluate all, those trained so far, or that one alone and all after the last; forgetting "
+        "needs `seen`, FWT `all`",
+    )
     every: int = key(1, at_least=1, help="evaluate after so many tasks, and after the last; BWT and the like need all")
     split: str = key("test", choices=("test", "dev"), help="dev: to choose settings without looking at the test split")
     given: bool = key(False, help="where a method finds out a prompt's task, evaluate with the task given as well")

@@ -294,8 +294,10 @@ def general(engine: Engine, job: Job, observer: Observer, stop: Stop | None) -> 
 def asked(job: Job, task: int, after: int) -> bool:
     """Whether a task is evaluated after that one has been learnt."""
     settings = job.recipe.evaluate
-    due = (after + 1) % settings.every == 0 or after + 1 == len(job.lessons)
-    return due and (settings.tasks == "all" or task <= after)
+    if after + 1 == len(job.lessons):
+        return True
+    wanted = {"all": True, "seen": task <= after, "new": task == after}
+    return (after + 1) % settings.every == 0 and wanted[settings.tasks]
 
 
 def save(checkpoints: Checkpoints, position: Position, engine: Engine, job: Job) -> None:

@@ -96,7 +96,8 @@ def test_the_search_does_without_what_only_the_table_needs(tmp_path: Path) -> No
     path = written(tmp_path, {"rates": [1e-3, 1e-2], "rows": rows, "search_limit": 5}, evaluate=evaluate)
     comparison = read_comparison(path)
     dev, test = comparison.search("asr")[0].recipe, comparison.finals("asr", 1e-3)[0].recipe
-    assert dev["evaluate"] == {"tasks": "seen", "before": False, "split": "dev", "heldout": None}
+    expected = {"tasks": "new", "before": False, "split": "dev", "heldout": None}
+    assert dev["evaluate"] == {**expected, "every": 2}
     assert test["evaluate"] == {**evaluate, "split": "test"}
     assert dev["stream_defaults"]["train_limit"] == 5
     assert "train_limit" not in test["stream_defaults"]

@@ -184,13 +184,18 @@ DEATHS = [
 def test_evaluating_less_often_changes_nothing_else(ranks: Any, tasks: Path) -> None:
     often = recipe_of(tasks, "often", 1)
     seldom = recipe_of(tasks, "seldom", 1, evaluate={"every": 2})
-    for document in (often, seldom):
+    new = recipe_of(tasks, "new", 1, evaluate={"tasks": "new"})
+    for document in (often, seldom, new):
         ranks(2)(run, document)
-    a, b = (json.loads((Path(document["run_dir"]) / "scores.json").read_text()) for document in (often, seldom))
+    runs = [Path(document["run_dir"]) for document in (often, seldom, new)]
+    a, b, c = (json.loads((run / "scores.json").read_text()) for run in runs)
     assert b["matrix"] == [[None, None], a["matrix"][1]]
-    assert b["summary"]["OP"] == a["summary"]["OP"]
+    assert c["matrix"] == [[a["matrix"][0][0], None], a["matrix"][1]]
+    assert b["summary"]["OP"] == c["summary"]["OP"] == a["summary"]["OP"]
     assert b["summary"]["BWT"] is None
-    assert metrics(Path(seldom["run_dir"])) == metrics(Path(often["run_dir"]))
+    assert c["summary"]["BWT"] == a["summary"]["BWT"]
+    assert c["summary"]["FWT"] is None
+    assert metrics(runs[1]) == metrics(runs[2]) == metrics(runs[0])
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

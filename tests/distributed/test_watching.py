@@ -86,9 +86,7 @@ def slowly(document: dict[str, Any], slow: int, seconds: float) -> None:
         Sequential.loss = original  # type: ignore[method-assign]
 
 
-def test_a_slow_rank_is_named_once_a_task(
-    ranks: Any, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_slow_rank_is_named_once_a_task(ranks: Any, tasks: Path, tmp_path: Path) -> None:
     heard = tmp_path / "said"
     document = recipe_of(tasks, "slow", 1, observe__live="auto")
     ranks(WORLD)(listening, document, str(heard))
@@ -129,7 +127,9 @@ def test_traces_are_written_by_the_ranks_that_were_asked(ranks: Any, tasks: Path
 def test_a_router_is_shown_at_every_evaluation_that_is_asked_for(ranks: Any, tasks: Path) -> None:
     """A task that is not followed by one leaves nothing behind that could not be shown."""
     names = ("colour", "animal", "hue", "beast")
-    stream = [{"name": name, "path": str(tasks / place)} for name, place in zip(names, ("colour", "animal") * 2)]  # noqa: B905
+    stream = [
+        {"name": name, "path": str(tasks / place)} for name, place in zip(names, ("colour", "animal") * 2, strict=True)
+    ]
     document = recipe_of(
         tasks, "seldom", 1, stream=stream, method={"name": "asr", "width": 64}, evaluate={"every": 2, "tasks": "seen"}
     )

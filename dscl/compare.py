@@ -28,7 +28,7 @@ import yaml
 from dscl import report
 from dscl.config import convert, key, nearest, override, parse, read_yaml, show
 from dscl.errors import Failure, UserError
-from dscl.methods import METHODS
+from dscl.methods import METHODS, find_method
 from dscl.observe.words import duration
 from dscl.recipe import Recipe, resolve
 from dscl.spawn import ENDS_WITH, cores, gpus
@@ -110,8 +110,7 @@ class Comparison:
             evaluate |= {"before": False, "tasks": "new", "every": every, "heldout": None}
             if self.settings.search_limit is not None:
                 defaults["train_limit"] = self.settings.search_limit
-        known = METHODS.get(str(method.get("name", "sequential")))
-        if searching or (known and not known.decides):  # it answers alike whether it is told the task or not
+        if searching or not _decides(method):  # it answers alike whether it is told the task or not
             evaluate.pop("given", None)
         recipe = {
             **self.common,
@@ -175,6 +174,15 @@ def read_comparison(
                 f"{run.folder.parent.name}; rename one"
             )
     return comparison
+
+
+def _decides(method: Mapping[str, Any]) -> bool:
+    """Whether it finds out a prompt's task. What is wrong with the settings is told where the recipe is resolved."""
+    try:
+        made = find_method(str(method.get("name", "sequential")))
+        return made.decides_with(parse(made.Config, method, "method"))
+    except UserError:
+        return True
 
 
 def _rates(name: str, row: Mapping[str, Any], settings: CompareConfig) -> tuple[float, ...]:

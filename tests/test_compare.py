@@ -92,7 +92,12 @@ def test_the_search_does_without_what_only_the_table_needs(tmp_path: Path) -> No
     write_tasks(tmp_path)
     (tmp_path / "texts.txt").write_text("one text\nanother\n")
     evaluate = {"heldout": str(tmp_path / "texts.txt"), "given": True, "tasks": "all", "before": True}
-    rows = {"asr": {"name": "asr"}, "plain": {"name": "sequential"}}
+    rows = {
+        "asr": {"name": "asr"},
+        "plain": {"name": "sequential"},
+        "moses": {"name": "moses"},
+        "told": {"name": "moses", "task_inference": "given"},
+    }
     path = written(tmp_path, {"rates": [1e-3, 1e-2], "rows": rows, "search_limit": 5}, evaluate=evaluate)
     comparison = read_comparison(path)
     dev, test = comparison.search("asr")[0].recipe, comparison.finals("asr", 1e-3)[0].recipe
@@ -101,7 +106,9 @@ def test_the_search_does_without_what_only_the_table_needs(tmp_path: Path) -> No
     assert test["evaluate"] == {**evaluate, "split": "test"}
     assert dev["stream_defaults"]["train_limit"] == 5
     assert "train_limit" not in test["stream_defaults"]
-    assert "given" not in comparison.finals("plain", 1e-3)[0].recipe["evaluate"]  # it is told nothing anyway
+    assert comparison.finals("moses", 1e-3)[0].recipe["evaluate"]["given"]
+    for row in ("plain", "told"):  # they find nothing out
+        assert "given" not in comparison.finals(row, 1e-3)[0].recipe["evaluate"]
 
 
 def test_methods_seeds_and_assignments_of_the_command(tmp_path: Path) -> None:

@@ -93,6 +93,11 @@ class Method(ABC):
         self.config = config
         self.facts = facts
 
+    @classmethod
+    def decides_with(cls, config: Any) -> bool:
+        """What `decides` is with these settings."""
+        return cls.decides
+
     @abstractmethod
     def prepare(self, model: nn.Module) -> nn.Module:
         """Decide what trains (`requires_grad`), adding modules where needed. Called before the engine is built."""

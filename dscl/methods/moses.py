@@ -129,11 +129,15 @@ class Moses(Method):
 
     def __init__(self, config: MosesConfig, facts: Facts) -> None:
         super().__init__(config, facts)
-        self.decides = config.task_inference != "given"
+        self.decides = self.decides_with(config)
         self.routing = Routing(capacity=len(facts.tasks), rank=0)
         self.weights = Osft(config.weights, facts) if config.weights is not None else None
         self.deciding: Deciding | None = None
         self._claims: list[Claims] = []  # of the tasks that have ended
+
+    @classmethod
+    def decides_with(cls, config: MosesConfig) -> bool:
+        return config.task_inference != "given"
 
     def prepare(self, model: nn.Module) -> nn.Module:
         if not isinstance(getattr(getattr(model, "model", None), "layers", None), nn.ModuleList):

@@ -31,6 +31,7 @@ from dscl.errors import Failure, UserError
 from dscl.methods import METHODS, find_method
 from dscl.observe.words import duration
 from dscl.recipe import Recipe, resolve
+from dscl.run_dir import refuse_another_run
 from dscl.spawn import ENDS_WITH, cores, gpus
 
 RUNS = "runs"  # the folder of a comparison's runs, in its run_dir
@@ -103,26 +104,37 @@ class Comparison:
         folder = self.folder / RUNS / plain_name(row) / f"{'dev' if searching else f'seed-{seed}'}-{rate:g}"
         method = dict(self.rows[row])
         evaluate = {**self.common["evaluate"], "split": split}
-        defaults = dict(self.common["stream_defaults"])
         if searching:  # only OP counts, and BWT where it is to be kept
             stream = self.common.get("stream")
             every = len(stream) if isinstance(stream, list) and stream and self.settings.keeps is None else 1
             evaluate |= {"before": False, "tasks": "new", "every": every, "heldout": None}
-            if self.settings.search_limit is not None:
-                defaults["train_limit"] = self.settings.search_limit
         if searching or not _decides(method):  # it answers alike whether it is told the task or not
             evaluate.pop("given", None)
         recipe = {
             **self.common,
+            **(self._limited() if searching else {}),
             "run_dir": str(folder),
             "seed": seed,
             "method": method,
-            "stream_defaults": defaults,
             "train": {**self.common["train"], "lr": rate},
             "evaluate": evaluate,
             "observe": {**self.common["observe"], "live": "off"},
         }
         return Run(row, rate, seed, split, folder, recipe)
+
+    def _limited(self) -> dict[str, Any]:
+        """The stream, of which no task gives more samples than `search_limit`."""
+        most, stream, defaults = self.settings.search_limit, self.common.get("stream"), self.common["stream_defaults"]
+        if most is None:
+            return {}
+
+        def limited(task: Mapping[str, Any]) -> dict[str, Any]:
+            return {**task, "train_limit": _least(task.get("train_limit"), most)}
+
+        found: dict[str, Any] = {"stream_defaults": limited(defaults)}
+        if isinstance(stream, list) and all(isinstance(task, dict) for task in stream):
+            found["stream"] = [limited(task) if "train_limit" in task else task for task in stream]
+        return found
 
     def search(self, row: str) -> list[Run]:
         rates = self.rates[row]
@@ -144,14 +156,21 @@ def read_comparison(
     settings = parse(CompareConfig, given.pop("compare", None) or {}, "compare")
     if seeds:
         settings = parse(CompareConfig, {**vars(settings), "seeds": list(seeds)}, "compare")
+    if methods and "method" in given:  # a recipe: its stream is what is asked for
+        del given["method"]
     if "method" in given:
-        raise UserError(f"method: given {show(given['method'])} in a comparison; write it as a row of compare.rows")
+        raise UserError(
+            f"method: given {show(given['method'])} in a comparison; write it as a row of compare.rows, or name "
+            "methods with --methods"
+        )
     for section in ("train", "evaluate", "observe", "stream_defaults"):
         given[section] = given.get(section) or {}
         if not isinstance(given[section], dict):
             raise UserError(f"{section}: given {show(given[section])}; a mapping of keys is needed")
-    if "lr" in given["train"]:
+    if "lr" in given["train"] and settings.rates:
         raise UserError("train.lr: given in a comparison, whose rows try those of compare.rates; write it there")
+    if "lr" in given["train"]:
+        settings = parse(CompareConfig, {**vars(settings), "rates": [given["train"].pop("lr")]}, "compare")
     given.setdefault("seed", 0)
     named = {**{name: {"name": name} for name in METHODS}, **settings.rows}
     chosen = list(methods or settings.rows)
@@ -174,6 +193,11 @@ def read_comparison(
                 f"{run.folder.parent.name}; rename one"
             )
     return comparison
+
+
+def _least(given: Any, most: int) -> Any:
+    """What is no number is told where the recipe is resolved."""
+    return most if given is None else min(given, most) if isinstance(given, int) else given
 
 
 def _decides(method: Mapping[str, Any]) -> bool:
@@ -224,6 +248,9 @@ def choose(found: Mapping[float, Mapping[str, Any]], keeps: float | None) -> flo
 def perform(comparison: Comparison, at_once: int | None = None, nproc: int = 1) -> list[Path]:
     """Run what is left of a comparison, then write its report; says which files."""
     places = _places(at_once, nproc)
+    for row, rates in comparison.rates.items():
+        for run in (*comparison.search(row), *(run for rate in rates for run in comparison.finals(row, rate))):
+            refuse_another_run(resolved(run, comparison))  # what is there must be of these very settings
     crew = Crew(comparison, places, nproc, len(comparison.every()))
     rows: dict[str, Any] = {}
     with ThreadPoolExecutor(len(places)) as pool:
@@ -232,8 +259,9 @@ def perform(comparison: Comparison, at_once: int | None = None, nproc: int = 1) 
             finals = {}
             for row, futures in tried.items():
                 found = {run.rate: scores["summary"] for run, scores in (f.result() for f in futures) if scores}
-                if futures and not found:
-                    rows[row] = {"rates": {}, "rate": None, "runs": []}
+                if len(found) < len(futures):  # the others had more trials
+                    tried_rates = {f"{tried_rate:g}": found[tried_rate] for tried_rate in found}
+                    rows[row] = {"rates": tried_rates, "rate": None, "runs": []}
                     continue
                 rate = choose(found, comparison.settings.keeps) if found else comparison.rates[row][0]
                 rows[row] = {"rates": {f"{tried_rate:g}": found[tried_rate] for tried_rate in found}, "rate": rate}
@@ -254,6 +282,7 @@ def perform(comparison: Comparison, at_once: int | None = None, nproc: int = 1) 
         "rates": {row: list(rates) for row, rates in comparison.rates.items()},
         "keeps": comparison.settings.keeps,
         "search_limit": comparison.settings.search_limit,
+        "at_once": len(places),
         "rows": rows,
         "deviations": deviations(comparison, rows),
     }
@@ -276,6 +305,8 @@ def deviations(comparison: Comparison, rows: Mapping[str, Any]) -> list[str]:
             records = [json.loads(line) for line in (comparison.folder / run / "metrics.jsonl").open(encoding="utf-8")]
             tokens = {record["step"]: int(record["tokens"]) for record in records}
             taken[row] = len(tokens), sum(tokens.values())
+            if beside := sum({record["step"]: int(record.get("tokens_beside", 0)) for record in records}.values()):
+                found.append(f"{row}: looks at {beside:,} tokens beside those of its steps")
     if taken:
         ((usual, _),) = Counter(taken.values()).most_common(1)
         for row, (steps, seen) in taken.items():
@@ -287,6 +318,16 @@ def deviations(comparison: Comparison, rows: Mapping[str, Any]) -> list[str]:
     for row, own in comparison.rates.items():
         if own != comparison.settings.rates:
             found.append(f"{row}: tried rates of its own, {', '.join(f'{rate:g}' for rate in own)}")
+        rate = rows[row]["rate"]
+        if len(own) > 2 and rate in (min(own), max(own)):
+            edge = "lowest" if rate == min(own) else "highest"
+            found.append(f"{row}: its best rate, {rate:g}, is the {edge} that was tried; one beyond may be better")
+        method = METHODS[str(comparison.rows[row].get("name", "sequential"))]
+        if not _decides(comparison.rows[row]) and method.by_task:
+            found.append(
+                f"{row}: is told which task a prompt is of, and answers others, held-out texts among them, as the bare "
+                "model does"
+            )
     return found
 
 

@@ -59,7 +59,12 @@ def parse(cls: type[T], given: Any, path: str = "") -> T:
         if field.name not in values and field.default is REQUIRED and field.default_factory is REQUIRED:
             where = _join(path, key_of(field))
             raise UserError(f"{where}: missing; give it in the recipe or as {where}=VALUE")
-    return cls(**values)
+    try:
+        return cls(**values)
+    except UserError as error:  # what a section finds wrong with itself it says as if it stood by itself
+        if path.startswith("method.") and f"{path}." not in str(error):
+            raise UserError(re.sub(r"\bmethod\.(?=[a-z_]+\b)", f"{path}.", str(error))) from None
+        raise
 
 
 def convert(cls: type, given: Any, path: str = "") -> dict[str, Any]:

@@ -43,7 +43,8 @@ class Lesson:
     peak: float
     decay: str
     warmup: float
-    planned: Callable[[Samples], Schedule]
+    planned: Callable[[Samples, int], Schedule]  # of samples that are gone through so often
+    epochs: int
     mixed: tuple[str, ...] = ()  # whose samples follow the task's own
 
     @property
@@ -83,7 +84,8 @@ class Lesson:
         if not others:
             return self
         data = Joined([self.data, *(samples for _, samples in others)])
-        return replace(self, data=data, schedule=self.planned(data), mixed=tuple(name for name, _ in others))
+        mixed = tuple(name for name, _ in others)
+        return replace(self, data=data, schedule=self.planned(data, self.epochs), mixed=mixed)
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,12 @@ class Job:
         if not self.method.together:
             return self.lessons[index].mixed_with([(kept.task, kept) for kept in self.method.mixed_in()])
         first, *others = self.lessons
-        whole = first.mixed_with([(lesson.task.name, lesson.data) for lesson in others])
+        if any(lesson.epochs != first.epochs for lesson in others):  # once through as many copies of each
+            once = replace(first, epochs=1)
+            parts = [(lesson.task.name, lesson.data) for lesson in self.lessons for _ in range(lesson.epochs)]
+            whole = once.mixed_with(parts[1:])
+        else:
+            whole = first.mixed_with([(lesson.task.name, lesson.data) for lesson in others])
         return replace(whole, task=replace(first.task, name=f"all {len(self.lessons)} tasks"))
 
     def review(self, lesson: Lesson) -> Lesson | None:
@@ -110,7 +117,7 @@ class Job:
         if not kept:
             return None
         data = Joined(kept)
-        return replace(lesson, data=data, schedule=lesson.planned(data))
+        return replace(lesson, data=data, schedule=lesson.planned(data, lesson.epochs))
 
     def steps(self) -> list[tuple[str, int]]:
         """What is trained, one after the other, and how many steps each takes."""
@@ -120,8 +127,8 @@ class Job:
         ended: list[int] = []
         batch = self.recipe.train.global_batch
         for lesson in self.lessons:
-            epochs = lesson.steps // lesson.schedule.steps_per_epoch
-            found.append((lesson.task.name, epochs * -(-(len(lesson.data) + sum(self.method.mixes(ended))) // batch)))
+            samples = len(lesson.data) + sum(self.method.mixes(ended))
+            found.append((lesson.task.name, lesson.epochs * -(-samples // batch)))
             ended.append(len(lesson.data))
         return found
 
@@ -186,7 +193,7 @@ def open_job(recipe: Recipe, longest: int | None = None) -> Job:
     )
     method = find_method(recipe.method.name)(recipe.method, facts)
     if method.together:
-        _refuse_own_plans(recipe.method.name, tasks)
+        _refuse_own_rates(recipe.method.name, tasks)
     heldout: list[list[int]] = []
     if recipe.evaluate.heldout is not None:
         texts_there = read_texts(recipe.evaluate.heldout, "evaluate.heldout")
@@ -194,14 +201,13 @@ def open_job(recipe: Recipe, longest: int | None = None) -> Job:
     return Job(recipe, settings, backbone, method, lessons, heldout, facts)
 
 
-def _refuse_own_plans(method: str, tasks: Sequence[Task]) -> None:
-    for name in ("epochs", "lr"):
-        values = {task.name: getattr(task.settings, name) for task in tasks}
-        if len(set(values.values())) > 1:
-            raise UserError(
-                f"stream: given {', '.join(f'{name} {value} for {task}' for task, value in values.items())}; method "
-                f"{method} learns all tasks as one, so set train.{name} instead"
-            )
+def _refuse_own_rates(method: str, tasks: Sequence[Task]) -> None:
+    values = {task.name: task.settings.lr for task in tasks}
+    if len(set(values.values())) > 1:
+        raise UserError(
+            f"stream: given {', '.join(f'lr {value} for {task}' for task, value in values.items())}; method {method} "
+            "learns all tasks as one, so leave these out and set train.lr"
+        )
 
 
 def _has_bf16(capabilities: Mapping[str, Any]) -> bool:
@@ -224,12 +230,14 @@ def _lesson(recipe: Recipe, task: Task, backbone: Backbone, room: int) -> Lesson
                 task.name, cut, count, split, train.max_length,
             )  # fmt: skip
 
-    def planned(samples: Samples) -> Schedule:
+    epochs = task.settings.epochs or train.epochs
+
+    def planned(samples: Samples, times: int) -> Schedule:
         return Schedule(
             samples.prompt_lengths,
             samples.answer_lengths,
             seed=recipe.seed,
-            epochs=task.settings.epochs or train.epochs,
+            epochs=times,
             global_batch=train.global_batch,
             micro_batch=train.micro_batch,
             world=dist.world(),
@@ -240,7 +248,7 @@ def _lesson(recipe: Recipe, task: Task, backbone: Backbone, room: int) -> Lesson
     return Lesson(
         task=task,
         data=data,
-        schedule=planned(data),
+        schedule=planned(data, epochs),
         exam=Exam(task, examined, prompts.ids, encode_answers(task.labels or (), tokenizer) if ranked else None, bos),
         packing=train.packing,
         pad=pad_id(tokenizer),
@@ -249,4 +257,5 @@ def _lesson(recipe: Recipe, task: Task, backbone: Backbone, room: int) -> Lesson
         decay=train.schedule,
         warmup=train.warmup,
         planned=planned,
+        epochs=epochs,
     )

@@ -108,10 +108,12 @@ class Router:
 
     def rows(self, pooled: Tensor) -> Tensor:
         """What `route` and `gather` take, of pooled hidden states."""
-        try:
-            return self.expansion.rows(pooled)
-        except ValueError as error:
-            raise UserError(f"layer {self.spec.layer}: {error}; check the model's weights and the precision") from None
+        if not torch.isfinite(pooled).all():
+            raise UserError(
+                f"layer {self.spec.layer}: the pooled hidden states hold values that are not finite; check the model's "
+                "weights and the precision"
+            )
+        return self.expansion.rows(pooled)
 
     def solution(self) -> Solution | Keys:
         """Solved when it is first needed after a change."""

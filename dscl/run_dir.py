@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import os
 import socket
@@ -16,10 +17,12 @@ import yaml
 
 from dscl import dist
 from dscl.errors import UserError
+from dscl.methods import Facts
 from dscl.recipe import Recipe, difference, resolve
 
 log = logging.getLogger("dscl")
 LOCK = ".lock"
+BASE = "base.json"  # fingerprints
 
 
 def refuse_another_run(recipe: Recipe) -> None:
@@ -39,6 +42,30 @@ def refuse_another_run(recipe: Recipe) -> None:
             f"run_dir: {recipe.run_dir} holds a run with another {changed}; "
             "choose another run_dir, remove that folder, or give the settings it was started with"
         )
+
+
+def refuse_another_base(recipe: Recipe, facts: Facts) -> None:
+    """What has been learnt so far is of one model and one tokenizer, which may be changed in place between two starts.
+
+    The run directory is held.
+    """
+    path = recipe.folder / BASE
+    here = {"model": facts.model, "tokenizer": facts.tokenizer}
+    problem = ""
+    if dist.is_main():
+        try:
+            there = json.loads(path.read_text("utf-8")) if any(recipe.folder.glob("checkpoints/step-*")) else here
+        except (OSError, ValueError):  # of a version that did not write it
+            there = here
+        if changed := [what for what, mark in here.items() if there.get(what) != mark]:
+            problem = (
+                f"run_dir: {recipe.run_dir} was started with another {' and '.join(changed)} than {facts.base} holds "
+                "now; put back what was there, or choose another run_dir"
+            )
+        else:
+            write_whole(path, json.dumps(here))
+    if problem := dist.from_main(problem):
+        raise UserError(problem)
 
 
 @contextmanager

@@ -100,18 +100,25 @@ class Model:
         self,
         prompts: Sequence[str],
         max_new_tokens: int = 32,
-        task: str | EllipsisType | None = ...,
+        task: str | Sequence[str | None] | EllipsisType | None = ...,
         batch: int = 16,
     ) -> list[Answer]:
-        """Greedy answers. A `task` that is given is used for all prompts, and nothing is routed; None: no task's
-        adapter or sub-experts."""
+        """Greedy answers. A `task` that is given is used for all prompts, or a list of them for one prompt each, and
+        nothing is routed; None: no task's adapter or sub-experts."""
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens: given {max_new_tokens}; a whole number of at least 1 is needed")
-        if isinstance(task, str):
-            self._check_there(task)
+        told: list[str | None] | None = None
+        if not isinstance(task, EllipsisType):
+            told = [task] * len(prompts) if task is None or isinstance(task, str) else list(task)
+            if len(told) != len(prompts):
+                raise UserError(f"task: given {len(told)} for {len(prompts)} prompts; give one each, or one for all")
+            for name in dict.fromkeys(told):
+                if name is not None:
+                    self._check_there(name)
         answers: dict[int, Answer] = {}
         for places, tensors in self._batches(prompts, batch):
-            answers.update(zip(places, self._answer(tensors, max_new_tokens, task), strict=True))
+            tasks = told and [told[place] for place in places]
+            answers.update(zip(places, self._answer(tensors, max_new_tokens, tasks), strict=True))
         return [answers[place] for place in range(len(prompts))]
 
     def add(self, name: str, adapter_folder: str | Path, prompts: Sequence[str]) -> None:
@@ -178,7 +185,7 @@ class Model:
             tensors = prompt_batch([ids[place] for place in places], pad_id(self._tokenizer), bos_id(self._tokenizer))
             yield places, tensors.to(self._like.device)
 
-    def _answer(self, tensors: PromptBatch, max_new_tokens: int, task: str | EllipsisType | None) -> list[Answer]:
+    def _answer(self, tensors: PromptBatch, max_new_tokens: int, tasks: list[str | None] | None) -> list[Answer]:
         routes: list[Route] = []
 
         def decide(pooled: torch.Tensor) -> list[int | None]:
@@ -186,8 +193,8 @@ class Model:
             return [self._learnt.slot(route.task) for route in routes]
 
         slots = None  # decided on the way
-        if not isinstance(task, EllipsisType):
-            slots = [self._learnt.slot(task)] * len(tensors.prompts)
+        if tasks is not None:
+            slots = [self._learnt.slot(task) for task in tasks]
         elif self._learnt.lowest < self._router.spec.layer:
             slots = decide(self._pooled(tensors))
         with torch.no_grad(), self._routing.answering(tensors.prompts, decide):
@@ -196,8 +203,8 @@ class Model:
             eos, pad = self._tokenizer.eos_token_id, pad_id(self._tokenizer)
             rows = generate(self._module, tensors, max_new_tokens, eos, pad)
         texts = [self._tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
-        if not isinstance(task, EllipsisType):
-            return [Answer(text, task, None, None) for text in texts]
+        if tasks is not None:
+            return [Answer(text, task, None, None) for text, task in zip(texts, tasks, strict=True)]
         return [Answer(text, r.task, r.margin, r.distance) for text, r in zip(texts, routes, strict=True)]
 
     def _pooled(self, tensors: PromptBatch) -> torch.Tensor:

@@ -33,28 +33,46 @@ class Stop:
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        before = {number: signal.signal(number, self._hear) for number in FORWARDED}
+        # A handler runs when the main thread is back from whatever it waits for, which may be a rank that is gone; the
+        # number of a signal is written at once.
+        heard, written = os.pipe()
+        os.set_blocking(written, False)
+        before = {number: signal.signal(number, self._early) for number in FORWARDED}
+        wakes = signal.set_wakeup_fd(written, warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, args=(heard,), daemon=True).start()
         try:
             yield self
         finally:
+            signal.set_wakeup_fd(wakes)
             for number, handler in before.items():
                 signal.signal(number, handler)
+            os.close(written)
             if self._timer is not None:
                 self._timer.cancel()
 
     def arm(self, grace: float) -> None:
         """From now on there is something to save, in at most so many seconds after a signal. All ranks call it."""
-        self._flag, self._grace = dist.Flag(), grace
+        self._grace = grace
+        self._flag = dist.Flag()
 
     def asked(self) -> bool:
         """Whether a rank was told to stop; the same answer on all of them, who all ask equally often."""
         return self._flag is not None and self._flag.raised() > 0
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
+    def _early(self, number: int, frame: FrameType | None) -> None:
+        """There is nothing to save yet."""
         if self._flag is None:
             stop_early(number, frame)
-            return
+
+    def _listen(self, heard: int) -> None:
+        with open(heard, "rb", buffering=0) as numbers:
+            while number := numbers.read(1):
+                if number[0] in FORWARDED and self._flag is not None:
+                    self._hear(number[0])
+
+    def _hear(self, number: int) -> None:
+        assert self._flag is not None
+        name = signal.Signals(number).name
         if self._heard:
             self._leave(128 + number, f"{self._heard}, then {name}: left at once; {AGAIN}, from the newest checkpoint")
         self._heard = name

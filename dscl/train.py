@@ -28,7 +28,7 @@ from dscl.methods import Look, Ranks
 from dscl.observe import Observer, score_table
 from dscl.observe.trace import Tracer
 from dscl.recipe import Recipe, read_recipe
-from dscl.run_dir import held, refuse_another_run, write_whole
+from dscl.run_dir import held, refuse_another_base, refuse_another_run, write_whole
 from dscl.stopping import Stop
 from dscl.watch import Watch
 
@@ -44,6 +44,7 @@ class Position:
     learned: bool = False  # its last step is done, its evaluation not
     total: int = 0  # steps done in the whole run
     tokens: int = 0  # seen in them
+    beside: int = 0  # tokens of this task that were looked at beside its steps
     before: list[float] | None = None
     matrix: list[list[float | None]] = field(default_factory=list)
     # Where a method routes: the shares of prompts that went to their own task, and to none.
@@ -76,6 +77,7 @@ def train(recipe: Recipe, stop: Stop | None = None, thorough: bool = False) -> N
     else:
         doctor.agree(job)
     with held(recipe):
+        refuse_another_base(recipe, job.facts)
         follow(recipe, job, stop)
     finished(recipe)
 
@@ -162,7 +164,7 @@ def learn(
     recipe, name = job.recipe, lesson.task.name
     skipping = recipe.train.non_finite == "skip"
     if position.step == 0:
-        ranks = ranks_of(engine, lesson, f"beginning {name}", observer)
+        ranks = ranks_of(engine, lesson, f"beginning {name}", observer, position)
         engine.start_over(job.method.begin_task(position.task, name, ranks))
     review = job.review(lesson)
     peak = recipe.observe.peak_tflops and 1e12 * recipe.observe.peak_tflops
@@ -194,6 +196,7 @@ def learn(
         reviewed = review.schedule.step(number % review.steps) if review is not None else None
         if reviewed is not None:
             engine.sense(job.method.loss, past, reviewed.targets, job.method.reviewed)
+            position.beside += reviewed.tokens
         loss = engine.step(
             job.method.loss,
             batches,
@@ -219,14 +222,15 @@ def learn(
                 checkpoints.poll()
         if leaving:
             raise Stopped(f"stopped after step {position.total}, with everything saved; {AGAIN}")
-    ended = job.method.end_task(position.task, name, ranks_of(engine, lesson, f"ending {name}", observer))
-    watch.finish(ended.numbers)
+    ended = job.method.end_task(position.task, name, ranks_of(engine, lesson, f"ending {name}", observer, position))
+    watch.finish({**ended.numbers, **({"tokens_beside": float(position.beside)} if position.beside else {})})
+    position.beside = 0
     observer.ended(name, ended, position.total)
     checkpoints.leave(lambda: job.method.leave(recipe.folder, name))
 
 
-def ranks_of(engine: Engine, lesson: Lesson, doing: str, observer: Observer) -> Ranks:
-    """What a method may ask of all ranks around this lesson's training."""
+def ranks_of(engine: Engine, lesson: Lesson, doing: str, observer: Observer, position: Position) -> Ranks:
+    """What a method may ask of all ranks around this lesson's training; what it looks at is counted."""
 
     def batches(samples: int) -> Iterator[Batch]:
         seen = 0
@@ -235,6 +239,11 @@ def ranks_of(engine: Engine, lesson: Lesson, doing: str, observer: Observer) -> 
                 return
             yield from (batch.to(engine.device) for batch in lesson.micro_batches(number))
             seen += len(lesson.schedule.step(number).samples)
+            position.beside += lesson.schedule.step(number).tokens
+
+    def groups(samples: int, size: int) -> list[list[Batch]]:
+        position.beside += lesson.schedule.tokens(samples)
+        return lesson.groups(samples, size)
 
     def said(what: str, done: int, of: int) -> None:
         observer.working(f"{doing}, {what}", done, of)
@@ -258,7 +267,7 @@ def ranks_of(engine: Engine, lesson: Lesson, doing: str, observer: Observer) -> 
         refuse=refuse,
         samples=lambda: lesson.own,
         stretches=engine.fragments,
-        groups=lambda samples, size: lesson.groups(samples, size),
+        groups=groups,
         sense=lambda loss, batches, shown: engine.sense(loss, batches, 1, shown),
     )
 

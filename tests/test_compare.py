@@ -200,13 +200,14 @@ def test_what_fails_is_told_and_takes_nothing_along(tmp_path: Path, monkeypatch:
     with pytest.raises(Failure, match=r"2 of the runs failed: .*plain: dev, rate 0.01 \(dscl: no; a.log\).*again"):
         perform(read_comparison(written(tmp_path)), at_once=1)
     document = json.loads((tmp_path / "out" / "comparison.json").read_text())
-    assert len(document["rows"]["plain"]["runs"]) == 3
+    assert document["rows"]["plain"]["runs"] == []  # with a trial less than the others it would not be on a par
+    assert document["rows"]["plain"]["rate"] is None
     assert len(document["rows"]["one LoRA"]["runs"]) == 2
     assert [told["status"] for told in document["rows"]["one LoRA"]["failed"]] == [2]
     bad.clear()
     count = len(started)
     perform(read_comparison(written(tmp_path)), at_once=1)
-    assert len(started) == count + 2
+    assert len(started) == count + 5
 
 
 def test_unequal_budgets_are_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,6 +221,42 @@ def test_unequal_budgets_are_printed(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "one LoRA: tried rates of its own, 1, 2",
     ]
     assert "780 tokens" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_what_is_there_must_be_of_these_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tasks(tmp_path)
+    started = pretending(monkeypatch, lambda run: 0.5)
+    perform(read_comparison(written(tmp_path)), at_once=1)
+    count = len(started)
+    for run in started:  # as `dscl train` leaves it
+        (run.folder / "recipe.yaml").write_text(resolve(run.recipe).text(), "utf-8")
+    perform(read_comparison(written(tmp_path)), at_once=1)
+    for change, key in (("train.epochs=7", "train.epochs"), ("compare.search_limit=3", "stream.0.train_limit")):
+        with pytest.raises(UserError, match=rf"run_dir: .*holds a run with another {key}"):
+            perform(read_comparison(written(tmp_path), [change]), at_once=1)
+    assert len(started) == count
+
+
+def test_a_recipe_serves_as_a_stream(tmp_path: Path) -> None:
+    write_tasks(tmp_path)
+    path = tmp_path / "recipe.yaml"
+    document = {**recipe_of(tmp_path, "out", 1), "method": {"name": "asr"}}
+    document["train"]["lr"] = 0.25
+    path.write_text(yaml.safe_dump(document))
+    comparison = read_comparison(str(path), [], ["osft", "ewc"], [3])
+    assert [(run.row, run.rate, run.seed) for run in comparison.every()] == [("osft", 0.25, 3), ("ewc", 0.25, 3)]
+    with pytest.raises(UserError, match=r"method: given .*name methods with --methods"):
+        read_comparison(str(path))
+
+
+def test_the_search_never_has_more_samples_than_the_runs(tmp_path: Path) -> None:
+    write_tasks(tmp_path)
+    document = recipe_of(tmp_path, "out", 1)
+    stream = [{**document["stream"][0], "train_limit": 4}, *document["stream"][1:]]
+    compared = {"rates": [1e-3, 1e-2], "rows": {"plain": {}}, "search_limit": 6}
+    path = written(tmp_path, compared, stream=stream, stream_defaults={"train_limit": 5})
+    (dev, *_) = read_comparison(path).search("plain")
+    assert [task.train_limit for task in resolve(dev.recipe).stream] == [4, 5]
 
 
 @pytest.mark.parametrize("gpus", [0, 4])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -205,6 +206,13 @@ def test_where_the_task_was_given_it_has_to_be_given(made: Made, tmp_path: Path)
         answers = model.generate(MIXED[:4], NEW, task=task)
         assert [answer.text for answer in answers] == [made.answer(prompt, task) for prompt in MIXED[:4]]
         assert {(answer.task, answer.margin, answer.distance) for answer in answers} == {(task, None, None)}
+    told_each = list(itertools.islice(itertools.cycle([*TASKS, None]), len(MIXED)))
+    answers = model.generate(MIXED, NEW, task=told_each, batch=4)
+    assert [answer.task for answer in answers] == told_each
+    for answer, prompt, task in zip(answers, MIXED, told_each, strict=True):
+        assert answer.text == model.generate([prompt], NEW, task=task)[0].text
+    with pytest.raises(UserError, match=r"task: given 1 for 2 prompts; give one each, or one for all"):
+        model.generate(MIXED[:2], NEW, task=["hills"])
     for act in (model.route, model.generate):
         with pytest.raises(UserError, match=r"trained with the task given, .*; tasks here: birds, hills, rain") as told:
             act(MIXED[:2])

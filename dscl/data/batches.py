@@ -94,9 +94,16 @@ class Schedule:
     def groups(self, samples: int, size: int, rank: int) -> list[list[list[Row]]]:
         """The first epoch's first samples in groups of `size`, the same ones whatever the ranks; each group as the
         micro-batches of one rank."""
-        steps = range(min(self.steps_per_epoch, -(-samples // self._global_batch)))
-        chosen = [sample for number in steps for sample in self.step(number).samples][:samples]
+        chosen = self._first(samples)
         return [self._shared_out(chosen[i : i + size], rank) for i in range(0, len(chosen), size)]
+
+    def tokens(self, samples: int) -> int:
+        """Of those samples."""
+        return int(self._lengths[self._first(samples)].sum())
+
+    def _first(self, samples: int) -> list[int]:
+        steps = range(min(self.steps_per_epoch, -(-samples // self._global_batch)))
+        return [sample for number in steps for sample in self.step(number).samples][:samples]
 
     def _shared_out(self, samples: Sequence[int], rank: int) -> list[list[Row]]:
         shares = [self._rows(samples[r :: self._world]) for r in range(self._world)]

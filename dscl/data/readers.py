@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,11 +44,7 @@ def cl_benchmark(config: TaskConfig, data: DataConfig) -> Splits:
         found = fields_of(record, ("sentence", "label"))
         return maker.sample({"sentence": found["sentence"], "prompt": found["sentence"]}, (found["label"],), where)
 
-    splits = _from_files(split_files(config.path, ".json"), maker, lambda file: _list(file, convert, data))
-    if splits.dev is not None and splits.test is not None and _contents(splits.dev) == _contents(splits.test):
-        # Many of the benchmark's dev splits are copies of the test split: choosing by them would be choosing by test.
-        return Splits(splits.train, None, splits.test, maker)
-    return splits
+    return _from_files(split_files(config.path, ".json"), maker, lambda file: _list(file, convert, data))
 
 
 def superni(config: TaskConfig, data: DataConfig) -> Splits:
@@ -174,7 +169,3 @@ def _superni_file(file: Path) -> tuple[str, list[Any]]:
     if not isinstance(instances, list):
         raise UserError(f"{file}: Instances is a {type(instances).__name__}; a list is needed")
     return "\n".join(lines), instances
-
-
-def _contents(samples: Iterable[Sample]) -> Counter[tuple[str, str]]:
-    return Counter((sample.prompt, sample.answer) for sample in samples)

@@ -35,13 +35,17 @@ def read_task(config: TaskConfig, data: DataConfig, seed: int) -> Task:
     train, dev, test = splits.train, splits.dev, splits.test
     whole = len(train)
     if test is None:
-        train, test = _carve(train, max(1, round(whole * TEST_SHARE)), random.Random(f"{seed} carve test"))
+        # The same for all seeds, so that what is chosen with one of them is tried on samples that it has not seen.
+        train, test = _carve(train, max(1, round(whole * TEST_SHARE)), random.Random("carve test"))
+    if dev is not None:
+        _refuse_empty(config, "dev", dev)
+        dev = _without(dev, test) or None
     if dev is None:
         size = min(DEV_AT_MOST, max(1, round(whole * config.dev_share))) if config.dev_share else 0
         train, dev = _carve(train, size, random.Random(f"{seed} carve dev"))
     _refuse_empty(config, "train", train)
     _refuse_empty(config, "test", test)
-    if splits.dev is not None or config.dev_share:
+    if config.dev_share:
         _refuse_empty(config, "dev", dev)
     maker = splits.maker
     return Task(
@@ -53,6 +57,12 @@ def read_task(config: TaskConfig, data: DataConfig, seed: int) -> Task:
         metric=config.metric or ("rouge_l" if maker.labels is None else "accuracy"),
         settings=config,
     )
+
+
+def _without(samples: list[Sample], others: list[Sample]) -> list[Sample]:
+    """Published dev splits are often copies of the test split, or parts of it: choosing by them is choosing by test."""
+    prompts = {sample.prompt for sample in others}
+    return [sample for sample in samples if sample.prompt not in prompts]
 
 
 def _carve(samples: list[Sample], size: int, rng: random.Random) -> tuple[list[Sample], list[Sample]]:

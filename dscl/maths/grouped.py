@@ -17,13 +17,17 @@ from torch.nn import functional
 FROM = {"cpu": 256, "cuda": 512}  # columns of all experts, from which on sorting is taken
 
 
-def pays(device: torch.device, kind: torch.dtype, experts: int, rank: int, top: int) -> bool:
-    """Whether a mixture of this size is faster sorted, and can be."""
+def pays(device: torch.device, kind: torch.dtype, experts: int, rank: int, top: int, *widths: int) -> bool:
+    """Whether a mixture of this size, beside a projection of these widths, is faster sorted, and can be."""
     # Of fp32 there are grouped products on CPUs alone, and none that can be compiled.
-    known = kind == torch.bfloat16 or (
+    # GPUs before Hopper have none of their own either: what stands in for them makes the host wait.
+    gpu = device.type == "cuda" and torch.cuda.is_available()
+    able = not gpu or torch.cuda.get_device_capability(device) >= (9, 0)
+    known = (kind == torch.bfloat16 and able) or (
         kind == torch.float32 and device.type == "cpu" and not torch.compiler.is_compiling()
     )
-    whole = rank * kind.itemsize % 16 == 0  # a grouped product asks for rows of whole 16 bytes
+    # A grouped product asks for rows of whole 16 bytes.
+    whole = all(size * kind.itemsize % 16 == 0 for size in (rank, *widths))
     few = 4 * top <= experts
     return bool(top) and few and whole and known and experts * rank >= FROM.get(device.type, 1 << 62)
 

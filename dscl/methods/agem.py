@@ -1,11 +1,12 @@
-"""A-GEM: no step may raise the loss on samples of ended tasks, as far as gradients tell (Chaudhry et al., 2019).
+"""A-GEM: no gradient may point to where samples of ended tasks fare worse (Chaudhry et al., 2019).
 
 What trains: all weights, or one LoRA for all tasks. What is kept: samples, as in `replay`. Before every step the
 gradient r of a batch of them is looked at; the step's own gradient g becomes
 
     g - (g · r) / (r · r) r      where g · r < 0
 
-over all trained tensors at once. Learning sees the kept samples in no other way.
+over all trained tensors at once. Learning sees the kept samples in no other way. What AdamW makes of that gradient,
+with its moments, may still point there a little.
 """
 
 from __future__ import annotations

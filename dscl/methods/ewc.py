@@ -5,7 +5,8 @@ loss, whose gradient is made element by element, where the fp32 masters are:
 
     λ/2 Σ F (θ - θ*)²      F ← μ F + F_task,  θ* ← θ   when a task ends
 
-F_task is the Fisher information's diagonal: the mean, over samples of the task, of each one's squared gradient. The
+F_task is the empirical Fisher information's diagonal: the mean, over samples of the task with the answers that they
+have there (not with such as the model would give), of each one's squared gradient. The
 gradient of a group whose samples are summed with signs of chance has that as its expected square, so that a group costs
 one pass and it does not matter how its samples are shared out.
 """
@@ -78,7 +79,8 @@ class Ewc(Sequential):
         with torch.no_grad():
             for stretch in ranks.stretches():
                 stretch.kept["anchor"].copy_(stretch.master)
-        return Ended()
+        trained = sum(getattr(p, "ds_numel", p.numel()) for p in ranks.module.parameters() if p.requires_grad)
+        return Ended(numbers={"capacity_bytes": 8.0 * trained})
 
 
 def chances(samples: int, seed: int, task: str) -> torch.Tensor:

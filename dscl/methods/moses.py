@@ -95,6 +95,8 @@ class MosesConfig:
                     f"method.{name}: given {getattr(self, name)} with task_inference: {self.task_inference}, which has "
                     "no use for it; remove it, or set method.task_inference=rls"
                 )
+        if not self.targets:
+            raise UserError("method.targets: given []; sub-experts stand beside projections, so name some")
         if self.gate == "uniform" and self.top_k is not None:
             raise UserError(
                 f"method.top_k: given {self.top_k} with gate: uniform, which asks all sub-experts; remove it"
@@ -222,10 +224,13 @@ class Moses(Method):
         training = {name: getattr(self.facts, name) for name in ("model", "tokenizer", "prompt_limit", "precision")}
         self._claims.append(Claims(name, before, experts.shape, kept, training))
         told.append(f"{experts.used():.1%} of the sub-experts' parameters are claimed")
+        numbers = self._numbers()
         if self.weights is not None:
             with self.routing.using([experts.slot(name)], self.like):
-                told.append(self.weights.end_task(index, name, ranks).told)
-        return Ended("; ".join(filter(None, told)), self._numbers(), self._overlap())
+                ended = self.weights.end_task(index, name, ranks)
+            told.append(ended.told)
+            numbers["directions_bytes"] = ended.numbers["capacity_bytes"]  # of all tasks together
+        return Ended("; ".join(filter(None, told)), numbers, self._overlap())
 
     def _numbers(self) -> dict[str, float]:
         """What the tasks so far take, in bytes, beside a LoRA for each of them with as many columns as a mask opens."""

@@ -5,6 +5,8 @@ which are frozen, by a penalty on the loss:
 
     λ Σ |A_ended A_newᵀ|      over all elements, layers and ended tasks
 
+as in its authors' program; the paper squares the elements, so that its λ is another one.
+
 Who decides at inference: nobody; the answer is the base model's with all LoRAs added.
 """
 

@@ -232,7 +232,7 @@ class Osft(Method):
     def end_task(self, index: int, name: str, ranks: Ranks) -> Ended:
         to_come = len(self.facts.tasks) - index - 1
         if not to_come:
-            return Ended()
+            return Ended(numbers=self._capacity(ranks))
 
         def passes() -> Iterator[Pass]:
             return _task_passes(ranks.batches(SAMPLES))
@@ -247,7 +247,13 @@ class Osft(Method):
             self._start = {}
         if self.config.allocate != "fixed":
             self._protect_more(ranks, passes)
-        return Ended(self._told(ranks))
+        return Ended(self._told(ranks), self._capacity(ranks))
+
+    def _capacity(self, ranks: Ranks) -> dict[str, float]:
+        """The bytes of all that is protected, over all ranks."""
+        kept = sum(t.numel() * t.element_size() for space in self._spaces.values() for t in space.tensors().values())
+        total = ranks.sum_(torch.tensor([kept], dtype=torch.int64, device=ranks.device))
+        return {"capacity_bytes": float(total)}
 
     def _protect_more(self, ranks: Ranks, passes: Callable[[], Iterable[Pass]]) -> None:
         """Protect what the base, as it is now, needs most, up to the share that is set."""
@@ -345,10 +351,12 @@ class Osft(Method):
         """A task needs free directions; where there are none, or by `when_short: stop` too few, it is told now."""
         stuck = sum(self._is_full(space) for space in self._spaces.values())
         count = int(ranks.sum_(torch.tensor([stuck], dtype=torch.int64, device=ranks.device)))
+        where = self.setting.removesuffix("targets")
         if count == len(self._shapes) or (count and self.config.when_short == "stop"):
             raise UserError(
                 f"method osft: task {name} finds no free direction in {count} of {len(self._shapes)} matrices; run "
-                "again with method.when_short=give_back, or start anew with a lower method.share or method.claim_energy"
+                f"again with {where}when_short=give_back, or start anew with a lower {where}share or "
+                f"{where}claim_energy"
             )
 
     @staticmethod

@@ -45,14 +45,18 @@ class Replay(Sequential):
 
     def __init__(self, config: ReplayConfig, facts: Facts) -> None:
         super().__init__(config, facts)
+        if config.most is not None and config.most < len(facts.tasks) - 1:
+            raise UserError(
+                f"method.most: given {config.most}; each of the {len(facts.tasks) - 1} tasks that end before the last "
+                "keeps a sample at least, so give as many or more"
+            )
         self._kept: list[Kept] = []  # of each ended task, in an order of chance
 
     def mixes(self, ended: Sequence[int]) -> list[int]:
         return [self._count(samples, len(ended)) for samples in ended]
 
     def mixed_in(self) -> list[Kept]:
-        most = self.config.most and max(1, self.config.most // max(1, len(self._kept)))
-        return [Kept(kept.task, kept.pairs[:most]) for kept in self._kept]
+        return self._kept
 
     def _count(self, samples: int, ended: int) -> int:
         """How many of a task's samples are learnt again when so many tasks have ended."""
@@ -64,7 +68,14 @@ class Replay(Sequential):
         chance = np.random.default_rng([self.facts.seed, index]).permutation(len(samples))
         chosen = chance[: self._count(len(samples), index + 1)]
         self._kept.append(Kept(name, tuple(samples[int(i)] for i in chosen)))
+        self._cut()
         return Ended(numbers={"capacity_bytes": float(sum(kept.size for kept in self._kept))})
+
+    def _cut(self) -> None:
+        """Earlier tasks give way to a new one."""
+        if self.config.most is not None:
+            most = max(1, self.config.most // len(self._kept))
+            self._kept = [Kept(kept.task, kept.pairs[:most]) for kept in self._kept]
 
     def leave(self, folder: Path, name: str) -> list[Path]:
         path = _place(folder, name)
@@ -73,6 +84,7 @@ class Replay(Sequential):
 
     def recall(self, folder: Path, names: Sequence[str]) -> None:
         self._kept = [Kept.read(_place(folder, name), name) for name in names]
+        self._cut()  # files stay as they were left: what a checkpoint needs is there whichever one it is
 
 
 def _place(folder: Path, name: str) -> Path:

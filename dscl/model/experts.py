@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from dscl.errors import Failure
 from dscl.maths import grouped
 from dscl.maths.masks import count_of, opened, pack, strongest, unpack
 from dscl.model.cost import Product, low_rank
@@ -114,10 +115,14 @@ class SubExperts(Projection):
     def beside(self) -> list[list[Product]]:
         """What training computes beside the projection; how many columns, a grouped product decides by the tokens."""
         shape, like = self.shape, self.held_a
-        sort = grouped.pays(like.device, like.dtype, shape.most, shape.rank, shape.top)
-        columns = shape.top * shape.rank if sort else shape.columns
+        columns = shape.top * shape.rank if self._sorts(like.device, like.dtype) else shape.columns
         chains = [low_rank(self.in_features, columns, self.out_features, True)]
         return chains + ([[Product(self.in_features, shape.most, True)]] if shape.top else [])
+
+    def _sorts(self, device: torch.device, kind: torch.dtype) -> bool:
+        """Whether tokens go to the columns of their own experts alone."""
+        shape, widths = self.shape, (self.in_features, self.out_features)
+        return grouped.pays(device, kind, shape.most, shape.rank, shape.top, *widths)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.training:
@@ -130,7 +135,9 @@ class SubExperts(Projection):
     def _learn(self, x: torch.Tensor) -> torch.Tensor:
         """[tokens, in], all of the task that learns."""
         shape, (a, b) = self.shape, self._sides_that_learn()
-        sort = grouped.pays(x.device, x.dtype, shape.most, shape.rank, shape.top)
+        where = x.device.type
+        cast = where in ("cpu", "cuda") and torch.is_autocast_enabled(where)
+        sort = self._sorts(x.device, torch.get_autocast_dtype(where) if cast else x.dtype)
         at_once = a[:0] if shape.dropout or sort else a  # what reads x as it is: one product, and so is its gradient
         router = self.token_router if shape.top else a[:0]
         y, read = _Beside.apply(x, self.weight, self.bias, torch.cat([at_once, router]))
@@ -142,7 +149,7 @@ class SubExperts(Projection):
             low = functional.linear(dropped, a)
         gate = self._gate(logits if shape.top else None, self.open)
         low = (low.unflatten(1, (shape.most, shape.rank)) * gate[..., None]).flatten(1)
-        return y.addmm_(low, b.to(y.dtype))
+        return y.addmm_(low.to(y.dtype), b.to(y.dtype))
 
     def _sorted(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """What is added, where so many columns stand side by side that tokens better go to those of their experts."""
@@ -213,6 +220,8 @@ class SubExperts(Projection):
     def claim(self, slot: int, trained: Tensors) -> Tensors:
         """A task has ended: what its mask opens is claimed. Returns all that `take` needs to know of it."""
         kind, allowed = self.held_a.dtype, self._of("allowed")
+        if not all(bool(tensor.to(kind).isfinite().all()) for tensor in trained.values()):
+            raise Failure("a sub-expert's values are not finite, so nothing is claimed; lower train.lr and run again")
         masks = {
             name: opened(trained[f"score_{name}"].to(kind), allowed[name], count) for name, count in self.counts.items()
         }

@@ -116,9 +116,9 @@ class Claimed:
         assert slot is not None
         masked = {path: _masked(layer, slot) for path, layer in self._experts.layers.items()}
         rank = max(1, *(len(a) for a, _ in masked.values()))  # PEFT likes one for all: zeros change nothing
-        shape, seats = self._experts.shape, next(iter(self._experts.layers.values())).seats[slot]
-        # A token's gates come to as much as there were experts at first, shared among those that there are.
-        mean = shape.experts / int(seats.sum()) if shape.top else 1.0
+        shape, seats = self._experts.shape, int(next(iter(self._experts.layers.values())).seats[slot].sum())
+        # Gates come to as much as there were experts at first, shared among those that there are; but few are asked.
+        mean = shape.experts / seats * min(1.0, shape.top / seats) if shape.top else 1.0
         layers = {}
         for path, (a, b) in masked.items():
             lacking = rank - len(a)

@@ -73,13 +73,16 @@ def _parsed(folder: Path, found: Mapping[str, Any]) -> Comparison:
         for row in rows.values()
         for entry in row.get("failed", [])
     }
+    deviations = tuple(map(str, found.get("deviations", [])))
+    if int(found.get("at_once", 1)) > 1:
+        deviations += (f"all: {found['at_once']} runs went on at once, so their seconds are of a shared machine",)
     return Comparison(
         folder=folder,
         stream=str(found["stream"]),
         rule=rule,
         trials={str(name): _trials(row, found["rates"].get(name, [])) for name, row in rows.items()},
         failed=tuple(failed.values()),
-        deviations=tuple(map(str, found.get("deviations", []))),
+        deviations=deviations,
         places=_places(folder, {name: row.get("runs", []) for name, row in rows.items()}),
     )
 

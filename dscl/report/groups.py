@@ -133,6 +133,8 @@ def facts_of(recipe: Mapping[str, Any], metrics: Sequence[str] | None) -> dict[s
         "epochs": key("epochs", train.get("epochs")),
         "batch": _shown(train.get("global_batch")),
         "length": _shown(train.get("max_length")),
+        **{name: _shown(train.get(name)) for name in ("packing", "schedule", "warmup", "weight_decay", "grad_clip")},
+        "bad records": _shown((recipe.get("data") or {}).get("bad_records")),
         "precision": _shown(train.get("precision")),
         "split": split,
         "samples scored": key(f"{split}_limit", "all"),

@@ -191,7 +191,7 @@ def features_served(document: dict[str, Any]) -> tuple[int, int, int]:
     engine = job.engine()
     method, lesson = job.method, job.lessons[0]
     assert isinstance(method, Asr)
-    engine.start_over(method.begin_task(0, lesson.task.name, train.ranks_of(engine, lesson, "", Nothing())))
+    engine.start_over(method.begin_task(0, lesson.task.name, ranks_of(engine, lesson)))
     for number in range(lesson.schedule.steps_per_epoch):
         engine.step(method.loss, lesson.micro_batches(number), targets=lesson.schedule.step(number).targets, lr=1e-2)
     rows = method.rows()
@@ -232,11 +232,11 @@ def mixed(document: dict[str, Any]) -> tuple[float, float, float, int]:
     job = open_job(resolve(document))
     engine = job.engine()
     for index, lesson in enumerate(job.lessons):
-        engine.start_over(job.method.begin_task(index, lesson.task.name, train.ranks_of(engine, lesson, "", Nothing())))
+        engine.start_over(job.method.begin_task(index, lesson.task.name, ranks_of(engine, lesson)))
         for number in range(lesson.steps):
             plan = lesson.schedule.step(number)
             engine.step(job.method.loss, lesson.micro_batches(number), targets=plan.targets, lr=1e-2)
-        ended = job.method.end_task(index, lesson.task.name, train.ranks_of(engine, lesson, "", Nothing()))
+        ended = job.method.end_task(index, lesson.task.name, ranks_of(engine, lesson))
         assert "condition" in ended.told
         assert ended.numbers["capacity_bytes"] == (index + 1) * sum(4 * t.numel() for t in engine.whole().values())
     module, method, pad = engine.module.eval(), job.method, job.lessons[0].pad
@@ -278,6 +278,10 @@ def mixed(document: dict[str, Any]) -> tuple[float, float, float, int]:
 
 class Nothing:
     """In the place of an observer that nobody tells anything."""
+
+
+def ranks_of(engine: Any, lesson: Any) -> Any:
+    return train.ranks_of(engine, lesson, "", Nothing(), train.Position())  # type: ignore[arg-type]
 
 
 def start_of(batch: Any, row: int) -> int:

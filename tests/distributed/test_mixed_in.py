@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -138,11 +139,38 @@ def test_a_joint_run_that_died_ends_as_one_that_did_not(ranks: Any, tasks: Path)
     assert outcome(tasks / "joint, died") == outcome(tasks / "joint")
 
 
-def test_tasks_with_plans_of_their_own_are_not_learnt_at_once(tasks: Path) -> None:
+def test_all_tasks_at_once_each_as_often_as_it_asks_for(ranks: Any, tasks: Path) -> None:
     document = mixing(tasks, "plans", {"name": "joint"})
     document["stream"][1]["epochs"] = 3
-    with pytest.raises(UserError, match=r"given epochs None for colour, epochs 3 for animal, .*set train.epochs"):
+    (found,) = together(ranks(2)(seen, document))
+    own = [Counter(names) for names in ranks(2)(prompts, document)[0]]
+    times = [3 if number == 1 else EPOCHS for number in range(len(own))]
+    expected: Counter[str] = Counter()
+    for count, task in zip(times, own, strict=True):
+        expected.update({prompt: count * often for prompt, often in task.items()})
+    assert found == expected
+
+
+def test_rates_of_their_own_are_refused_where_tasks_are_learnt_at_once(tasks: Path) -> None:
+    document = mixing(tasks, "rates", {"name": "joint"})
+    document["stream"][1]["lr"] = 0.5
+    with pytest.raises(UserError, match=r"given lr None for colour, lr 0.5 for animal, .*set train.lr"):
         open_job(resolve(document))
+
+
+def test_no_more_is_kept_than_was_asked_for(tasks: Path, tmp_path: Path) -> None:
+    method = open_job(resolve(mixing(tasks, "most", {"name": "replay", "most": 8}))).method
+    every = Kept("any", tuple(([number], [0]) for number in range(30)))
+    for index, expected in enumerate(([8], [4, 4], [2, 2, 2])):
+        ended: Any = method.end_task(index, NAMES[index], SimpleNamespace(samples=lambda: every))  # type: ignore[arg-type]
+        method.leave(tmp_path, NAMES[index])
+        kept: list[Kept] = list(method.mixed_in())  # type: ignore[call-overload]
+        assert [len(each) for each in kept] == expected
+        assert ended.numbers["capacity_bytes"] == sum(each.size for each in kept)
+    method.recall(tmp_path, NAMES[:3])
+    assert [each.pairs for each in method.mixed_in()] == [each.pairs for each in kept]  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=r"method.most: given 1; each of the 2 tasks"):
+        open_job(resolve(mixing(tasks, "too few", {"name": "replay", "most": 1})))
 
 
 def test_both_limits_are_refused(tasks: Path) -> None:

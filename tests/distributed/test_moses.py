@@ -150,7 +150,7 @@ def begun(kind: Kind, stage: int, zero: dict[str, Any], precision: str = "fp32")
 def learn(engine: Engine, method: Moses, index: int, accumulation: int = 1) -> list[float]:
     """A task's steps, up to its end but for that."""
     name = TASKS[index]
-    method.begin_task(index, name, train.ranks_of(engine, None, "", Silent()))  # type: ignore[arg-type]
+    method.begin_task(index, name, train.ranks_of(engine, None, "", Silent(), train.Position()))  # type: ignore[arg-type]
     engine.start_over(lambda own, shape, start, stop: starting(name, own, shape).flatten()[start:stop])
     losses = []
     for step in range(STEPS):
@@ -161,7 +161,7 @@ def learn(engine: Engine, method: Moses, index: int, accumulation: int = 1) -> l
 
 
 def end(engine: Engine, method: Moses, index: int) -> None:
-    method.end_task(index, TASKS[index], train.ranks_of(engine, None, "", Silent()))  # type: ignore[arg-type]
+    method.end_task(index, TASKS[index], train.ranks_of(engine, None, "", Silent(), train.Position()))  # type: ignore[arg-type]
 
 
 # ---- against a loop over experts in plain torch, in one process
@@ -454,7 +454,9 @@ def remembered(
         (2, "fp32", Kind(top=3, targets=ALL, reuse=False)),
         (3, "fp32", Kind(targets=ALL)),
         (3, "fp32", Kind("element", 2)),
+        (0, "bf16", Kind(top=2)),
         (1, "bf16", Kind("element")),
+        (2, "bf16", Kind(top=2)),
         (3, "bf16", Kind(top=2)),
     ],
 )

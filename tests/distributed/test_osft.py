@@ -145,7 +145,7 @@ def begun(stage: int, zero: dict[str, Any], precision: str = "fp32", **keys: Any
         weight_decay=0.1,
         grad_clip=1.0,
     )
-    ranks = train.ranks_of(engine, None, "", Silent())  # type: ignore[arg-type]
+    ranks = train.ranks_of(engine, None, "", Silent(), train.Position())  # type: ignore[arg-type]
     engine.start_over(method.begin_task(0, "first", ranks))
     return engine, method
 

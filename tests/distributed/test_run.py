@@ -574,6 +574,21 @@ def test_other_settings_on_the_same_run_are_refused(ranks: Any, tasks: Path) -> 
     assert "1e-05" in message
 
 
+def test_another_model_in_the_same_place_is_refused(ranks: Any, tasks: Path) -> None:
+    document = recipe_of(tasks, "other base", 0)
+    ranks(1)(run, document)
+    folder = Path(document["run_dir"])
+    (folder / "scores.json").unlink()  # as if it had died at the very end
+    marks = json.loads((folder / "base.json").read_text())
+    (folder / "base.json").write_text(json.dumps({**marks, "model": "another"}))
+    ((kind, message),) = ranks(1)(failing, document)
+    assert kind == "UserError"
+    assert "was started with another model than" in message
+    (folder / "base.json").unlink()  # a run of a version that did not write it
+    ranks(1)(run, document)
+    assert json.loads((folder / "base.json").read_text()) == marks
+
+
 def test_a_run_of_a_version_that_lacked_a_key_goes_on(ranks: Any, tasks: Path) -> None:
     document = recipe_of(tasks, "older", 0)
     ranks(1)(run, document)

@@ -79,13 +79,17 @@ CASES = [(1, 1, 1), (2, 64, 1), (4, 3, 1), (4, 3, 2), (4, 3, 4), (8, 2, 5), (4, 
 
 @pytest.mark.parametrize(("experts", "rank", "top"), CASES)
 @pytest.mark.parametrize("atoms", [True, False])
-@pytest.mark.parametrize("share", [1.0, 0.4])
+@pytest.mark.parametrize("share", [1.0, 0.4, 0.0])
 def test_training_equals_the_loop_and_so_do_its_gradients(
     experts: int, rank: int, top: int, atoms: bool, share: float
 ) -> None:
-    made = layer(shape_of(atoms, experts=experts, rank=rank, top=top, share=share)).train()
+    """With masks that open all, some, and, at a share of 0, nothing."""
+    made = layer(shape_of(atoms, experts=experts, rank=rank, top=top, share=share or 0.4)).train()
     claim(made, 0)
     scramble(made, 1)
+    if not share:
+        for name in made.mask_shapes:
+            getattr(made, f"allowed_{name}").zero_()
     x = torch.randn(2, 5, IN, dtype=torch.float64, requires_grad=True)
     out = torch.randn(2, 5, OUT, dtype=torch.float64)
     got = made(x)
@@ -104,7 +108,7 @@ def test_training_equals_the_loop_and_so_do_its_gradients(
     for name, count in made.counts.items():
         size = free[f"score_{name}"].abs()
         chosen = torch.zeros(size.numel(), dtype=torch.float64)
-        chosen[size.flatten().topk(count).indices] = 1.0
+        chosen[size.flatten().topk(count if share else 0).indices] = 1.0
         masks[name] = chosen.view(size.shape) + (size - size.detach())  # straight through
     expected = looped(made, x, tensors, as_entries(made, masks))  # type: ignore[arg-type]
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
@@ -287,13 +291,21 @@ def test_recomputed_and_repeated_passes_agree(atoms: bool) -> None:
         assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
-def test_autocast_computes_in_bf16_and_decides_in_fp32() -> None:
-    made = layer(shape_of(), torch.float32).train()
-    x = torch.randn(3, 5, IN)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = made(x)
+@pytest.mark.parametrize(("experts", "rank", "top"), [(4, 3, 2), (4, 3, 0), (64, 4, 2), (64, 8, 2)])
+def test_autocast_computes_in_bf16_and_decides_in_fp32(experts: int, rank: int, top: int) -> None:
+    made = layer(shape_of(experts=experts, rank=rank, top=top), torch.float32).train()
+    x = torch.randn(3, 5, IN, requires_grad=True)
+
+    def passed(cast: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            y = made(x)
+        return y, list(torch.autograd.grad(y.float().square().sum(), [x, made.sub_a, made.sub_b]))
+
+    (y, gradients), (expected, exact) = passed(True), passed(False)
     assert y.dtype == torch.bfloat16
-    assert float((y.float() - made(x)).abs().mean()) < 0.02
+    assert float((y.float() - expected).norm() / expected.norm()) < 0.02
+    for found, wanted in zip(gradients, exact, strict=True):
+        assert float((found - wanted).norm() / wanted.norm()) < 0.05
 
 
 def test_first_values_add_nothing_and_depend_on_the_name() -> None:

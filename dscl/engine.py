@@ -169,7 +169,7 @@ class Engine:
             raise UserError("method: nothing to train; no parameter of the model is trainable under these settings")
         # A rate of zero, because ZeRO makes its optimizer state with a step of its own: nothing may decay by it.
         self.optimizer = HookedAdamW(trainable, lr=0.0, betas=betas, weight_decay=weight_decay, fused=True)
-        with _refusals():
+        with _refusals(), redirect_stdout(io.StringIO()):  # it prints how much memory is in use as it goes
             self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=config)
         self._make_missing_state()
         self.reset_optimizer()

@@ -26,7 +26,7 @@ BAD_VALUES = [
 
 
 def trace_folder(write: Write, train: Any) -> Path:
-    write("task/eval.json", GOOD)
+    write("task/eval.json", [{"prompt": f"dev question {i}", "answer": "yes"} for i in range(4)])
     write("task/test.json", GOOD)
     return write("task/train.json", train).parent
 
@@ -97,9 +97,9 @@ def test_broken_json_file(write: Write, read: Read) -> None:
 
 def test_unicode_survives(write: Write, read: Read) -> None:
     text = "Grüße, 漢字 \u2028 \U0001f600 \u00a0"
-    record = {"prompt": text, "completion": text + "!"}
+    record, other = ({"prompt": prompt, "completion": text + "!"} for prompt in (text, text + "?"))
     write("task/test.jsonl", [record])
-    write("task/dev.jsonl", [record])
+    write("task/dev.jsonl", [other])
     task = read(write("task/train.jsonl", b"\xef\xbb\xbf" + json.dumps(record, ensure_ascii=False).encode()).parent)
-    for split in (task.train, task.dev, task.test):
-        assert [(sample.prompt, sample.answer) for sample in split] == [(text, text + "!")]
+    for split, prompt in ((task.train, text), (task.dev, text + "?"), (task.test, text)):
+        assert [(sample.prompt, sample.answer) for sample in split] == [(prompt, text + "!")]

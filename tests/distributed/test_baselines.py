@@ -167,7 +167,7 @@ class PlainAgem(Plain):
         names = [other.task.name for other in ended]
         kept = [Kept.read(self.run_dir / "samples" / f"{name}.safetensors", name) for name in names]
         self.memory = Joined(kept) if kept else None
-        self.schedule = lesson.planned(self.memory) if self.memory is not None else None
+        self.schedule = lesson.planned(self.memory, lesson.epochs) if self.memory is not None else None
 
     def turn_before(self, lesson: Lesson, number: int) -> None:
         if self.schedule is None or self.memory is None:

@@ -28,8 +28,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from dscl import dist
+from dscl.adamw import Fragment
 from dscl.config import key, nearest
-from dscl.engine import Engine, Fragment
+from dscl.engine import Engine
 from dscl.errors import Failure, Stopped, UserError
 from dscl.maths import scores
 from dscl.methods import Method

@@ -259,12 +259,11 @@ def perform(comparison: Comparison, at_once: int | None = None, nproc: int = 1) 
             finals = {}
             for row, futures in tried.items():
                 found = {run.rate: scores["summary"] for run, scores in (f.result() for f in futures) if scores}
+                rows[row] = {"rates": {f"{of:g}": summary for of, summary in found.items()}, "rate": None, "runs": []}
                 if len(found) < len(futures):  # the others had more trials
-                    tried_rates = {f"{tried_rate:g}": found[tried_rate] for tried_rate in found}
-                    rows[row] = {"rates": tried_rates, "rate": None, "runs": []}
                     continue
                 rate = choose(found, comparison.settings.keeps) if found else comparison.rates[row][0]
-                rows[row] = {"rates": {f"{tried_rate:g}": found[tried_rate] for tried_rate in found}, "rate": rate}
+                rows[row]["rate"] = rate
                 if found:
                     shown = ", ".join(f"{of:g}: OP {s['OP']:.3f}" for of, s in found.items())
                     print(f"{row}: on dev {shown}; so {rate:g}", flush=True)

@@ -63,7 +63,10 @@ def refuse_another_base(recipe: Recipe, facts: Facts) -> None:
                 "now; put back what was there, or choose another run_dir"
             )
         else:
-            write_whole(path, json.dumps(here))
+            try:
+                write_whole(path, json.dumps(here))
+            except OSError as error:
+                problem = f"run_dir: {recipe.run_dir} cannot be written ({error.strerror}); choose another"
     if problem := dist.from_main(problem):
         raise UserError(problem)
 

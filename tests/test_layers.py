@@ -30,6 +30,7 @@ LAYERS = {
         "dscl.dist",
         "dscl.stopping",
         "dscl.pulse",
+        "dscl.adamw",
         "dscl.owners",
         "dscl.steering",
         "dscl.router",

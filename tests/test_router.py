@@ -217,11 +217,12 @@ def test_mistakes_are_told_in_one_line() -> None:
     with pytest.raises(UserError, match="knows no task") as error:
         Router(SPEC).route(torch.zeros(1, 16, dtype=torch.int8))
     told(error)
-    bad = states(0)
-    bad[3, 4] = math.nan
-    with pytest.raises(UserError, match="layer 2: the pooled hidden states hold values that are not finite") as error:
-        router.rows(bad)
-    told(error)
+    for value in (math.nan, math.inf):
+        bad = states(0)
+        bad[3, 4] = value
+        with pytest.raises(UserError, match="layer 2: the pooled hidden states hold values that are not finite") as error:
+            router.rows(bad)
+        told(error)
     good = statistics(PAPER, 0)
     with pytest.raises(UserError, match="task 'd': its statistics hold values that are not finite") as error:
         router.add("d", Statistics(good.gram * math.inf, good.total, good.count))

@@ -14,12 +14,13 @@ from pathlib import Path
 from tests.launch.hosts import Missing
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scancel", "scontrol", "squeue")
+# A requeued job waits until its credential has expired, two minutes unless cred_expire says otherwise.
 CONFIGURATION = """
 ClusterName=dscl
 SlurmctldHost={host}
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=20
 SlurmctldPort={controller}
 SlurmdPort={node}
 StateSaveLocation={folder}/state

@@ -82,9 +82,7 @@ def test_a_job_trains_and_a_preempted_one_goes_on(slurm: Slurm, tasks: Path) -> 
     until(lambda: steps(tasks, "told") > 6, log)
     slurm.ask("scancel", "--signal=USR1", job)  # what --signal=USR1@300 and a preemption do
     until(lambda: "with everything saved" in log.read_text() or "everything was saved" in log.read_text(), log)
-    until(lambda: "JobState=PENDING Reason=BeginTime" in shown(slurm, job), log)
-    assert "Restarts=1" in shown(slurm, job)
-    slurm.ask("scontrol", "update", f"jobid={job}", "StartTime=now")  # Slurm lets two minutes go by
+    until(lambda: "Restarts=1" in shown(slurm, job), log)
     until(lambda: slurm.state(job) == "COMPLETED", log)
     assert "resumed from step-" in log.read_text()
     assert outcome(tasks / "told") == outcome(tasks / "calm")

@@ -220,7 +220,9 @@ def test_mistakes_are_told_in_one_line() -> None:
     for value in (math.nan, math.inf):
         bad = states(0)
         bad[3, 4] = value
-        with pytest.raises(UserError, match="layer 2: the pooled hidden states hold values that are not finite") as error:
+        with pytest.raises(
+            UserError, match="layer 2: the pooled hidden states hold values that are not finite"
+        ) as error:
             router.rows(bad)
         told(error)
     good = statistics(PAPER, 0)

@@ -11,19 +11,22 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from transformers import DynamicLayer
 
 from dscl import dist
 from dscl.data.batches import PromptBatch
 
 Drawn = tuple[torch.Tensor, int]  # a block of texts, and how many of its rows count
 BLOCK = 32  # texts drawn side by side
-LABELS_AT_ONCE = 4  # for each of them the prompts' keys and values are copied: at 7B half a megabyte a token
+TOKENS_AT_ONCE = 32  # of labels, beside each prompt; each of them needs its logits
+Prefix = tuple[int, ...]  # the beginning of a label
 
 
 def label_likelihoods(module: Any, batch: PromptBatch, labels: Sequence[Sequence[int]], pad: int) -> torch.Tensor:
     """log p(label | prompt), [prompts, labels]; each prompt passes through the model once for all labels.
 
-    The labels' further tokens follow in groups, and in equally many of them on every rank.
+    What the labels are made of follows as one tree beside each prompt, in which a token sees the prompt and its own
+    label's beginning; so what labels share is computed once. Large trees come in parts, equally many on every rank.
     """
     first = module(
         input_ids=batch.input_ids,
@@ -32,39 +35,63 @@ def label_likelihoods(module: Any, batch: PromptBatch, labels: Sequence[Sequence
         use_cache=True,
         logits_to_keep=1,
     )
-    starts = torch.tensor([label[0] for label in labels], device=batch.input_ids.device)
+    device, cache = batch.input_ids.device, first.past_key_values
+    starts = torch.tensor([label[0] for label in labels], device=device)
     scores = first.logits[:, -1].float().log_softmax(-1)[:, starts]
-    for at in range(0, len(labels), LABELS_AT_ONCE):
-        group = labels[at : at + LABELS_AT_ONCE]
-        if max(map(len, group)) > 1:
-            cache = copy.deepcopy(first.past_key_values)  # a pass writes into it
-            scores[:, at : at + len(group)] += _gains(module, batch, cache, group, pad)
+    parts = _parts(labels, TOKENS_AT_ONCE if _branches(module, cache) else 0)
+    for number, (prefixes, chosen) in enumerate(parts):
+        kept = cache if number + 1 == len(parts) else copy.deepcopy(cache)  # a pass writes into it
+        said = _after(module, batch, kept, prefixes)
+        for index in chosen:
+            label = tuple(labels[index])
+            at = torch.tensor([prefixes.index(label[:k]) for k in range(1, len(label))], device=device)
+            scores[:, index] += said[:, at, torch.tensor(label[1:], device=device)].sum(1)
     return scores
 
 
-def _gains(module: Any, batch: PromptBatch, cache: Any, labels: Sequence[Sequence[int]], pad: int) -> torch.Tensor:
-    """What the tokens after the first add to log p(label | prompt), [prompts, labels]."""
-    device, prompts, longest = batch.input_ids.device, len(batch.input_ids), max(map(len, labels))
-    tokens = torch.full((len(labels), longest), pad)
-    for row, label in enumerate(labels):
-        tokens[row, : len(label)] = torch.tensor(label)
-    tokens = tokens.to(device)
-    lengths = torch.tensor([len(label) for label in labels], device=device)
-    cache.batch_repeat_interleave(len(labels))
-    given = tokens[:, :-1].repeat(prompts, 1)
-    mask = batch.attention_mask.repeat_interleave(len(labels), 0)
-    starts = batch.position_ids[:, -1:].repeat_interleave(len(labels), 0) + 1
+def _branches(module: Any, cache: Any) -> bool:
+    """Whether this model's attention takes a mask that is no sequence's: without windows, and from such a kernel."""
+    return module.config._attn_implementation in ("sdpa", "eager") and all(
+        type(layer) is DynamicLayer for layer in cache.layers
+    )
+
+
+def _parts(labels: Sequence[Sequence[int]], most: int) -> list[tuple[list[Prefix], list[int]]]:
+    """The labels in parts of at most so many tokens, or of one label each: the beginnings that a part is made of, each
+    after the one that it continues, and whose they are. The last token of a label has nothing to say."""
+    parts: list[tuple[list[Prefix], list[int]]] = []
+    longer = [i for i, label in enumerate(labels) if len(label) > 1]
+    for index in sorted(longer, key=lambda i: tuple(labels[i])):  # so that neighbours share the most
+        prefixes = [tuple(labels[index][:k]) for k in range(1, len(labels[index]))]
+        further = [p for p in prefixes if not parts or p not in parts[-1][0]]
+        if parts and len(parts[-1][0]) + len(further) <= most:
+            parts[-1][0].extend(further)
+            parts[-1][1].append(index)
+        else:
+            parts.append((prefixes, [index]))
+    return parts
+
+
+def _after(module: Any, batch: PromptBatch, cache: Any, prefixes: Sequence[Prefix]) -> torch.Tensor:
+    """log p of every token after each of these beginnings of labels, [prompts, beginnings, tokens]."""
+    device, rows = batch.input_ids.device, len(batch.input_ids)
+    ids = torch.tensor([prefix[-1] for prefix in prefixes], device=device).expand(rows, -1)
+    depths = torch.tensor([len(prefix) for prefix in prefixes], device=device)
+    sees = torch.tensor([[mine[: len(other)] == other for other in prefixes] for mine in prefixes], device=device)
+    mask = torch.cat([batch.attention_mask, torch.ones_like(ids)], 1)
+    if len(prefixes[-1]) < len(prefixes):  # else each continues the one before, and the model makes the mask
+        prompt = batch.attention_mask.bool()[:, None].expand(-1, len(prefixes), -1)
+        mask = torch.cat([prompt, sees.expand(rows, -1, -1)], 2)[:, None]
+        if module.config._attn_implementation == "eager":  # adds it
+            mask = torch.where(mask, 0.0, torch.finfo(torch.float32).min).to(cache.layers[0].keys.dtype)
     logits = module(
-        input_ids=given,
-        attention_mask=torch.cat([mask, torch.ones_like(given)], 1),
-        position_ids=starts + torch.arange(longest - 1, device=device),
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=batch.position_ids[:, -1:] + depths,
         past_key_values=cache,
         use_cache=True,
-    ).logits.float()
-    following = tokens[:, 1:].repeat(prompts, 1)
-    gained = logits.log_softmax(-1).gather(2, following[..., None])[..., 0]
-    counted = torch.arange(1, longest, device=device) < lengths.repeat(prompts)[:, None]
-    return gained.masked_fill(~counted, 0.0).sum(1).view(prompts, len(labels))
+    ).logits
+    return logits.float().log_softmax(-1)
 
 
 def generate(module: Any, batch: PromptBatch, max_new_tokens: int, eos: int, pad: int) -> list[list[int]]:

@@ -54,7 +54,7 @@ class RoutedLinear(Projection):
         if self.routing.rows is None:
             return y
         gate = self.routing.rows.columns
-        if len(gate) != len(x):  # the labels of a prompt stand side by side; or a prompt's tokens, one after the other
+        if len(gate) != len(x):  # one slot for all rows; or a row's tokens stand one after the other
             assert len(x) % len(gate) == 0
             gate = gate.repeat_interleave(len(x) // len(gate), 0)
         low = functional.linear(x, self.bank_a) * (gate[:, None] if x.ndim == 3 else gate)

@@ -23,7 +23,7 @@ Decision = Callable[[torch.Tensor], Sequence[int | None]]  # pooled [prompts, d]
 
 @dataclass(frozen=True)
 class Rows:
-    """Each row's slot. A pass may bring several times as many rows: then equally many side by side share a slot."""
+    """Each row's slot; a single one is for all rows."""
 
     slots: tuple[int | None, ...]
     device: torch.device

@@ -142,19 +142,20 @@ def first_fit(samples: Sequence[int], lengths: Sequence[int], capacity: int) -> 
 class Batch:
     """One micro-batch. Its summed loss is
 
-        logits = model(input_ids=..., attention_mask=..., position_ids=..., use_cache=False, logits_to_keep=keep).logits
-        cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+        logits = model(input_ids=..., attention_mask=..., position_ids=..., use_cache=False).logits
+        cross_entropy(logits.flatten(0, 1)[places].float(), labels, ignore_index=-100, reduction="sum")
 
     `use_cache=False` is needed for more than memory: with a cache, transformers lets the samples of a packed row see
-    each other. `keep` are the columns whose next token is a target in some row; `labels[:, k]` are the targets behind
-    column `keep[k]`, or -100. `prompts` says where each sample's prompt stands, without the token that every prompt
-    begins with; `first` is true where the task's samples are seen for the first time.
+    each other. `places` are the tokens, counted row after row, whose next one is a target, and `labels` are these
+    targets, sample by sample; where there is none, one place stands with -100. `prompts` says where each sample's
+    prompt stands, without the token that every prompt begins with; `first` is true where the task's samples are seen
+    for the first time.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor | None
     position_ids: torch.Tensor
-    keep: torch.Tensor
+    places: torch.Tensor
     labels: torch.Tensor
     samples: list[int]
     prompts: list[Span]
@@ -167,7 +168,7 @@ class Batch:
             input_ids=self.input_ids.to(device),
             attention_mask=None if mask is None else mask.to(device),
             position_ids=self.position_ids.to(device),
-            keep=self.keep.to(device),
+            places=self.places.to(device),
             labels=self.labels.to(device),
         )
 
@@ -195,9 +196,9 @@ def collate(
 ) -> Batch:
     """The tensors of one micro-batch; without rows, a filler: one token, no target.
 
-    Not packed, rows are padded on the left, so that answers end in the same column and `keep` stays small. Packed, a
-    row holds its samples one after the other; positions start at 0 in each of them, which without an attention mask is
-    what keeps attention inside a sample; the padding at the end counts as one more such sample.
+    Not packed, rows are padded on the left. Packed, a row holds its samples one after the other; positions start at 0
+    in each of them, which without an attention mask is what keeps attention inside a sample; the padding at the end
+    counts as one more such sample.
     """
     if not rows:
         return _tensors([[pad_id]], [[0]], [[IGNORE]], pad_id, packing, [], [])
@@ -253,16 +254,16 @@ def _tensors(
         positions = [row + list(range(width - len(row))) for row in positions]
     else:  # the padding comes before what a row holds
         prompts = [(row, width - len(ids[row]) + a, width - len(ids[row]) + b) for row, a, b in prompts]
-    labels = _padded(targets, width, IGNORE, left=not packing)
-    keep = (labels != IGNORE).any(0).nonzero().flatten()
-    if len(keep) == 0:
-        keep = torch.tensor([width - 1])
+    labels = _padded(targets, width, IGNORE, left=not packing).flatten()
+    places = (labels != IGNORE).nonzero().flatten()
+    if len(places) == 0:
+        places = torch.tensor([width - 1])
     return Batch(
         input_ids=_padded(ids, width, pad_id, left=not packing),
         attention_mask=None if packing else _padded([[1] * len(row) for row in ids], width, 0, left=True),
         position_ids=_padded(positions, width, 0, left=not packing),
-        keep=keep,
-        labels=labels[:, keep],
+        places=places,
+        labels=labels[places],
         samples=samples,
         prompts=prompts,
     )

@@ -175,21 +175,23 @@ class Method(ABC):
 
 def answer_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
     """Cross-entropy summed over the answers' tokens."""
-    return functional.cross_entropy(
-        answer_logits(model, batch).flatten(0, 1), batch.labels.flatten(), ignore_index=-100, reduction="sum"
-    )
+    return functional.cross_entropy(answer_logits(model, batch), batch.labels, ignore_index=-100, reduction="sum")
 
 
-def answer_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """In fp32, for `labels`: they are made only in the columns where a target follows.
+def answer_logits(model: Any, batch: Batch) -> torch.Tensor:
+    """For each of `labels`, [targets, vocabulary] in fp32; for no other token are any made."""
 
-    Where `labels` holds targets, row by row, stand those of the batch's samples, one after the other.
-    """
-    logits: torch.Tensor = model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        use_cache=False,  # with a cache, packed samples would see each other
-        logits_to_keep=batch.keep,
-    ).logits
+    def before_a_target(_: nn.Module, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (given[0].flatten(0, 1).index_select(0, batch.places), *given[1:])
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(before_a_target)
+    try:
+        logits: torch.Tensor = model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            use_cache=False,  # with a cache, packed samples would see each other
+        ).logits
+    finally:
+        hook.remove()
     return logits.float()

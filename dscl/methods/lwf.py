@@ -71,9 +71,7 @@ class Lwf(Sequential):
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         logits = answer_logits(model, batch)
-        loss = functional.cross_entropy(
-            logits.flatten(0, 1), batch.labels.flatten(), ignore_index=-100, reduction="sum"
-        )
+        loss = functional.cross_entropy(logits, batch.labels, ignore_index=-100, reduction="sum")
         if not self._said:
             return loss
         rows = _rows(batch, self._said["starts"]).to(logits.device)

@@ -488,6 +488,6 @@ def _task_passes(batches: Iterable[Batch]) -> Iterator[Pass]:
         prompts, answers = (torch.zeros(batch.input_ids.shape, dtype=torch.float64) for _ in range(2))
         for row, start, stop in batch.prompts:
             prompts[row, start:stop] = 1
-        answers[:, batch.keep.cpu()] = (batch.labels.cpu() != -100).double()
+        answers.view(-1)[batch.places.cpu()] = (batch.labels.cpu() != -100).double()
         counted = (prompts / prompts.sum().clamp_min(1) + answers / answers.sum().clamp_min(1)) * len(batch.samples)
         yield Pass(counted.to(batch.input_ids.device), functools.partial(answer_loss, batch=batch))

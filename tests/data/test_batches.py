@@ -119,9 +119,8 @@ def logits_of(model: Any, batch: Batch) -> torch.Tensor:
         attention_mask=batch.attention_mask,
         position_ids=batch.position_ids,
         use_cache=False,
-        logits_to_keep=batch.keep,
     ).logits
-    return output
+    return output.flatten(0, 1)[batch.places]
 
 
 def loss_and_gradient(model: Any, batches: list[Batch]) -> tuple[float, torch.Tensor]:
@@ -129,7 +128,7 @@ def loss_and_gradient(model: Any, batches: list[Batch]) -> tuple[float, torch.Te
     total = 0.0
     for batch in batches:
         logits = logits_of(model, batch)
-        loss = cross_entropy(logits.float().flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE, reduction="sum")
+        loss = cross_entropy(logits.float(), batch.labels, ignore_index=IGNORE, reduction="sum")
         loss.backward()
         total += loss.item()
     return total, torch.cat([p.grad.flatten() for p in model.parameters()])
@@ -174,10 +173,10 @@ def test_packed_samples_do_not_see_each_other(model: Any) -> None:
     prompt, answer = SAMPLES[3]
     changed_samples[3] = ([3 + token % 57 for token in prompt], [3 + (token + 7) % 57 for token in answer])
     after = collate(PACKED_ROWS, changed_samples, PAD + 1, packing=True)
-    every_column = torch.arange(before.input_ids.shape[1])
+    every = torch.arange(before.input_ids.numel())
     with torch.no_grad():
-        one, other = (logits_of(model, replace(batch, keep=every_column)) for batch in (before, after))
-    difference = (one - other).abs().amax(-1)
+        one, other = (logits_of(model, replace(batch, places=every)) for batch in (before, after))
+    difference = (one - other).abs().amax(-1).view_as(before.input_ids)
     start = sum(map(len, SAMPLES[0]))
     own = torch.zeros_like(difference, dtype=torch.bool)
     own[0, start : start + sum(map(len, SAMPLES[3]))] = True
@@ -195,11 +194,8 @@ def test_shape_and_contents(packing: bool) -> None:
     assert width % 8 == 0
     assert width - max(sum(len(SAMPLES[s][0]) + len(SAMPLES[s][1]) for s in row) for row in rows) < 8
     assert batch.samples == [sample for row in rows for sample in row]
-    assert batch.keep.tolist() == sorted(set(batch.keep.tolist()))
-    assert (batch.labels != IGNORE).any(0).all()
-    targets = [batch.input_ids[i, batch.keep[k] + 1] for i, k in (batch.labels != IGNORE).nonzero().tolist()]
-    assert torch.stack(targets).tolist() == batch.labels[batch.labels != IGNORE].tolist()
-    assert len(targets) == sum(len(answer) for _, answer in SAMPLES)
+    assert batch.input_ids.flatten()[batch.places + 1].tolist() == batch.labels.tolist()
+    assert batch.labels.tolist() == [token for sample in batch.samples for token in SAMPLES[sample][1]]
     for i, row in enumerate(rows):
         ids = [token for sample in row for part in SAMPLES[sample] for token in part]
         expected = [*ids, *[PAD] * (width - len(ids))] if packing else [*[PAD] * (width - len(ids)), *ids]
@@ -212,7 +208,6 @@ def test_shape_and_contents(packing: bool) -> None:
     assert (batch.attention_mask is None) == packing
     if batch.attention_mask is not None:
         assert batch.attention_mask.sum(1).tolist() == [sum(map(len, SAMPLES[i])) for i in range(7)]
-        assert len(batch.keep) == max(len(answer) for _, answer in SAMPLES)
 
 
 @pytest.mark.parametrize("packing", [False, True])

@@ -54,9 +54,9 @@ def answers(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits and labels at every target, sample by sample."""
     logits = model(
         input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids
-    ).logits[:, batch.keep]
+    ).logits
     wanted = batch.labels != -100
-    return logits[wanted], batch.labels[wanted]
+    return logits.flatten(0, 1)[batch.places[wanted]], batch.labels[wanted]
 
 
 class Plain:

@@ -1,0 +1,614 @@
+"""How fast the trainer is, as ratios within one run, against the barest loop and against what others would use.
+
+    python tools/bench.py [--section overhead trainer evaluation start methods gpu] [--rounds N] [--out FILE.md]
+
+overhead    a training step, with all that is watched and written down, over one of a DeepSpeed engine driven by hand on
+            the same batches, which are ready; and over the same step unwatched
+trainer     useful tokens a second over those of Hugging Face's `Trainer`, with the same DeepSpeed configuration,
+            samples and micro-batches: full fine-tuning, LoRA, and LoRA on short samples, which we pack into rows
+evaluation  labels ranked prompt by prompt and label by label, over batches that pass each prompt once
+start       seconds from the command to the first step, and what they go into
+methods     the bars of the methods' own benchmarks, each of which runs here: OSFT, sub-experts, routing, router
+gpu         shapes of 7B and 8B on one GPU, 4096 tokens a row: each method's step, tokens a second, MFU and memory
+
+Sides take turns, and medians of their ratios are told; so what else the machine does hits both. Which sections say
+nothing on a machine (gpu without one) is told. Without --section: all but `methods` and `gpu`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import io
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext, redirect_stdout
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dscl.observe.quiet import quiet
+
+BEGAN = time.perf_counter()
+quiet()  # before the libraries are imported
+
+import deepspeed  # noqa: E402
+import torch  # noqa: E402
+from transformers import LlamaConfig, Trainer, TrainerCallback, TrainingArguments  # noqa: E402
+
+from dscl import clock, dist  # noqa: E402
+from dscl.checkpoint import Checkpoints  # noqa: E402
+from dscl.config import parse  # noqa: E402
+from dscl.data.batches import Batch, collate  # noqa: E402
+from dscl.data.encode import encode_answers  # noqa: E402
+from dscl.engine import Engine, fill  # noqa: E402
+from dscl.evaluate import EvaluateConfig, take  # noqa: E402
+from dscl.hardware import peak  # noqa: E402
+from dscl.job import Job, Lesson, open_job  # noqa: E402
+from dscl.methods import Facts, find_method  # noqa: E402
+from dscl.methods.base import answer_loss  # noqa: E402
+from dscl.model.backbone import Backbone, ModelConfig  # noqa: E402
+from dscl.model.cost import cost_of  # noqa: E402
+from dscl.model.weights import DrawnWeights  # noqa: E402
+from dscl.observe import Observer  # noqa: E402
+from dscl.observe.trace import Tracer  # noqa: E402
+from dscl.recipe import Recipe, resolve  # noqa: E402
+from dscl.train import Position, learn  # noqa: E402
+
+TOOLS = Path(__file__).resolve().parent
+BLOCK = 10  # steps that a side takes in its turn: as many as between two updates of what is watched
+LABELS = ("business", "culture", "politics", "science", "sport", "travel", "the weather", "none of these")
+LONG, SHORT = (20, 120), (4, 80)  # words of a prompt; how many are short, see `write_task`
+LORA = {"rank": 8, "alpha": 16.0, "dropout": 0.0}
+# The methods' own benchmarks, and which of their sections hold a bar.
+OWN = {
+    "bench_osft.py": ("--section", "step", "setup"),
+    "bench_experts.py": (),
+    "bench_asr.py": (),
+    "bench_router.py": (),
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "7B (Llama 2)": {
+        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "vocab_size": 32000,
+    },
+    "8B (Llama 3)": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256,
+    },
+}  # fmt: skip
+LARGE: dict[str, dict[str, Any]] = {
+    "full fine-tuning": {"name": "sequential"},
+    "full fine-tuning, optimizer offloaded": {"name": "sequential"},
+    "OSFT, optimizer offloaded": {"name": "osft", "basis": ["weights"]},
+    "LoRA": {"name": "sequential", "tune": "lora"},
+    "ASR": {"name": "asr"},
+    "MoSEs": {"name": "moses"},
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    what: str
+    figure: str
+    target: str = ""
+    told: str = ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sections: dict[str, Callable[[argparse.Namespace], Iterator[Found]]] = {
+        "overhead": overhead,
+        "trainer": trainer,
+        "evaluation": evaluation,
+        "start": start,
+        "methods": methods,
+        "gpu": gpu,
+    }
+    parser.add_argument("--section", choices=list(sections), nargs="+", default=list(sections)[:4])
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each side")
+    parser.add_argument("--hidden", type=int, default=256, help="width of the model")
+    parser.add_argument("--layers", type=int, default=6, help="layers of the model")
+    parser.add_argument("--deepspeed", default="ds_configs/zero2.json", help="of both sides")
+    parser.add_argument("--out", type=Path, help="where the table goes too")
+    parser.add_argument("--child", choices=("start", *LARGE), help=argparse.SUPPRESS)
+    parser.add_argument("--shape", choices=list(SHAPES), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(started(options) if options.child == "start" else large(options)), flush=True)
+        return
+    lines = [machine(options), "", "| | ratio | target | |", "|---|---|---|---|"]
+    print("\n".join(lines), flush=True)
+    with dist.session():
+        for name in options.section:
+            for found in sections[name](options):
+                lines.append(f"| {found.what} | {found.figure} | {found.target} | {found.told} |")
+                print(lines[-1], flush=True)
+    if options.out:
+        options.out.write_text("\n".join(lines) + "\n", "utf-8")
+
+
+def machine(options: argparse.Namespace) -> str:
+    here = dist.device()
+    name = torch.cuda.get_device_name(here) if here.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return (
+        f"{name}; torch {torch.__version__}, DeepSpeed {deepspeed.__version__}; a LLaMA of {options.layers} layers of "
+        f"width {options.hidden}; {Path(options.deepspeed).name}; medians of {options.rounds} turns"
+    )
+
+
+# ---- the run that is measured
+
+
+def recipe_of(options: argparse.Namespace, folder: Path, words: tuple[int, int], **changed: Any) -> Recipe:
+    """A recipe for one task of made-up texts, prompts of so many words each."""
+    write_task(
+        folder / "task", words, samples=BLOCK * changed.get("train", {}).get("global_batch", 16) * (options.rounds + 2)
+    )
+    heads = max(2, options.hidden // 64)
+    document: dict[str, Any] = {
+        "run_dir": str(folder / "run"),
+        "model": {
+            "shape": {
+                "hidden_size": options.hidden,
+                "num_hidden_layers": options.layers,
+                "num_attention_heads": heads,
+                "num_key_value_heads": heads // 2,
+                "intermediate_size": options.hidden * 11 // 4 // 64 * 64,
+                "vocab_size": 2048,
+            }
+        },
+        "method": {"name": "sequential"},
+        "stream": [{"name": "task", "path": str(folder / "task"), "test_limit": 64, "dev_share": 0}],
+        "train": {
+            "lr": 1e-4,
+            "schedule": "constant",
+            "warmup": 0.0,
+            "precision": "bf16" if dist.device().type == "cuda" else "fp32",
+            "global_batch": 16,
+            "micro_batch": 8,
+        },
+        "data": {"cache_dir": str(folder / "cache")},
+        "deepspeed": options.deepspeed,
+        "checkpoint": {"every": 10**6},
+        "observe": {"live": "off", "every": BLOCK},
+    }
+    for section, keys in changed.items():
+        document[section] = {**document[section], **keys}
+    return resolve(document, source=str(TOOLS))
+
+
+def write_task(folder: Path, words: tuple[int, int], samples: int) -> None:
+    """In CL_Benchmark's layout. Lengths are spread evenly, or as those of instructions are: most of them short."""
+    draw = random.Random(0)
+    least, most = words
+
+    def length() -> int:
+        return draw.randint(least, most) if words == LONG else min(most, least + int(draw.expovariate(1 / 10)))
+
+    known = ["".join(draw.choice("bdfgklmnprstv") + draw.choice("aeiou") for _ in range(3)) for _ in range(500)]
+    folder.mkdir(parents=True)
+    for split, count in (("train", samples), ("test", 64)):
+        texts = [" ".join(draw.choices(known, k=length())) for _ in range(count)]
+        rows = [{"label": draw.choice(LABELS), "sentence": text} for text in texts]
+        (folder / f"{split}.json").write_text(json.dumps(rows), "utf-8")
+    (folder / "labels.json").write_text(json.dumps(list(LABELS)), "utf-8")
+
+
+@contextmanager
+def opened(options: argparse.Namespace, words: tuple[int, int], **changed: Any) -> Iterator[tuple[Job, Engine]]:
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+        job = open_job(recipe_of(options, Path(folder), words, **changed))
+        with closing(job.engine()) as engine:
+            yield job, engine
+    gc.collect()
+
+
+# ---- sections
+
+
+def overhead(options: argparse.Namespace) -> Iterator[Found]:
+    with opened(options, LONG) as (job, engine):
+        lesson, by_hand = job.lesson(0), Bare(job)
+        plain: list[float] = []
+        unwatched: list[float] = []
+
+        def others(number: int) -> None:
+            numbers = range(number - BLOCK, number)
+            by_hand.prepare(lesson, numbers)
+            plain.append(seconds(lambda: by_hand.steps(lesson, numbers)))
+            unwatched.append(seconds(lambda: steps(engine, job, lesson, numbers, watched=False)))
+
+        ours = watch(job, engine, lesson, others)
+        by_hand.close()
+    yield Found(
+        "trainer: a step, everything included, over one of a bare DeepSpeed loop",
+        ratio(ours, plain),
+        "≤ 1.02",
+        f"{1e3 * statistics.median(plain) / BLOCK:.0f} ms",
+    )
+    yield Found("watching: a step with all figures written down, over one without", ratio(ours, unwatched), "≤ 1.01")
+
+
+class Bare:
+    """DeepSpeed as its tutorial has it, on batches that are ready."""
+
+    def __init__(self, job: Job) -> None:
+        self.module = built(job)
+        self.optimizer = torch.optim.AdamW(
+            [p for p in self.module.parameters() if p.requires_grad], lr=1e-4, fused=True
+        )
+        with redirect_stdout(io.StringIO()):
+            self.engine, *_ = deepspeed.initialize(
+                model=self.module, optimizer=self.optimizer, config=deepspeed_config(job)
+            )
+        self.ready: dict[int, list[Batch]] = {}
+
+    def steps(self, lesson: Lesson, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            targets, batches = lesson.schedule.step(number).targets, self.ready[number]
+            for batch in batches:
+                # DeepSpeed divides by the batches of a step, and averages over ranks.
+                loss = answer_loss(self.engine, batch) * (dist.world() * len(batches) / targets)
+                self.engine.backward(loss)
+                self.engine.step()
+
+    def prepare(self, lesson: Lesson, numbers: Sequence[int]) -> None:
+        self.ready = {n: [batch.to(dist.device()) for batch in lesson.micro_batches(n)] for n in numbers}
+
+    def close(self) -> None:
+        self.engine.destroy()
+
+
+def built(job: Job) -> Any:
+    module = job.backbone.build().to(dist.device())
+    fill(module, job.backbone.weights.read)
+    return module
+
+
+def deepspeed_config(job: Job) -> dict[str, Any]:
+    train = job.recipe.train
+    return {
+        **job.settings,
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_accumulation_steps": train.global_batch // train.micro_batch // dist.world(),
+        "gradient_clipping": train.grad_clip,
+        "steps_per_print": None,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": train.precision == "bf16"},
+    }
+
+
+def watch(job: Job, engine: Engine, lesson: Lesson, between: Callable[[int], None]) -> list[float]:
+    """The seconds of every block of the trainer's own loop; between blocks others have their turn."""
+    found: list[float] = []
+    began = 0.0
+
+    class Seen(Observer):
+        def step(self, *records: Mapping[str, Any]) -> None:
+            nonlocal began
+            super().step(*records)
+            number = int(records[-1]["step"])
+            if number % BLOCK == 0:
+                if number > BLOCK:  # the first block warms up
+                    found.append(time.perf_counter() - began)
+                    between(number)
+                began = time.perf_counter()
+
+    recipe = job.recipe
+    recipe.folder.mkdir(parents=True, exist_ok=True)
+    checkpoints = Checkpoints(recipe.folder / "checkpoints", recipe.checkpoint)
+    tracer = Tracer(recipe.folder, recipe.observe.profile)
+    with Seen(recipe.folder, recipe.observe, True, job.steps()) as observer:
+        learn(engine, job, lesson, Position(), checkpoints, observer, tracer, None)
+    return found[:-1]  # in the last one the task ends
+
+
+def steps(engine: Engine, job: Job, lesson: Lesson, numbers: Sequence[int], watched: bool = True) -> None:
+    with unclocked() if not watched else nullcontext():
+        for number in numbers:
+            plan = lesson.schedule.step(number)
+            engine.step(job.method.loss, lesson.micro_batches(number), targets=plan.targets, lr=1e-4)
+    clock.taken()
+
+
+@contextmanager
+def unclocked() -> Iterator[None]:
+    before = clock.part, clock.collective
+
+    def nothing(*_: Any) -> Any:
+        return nullcontext()
+
+    clock.part = clock.collective = nothing  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        clock.part, clock.collective = before
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    wait()
+    began = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - began
+
+
+def wait() -> None:
+    if dist.device().type == "cuda":
+        torch.cuda.synchronize()
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    pairs = [a / b for a, b in zip(ours, theirs, strict=False)]
+    assert pairs, "nothing was measured"
+    return f"{statistics.median(pairs):.3f} ({min(pairs):.2f} to {max(pairs):.2f})"
+
+
+def trainer(options: argparse.Namespace) -> Iterator[Found]:
+    lora = {"name": "sequential", "tune": "lora", "lora": LORA}
+    packed = {"packing": True, "global_batch": 64, "micro_batch": 16}
+    cases: list[tuple[str, tuple[int, int], dict[str, Any], str]] = [
+        ("full fine-tuning", LONG, {}, "≥ 1.0"),
+        ("LoRA", LONG, {"method": lora}, "≥ 1.0"),
+        ("LoRA, short samples of unlike lengths, which we pack", SHORT, {"method": lora, "train": packed}, "≥ 1.5"),
+    ]
+    for name, words, changed, target in cases:
+        with opened(options, words, **changed) as (job, engine):
+            lesson = job.lesson(0)
+            peer = Peer(job, lesson)
+            theirs: list[float] = []
+            ours = watch(job, engine, lesson, lambda number, peer=peer, theirs=theirs: theirs.append(peer.block()))
+            peer.close()
+            tokens = sum(lesson.schedule.step(n).tokens for n in range(BLOCK)) / BLOCK
+        yield Found(
+            f"{name}: useful tokens a second, over those of Hugging Face's Trainer",
+            ratio(theirs, ours),
+            target,
+            f"{tokens * BLOCK / statistics.median(ours):,.0f} tokens/s here",
+        )
+
+
+class Peer:
+    """Hugging Face's Trainer on the same samples in the same order, block by block: it goes on in a thread of its own,
+    which runs only while `block` waits for it."""
+
+    def __init__(self, job: Job, lesson: Lesson) -> None:
+        train = job.recipe.train
+        order = [i for n in range(lesson.schedule.steps) for i in lesson.schedule.step(n).samples]
+        rows = [dict(zip(("prompt", "answer"), lesson.data[i], strict=True)) for i in order]
+        model = find_method("sequential")(job.recipe.method, job.facts).prepare(built(job))
+        arguments = TrainingArguments(
+            output_dir=str(job.recipe.folder / "peer"), max_steps=lesson.schedule.steps, save_strategy="no",
+            per_device_train_batch_size=train.micro_batch, report_to=[], disable_tqdm=True, logging_steps=BLOCK,
+            gradient_accumulation_steps=train.global_batch // train.micro_batch // dist.world(), learning_rate=1e-4,
+            lr_scheduler_type="constant", max_grad_norm=train.grad_clip, optim="adamw_torch_fused", weight_decay=0.0,
+            bf16=train.precision == "bf16", use_cpu=dist.device().type == "cpu", remove_unused_columns=False,
+            deepspeed=settings_of(job),
+        )  # fmt: skip
+        pad = lesson.pad
+
+        def collated(samples: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
+            width = -(-max(len(s["prompt"]) + len(s["answer"]) for s in samples) // 8) * 8
+            ids, mask, labels = (torch.full((len(samples), width), fill) for fill in (pad, 0, -100))
+            for row, sample in enumerate(samples):
+                whole = [*sample["prompt"], *sample["answer"]]
+                ids[row, : len(whole)] = torch.tensor(whole)
+                mask[row, : len(whole)] = 1
+                labels[row, len(sample["prompt"]) : len(whole)] = torch.tensor(list(sample["answer"]))
+            return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+        peer = self
+        self._ours, self._theirs, self._left = threading.Event(), threading.Event(), False
+        self._failed: BaseException | None = None
+
+        class Turns(TrainerCallback):
+            def on_step_end(self, _arguments: Any, state: Any, control: Any, **_: Any) -> Any:
+                if state.global_step % BLOCK == 0:
+                    wait()
+                    peer._pass()
+                    control.should_training_stop = peer._left
+                return control
+
+        class InOrder(Trainer):
+            def _get_train_sampler(self, *_: Any) -> Any:
+                return torch.utils.data.SequentialSampler(rows)
+
+            def log(self, *_: Any, **__: Any) -> None:
+                pass
+
+        self.trainer = InOrder(
+            model=model, args=arguments, train_dataset=rows, data_collator=collated, callbacks=[Turns()]
+        )
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        self._pass_on()  # its first block warms up
+        assert isinstance(self.trainer.model_wrapped, deepspeed.DeepSpeedEngine), "it trains without DeepSpeed"
+
+    def _run(self) -> None:
+        self._theirs.wait()
+        self._theirs.clear()
+        try:
+            self.trainer.train()
+        except BaseException as error:
+            self._failed = error
+        self._ours.set()
+
+    def _pass(self) -> None:
+        self._ours.set()
+        self._theirs.wait()
+        self._theirs.clear()
+
+    def _pass_on(self) -> None:
+        self._theirs.set()
+        self._ours.wait()
+        self._ours.clear()
+        if self._failed is not None:
+            raise self._failed
+
+    def block(self) -> float:
+        return seconds(self._pass_on)
+
+    def close(self) -> None:
+        self._left = True
+        self._theirs.set()
+        self._thread.join()
+
+
+def settings_of(job: Job) -> dict[str, Any]:
+    """The same, as transformers wants it: what its own arguments say stands there as `auto`."""
+    own = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    settings = {**copy.deepcopy(deepspeed_config(job)), **dict.fromkeys(own, "auto")}
+    del settings["steps_per_print"]
+    return settings
+
+
+def evaluation(options: argparse.Namespace) -> Iterator[Found]:
+    with opened(options, LONG) as (job, engine), torch.no_grad():
+        exam, module, tokenizer = job.lessons[0].exam, engine.module.eval(), job.backbone.tokenizer
+        labels = encode_answers(LABELS, tokenizer)
+
+        def one_by_one() -> None:
+            for prompt in exam.prompts:
+                for label in labels:
+                    ids = torch.tensor([[*prompt, *label]], device=engine.device)
+                    module(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+
+        def together() -> None:
+            take(exam, engine, job.method, tokenizer, EvaluateConfig(batch=16))
+
+        together()
+        pairs = [(seconds(one_by_one), seconds(together)) for _ in range(max(2, options.rounds // 2))]
+    one, all_ = zip(*pairs, strict=True)
+    yield Found(
+        f"evaluation: {len(LABELS)} labels one by one, over batches of 16", ratio(one, all_), "",
+        f"{1e3 * statistics.median(all_) / len(exam.prompts):.1f} ms a prompt here",
+    )  # fmt: skip
+
+
+def start(options: argparse.Namespace) -> Iterator[Found]:
+    found = []
+    for _ in range(2):  # the second finds what the first has left in the machine's caches
+        words = [sys.executable, __file__, "--child", "start", "--hidden", str(options.hidden)]
+        began = time.perf_counter()
+        child = subprocess.run(words, capture_output=True, text=True, check=True, env=alone())
+        found.append((time.perf_counter() - began, json.loads(child.stdout.splitlines()[-1])))
+    whole, parts = found[-1]
+    told = ", ".join(f"{name} {took:.1f}" for name, took in parts.items())
+    yield Found("start: seconds from the command to its end after one step", f"{whole:.1f} s", "", told)
+
+
+def alone() -> dict[str, str]:
+    """The environment without this process's own group of ranks."""
+    own = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    return {name: value for name, value in os.environ.items() if name not in own}
+
+
+def started(options: argparse.Namespace) -> dict[str, float]:
+    """In a process of its own: what happens before the first step."""
+    parts = {"imports": time.perf_counter() - BEGAN}
+
+    def part(name: str, work: Callable[[], Any]) -> Any:
+        began = time.perf_counter()
+        made = work()
+        parts[name] = time.perf_counter() - began
+        return made
+
+    with tempfile.TemporaryDirectory() as folder, dist.session(), redirect_stdout(io.StringIO()):
+        options = argparse.Namespace(**{**vars(options), "rounds": 1})
+        recipe = recipe_of(options, Path(folder), LONG)
+        job = part("tokenizer and data", lambda: open_job(recipe))
+        part("the same, cached", lambda: open_job(recipe))
+        engine = part("model and DeepSpeed", job.engine)
+        part("first step", lambda: steps(engine, job, job.lesson(0), range(1)))
+        part("second step", lambda: steps(engine, job, job.lesson(0), range(1, 2)))
+        engine.close()
+    return parts
+
+
+def methods(options: argparse.Namespace) -> Iterator[Found]:
+    for script, words in OWN.items():
+        done = subprocess.run(
+            [sys.executable, str(TOOLS / script), *words], capture_output=True, text=True, env=alone()
+        )
+        print(f"\n{script} {' '.join(words)}\n\n{done.stdout}", flush=True)
+        if done.returncode:
+            raise SystemExit(f"{script} failed: {done.stderr[-2000:]}")
+    yield Found("methods: see above", "")
+
+
+# ---- one large GPU
+
+
+def gpu(options: argparse.Namespace) -> Iterator[Found]:
+    if dist.device().type != "cuda":
+        yield Found("gpu: no GPU here, nothing was measured", "")
+        return
+    for shape in SHAPES:
+        for name in LARGE:
+            words = [sys.executable, __file__, "--child", name, "--shape", shape]
+            done = subprocess.run(words, capture_output=True, text=True, env=alone())
+            if done.returncode:
+                why = "out of memory" if "OutOfMemory" in done.stderr else done.stderr.strip().splitlines()[-1][:200]
+                yield Found(f"{shape}, {name}", "", "", why)
+                continue
+            told = json.loads(done.stdout.splitlines()[-1])
+            mfu = f"MFU {told['mfu']:.1%}" if told["mfu"] else f"{told['tflops']:.0f} TFLOP/s"
+            yield Found(
+                f"{shape}, {name}", mfu, "≥ 50 %" if name == "full fine-tuning" else "",
+                f"{told['tokens_per_s']:,.0f} tokens/s, step {told['seconds']:.2f} s, {told['peak_gib']:.1f} GiB",
+            )  # fmt: skip
+
+
+def large(options: argparse.Namespace) -> dict[str, float]:
+    """In a process of its own, on its GPU: one method at this shape, rows of 4096 tokens of which each is a target."""
+    config = LlamaConfig(**SHAPES[options.shape], max_position_embeddings=4096, tie_word_embeddings=False)
+    model = ModelConfig(shape={}, activation_checkpointing=True)
+    bare = Backbone(model, config, None, DrawnWeights(0, 0.02), torch.bfloat16)
+    given = LARGE[options.child]
+    kind = find_method(given["name"])
+    method = kind(parse(kind.Config, given, "method"), Facts(0, ("a",), "", "", "", 4096, "bf16"))
+    settings: dict[str, Any] = {"zero_optimization": {"stage": 2, "contiguous_gradients": True}}
+    if "offloaded" in options.child:
+        settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    with dist.session(), redirect_stdout(io.StringIO()):
+        engine = Engine(
+            settings, build=bare.build, read=bare.weights.read, prepare=method.prepare, constraint=method.constraint,
+            precision="bf16",
+        )  # fmt: skip
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(5, config.vocab_size, (4096,), generator=generator).tolist()
+        batch = collate([[0]], {0: (ids[:1], ids[1:])}, 0, True, None, False).to(engine.device)
+        batch = replace(batch, first=False)
+        work = cost_of(engine.module)
+        assert work is not None
+        flops = work.of(4096, 4096 * 4097 // 2, 4095)
+
+        def step() -> None:
+            engine.step(answer_loss, [batch], targets=4095, lr=1e-6)
+
+        for _ in range(3):
+            step()
+        torch.cuda.reset_peak_memory_stats()
+        took = statistics.median(seconds(step) for _ in range(max(3, options.rounds)))
+        most = peak(engine.device, torch.bfloat16)
+        return {
+            "seconds": took,
+            "tokens_per_s": 4096 / took,
+            "tflops": flops / took / 1e12,
+            "mfu": flops / took / most if most else 0.0,
+            "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        }
+
+
+if __name__ == "__main__":
+    main()

@@ -44,6 +44,14 @@ All ranks compare their programs, recipe, data and model, their clocks and what 
 network and arithmetic. What is odd is named with its host, and the status is 2. Nothing is trained; dscl train --doctor
 does the same and then trains, and so do the launch scripts."""
 
+PLAN_EXAMPLE = """example:
+  dscl plan recipe.yaml --nodes 8 --gpus-per-node 8 --gpu H100 --gpu-memory 80GiB --bandwidth 50GB
+
+What a rank will hold (weights, optimizer, what the method keeps, gradients, activations, the peak) under every ZeRO
+stage, what it sends, how long a step takes, and which stage and micro-batch fit. The cluster need not be there, nor a
+GPU: a step of the real engine is rehearsed on tensors without contents. --bandwidth is what one device sends to others
+in a second."""
+
 EVAL_EXAMPLE = """example:
   dscl eval out/a --nproc 2 evaluate.mode=generate
 
@@ -96,6 +104,7 @@ A folder that holds runs stands for all of them."""
 
 VERBS = {
     "train": ("train a recipe's stream of tasks", TRAIN_EXAMPLE),
+    "plan": ("foresee memory, exchange and time of a recipe on a cluster", PLAN_EXAMPLE),
     "doctor": ("see whether machines are fit for a recipe", DOCTOR_EXAMPLE),
     "eval": ("evaluate a checkpoint of a run", EVAL_EXAMPLE),
     "generate": ("answer prompts, each by what its task has learnt", GENERATE_EXAMPLE),
@@ -105,7 +114,7 @@ VERBS = {
     "route-existing": ("make an export of adapters that were trained elsewhere", ROUTE_EXAMPLE),
 }
 RANKED = ("train", "doctor", "eval")  # the verbs that ranks do together
-ASSIGNED = (*RANKED, "compare")  # the verbs that take key=value
+ASSIGNED = (*RANKED, "plan", "compare")  # the verbs that take key=value
 AT_ONCE = 64  # prompts that are answered before the first answer of them is shown
 
 
@@ -200,6 +209,8 @@ def _serve(options: argparse.Namespace) -> int:
         return _generate(options)
     if options.verb == "compare":
         return _compare(options)
+    if options.verb == "plan":
+        return _plan(options)
     if options.verb == "report":
         from dscl import report
 
@@ -258,6 +269,31 @@ def _compare(options: argparse.Namespace) -> int:
     for path in compare.perform(comparison, options.at_once, how_many(options.nproc or "1")):
         print(path)
     print((comparison.folder / "report.md").read_text("utf-8"))
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    os.environ["DS_ACCELERATOR"] = "cpu"  # nothing is put on a GPU, if there is one
+    made = import_module("dscl.plan")
+    for name in ("nodes", "gpus_per_node", "tflops", "efficiency"):
+        value = getattr(options, name)
+        if value is not None and (value <= 0 or (name == "efficiency" and value > 1)):
+            allowed = "a share above 0, up to 1" if name == "efficiency" else "more than 0"
+            raise UserError(f"--{name.replace('_', '-')}: given {value:g}; {allowed} is needed")
+    if options.gpu is not None and options.tflops is not None:
+        raise UserError("--tflops: given beside --gpu, which says what the device can do; leave one of them out")
+    cluster = made.Cluster(
+        nodes=options.nodes,
+        per_node=options.gpus_per_node,
+        memory=options.gpu_memory and made.size_of("--gpu-memory", options.gpu_memory),
+        bandwidth=options.bandwidth and made.size_of("--bandwidth", options.bandwidth),
+        peak=made.peak_named(options.gpu) if options.gpu else options.tflops and 1e12 * options.tflops,
+        efficiency=options.efficiency,
+    )
+    from dscl.recipe import read_recipe
+
+    recipe = read_recipe(options.recipe, options.assignments)
+    made.plan(recipe, cluster, lambda line: print(line, flush=True), logging.getLogger("dscl").info)
     return 0
 
 
@@ -350,7 +386,7 @@ def _parser() -> Parser:
             made[verb].add_argument("--nproc", metavar="N|auto", help="start N ranks here (auto: one for each GPU)")
     train, evaluate = made["train"], made["eval"]
     words: dict[str, Any] = {"nargs": "*", "default": []}
-    for one in (train, made["doctor"]):
+    for one in (train, made["doctor"], made["plan"]):
         one.add_argument("recipe", metavar="RECIPE.yaml")
         one.add_argument("assignments", **words, metavar="key=value", help="dotted overrides of the recipe's keys")
     train.add_argument("--doctor", action="store_true", help="first see whether the machines are fit for it")
@@ -371,8 +407,19 @@ def _parser() -> Parser:
     compare.add_argument("--dry-run", action="store_true", help="check everything, name the runs, stop")
     report.add_argument("runs", nargs="+", metavar="RUN", help="run directories, or folders that hold some")
     report.add_argument("--out", required=True, metavar="DIR", help="where report.html and report.md go")
+    _add_planning(made["plan"])
     _add_serving(made["generate"], made["export"], made["route-existing"])
     return parser
+
+
+def _add_planning(plan: Parser) -> None:
+    plan.add_argument("--nodes", type=int, default=1, metavar="N", help="hosts (default: 1)")
+    plan.add_argument("--gpus-per-node", type=int, default=1, metavar="N", help="ranks on each (default: 1)")
+    plan.add_argument("--gpu-memory", metavar="SIZE", help="of one device, like 80GiB: for what fits")
+    plan.add_argument("--bandwidth", metavar="SIZE", help="what one device sends in a second, like 50GB")
+    plan.add_argument("--gpu", metavar="NAME", help="a common GPU, for what it can do in bf16, like H100")
+    plan.add_argument("--tflops", type=float, metavar="N", help="what one device can do at most, where it is another")
+    plan.add_argument("--efficiency", type=float, default=0.4, metavar="SHARE", help="of it that is reached (0.4)")
 
 
 def _add_serving(generate: Parser, export: Parser, route: Parser) -> None:

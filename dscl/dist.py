@@ -108,6 +108,15 @@ def _check_environment() -> None:
             )
 
 
+def pretend(ranks: int) -> None:
+    """Be the first of so many ranks, of which the others are not there: their part in a collective is nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # torch's own, for what is planned only
+
+    assert not torch_dist.is_initialized()
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(ranks), DS_ACCELERATOR="cpu")
+    torch_dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+
+
 def finish() -> None:
     if torch_dist.is_initialized():
         torch_dist.destroy_process_group()
@@ -192,8 +201,8 @@ def from_main(value: Any) -> Any:
 
 def gather(value: Any) -> list[Any]:
     """Every rank's `value`, in rank order, on every rank. For small plain objects."""
-    if world() == 1:
-        return [value]
+    if world() == 1 or torch_dist.get_backend() == "fake":  # those who are not there would say the same
+        return [value] * world()
     values: list[Any] = [None] * world()
     torch_dist.all_gather_object(values, value)
     return values

@@ -22,6 +22,7 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfigError
+from deepspeed.runtime.zero import partitioned_param_coordinator
 from deepspeed.runtime.zero.partition_parameters import DeepSpeedTensorOverride
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
@@ -34,7 +35,7 @@ from dscl.adamw import MOMENTS, Fragment, HookedAdamW
 from dscl.cache import locked
 from dscl.errors import UserError
 from dscl.model.backbone import DTYPES
-from dscl.owners import Constraint, Rounds, Stretch, deal
+from dscl.owners import Constraint, Rounds, Stretch, busiest, deal
 from dscl.settings import refuse_other_steps
 from dscl.steering import Shown, Steering
 
@@ -385,6 +386,10 @@ class Engine:
         for name, value in state.items():
             setattr(self._loss_scaler(), name, value)
 
+    def busiest(self) -> float | None:
+        """Of the ranks that own constrained matrices: the work of the one that has most, over the mean."""
+        return None if self.constraint is None else busiest(self.constraint.costs(), dist.world())
+
     def close(self) -> None:
         self.deepspeed.destroy()
 
@@ -509,6 +514,20 @@ def _refusals() -> Iterator[None]:
         yield
     except (DeepSpeedConfigError, NotImplementedError, ValidationError) as error:
         raise UserError(f"deepspeed: these settings are refused: {' '.join(str(error).split())[:300]}") from None
+
+
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """ZeRO-3 does not ask the other ranks whether they do the same: for where there are none."""
+    names = [name for name in vars(partitioned_param_coordinator) if name.startswith("assert_ints_same")]
+    before = {name: getattr(partitioned_param_coordinator, name) for name in names}
+    for name in names:
+        setattr(partitioned_param_coordinator, name, lambda *_: None)
+    try:
+        yield
+    finally:
+        for name, check in before.items():
+            setattr(partitioned_param_coordinator, name, check)
 
 
 def _join_deepspeed() -> None:

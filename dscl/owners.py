@@ -48,6 +48,14 @@ def deal(costs: Mapping[str, float], ranks: int) -> dict[str, int]:
     return owners
 
 
+def busiest(costs: Mapping[str, float], ranks: int) -> float:
+    """The work of the owner that has most, over the mean."""
+    load = dict.fromkeys(range(ranks), 0.0)
+    for name, owner in deal(costs, ranks).items():
+        load[owner] += costs[name]
+    return max(load.values()) * ranks / sum(load.values())
+
+
 @dataclass(frozen=True)
 class Stretch:
     """What part of a matrix's elements (flat) a rank holds."""

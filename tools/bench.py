@@ -367,7 +367,11 @@ def trainer(options: argparse.Namespace) -> Iterator[Found]:
             lesson = job.lesson(0)
             peer = Peer(job, lesson)
             theirs: list[float] = []
-            ours = watch(job, engine, lesson, lambda number, peer=peer, theirs=theirs: theirs.append(peer.block()))
+
+            def turn(_number: int, peer: Peer = peer, theirs: list[float] = theirs) -> None:
+                theirs.append(peer.block())
+
+            ours = watch(job, engine, lesson, turn)
             peer.close()
             tokens = sum(lesson.schedule.step(n).tokens for n in range(BLOCK)) / BLOCK
         yield Found(
@@ -412,7 +416,7 @@ class Peer:
         self._failed: BaseException | None = None
 
         class Turns(TrainerCallback):
-            def on_step_end(self, _arguments: Any, state: Any, control: Any, **_: Any) -> Any:
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
                 if state.global_step % BLOCK == 0:
                     wait()
                     peer._pass()

@@ -97,6 +97,10 @@ class Schedule:
         chosen = self._first(samples)
         return [self._shared_out(chosen[i : i + size], rank) for i in range(0, len(chosen), size)]
 
+    def length(self, sample: int) -> int:
+        """Tokens of a sample."""
+        return int(self._lengths[sample])
+
     def tokens(self, samples: int) -> int:
         """Of those samples."""
         return int(self._lengths[self._first(samples)].sum())

@@ -290,6 +290,19 @@ def _without(count: int, part: slice) -> list[int]:
     return [index for index in range(count) if index not in gone]
 
 
+def room_of(reading: str, m: int, n: int, count: int, device: torch.device) -> dict[str, Tensor]:
+    """What `Subspace.tensors` gives of a weight [m, n] with so many directions a side: the sizes, of any values."""
+    left = 0 if reading == "input" else count
+    shapes = {
+        "right": (n, count),
+        "left": (m, left),
+        "image": (m, 0 if reading == "paper" else count),
+        "coimage": (count if reading == "two_sided" else 0, n),
+        "core": (count, count) if reading == "paper" else (0, 0),
+    }
+    return {name: torch.zeros(shape, device=device) for name, shape in shapes.items()}
+
+
 def _appended(basis: Tensor, new: Tensor) -> Tensor:
     """Both side by side, in the type of the first."""
     known, basis = basis.shape[1], torch.cat([basis, new.to(basis)], 1)

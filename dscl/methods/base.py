@@ -110,6 +110,11 @@ class Method(ABC):
         """Who changes gradients before every step. Asked once, after `prepare`."""
         return None
 
+    def rehearse(self) -> dict[str, float]:
+        """For a plan, which counts it: keep, of whatever values, what is kept once the first task has begun. Returns
+        the bytes of what comes later, by what it is."""
+        return {}
+
     def begin_task(self, index: int, name: str, ranks: Ranks) -> Reader | None:
         """A task starts, with a fresh optimizer. What is returned gives the values that the trainable tensors start
         from; None leaves them as the previous task did."""

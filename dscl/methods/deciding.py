@@ -16,10 +16,13 @@ from torch import nn
 from dscl import clock
 from dscl.data.batches import Batch, PromptBatch
 from dscl.errors import UserError
+from dscl.maths.rls import packed
 from dscl.methods.base import Facts, Ranks, answer_loss
 from dscl.model.adapters import file_name
 from dscl.model.routing import Routing
 from dscl.router import Router, Spec, load_task, save_task
+
+SOLVING = 7  # matrices of features by features in fp64, at the peak of it (measured by tools/bench_router.py)
 
 
 class Deciding:
@@ -60,6 +63,16 @@ class Deciding:
         """The bytes of all tasks' sums."""
         sums = (self.router.statistics(name).tensors() for name in self.router.names)
         return float(sum(tensor.numel() * tensor.element_size() for each in sums for tensor in each))
+
+    def later(self) -> dict[str, float]:
+        """Bytes that come when a task ends."""
+        width = self.router.spec.width
+        if self.router.spec.kind == "key":
+            return {"keys, a task": 8.0 * width}
+        return {
+            "router's sums, a task (host)": 4.0 * packed(width) + 8.0 * width,
+            "router, while it is solved": SOLVING * 8.0 * width**2,
+        }
 
     def leave(self, folder: Path, name: str) -> Path:
         path = _place(folder, name)

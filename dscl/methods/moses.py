@@ -185,6 +185,11 @@ class Moses(Method):
         pool_at(model, self.routing, layer)
         return layer
 
+    def rehearse(self) -> dict[str, float]:
+        self.experts.prepare(self.config.reuse)
+        dense = self.weights.rehearse() if self.weights is not None else {}
+        return {**dense, **(self.deciding.later() if self.deciding is not None else {})}
+
     def begin_task(self, index: int, name: str, ranks: Ranks) -> Reader:
         experts, policy = self.experts, self.config.when_full
         while (lacking := experts.lacking()) and policy == "grow" and experts.count < experts.shape.most:

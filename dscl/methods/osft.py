@@ -30,6 +30,7 @@ from dscl.maths.subspace import (
     left_of,
     moment_directions,
     right_directions,
+    room_of,
     shares_by_importance,
 )
 from dscl.methods.base import Ended, Facts, Look, Method, Ranks, answer_loss
@@ -209,6 +210,19 @@ class Osft(Method):
 
     def free(self, name: str, gradient: torch.Tensor) -> None:
         self._spaces[name].free_(gradient)
+
+    def rehearse(self) -> dict[str, float]:
+        assert self.config.share is not None
+        reading, whole = str(self.config.reading), 0
+        for name in self._mine:
+            rows, columns = self._shapes[name]
+            count = count_by_share(self.config.share, rows, columns)
+            self._spaces[name] = Subspace.of(reading, room_of(reading, rows, columns, count, self._device))
+            nothing = room_of(reading, rows, columns, min(rows, columns), torch.device("meta"))
+            whole += sum(tensor.numel() * tensor.element_size() for tensor in nothing.values())
+            if "updates" in (self.config.claim or ()) and len(self.facts.tasks) > 1:
+                self._start[name] = torch.zeros(rows, columns)
+        return {"directions of this rank, when all are protected": float(whole)}
 
     # ---- what is protected
 

@@ -1,0 +1,236 @@
+"""`dscl plan`: what a run will need of a cluster that need not be there: memory, exchange and time of a step.
+
+Memory and exchange are counted in a rehearsal (dscl/rehearsal.py) of the first rank, for every ZeRO stage. Time is
+arithmetic: the operations of dscl/model/cost.py at a stated share of what a device can do, and the bytes of a ring at
+the stated bandwidth; the step takes between the longer of both, if they overlap in full, and their sum.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dscl import dist
+from dscl.errors import UserError
+from dscl.hardware import peak_of
+from dscl.job import Job, open_job
+from dscl.observe.words import count, duration
+from dscl.recipe import Recipe
+from dscl.rehearsal import Rehearsed, largest, rehearse
+from dscl.settings import read_settings
+
+STAGES = Path(__file__).resolve().parent.parent / "ds_configs"
+GIB = 1 << 30
+AROUND = 2 * GIB  # of a GPU, that no tensor shows: the CUDA context, NCCL's buffers, workspaces of kernels
+UNITS = {"GIB": GIB, "GB": 10**9, "MIB": 1 << 20, "MB": 10**6, "TIB": 1 << 40, "TB": 10**12}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    nodes: int
+    per_node: int
+    memory: float | None  # bytes of a device
+    bandwidth: float | None  # bytes a second that a device sends
+    peak: float | None  # operations a second of a device, at most
+    efficiency: float  # the share of it that is reached
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.per_node
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One DeepSpeed configuration, rehearsed."""
+
+    name: str
+    settings: Mapping[str, Any]
+    found: Rehearsed
+    fits: int | None  # rows of the largest micro-batch that fits; None where no memory was stated
+
+    @property
+    def device(self) -> int:
+        """Of the peak, what stays on the device where DeepSpeed keeps the rest in the host's memory."""
+        return self.found.peak - self.away
+
+    @property
+    def away(self) -> int:
+        zero = self.settings.get("zero_optimization", {})
+        kept = {"offload_optimizer": self.found.optimizer, "offload_param": self.found.weights}
+        return sum(size for key, size in kept.items() if zero.get(key, {}).get("device", "none") != "none")
+
+
+def plan(recipe: Recipe, cluster: Cluster, show: Callable[[str], None], say: Callable[[str], None]) -> None:
+    """`show` hears the plan, `say` how far it is."""
+    dist.pretend(cluster.ranks)
+    job = open_job(recipe)
+    most = -(-recipe.train.global_batch // cluster.ranks)  # rows that a rank has in a step
+    now = min(recipe.train.micro_batch, most)
+    jobs = {now: job if now == recipe.train.micro_batch else _with_rows(recipe, now)}
+    if cluster.memory is not None and most > 1:
+        other = now // 2 if now > 1 else 2
+        jobs[other] = _with_rows(recipe, other)
+    own = recipe.deepspeed_path()
+    chosen = read_settings(own)
+    settings = {path.name: read_settings(path) for path in (STAGES / f"zero{stage}.json" for stage in range(4))}
+    settings[own.name] = chosen
+    stages = []
+    for name, each in sorted(settings.items(), key=lambda pair: (_stage(pair[1]), pair[0])):
+        found = {}
+        for rows, of in jobs.items():
+            say(f"rehearsing {name}, micro-batches of {rows}")
+            found[rows] = rehearse(of, dict(each), largest(of), _micro_batches(of))
+        stages.append(_judged(Stage(name, each, found[now], None), found, cluster, most))
+    mine = next(stage for stage in stages if stage.name == own.name)
+    for line in (*_opening(jobs[now], cluster, mine.found), "", *_table(stages, own.name), ""):
+        show(line)
+    for line in (*_times(jobs[now], cluster, mine.found), *_advice(stages, cluster), *_beside(mine.found), SURE):
+        show(line)
+
+
+def _with_rows(recipe: Recipe, rows: int) -> Job:
+    return open_job(replace(recipe, train=replace(recipe.train, micro_batch=rows)))
+
+
+def _stage(settings: Mapping[str, Any]) -> int:
+    return int(settings.get("zero_optimization", {}).get("stage", 0))
+
+
+SURE = (
+    "how sure: tensors are counted as the program makes them, with what torch allocates on CPUs within a few per cent "
+    f"of it; not counted are about {AROUND // GIB} GiB of a GPU that no tensor shows, and gaps between tensors. Times "
+    "assume the stated efficiency and bandwidth, and even ranks: take them for a half to twice of the truth until a "
+    "first run has been measured."
+)
+
+
+def _micro_batches(job: Job) -> int:
+    """Of a rank, in a step."""
+    return len(job.lesson(0).schedule.micro_batches(0, dist.rank()))
+
+
+def _judged(stage: Stage, found: Mapping[int, Rehearsed], cluster: Cluster, most: int) -> Stage:
+    """With what fits: memory grows by the row, so two rehearsals tell, up to all rows that a rank has in a step."""
+    if cluster.memory is None:
+        return stage
+    needed = {rows: replace(stage, found=each).device for rows, each in found.items()}
+    (now, here), *others = needed.items()
+    if not others:
+        return replace(stage, fits=now if here + AROUND <= cluster.memory else 0)
+    other, there = others[0]
+    row = max(1.0, (here - there) / (now - other))
+    return replace(stage, fits=max(0, min(most, now + int((cluster.memory - AROUND - here) // row))))
+
+
+def _opening(job: Job, cluster: Cluster, found: Rehearsed) -> list[str]:
+    recipe, schedule = job.recipe, job.lesson(0).schedule
+    each = _micro_batches(job)
+    batch = largest(job)[0].input_ids
+    return [
+        f"{recipe.method.name}, {recipe.train.precision}: {count(found.parameters)} parameters, of which "
+        f"{count(found.trained)} train",
+        f"{cluster.ranks} ranks ({cluster.nodes} x {cluster.per_node}); a step of {recipe.train.global_batch} samples "
+        f"is {each} micro-batch{'es' if each != 1 else ''} of up to {recipe.train.micro_batch} rows on each; the "
+        f"largest has {batch.numel():,} tokens; {schedule.steps:,} steps of the first task",
+    ]
+
+
+def _table(stages: Sequence[Stage], own: str) -> list[str]:
+    """What a rank holds."""
+    unit, size = ("GiB", GIB) if max(stage.found.peak for stage in stages) > 4 * GIB else ("MiB", GIB >> 10)
+    head = [f"{unit} a rank", "weights", "optimizer", "method", "gradients", "passing", "peak", "micro-batch that fits"]
+    rows = [head]
+    for stage in stages:
+        found = stage.found
+        parts = [found.weights, found.optimizer, found.beside, found.gradients, found.passing, found.peak]
+        fits = "" if stage.fits is None else f"up to {stage.fits}" if stage.fits else "none"
+        if stage.away:
+            fits += f" ({stage.away / size:.1f} {unit} of the peak in the host's memory)"
+        name = f"{stage.name} (recipe's)" if stage.name == own else stage.name
+        rows.append([name, *(f"{part / size:.1f}" for part in parts), fits])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    return [
+        "  ".join(
+            cell.ljust(width) if i in (0, len(head) - 1) else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def wire(sent: Mapping[str, float], ranks: int) -> float:
+    """Bytes that a rank sends in rings, of what it puts into each kind of collective."""
+    share = (ranks - 1) / ranks
+    times = {"all_reduce": 2 * share, "all_gather": ranks - 1.0, "reduce_scatter": share, "all_to_all": share}
+    return sum(times.get(kind, 1.0) * size for kind, size in sent.items())
+
+
+def _times(job: Job, cluster: Cluster, found: Rehearsed) -> list[str]:
+    moved = wire(found.sent, cluster.ranks)
+    kinds = ", ".join(f"{kind} {size / 1e9:.3g} GB" for kind, size in found.sent.items() if size)
+    lines = [f"exchange: a rank sends {moved / 1e9:.3g} GB a step (it puts in {kinds or 'nothing'})"]
+    if found.cost is None:
+        return [*lines, "time: unknown, for the model is not built like a LLaMA"]
+    schedule = job.lesson(0).schedule
+    steps = [schedule.step(number) for number in range(min(schedule.steps_per_epoch, 200))]
+    tokens = sum(step.tokens for step in steps) / len(steps)
+    work = sum(
+        found.cost.of(s.tokens, s.pairs, s.targets) + found.cost.again(s.tokens, s.pairs) for s in steps
+    ) / len(steps) / cluster.ranks  # fmt: skip
+    told = f"time: {tokens:,.0f} tokens a step; a rank computes {work / 1e12:.3g} TFLOP"
+    if cluster.peak is None:
+        return [*lines, f"{told}; give --gpu or --tflops for the seconds of it"]
+    computing = work / (cluster.peak * cluster.efficiency)
+    told += f", {computing:.3g} s at {cluster.efficiency:.0%} of {cluster.peak / 1e12:.3g} TFLOP/s"
+    if cluster.bandwidth is None and cluster.ranks > 1:
+        return [*lines, f"{told}; give --bandwidth for the exchange's part"]
+    sending = moved / cluster.bandwidth if cluster.bandwidth else 0.0
+    least, longest = max(computing, sending), computing + sending
+    told += f"; exchange {sending:.3g} s; so {least:.3g} to {longest:.3g} s a step, "
+    told += f"{tokens / longest:,.0f} to {tokens / least:,.0f} tokens/s in all"
+    whole = sum(count for _, count in job.steps())
+    return [*lines, told, f"the stream: {whole:,} steps, {duration(whole * least)} to {duration(whole * longest)}"]
+
+
+def _advice(stages: Sequence[Stage], cluster: Cluster) -> list[str]:
+    if cluster.memory is None:
+        return ["give --gpu-memory to learn what fits"]
+    fitting = [stage for stage in stages if stage.fits]
+    if not fitting:
+        return [
+            f"fits: nothing in {cluster.memory / GIB:.0f} GiB; take more ranks, model.activation_checkpointing=true, "
+            "ds_configs/zero3_offload.json, or a smaller train.max_length"
+        ]
+    first, best = fitting[0], max(fitting, key=lambda stage: stage.fits or 0)
+    told = f"fits: {first.name} is the lowest stage that does, with train.micro_batch up to {first.fits}"
+    if best.fits != first.fits:
+        told += f"; {best.name} leaves room for {best.fits}"
+    return [told]
+
+
+def _beside(found: Rehearsed) -> list[str]:
+    lines = [f"{what}: {size / GIB:.3g} GiB" for what, size in found.later.items()]
+    if found.busiest is not None:
+        lines.append(f"owners: the busiest rank has {found.busiest:.2f} of the mean work on matrices")
+    return lines
+
+
+def size_of(name: str, given: str) -> float:
+    """Bytes, of words like 80GiB."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)\s*", given)
+    unit = UNITS.get(match[2].upper().removesuffix("/S")) if match else None
+    if match is None or unit is None or not float(match[1]):
+        raise UserError(f"{name}: given {given!r}; a size like 80GiB or 400GB is needed")
+    return float(match[1]) * unit
+
+
+def peak_named(given: str) -> float:
+    found = peak_of(given)
+    if found is None:
+        raise UserError(
+            f"--gpu: given {given!r}, which is not known; give --tflops, what it does at most at this precision"
+        )
+    return found

@@ -1,0 +1,152 @@
+"""What is rehearsed without contents against what two real ranks allocate and send: torch's own account of it."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import tempfile
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dscl import clock, dist
+from dscl.job import open_job
+from dscl.observe import ObserveConfig, Observer
+from dscl.recipe import resolve
+from dscl.rehearsal import largest, rehearse
+from dscl.train import Position, ranks_of
+from tests.distributed.test_run import recipe_of, write_tasks
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+WORLD = 2
+BUCKETS: list[tuple[str, ...]] = [
+    (),
+    ("reduce_bucket_size",),
+    ("reduce_bucket_size",),
+    ("reduce_bucket_size", "stage3_prefetch_bucket_size"),
+]
+SHAPE = {
+    "hidden_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 320,
+    "vocab_size": 320,
+}
+CASES = {
+    "sequential-0": (0, "fp32", {"name": "sequential"}),
+    "sequential-1": (1, "bf16", {"name": "sequential"}),
+    "sequential-2": (2, "fp32", {"name": "sequential"}),
+    "sequential-3": (3, "bf16", {"name": "sequential"}),
+    "lora-3": (3, "fp32", {"name": "sequential", "tune": "lora"}),
+    "osft-0": (0, "bf16", {"name": "osft", "basis": ["weights"], "claim": ["updates"]}),
+    "osft-3": (3, "fp32", {"name": "osft", "basis": ["weights"], "reading": "two_sided"}),
+    "moses-1": (1, "fp32", {"name": "moses"}),
+    "moses-3": (3, "bf16", {"name": "moses", "masks": "element"}),
+    "asr-2": (2, "bf16", {"name": "asr"}),
+    "olora-2": (2, "fp32", {"name": "olora"}),
+    "ewc-3": (3, "fp32", {"name": "ewc"}),
+    "lwf-1": (1, "fp32", {"name": "lwf"}),
+}
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("plans")
+    write_tasks(folder)
+    found = {}
+    for name, (stage, precision, method) in CASES.items():
+        document = recipe_of(folder, name, stage, train__precision=precision, train__micro_batch=2)
+        settings = json.loads((REPOSITORY / document["deepspeed"]).read_text())
+        small = dict.fromkeys(BUCKETS[stage], 1 << 16)  # else they are all there is
+        settings["zero_optimization"] = {**settings.get("zero_optimization", {}), **small}
+        (folder / f"{name}.json").write_text(json.dumps(settings))
+        found[name] = {
+            **document, "method": method, "model": {"shape": SHAPE}, "deepspeed": str(folder / f"{name}.json")
+        }  # fmt: skip
+    return found
+
+
+@pytest.fixture(scope="module")
+def foreseen(documents: dict[str, Any]) -> dict[str, Any]:
+    """By a process of its own, which is the first of two ranks and has no second."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        found: dict[str, Any] = pool.apply(foresee, (documents,))
+    return found
+
+
+def foresee(documents: dict[str, Any]) -> dict[str, Any]:
+    dist.pretend(WORLD)
+    torch.set_num_threads(1)
+    found = {}
+    for name, document in documents.items():
+        job = open_job(resolve(document, source=__file__))
+        with redirect_stdout(StringIO()):
+            one = rehearse(job, job.settings, largest(job), 1)
+        assert one.peak == one.weights + one.optimizer + one.beside + one.gradients + one.passing, name
+        found[name] = {"peak": one.peak + one.host, "sent": dict(one.sent), "trained": one.trained}
+    return found
+
+
+def measure(document: dict[str, Any]) -> dict[str, Any]:
+    """The same steps for real, on one of two ranks."""
+    job = open_job(resolve(document, source=__file__))
+    observer = Observer(Path(), ObserveConfig(), False, ())
+    batches, sent = dist.from_main(largest(job)), []
+    with redirect_stdout(StringIO()), Allocated() as allocated:
+        engine = job.engine()
+        ranks = ranks_of(engine, job.lessons[0], "", observer, Position())
+        engine.start_over(job.method.begin_task(0, job.lessons[0].task.name, ranks))
+        allocated.now()
+        for some in (batches[:1], batches):
+            clock.taken()
+            engine.step(job.method.loss, some, targets=1, lr=1e-4)
+            sent.append(clock.taken().sent)
+    trained = engine.trainable()
+    engine.close()
+    return {"peak": allocated.peak, "sent": sent[0], "trained": trained}
+
+
+class Allocated:
+    """The most bytes of tensors that were made within this and are there at once, from `now` on, as torch's profiler
+    tells them."""
+
+    def __enter__(self) -> Allocated:
+        self._profile = torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+        )
+        self._profile.__enter__()
+        return self
+
+    def now(self) -> None:
+        with torch.profiler.record_function("from now on"):
+            pass
+
+    def __exit__(self, *error: Any) -> None:
+        self._profile.__exit__(*error)
+        with tempfile.TemporaryDirectory() as folder:
+            self._profile.export_chrome_trace(f"{folder}/trace.json")
+            events = json.loads(Path(f"{folder}/trace.json").read_text())["traceEvents"]
+        (start,) = (event["ts"] for event in events if event["name"] == "from now on")
+        memory = sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"])
+        there, self.peak = 0, 0
+        for event in memory:
+            there += int(event["args"]["Bytes"])
+            if event["ts"] >= start:
+                self.peak = max(self.peak, there)
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_memory_and_exchange_are_as_foreseen(
+    ranks: Any, documents: dict[str, Any], foreseen: dict[str, Any], case: str
+) -> None:
+    planned = foreseen[case]
+    real = ranks(WORLD)(measure, documents[case])[0]
+    assert planned["trained"] == real["trained"]
+    assert planned["peak"] == pytest.approx(real["peak"], rel=0.1), (planned["peak"], real["peak"])
+    for kind in clock.KINDS:
+        assert planned["sent"][kind] == pytest.approx(real["sent"][kind], rel=0.05, abs=64), kind

@@ -386,6 +386,25 @@ class Engine:
         for name, value in state.items():
             setattr(self._loss_scaler(), name, value)
 
+    def imagine_others(self) -> None:
+        """For a rehearsal, where no other rank says what it holds of constrained matrices: at stages 1 and 2 that
+        follows from where a tensor stands in its flat group; at the others all ranks hold as much as this one."""
+        if self.constraint is None or self.stage not in (1, 2):
+            return
+        wrapper, ranks = self.deepspeed.optimizer, range(dist.world())
+        names = {id(parameter): name for name, parameter in self._parameters()}
+        held: list[dict[str, Stretch]] = [{} for _ in ranks]
+        groups = wrapper.round_robin_bit16_groups, wrapper.round_robin_bit16_offsets, wrapper.bit16_groups_flat
+        for group, places, flat in zip(*groups, strict=True):
+            share = flat.numel() // dist.world()
+            for parameter, place in zip(group, places, strict=True):
+                size, name = parameter.numel(), names[id(parameter)]
+                for rank in ranks if name in self._constrained else ():
+                    start, stop = (min(max(rank * share + by - place, 0), size) for by in (0, share))
+                    if start < stop:
+                        held[rank][name] = Stretch(start, stop)
+        self._rounds.held = held
+
     def busiest(self) -> float | None:
         """Of the ranks that own constrained matrices: the work of the one that has most, over the mean."""
         return None if self.constraint is None else busiest(self.constraint.costs(), dist.world())

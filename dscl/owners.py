@@ -93,7 +93,7 @@ class Rounds:
         """`held`: what this rank holds of each matrix, or nothing."""
         self.owners, self.shapes, self.device = owners, shapes, device
         self._sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-        self._held: list[dict[str, Stretch]] = dist.gather(dict(held))
+        self.held: list[dict[str, Stretch]] = dist.gather(dict(held))
         self._plans: dict[tuple[tuple[str, ...], int], list[Round]] = {}
 
     def visit(
@@ -154,7 +154,7 @@ class Rounds:
         )
 
     def _size(self, rank: int, name: str) -> int:
-        return self._held[rank][name].size if name in self._held[rank] else 0
+        return self.held[rank][name].size if name in self.held[rank] else 0
 
     def _complete(self, name: str) -> bool:
         """Whether the owner holds all of it anyway."""
@@ -180,7 +180,7 @@ class Rounds:
         )
         for rank, names in enumerate(turn.coming):
             for name, values in zip(names, arrived[rank], strict=True):
-                part = self._held[rank][name]
+                part = self.held[rank][name]
                 whole[name][part.start : part.stop] = values
         return whole
 
@@ -192,7 +192,7 @@ class Rounds:
                 views[name].copy_(values)  # it was on another device
         sent = []
         for rank, names in enumerate(turn.back):
-            held = self._held[rank]
+            held = self.held[rank]
             sent.append([whole[name][held[name].start : held[name].stop] for name in names])
         arrived = self._exchange(sent, [[self._size(me, name) for name in names] for names in turn.returning])
         for names, stretches in zip(turn.returning, arrived, strict=True):

@@ -220,8 +220,8 @@ def _beside(found: Rehearsed) -> list[str]:
 
 def size_of(name: str, given: str) -> float:
     """Bytes, of words like 80GiB."""
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)\s*", given)
-    unit = UNITS.get(match[2].upper().removesuffix("/S")) if match else None
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)(?:/s)?\s*", given)
+    unit = UNITS.get(match[2].upper()) if match else None
     if match is None or unit is None or not float(match[1]):
         raise UserError(f"{name}: given {given!r}; a size like 80GiB or 400GB is needed")
     return float(match[1]) * unit

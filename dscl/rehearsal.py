@@ -72,6 +72,7 @@ def rehearse(job: Job, settings: dict[str, Any], micro_batches: Sequence[Batch],
             weight_decay=train.weight_decay,
             grad_clip=train.grad_clip,
         )
+        engine.imagine_others()
         later = method.rehearse()
         batches = [hollow(batch, mode) for batch in micro_batches]
         before, at_step = engine.optimizer.before, 0
@@ -84,12 +85,13 @@ def rehearse(job: Job, settings: dict[str, Any], micro_batches: Sequence[Batch],
 
         engine.optimizer.before = noting
         peaks, sent = [], []
-        for some in (batches[:1], batches):  # the first one makes what the second finds
+        for some in (batches[:1], batches[:1], *([batches] if len(batches) > 1 else [])):
             clock.taken()
             storages.peak = storages.now
             engine.step(method.loss, some, targets=1, lr=1e-4)
             peaks.append(storages.peak)
             sent.append(clock.taken().sent)
+        once, more = sent[1], sent[-1]  # the first step makes, and gathers, what all others find
         further = (a_step - 1) * (len(batches) > 1)
         parameters: list[Any] = list(engine.module.parameters())
         host = {id(t) for name, t in method.owned().items() if name.endswith("|start")}
@@ -111,7 +113,7 @@ def rehearse(job: Job, settings: dict[str, Any], micro_batches: Sequence[Batch],
             passing=max(0, peak - sum(sizes) - gradients - aside),
             peak=peak - aside,
             host=aside,
-            sent={kind: one + further * (sent[1][kind] - one) for kind, one in sent[0].items()},
+            sent={kind: size + further * (more[kind] - size) for kind, size in once.items()},
             later=later,
             cost=cost_of(engine.module),
             parameters=sum(getattr(p, "ds_numel", p.numel()) for p in parameters),

@@ -293,7 +293,8 @@ def _plan(options: argparse.Namespace) -> int:
     from dscl.recipe import read_recipe
 
     recipe = read_recipe(options.recipe, options.assignments)
-    made.plan(recipe, cluster, lambda line: print(line, flush=True), logging.getLogger("dscl").info)
+    show, say = lambda line: print(line, flush=True), logging.getLogger("dscl").info
+    made.plan(recipe, cluster, show, say, options.alone)
     return 0
 
 
@@ -419,6 +420,9 @@ def _add_planning(plan: Parser) -> None:
     plan.add_argument("--bandwidth", metavar="SIZE", help="what one device sends in a second, like 50GB")
     plan.add_argument("--gpu", metavar="NAME", help="a common GPU, for what it can do in bf16, like H100")
     plan.add_argument("--tflops", type=float, metavar="N", help="what one device can do at most, where it is another")
+    plan.add_argument(
+        "--alone", action="store_true", help="of the recipe's DeepSpeed JSON only, not of every ZeRO stage"
+    )
     plan.add_argument("--efficiency", type=float, default=0.4, metavar="SHARE", help="of it that is reached (0.4)")
 
 

@@ -63,8 +63,10 @@ class Stage:
         return sum(size for key, size in kept.items() if zero.get(key, {}).get("device", "none") != "none")
 
 
-def plan(recipe: Recipe, cluster: Cluster, show: Callable[[str], None], say: Callable[[str], None]) -> None:
-    """`show` hears the plan, `say` how far it is."""
+def plan(
+    recipe: Recipe, cluster: Cluster, show: Callable[[str], None], say: Callable[[str], None], alone: bool = False
+) -> None:
+    """`show` hears the plan, `say` how far it is. `alone`: of the recipe's own DeepSpeed configuration only."""
     dist.pretend(cluster.ranks)
     job = open_job(recipe)
     most = -(-recipe.train.global_batch // cluster.ranks)  # rows that a rank has in a step
@@ -75,8 +77,8 @@ def plan(recipe: Recipe, cluster: Cluster, show: Callable[[str], None], say: Cal
         jobs[other] = _with_rows(recipe, other)
     own = recipe.deepspeed_path()
     chosen = read_settings(own)
-    settings = {path.name: read_settings(path) for path in (STAGES / f"zero{stage}.json" for stage in range(4))}
-    settings[own.name] = chosen
+    others = () if alone else (STAGES / f"zero{stage}.json" for stage in range(4))
+    settings = {**{path.name: read_settings(path) for path in others}, own.name: chosen}
     stages = []
     for name, each in sorted(settings.items(), key=lambda pair: (_stage(pair[1]), pair[0])):
         found = {}

@@ -18,7 +18,7 @@ from dscl import clock, dist
 from dscl.job import open_job
 from dscl.observe import ObserveConfig, Observer
 from dscl.recipe import resolve
-from dscl.rehearsal import largest, rehearse
+from dscl.rehearsal import Storages, largest, rehearse
 from dscl.train import Position, ranks_of
 from tests.distributed.test_run import recipe_of, write_tasks
 
@@ -65,7 +65,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for name, (stage, precision, method) in CASES.items():
         document = recipe_of(folder, name, stage, train__precision=precision, train__micro_batch=2)
         settings = json.loads((REPOSITORY / document["deepspeed"]).read_text())
-        small = dict.fromkeys(BUCKETS[stage], 1 << 16)  # else they are all there is
+        small = dict.fromkeys(BUCKETS[stage], 1 << 14)  # else they are all there is
         settings["zero_optimization"] = {**settings.get("zero_optimization", {}), **small}
         (folder / f"{name}.json").write_text(json.dumps(settings))
         found[name] = {
@@ -96,24 +96,32 @@ def foresee(documents: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure(document: dict[str, Any]) -> dict[str, Any]:
-    """The same steps for real, on one of two ranks."""
+    """The same steps for real, on one of two ranks.
+
+    By torch's profiler; but at stage 3 gloo's threads free what was gathered, of which it hears nothing, so there the
+    real tensors are counted by what else counts those without contents.
+    """
     job = open_job(resolve(document, source=__file__))
     observer = Observer(Path(), ObserveConfig(), False, ())
     batches, sent = dist.from_main(largest(job)), []
-    with redirect_stdout(StringIO()), Allocated() as allocated:
+    counting: Any = Storages() if int(job.settings["zero_optimization"].get("stage", 0)) == 3 else Allocated()
+    with redirect_stdout(StringIO()), counting:
         engine = job.engine()
         ranks = ranks_of(engine, job.lessons[0], "", observer, Position())
         engine.start_over(job.method.begin_task(0, job.lessons[0].task.name, ranks))
         gc.collect()
-        allocated.now()
-        for some in (batches[:1], batches[:1], batches):
+        if isinstance(counting, Allocated):
+            counting.now()
+        else:
+            counting.peak = counting.now
+        for some in (batches[:1], batches[:1], batches[:1], batches):
             clock.taken()
             engine.step(job.method.loss, some, targets=1, lr=1e-4)
             sent.append(clock.taken().sent)
             gc.collect()  # what refers to itself goes when Python happens to look
     trained = engine.trainable()
     engine.close()
-    return {"peak": allocated.peak, "sent": sent[1], "trained": trained}
+    return {"peak": counting.peak, "sent": sent[2], "trained": trained}
 
 
 class Allocated:
@@ -137,9 +145,8 @@ class Allocated:
             self._profile.export_chrome_trace(f"{folder}/trace.json")
             events = json.loads(Path(f"{folder}/trace.json").read_text())["traceEvents"]
         (start,) = (event["ts"] for event in events if event["name"] == "from now on")
-        memory = sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"])
         there, self.peak = 0, 0
-        for event in memory:
+        for event in sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"]):
             there += int(event["args"]["Bytes"])
             if event["ts"] >= start:
                 self.peak = max(self.peak, there)
@@ -152,6 +159,6 @@ def test_memory_and_exchange_are_as_foreseen(
     planned = foreseen[case]
     real = ranks(WORLD)(measure, documents[case])[0]
     assert planned["trained"] == real["trained"]
-    assert planned["peak"] == pytest.approx(real["peak"], rel=0.1), (planned["peak"], real["peak"])
+    assert planned["peak"] == pytest.approx(real["peak"], rel=0.05), (planned["peak"], real["peak"])
     for kind in clock.KINDS:
         assert planned["sent"][kind] == pytest.approx(real["sent"][kind], rel=0.05, abs=64), kind

@@ -98,8 +98,8 @@ def test_program_answers_at_once_and_needs_no_torch() -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ([], "no verb given; allowed: train, doctor, eval, generate, export, compare, report, route-existing"),
-        (["trian"], "trian: no such verb (did you mean 'train'?); allowed: train, doctor, eval, generate, export,"),
+        ([], "no verb given; allowed: train, plan, doctor, eval, generate, export, compare, report, route-existing"),
+        (["trian"], "trian: no such verb (did you mean 'train'?); allowed: train, plan, doctor, eval, generate,"),
         (["--fast"], "the following arguments are required: VERB; see dscl --help"),
         (["train"], "the following arguments are required: RECIPE.yaml; see dscl train --help"),
         (["train", "--nproc"], "argument --nproc: expected one argument; see dscl train --help"),
@@ -116,6 +116,11 @@ def test_program_answers_at_once_and_needs_no_torch() -> None:
         (["generate"], "the following arguments are required: RUN_DIR|EXPORT; see dscl generate --help"),
         (["generate", "out", "--nproc", "2"], "--nproc: not understood; allowed: options, see dscl generate --help"),
         (["generate", "out", "train.lr=1"], "train.lr=1: not understood; allowed: options, see dscl generate --help"),
+        (["plan", "no.yaml"], "no.yaml: no such recipe; give the path of a YAML file"),
+        (["plan", "r.yaml", "--efficiency", "1.5"], "--efficiency: given 1.5; a share above 0, up to 1 is needed"),
+        (["plan", "r.yaml", "--nodes", "0"], "--nodes: given 0; more than 0 is needed"),
+        (["plan", "r.yaml", "--gpu", "H100", "--tflops", "3"], "--tflops: given beside --gpu, which says what the"),
+        (["plan", "r.yaml", "--gpu-memory", "80"], "--gpu-memory: given '80'; a size like 80GiB or 400GB is needed"),
         (["compare", "no.yaml"], "no.yaml: no such recipe; give the path of a YAML file"),
         (["compare", "r.yaml", "--seeds", "x"], "--seeds: given 'x'; allowed: how many, or seeds like 3,4,5"),
         (["compare", "r.yaml", "--seeds", "0"], "--seeds: given '0'; allowed: how many, or seeds like 3,4,5"),
@@ -139,7 +144,7 @@ def test_nproc_within_another_launcher(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "a launcher has already started the ranks" in refusal(capsys, "train", "r.yaml", "--nproc", "2")
 
 
-@pytest.mark.parametrize("words", [["generate", "out"], ["export", "out", "made"]])
+@pytest.mark.parametrize("words", [["generate", "out"], ["export", "out", "made"], ["plan", "r.yaml"]])
 def test_verbs_of_one_process_within_a_launcher(
     words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

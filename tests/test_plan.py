@@ -123,14 +123,3 @@ def test_a_plan_names_stages_what_fits_and_how_sure_it_is(recipe: Path) -> None:
     for said in ("all_to_all", "owners: the busiest", "s a step", "lowest stage", "how sure", "when all are protected"):
         assert said in done.stdout, said
     assert not (recipe.parent / "run").exists()
-
-
-def test_wrong_words_are_told_in_one_line(recipe: Path) -> None:
-    for words, told in (
-        (["--efficiency", "1.5"], "--efficiency: given 1.5; a share above 0, up to 1 is needed"),
-        (["--nodes", "0"], "--nodes: given 0; more than 0 is needed"),
-        (["--gpu", "H100", "--tflops", "3"], "leave one of them out"),
-    ):
-        done = dscl(recipe, *words)
-        assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
-        assert told in done.stderr

@@ -145,9 +145,13 @@ class Allocated:
             self._profile.export_chrome_trace(f"{folder}/trace.json")
             events = json.loads(Path(f"{folder}/trace.json").read_text())["traceEvents"]
         (start,) = (event["ts"] for event in events if event["name"] == "from now on")
+        sizes: dict[int, int] = {}  # by address; what was there before does not count, nor that it goes
         there, self.peak = 0, 0
         for event in sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"]):
-            there += int(event["args"]["Bytes"])
+            place, size = int(event["args"]["Addr"]), int(event["args"]["Bytes"])
+            there += size if size > 0 else -sizes.pop(place, 0)
+            if size > 0:
+                sizes[place] = size
             if event["ts"] >= start:
                 self.peak = max(self.peak, there)
 

@@ -1,11 +1,10 @@
-"""What is rehearsed without contents against what two real ranks allocate and send: torch's own account of it."""
+"""What is rehearsed without contents against what two real ranks hold and send."""
 
 from __future__ import annotations
 
 import gc
 import json
 import multiprocessing
-import tempfile
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -98,22 +97,18 @@ def foresee(documents: dict[str, Any]) -> dict[str, Any]:
 def measure(document: dict[str, Any]) -> dict[str, Any]:
     """The same steps for real, on one of two ranks.
 
-    By torch's profiler; but at stage 3 gloo's threads free what was gathered, of which it hears nothing, so there the
-    real tensors are counted by what else counts those without contents.
+    Tensors are counted as in a rehearsal. Torch's profiler agrees where it can; but of what gloo's threads free, which
+    is what was sent, it hears nothing.
     """
     job = open_job(resolve(document, source=__file__))
     observer = Observer(Path(), ObserveConfig(), False, ())
     batches, sent = dist.from_main(largest(job)), []
-    counting: Any = Storages() if int(job.settings["zero_optimization"].get("stage", 0)) == 3 else Allocated()
-    with redirect_stdout(StringIO()), counting:
+    with redirect_stdout(StringIO()), Storages() as storages:
         engine = job.engine()
         ranks = ranks_of(engine, job.lessons[0], "", observer, Position())
         engine.start_over(job.method.begin_task(0, job.lessons[0].task.name, ranks))
         gc.collect()
-        if isinstance(counting, Allocated):
-            counting.now()
-        else:
-            counting.peak = counting.now
+        storages.peak = storages.now
         for some in (batches[:1], batches[:1], batches[:1], batches):
             clock.taken()
             engine.step(job.method.loss, some, targets=1, lr=1e-4)
@@ -121,39 +116,7 @@ def measure(document: dict[str, Any]) -> dict[str, Any]:
             gc.collect()  # what refers to itself goes when Python happens to look
     trained = engine.trainable()
     engine.close()
-    return {"peak": counting.peak, "sent": sent[2], "trained": trained}
-
-
-class Allocated:
-    """The most bytes of tensors that were made within this and are there at once, from `now` on, as torch's profiler
-    tells them."""
-
-    def __enter__(self) -> Allocated:
-        self._profile = torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
-        )
-        self._profile.__enter__()
-        return self
-
-    def now(self) -> None:
-        with torch.profiler.record_function("from now on"):
-            pass
-
-    def __exit__(self, *error: Any) -> None:
-        self._profile.__exit__(*error)
-        with tempfile.TemporaryDirectory() as folder:
-            self._profile.export_chrome_trace(f"{folder}/trace.json")
-            events = json.loads(Path(f"{folder}/trace.json").read_text())["traceEvents"]
-        (start,) = (event["ts"] for event in events if event["name"] == "from now on")
-        sizes: dict[int, int] = {}  # by address; what was there before does not count, nor that it goes
-        there, self.peak = 0, 0
-        for event in sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"]):
-            place, size = int(event["args"]["Addr"]), int(event["args"]["Bytes"])
-            there += size if size > 0 else -sizes.pop(place, 0)
-            if size > 0:
-                sizes[place] = size
-            if event["ts"] >= start:
-                self.peak = max(self.peak, there)
+    return {"peak": storages.peak, "sent": sent[2], "trained": trained}
 
 
 @pytest.mark.parametrize("case", list(CASES))

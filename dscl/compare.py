@@ -373,7 +373,7 @@ class Crew:
         finally:
             with self._lock:
                 self._places.append(place)
-        if status:
+        if status and run.scores() is None:  # what is complete is no less so where the process ended badly after it
             lines = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
             said = lines[-1].strip() if lines else f"status {status}"
             told = {"row": run.row, "run": run.name, "status": status, "said": said, "log": str(log)}

@@ -32,7 +32,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext, redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -592,7 +592,6 @@ def large(options: argparse.Namespace) -> dict[str, float]:
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(5, config.vocab_size, (4096,), generator=generator).tolist()
         batch = collate([[0]], {0: (ids[:1], ids[1:])}, 0, True, None, False).to(engine.device)
-        batch = replace(batch, first=False)
         work = cost_of(engine.module)
         assert work is not None
         flops = work.of(4096, 4096 * 4097 // 2, 4095)

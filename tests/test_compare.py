@@ -210,6 +210,26 @@ def test_what_fails_is_told_and_takes_nothing_along(tmp_path: Path, monkeypatch:
     assert len(started) == count + 5
 
 
+def test_what_is_complete_counts_however_its_process_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tasks(tmp_path)
+    comparison = read_comparison(written(tmp_path), methods=["plain"])
+    run = comparison.every()[0]
+    for complete in (False, True):
+
+        class Aborted:
+            def __init__(self, _words: list[str], **_: Any) -> None: ...
+
+            def wait(self, complete: bool = complete) -> int:
+                document = {"complete": complete, "summary": {"OP": 0.5}}
+                (run.folder / "scores.json").write_text(json.dumps(document))
+                return -6
+
+        monkeypatch.setattr(compare.subprocess, "Popen", Aborted)
+        _, scores = Crew(comparison, [{}], 1, 1).run(run)
+        assert (scores is not None) == complete
+    assert [told["status"] for told in comparison.failed] == [-6]
+
+
 def test_unequal_budgets_are_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tasks(tmp_path)
     rows = {"plain": {}, "again": {"name": "replay"}, "one LoRA": {"tune": "lora", "rates": [1.0, 2.0]}}

@@ -369,7 +369,7 @@ def test_a_whole_run_is_served_as_it_was_evaluated(ranks: Any, base: Path, tmp_p
     for task in ("colour", "animal"):
         make_easy(tmp_path, task)
     recipe = recipe_of(
-        tmp_path, "out", 3, train__lr=3e-2, train__epochs=12, checkpoint={"every": 1000},
+        tmp_path, "out", 3, train__lr=1e-2, train__epochs=16, checkpoint={"every": 1000},
         method={"name": "asr", "width": 128, "feature_layer": 1, "lora": {"rank": 8}},
         evaluate={"mode": "generate", "max_new_tokens": 8, "before": False},
     )  # fmt: skip

@@ -293,8 +293,8 @@ def _plan(options: argparse.Namespace) -> int:
     from dscl.recipe import read_recipe
 
     recipe = read_recipe(options.recipe, options.assignments)
-    show, say = lambda line: print(line, flush=True), logging.getLogger("dscl").info
-    made.plan(recipe, cluster, show, say, options.alone)
+    plan = made.plan(recipe, cluster, logging.getLogger("dscl").info, options.alone)
+    print(json.dumps(plan.document()) if options.json else "\n".join(plan.lines()), flush=True)
     return 0
 
 
@@ -423,6 +423,7 @@ def _add_planning(plan: Parser) -> None:
     plan.add_argument(
         "--alone", action="store_true", help="of the recipe's DeepSpeed JSON only, not of every ZeRO stage"
     )
+    plan.add_argument("--json", action="store_true", help="one JSON object, with all sizes in bytes")
     plan.add_argument("--efficiency", type=float, default=0.4, metavar="SHARE", help="of it that is reached (0.4)")
 
 

@@ -32,7 +32,7 @@ from dscl.methods import METHODS, find_method
 from dscl.observe.words import duration
 from dscl.recipe import Recipe, resolve
 from dscl.run_dir import refuse_another_run
-from dscl.spawn import ENDS_WITH, cores, gpus
+from dscl.spawn import cores, gpus, outside
 
 RUNS = "runs"  # the folder of a comparison's runs, in its run_dir
 SHOWN = 3  # of what fails
@@ -365,7 +365,7 @@ class Crew:
         words = [sys.executable, "-m", "dscl", "train", str(recipe), "--nproc", str(self._nproc)]
         try:
             with open(log, "wb") as file:
-                environment = {**os.environ, **place, ENDS_WITH: str(os.getpid())}
+                environment = {**outside(), **place}
                 process = subprocess.Popen(words, env=environment, stdout=file, stderr=subprocess.STDOUT)
                 self._running.add(process)
                 status = process.wait()

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import platform
 import shutil
 import socket
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 import zlib
 from collections import Counter
@@ -22,7 +26,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -30,6 +34,7 @@ from dscl import __version__, dist
 from dscl.errors import UserError
 from dscl.job import Job
 from dscl.recipe import difference
+from dscl.spawn import PROGRAM, outside
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "tokenizers", "numpy")
 CLOCKS = 5.0  # seconds that two hosts' clocks may differ
@@ -64,7 +69,10 @@ def examine(job: Job, show: Callable[[str], None], strict: bool = True) -> None:
     Not `strict`, what was only measured to be slow or scarce is none: that may pass, and a run goes on with it.
     """
     odd = []
-    for look in (agreement, clocks, shared_folder, room, network, arithmetic):
+    looks = [agreement, clocks, shared_folder, room, network, arithmetic]
+    if strict or not dist.from_main(any((job.recipe.folder / "checkpoints").glob("step-*"))):  # else it has held before
+        looks.append(foreseen)
+    for look in looks:
         for finding in look(job):
             show(f"{'ok ' if finding.fine else 'BAD'}  {finding.what}: {finding.said}")
             odd += [] if finding.fine or (finding.measured and not strict) else [finding.what]
@@ -161,10 +169,40 @@ def shared_folder(job: Job) -> list[Finding]:
 def room(job: Job) -> list[Finding]:
     """Free memory and disk; hosts that have far less than the others."""
     free = by_host(_free_memory())
-    found = [measured("free memory", free, lambda size: f"{size / 2**30:.1f} GiB", FEW)]
-    place = job.recipe.folder.absolute()
-    there = next(folder for folder in (place, *place.parents) if folder.exists())
-    return [*found, Finding("disk of run_dir", f"{shutil.disk_usage(there).free / 2**30:.1f} GiB free")]
+    found = [measured("free memory", free, _gib, FEW)]
+    return [*found, Finding("disk of run_dir", f"{_gib(_free_disk(job.recipe.folder))} free")]
+
+
+def foreseen(job: Job) -> list[Finding]:
+    """Whether the run will find room: what `dscl plan` foresees for as many ranks, against what is free."""
+    plan, problem = _plan(job) if dist.is_main() else ({}, "")
+    dist.meet()  # that may take minutes
+    plan, problem = dist.from_main((plan, problem))
+    if problem:
+        return [Finding("plan", f"none could be made ({problem}), so memory and disk were not compared with it")]
+    stage = plan["stages"][plan["recipe"]]
+    on_device, on_host = stage["device"] + plan["around"], stage["host"]
+    if dist.device().type != "cuda":
+        on_device, on_host = 0, stage["device"] + stage["host"]
+    hosts = Counter(host for host, _ in by_host(None))
+    gpu, memory = (by_host(free) for free in (_free_gpu(), _free_host()))
+    there = sum(path.stat().st_size for path in job.recipe.folder.glob("checkpoints/**/*") if path.is_file())
+    disk = [("run_dir", float(dist.from_main(_free_disk(job.recipe.folder) + there)))]
+    wanted = [
+        ("memory of GPUs", gpu, dict.fromkeys(hosts, on_device)),
+        ("memory of hosts", memory, {host: count * on_host for host, count in hosts.items()}),
+        ("disk for checkpoints", disk, {"run_dir": plan["disk"]}),
+    ]
+    return [enough(what, free, needed) for what, free, needed in wanted if any(needed.values())]
+
+
+def enough(what: str, free: Sequence[tuple[str, float]], needed: Mapping[str, float]) -> Finding:
+    """What is free in each place against what is foreseen there; where it is less, that is named."""
+    short = {place: size for place, size in free if size < needed[place]}
+    told = [f"{place} has {_gib(size)} free and needs {_gib(needed[place])}" for place, size in short.items()]
+    if told:
+        return Finding(what, f"{', '.join(told)}; dscl plan says what would fit", False, measured=True)
+    return Finding(what, f"{_gib(max(needed.values()))} foreseen, {_gib(min(size for _, size in free))} free")
 
 
 def network(_job: Job) -> list[Finding]:
@@ -265,12 +303,44 @@ def _lockable(path: Path) -> bool:
     return True
 
 
+def _plan(job: Job) -> tuple[dict[str, Any], str]:
+    """That of `dscl plan`, a program of its own; or why there is none."""
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = Path(folder) / "recipe.yaml"
+        recipe.write_text(job.recipe.text(), "utf-8")
+        words = [f"deepspeed={json.dumps(str(job.recipe.deepspeed_path().absolute()))}", "--alone", "--json"]
+        done = subprocess.run(
+            [sys.executable, *PROGRAM, "plan", str(recipe), *words, "--gpus-per-node", str(dist.world())],
+            env=outside(), capture_output=True, text=True,
+        )  # fmt: skip
+    if done.returncode:
+        return {}, (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found, ""
+
+
 def _free_memory() -> float:
     """Of this rank's GPU, or of the host."""
-    if dist.device().type == "cuda":
-        return float(torch.cuda.mem_get_info()[0])
+    return _free_gpu() if dist.device().type == "cuda" else _free_host()
+
+
+def _free_gpu() -> float:
+    return float(torch.cuda.mem_get_info()[0]) if dist.device().type == "cuda" else 0.0
+
+
+def _free_host() -> float:
     lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
-    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), 0.0)
+    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), math.inf)
+
+
+def _free_disk(folder: Path) -> float:
+    """Where the folder is, or would be."""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    return float(shutil.disk_usage(there).free)
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB" if size > 2**28 else f"{size / 2**20:.1f} MiB"
 
 
 def _seconds(work: Callable[[], object]) -> float:

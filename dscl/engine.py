@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import replace
 from functools import wraps
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -394,7 +395,11 @@ class Engine:
         wrapper, ranks = self.deepspeed.optimizer, range(dist.world())
         names = {id(parameter): name for name, parameter in self._parameters()}
         held: list[dict[str, Stretch]] = [{} for _ in ranks]
-        groups = wrapper.round_robin_bit16_groups, wrapper.round_robin_bit16_offsets, wrapper.bit16_groups_flat
+        if hasattr(wrapper, "bf16_groups"):  # DeepSpeed's other wrapper of stage 1, for bf16: one after the other
+            placed = [list(accumulate((p.numel() for p in group[:-1]), initial=0)) for group in wrapper.bf16_groups]
+            groups = wrapper.bf16_groups, placed, wrapper.bf16_groups_flat
+        else:
+            groups = wrapper.round_robin_bit16_groups, wrapper.round_robin_bit16_offsets, wrapper.bit16_groups_flat
         for group, places, flat in zip(*groups, strict=True):
             share = flat.numel() // dist.world()
             for parameter, place in zip(group, places, strict=True):

@@ -57,17 +57,56 @@ class Stage:
         return self.found.peak - self.away
 
     @property
+    def host(self) -> int:
+        """What of it, and of the method, lies in the host's memory."""
+        return self.away + self.found.host
+
+    @property
     def away(self) -> int:
         zero = self.settings.get("zero_optimization", {})
         kept = {"offload_optimizer": self.found.optimizer, "offload_param": self.found.weights}
         return sum(size for key, size in kept.items() if zero.get(key, {}).get("device", "none") != "none")
 
 
-def plan(
-    recipe: Recipe, cluster: Cluster, show: Callable[[str], None], say: Callable[[str], None], alone: bool = False
-) -> None:
-    """`show` hears the plan, `say` how far it is. `alone`: of the recipe's own DeepSpeed configuration only."""
+@dataclass(frozen=True)
+class Plan:
+    job: Job
+    cluster: Cluster
+    stages: Sequence[Stage]
+    own: str  # the stage that the recipe names
+
+    @property
+    def mine(self) -> Stage:
+        return next(stage for stage in self.stages if stage.name == self.own)
+
+    @property
+    def disk(self) -> int:
+        """Of run_dir: the checkpoints that are kept, and the one that is being written."""
+        return (self.job.recipe.checkpoint.keep + 1) * self.mine.found.saved
+
+    def lines(self) -> list[str]:
+        """For readers."""
+        found = self.mine.found
+        held = [*_opening(self.job, self.cluster, found), "", *_table(self.stages, self.own), ""]
+        spent = [*_times(self.job, self.cluster, found), *_advice(self.stages, self.cluster)]
+        return [*held, *spent, *_beside(self), SURE]
+
+    def document(self) -> dict[str, Any]:
+        """For programs; sizes in bytes."""
+        fields = ("weights", "optimizer", "beside", "gradients", "passing", "peak", "saved", "sent")
+        stages = {
+            stage.name: {name: getattr(stage.found, name) for name in fields}
+            | {"device": stage.device, "host": stage.host, "fits": stage.fits}
+            for stage in self.stages
+        }
+        return {"ranks": self.cluster.ranks, "recipe": self.own, "disk": self.disk, "around": AROUND, "stages": stages}
+
+
+def plan(recipe: Recipe, cluster: Cluster, say: Callable[[str], None], alone: bool = False) -> Plan:
+    """`say` hears how far it is. `alone`: of the recipe's own DeepSpeed configuration only."""
     dist.pretend(cluster.ranks)
+    if recipe.train.precision == "fp16":  # as large as bf16, which CPUs train in
+        recipe = replace(recipe, train=replace(recipe.train, precision="bf16"))
     job = open_job(recipe)
     most = -(-recipe.train.global_batch // cluster.ranks)  # rows that a rank has in a step
     now = min(recipe.train.micro_batch, most)
@@ -86,11 +125,7 @@ def plan(
             say(f"rehearsing {name}, micro-batches of {rows}")
             found[rows] = rehearse(of, dict(each), largest(of), _micro_batches(of))
         stages.append(_judged(Stage(name, each, found[now], None), found, cluster, most))
-    mine = next(stage for stage in stages if stage.name == own.name)
-    for line in (*_opening(jobs[now], cluster, mine.found), "", *_table(stages, own.name), ""):
-        show(line)
-    for line in (*_times(jobs[now], cluster, mine.found), *_advice(stages, cluster), *_beside(mine.found), SURE):
-        show(line)
+    return Plan(jobs[now], cluster, stages, own.name)
 
 
 def _with_rows(recipe: Recipe, rows: int) -> Job:
@@ -213,8 +248,13 @@ def _advice(stages: Sequence[Stage], cluster: Cluster) -> list[str]:
     return [told]
 
 
-def _beside(found: Rehearsed) -> list[str]:
-    lines = [f"{what}: {size / GIB:.3g} GiB" for what, size in found.later.items()]
+def _beside(plan: Plan) -> list[str]:
+    found, keep = plan.mine.found, plan.job.recipe.checkpoint.keep
+    lines = [
+        f"disk of run_dir: {plan.disk / GIB:.3g} GiB, {keep + 1} checkpoints of {found.saved / GIB:.3g} GiB "
+        f"(checkpoint.keep={keep}, and the one that is being written)"
+    ]
+    lines += [f"{what}: {size / GIB:.3g} GiB" for what, size in found.later.items()]
     if found.busiest is not None:
         lines.append(f"owners: the busiest rank has {found.busiest:.2f} of the mean work on matrices")
     return lines

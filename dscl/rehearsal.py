@@ -24,7 +24,7 @@ from dscl import clock, dist
 from dscl.data.batches import Batch
 from dscl.engine import Engine, unchecked
 from dscl.job import Job, Lesson
-from dscl.methods import find_method
+from dscl.methods import Method, find_method
 from dscl.model.cost import Cost, cost_of
 
 LOOKED_AT = 500  # steps of a task, among which its largest micro-batch is looked for
@@ -41,6 +41,7 @@ class Rehearsed:
     passing: int  # activations, and all else that is gone when the step is over: the peak's share of it
     peak: int
     host: int  # what the method keeps in the host's memory
+    saved: int  # a checkpoint of all ranks
     sent: Mapping[str, float]  # by kind of collective, in a step
     later: Mapping[str, float]  # what comes when tasks have ended
     cost: Cost | None
@@ -113,6 +114,7 @@ def rehearse(job: Job, settings: dict[str, Any], micro_batches: Sequence[Batch],
             passing=max(0, peak - sum(sizes) - gradients - aside),
             peak=peak - aside,
             host=aside,
+            saved=_saved(engine, method),
             sent={kind: size + further * (more[kind] - size) for kind, size in once.items()},
             later=later,
             cost=cost_of(engine.module),
@@ -193,6 +195,15 @@ def _any_number(kind: torch.dtype) -> bool | float | int:
     if kind.is_floating_point:
         return 0.0
     return 0 if kind.itemsize == 1 else 1
+
+
+def _saved(engine: Engine, method: Method) -> int:
+    """Bytes of a checkpoint: of what every rank writes, this one's part counts as everybody's. The features that a
+    router gathers while a task trains are left out: they are small, and how many depends on what they hold."""
+    shared = (values for fragment in engine.shares() for values in fragment.tensors().values())
+    mine = (*shared, *method.owned().values())
+    alone = method.state().values()
+    return dist.world() * sum(t.nbytes for t in mine) + sum(t.nbytes for t in alone)
 
 
 def _storages(tensors: Iterable[torch.Tensor | None]) -> set[torch.UntypedStorage]:

@@ -101,6 +101,13 @@ def spawned() -> bool:
     return PARENT in os.environ
 
 
+def outside() -> dict[str, str]:
+    """The environment for a program that this one starts, is no rank, and ends with it."""
+    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", PARENT, CHANNEL, STATUS_TO)
+    kept = {name: value for name, value in os.environ.items() if name not in ours and not name.startswith("SLURM_")}
+    return {**kept, ENDS_WITH: str(os.getpid())}
+
+
 def die_with_parent() -> None:
     """Be killed when the program that started this one is, instead of training on unseen (Linux)."""
     parent = os.environ.get(PARENT if spawned() else ENDS_WITH)

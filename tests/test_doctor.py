@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from dscl import dist, doctor, train
-from dscl.doctor import divided, measured
+from dscl.doctor import divided, enough, measured
 from dscl.errors import UserError
 from dscl.recipe import resolve
 from tests.distributed.test_run import recipe_of, write_tasks
@@ -40,6 +40,16 @@ def test_a_place_with_far_less_than_the_others_is_odd() -> None:
     assert measured("speed", [("a", 10.0), ("b", 1.0)], "{:.1f}".format, 3).fine  # of two, neither is the odd one
 
 
+def test_a_place_with_less_than_is_foreseen_is_named() -> None:
+    gib = float(1 << 30)
+    free = [("a", 9 * gib), ("b", 3 * gib)]
+    fine = enough("memory", free, {"a": 3 * gib, "b": 3 * gib})
+    assert (fine.fine, fine.said) == (True, "3.0 GiB foreseen, 3.0 GiB free")
+    short = enough("memory", free, {"a": 9 * gib, "b": 4 * gib})
+    assert not short.fine
+    assert short.said == "b has 3.0 GiB free and needs 4.0 GiB; dscl plan says what would fit"
+
+
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("doctor")
@@ -47,7 +57,9 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def looked(document: dict[str, Any], places: list[str], trouble: str, fully: bool) -> tuple[list[str], str]:
+def looked(
+    document: dict[str, Any], places: list[str], trouble: str, fully: bool, strict: bool = True
+) -> tuple[list[str], str]:
     """What a rank, standing in a place of its own, is shown and told at the end."""
     before = os.getcwd(), time.time, socket.gethostname
     os.chdir(places[dist.rank()])
@@ -69,6 +81,10 @@ def looked(document: dict[str, Any], places: list[str], trouble: str, fully: boo
                 "data": {"cache_dir": "elsewhere"},
                 "observe": {**document["observe"], "live": "on"},
             }
+    room = doctor._free_host, doctor._free_disk
+    if trouble == "full":
+        doctor._free_host = lambda: 1e6 if dist.rank() else 1e12
+        doctor._free_disk = lambda folder: 1e4
     shown: list[str] = []
     told = ""
     sources, sight = doctor._sources, doctor.SEEN_WITHIN
@@ -78,7 +94,7 @@ def looked(document: dict[str, Any], places: list[str], trouble: str, fully: boo
             doctor._sources = lambda: "changed"
         job = train.open_job(resolve(document))
         if fully:
-            doctor.examine(job, shown.append)
+            doctor.examine(job, shown.append, strict)
         else:
             doctor.agree(job)
     except UserError as error:
@@ -87,6 +103,7 @@ def looked(document: dict[str, Any], places: list[str], trouble: str, fully: boo
         os.chdir(before[0])
         time.time, socket.gethostname = before[1:]
         doctor._sources, doctor.SEEN_WITHIN = sources, sight
+        doctor._free_host, doctor._free_disk = room
     return shown, told
 
 
@@ -113,6 +130,8 @@ def test_like_ranks_agree_and_are_fit(ranks: Any, tasks: Path) -> None:
         "free memory",
         "network",
         "matrix products",
+        "memory of hosts",
+        "disk for checkpoints",
     ):
         assert f"ok   {what}: " in text
     assert not (tasks / "runs" / "fit").exists()  # it leaves nothing behind
@@ -161,6 +180,23 @@ def test_wrong_clocks_and_folders_that_are_not_shared_are_named(ranks: Any, task
     assert "node1 is 30." in bad[0]
     assert "node1 does not see what node0 wrote; it has to be a file system that all share" in bad[1]
     assert told == "not fit for a run: clocks, run_dir (see above); mend that, or leave these hosts out"
+
+
+def test_too_little_room_for_what_is_foreseen_is_told(ranks: Any, tasks: Path) -> None:
+    """A doctor calls it unfit; a run that may yet find room is only told, and not again once it has saved."""
+    document = relative(tasks, "full")
+    for strict in (True, False):
+        (shown, told), _ = ranks(2)(looked, document, [str(tasks)] * 2, "full", True, strict)
+        bad = [line for line in shown if line.startswith("BAD")]
+        assert bad[0].startswith("BAD  memory of hosts: node1 has 1.0 MiB free and needs ")
+        assert bad[1].startswith("BAD  disk for checkpoints: run_dir has 0.0 MiB free and needs ")
+        assert len(bad) == 2
+        assert told.startswith("not fit for a run: memory of hosts, disk for checkpoints" if strict else "")
+        assert bool(told) == strict
+    (tasks / "runs" / "full" / "checkpoints" / "step-00000003").mkdir(parents=True)
+    (shown, told), _ = ranks(2)(looked, document, [str(tasks)] * 2, "full", True, False)
+    assert told == ""
+    assert not any(line.startswith("BAD") for line in shown)
 
 
 def test_training_refuses_what_does_not_agree(ranks: Any, tasks: Path) -> None:

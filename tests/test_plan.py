@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def rehearsed(peak: float, optimizer: int = 0, weights: int = 0) -> Rehearsed:
-    return Rehearsed(weights, optimizer, 0, 0, 0, int(peak), 0, {}, {}, None, 1, 1, None)
+    return Rehearsed(weights, optimizer, 0, 0, 0, int(peak), 0, 0, {}, {}, None, 1, 1, None)
 
 
 def fits(stage: Stage, found: dict[int, Rehearsed], memory: float, most: int) -> int | None:
@@ -123,3 +123,13 @@ def test_a_plan_names_stages_what_fits_and_how_sure_it_is(recipe: Path) -> None:
     for said in ("all_to_all", "owners: the busiest", "s a step", "lowest stage", "how sure", "when all are protected"):
         assert said in done.stdout, said
     assert not (recipe.parent / "run").exists()
+
+
+def test_a_plan_for_programs_is_one_object(recipe: Path) -> None:
+    done = dscl(recipe, "--alone", "--json", "--gpus-per-node", "2", "train.precision=fp16")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    stage = found["stages"][found["recipe"]]
+    assert (found["ranks"], found["recipe"], len(found["stages"])) == (2, "zero1.json", 1)
+    assert found["disk"] == 3 * stage["saved"]
+    assert stage["device"] == stage["peak"]

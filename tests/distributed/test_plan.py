@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from dscl import clock, dist
+from dscl.checkpoint import CheckpointConfig, Checkpoints
 from dscl.job import open_job
 from dscl.observe import ObserveConfig, Observer
 from dscl.recipe import resolve
@@ -45,6 +46,7 @@ CASES = {
     "lora-3": (3, "fp32", {"name": "sequential", "tune": "lora"}),
     "osft-0": (0, "bf16", {"name": "osft", "basis": ["weights"], "claim": ["updates"]}),
     "osft-1": (1, "fp32", {"name": "osft", "basis": ["weights"], "claim": [], "rest": "free"}),
+    "osft-1-bf16": (1, "bf16", {"name": "osft", "basis": ["weights"], "claim": []}),
     "osft-2": (2, "bf16", {"name": "osft", "basis": ["weights"], "claim": []}),
     "osft-3": (3, "fp32", {"name": "osft", "basis": ["weights"], "reading": "two_sided"}),
     "moses-1": (1, "fp32", {"name": "moses"}),
@@ -90,7 +92,7 @@ def foresee(documents: dict[str, Any]) -> dict[str, Any]:
         with redirect_stdout(StringIO()):
             one = rehearse(job, job.settings, largest(job), 1)
         assert one.peak == one.weights + one.optimizer + one.beside + one.gradients + one.passing, name
-        found[name] = {"peak": one.peak + one.host, "sent": dict(one.sent), "trained": one.trained}
+        found[name] = {"peak": one.peak + one.host, "sent": dict(one.sent), "trained": one.trained, "saved": one.saved}
     return found
 
 
@@ -115,8 +117,11 @@ def measure(document: dict[str, Any]) -> dict[str, Any]:
             sent.append(clock.taken().sent)
             gc.collect()  # what refers to itself goes when Python happens to look
     trained = engine.trainable()
+    job.recipe.folder.mkdir(exist_ok=True)
+    Checkpoints(job.recipe.folder, CheckpointConfig()).save("step-1", {}, engine, job.method)
     engine.close()
-    return {"peak": storages.peak, "sent": sent[2], "trained": trained}
+    saved = sum(path.stat().st_size for path in (job.recipe.folder / "step-1").glob("*.safetensors"))
+    return {"peak": storages.peak, "sent": sent[2], "trained": trained, "saved": saved}
 
 
 @pytest.mark.parametrize("case", list(CASES))
@@ -129,3 +134,4 @@ def test_memory_and_exchange_are_as_foreseen(
     assert planned["peak"] == pytest.approx(real["peak"], rel=0.05), (planned["peak"], real["peak"])
     for kind in clock.KINDS:
         assert planned["sent"][kind] == pytest.approx(real["sent"][kind], rel=0.05, abs=64), kind
+    assert planned["saved"] == pytest.approx(real["saved"], rel=0.05, abs=1 << 15)  # of which a file's own words

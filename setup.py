@@ -28,5 +28,5 @@ setup(
         "pyyaml",
     ],
     extras_require={"test": ["pytest", "pytest-timeout", "ruff", "mypy", "types-PyYAML", "kubeflow-trainer-api"]},
-    entry_points={"console_scripts": ["dscl=dscl.cli:main"]},
+    entry_points={"console_scripts": ["dscl=dscl.cli:program"]},
 )

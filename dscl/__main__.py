@@ -1,5 +1,5 @@
 """`python -m dscl` is the program `dscl`."""
 
-from dscl.cli import main
+from dscl.cli import program
 
-raise SystemExit(main())
+program()

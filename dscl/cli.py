@@ -7,12 +7,14 @@ imports happen inside the verbs, so that help and wrong words answer at once.
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import logging
 import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
@@ -129,6 +131,17 @@ def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     given = [word for word in given if not word.startswith("--local_rank=")]  # DeepSpeed's launcher adds it
     return leave(guarded(lambda: _start(given)))
+
+
+def program() -> NoReturn:
+    """`main` as a process, which ends without taking the interpreter apart: threads that libraries left running can abort
+    that, after everything was done and saved. Whoever asked to be called at the end is."""
+    status = main()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(status)
 
 
 def guarded(work: Callable[[], int]) -> int:

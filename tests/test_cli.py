@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -307,3 +308,24 @@ def test_a_comparison_is_rehearsed(project: Path, capsys: pytest.CaptureFixture[
     shown = capsys.readouterr().out.splitlines()
     assert shown == ["osft: dev, rate 0.001", "osft: dev, rate 0.01", "osft: seed 0, rate 0.001"]
     assert not (project / "out").exists()
+
+
+def test_what_aborts_at_the_interpreters_end_changes_no_status() -> None:
+    """As threads of libraries may; what was to be done at the end is done, and what was printed comes out."""
+    code = (
+        "import atexit, builtins, os, sys\n"
+        "class Aborts:\n"
+        "    def __del__(self, abort=os.abort): abort()\n"
+        "builtins.kept = Aborts()\n"
+        "atexit.register(lambda: print('at the end'))\n"
+        "sys.argv = ['dscl', 'trian']\n"
+        "from dscl.cli import {how}\n"
+        "sys.exit({how}())\n"
+    )
+    for how, status in (("main", -signal.SIGABRT), ("program", 2)):  # the first shows that it would abort
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(how=how)], cwd=REPOSITORY, capture_output=True, text=True
+        )
+        assert done.returncode == status, done.stderr
+        assert done.stdout == "at the end\n"
+        assert "trian: no such verb (did you mean 'train'?)" in done.stderr

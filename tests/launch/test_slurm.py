@@ -72,12 +72,17 @@ def steps(folder: Path, name: str) -> int:
     return len(lines.read_text().splitlines()) if lines.exists() else 0
 
 
-def test_a_job_trains_and_a_preempted_one_goes_on(slurm: Slurm, tasks: Path) -> None:
-    calm, told = (recipe_of(tasks, name, 2, train__epochs=8, checkpoint__every=1000) for name in ("calm", "told"))
-    job, log = submitted(slurm, calm, tasks)
+@pytest.fixture(scope="module")
+def calm(slurm: Slurm, tasks: Path) -> Path:
+    """A run that nothing happened to."""
+    job, log = submitted(slurm, recipe_of(tasks, "calm", 2, train__epochs=8, checkpoint__every=1000), tasks)
     until(lambda: slurm.state(job) == "COMPLETED", log)
     assert "OP" in log.read_text()
+    return tasks / "calm"
 
+
+def test_a_preempted_job_goes_on_as_if_nothing_had_been(slurm: Slurm, tasks: Path, calm: Path) -> None:
+    told = recipe_of(tasks, "told", 2, train__epochs=8, checkpoint__every=1000)
     job, log = submitted(slurm, told, tasks)
     until(lambda: steps(tasks, "told") > 6, log)
     slurm.ask("scancel", "--signal=USR1", job)  # what --signal=USR1@300 and a preemption do
@@ -85,7 +90,22 @@ def test_a_job_trains_and_a_preempted_one_goes_on(slurm: Slurm, tasks: Path) -> 
     until(lambda: "Restarts=1" in shown(slurm, job), log)
     until(lambda: slurm.state(job) == "COMPLETED", log)
     assert "resumed from step-" in log.read_text()
-    assert outcome(tasks / "told") == outcome(tasks / "calm")
+    assert outcome(tasks / "told") == outcome(calm)
+
+
+def test_a_cancelled_job_has_saved_and_can_be_submitted_again(slurm: Slurm, tasks: Path, calm: Path) -> None:
+    """Slurm says SIGTERM to all of it, and some time (KillWait) later SIGKILL."""
+    gone = recipe_of(tasks, "gone", 2, train__epochs=8, checkpoint__every=1000)
+    job, log = submitted(slurm, gone, tasks)
+    until(lambda: steps(tasks, "gone") > 6, log)
+    slurm.ask("scancel", job)
+    until(lambda: slurm.state(job) == "CANCELLED", log)
+    assert "with everything saved" in log.read_text() or "everything was saved" in log.read_text()
+    assert "starting again" not in log.read_text()
+    job, log = submitted(slurm, gone, tasks)
+    until(lambda: slurm.state(job) == "COMPLETED", log)
+    assert "resumed from step-" in log.read_text()
+    assert outcome(tasks / "gone") == outcome(calm)
 
 
 def shown(slurm: Slurm, job: str) -> str:

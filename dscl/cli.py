@@ -134,8 +134,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def program() -> NoReturn:
-    """`main` as a process, which ends without taking the interpreter apart: threads that libraries left running can abort
-    that, after everything was done and saved. Whoever asked to be called at the end is."""
+    """`main` as a process, which ends without taking the interpreter apart: threads that libraries left running can
+    abort that, after everything was done and saved. Whoever asked to be called at the end is."""
     status = main()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

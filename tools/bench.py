@@ -55,9 +55,9 @@ from dscl.evaluate import EvaluateConfig, take  # noqa: E402
 from dscl.hardware import peak  # noqa: E402
 from dscl.job import Job, Lesson, open_job  # noqa: E402
 from dscl.methods import Facts, find_method  # noqa: E402
-from dscl.methods.base import answer_loss  # noqa: E402
 from dscl.model.backbone import Backbone, ModelConfig  # noqa: E402
 from dscl.model.cost import cost_of  # noqa: E402
+from dscl.model.head import answer_loss  # noqa: E402
 from dscl.model.weights import DrawnWeights  # noqa: E402
 from dscl.observe import Observer  # noqa: E402
 from dscl.observe.trace import Tracer  # noqa: E402

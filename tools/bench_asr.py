@@ -30,10 +30,11 @@ from dscl.data.batches import Batch, collate, prompt_batch
 from dscl.engine import Engine
 from dscl.maths.rls import gather
 from dscl.methods.asr import Asr, AsrConfig
-from dscl.methods.base import Facts, Method, Ranks, answer_loss
+from dscl.methods.base import Facts, Method, Ranks
 from dscl.methods.sequential import Sequential, SequentialConfig
 from dscl.model.backbone import Backbone, ModelConfig, locate
 from dscl.model.decode import generate
+from dscl.model.head import answer_loss
 from dscl.model.weights import DrawnWeights, StoredWeights
 from dscl.observe.quiet import quiet
 

@@ -46,10 +46,11 @@ from dscl.data.memory import Kept
 from dscl.engine import Engine
 from dscl.maths.subspace import READINGS, Subspace, count_by_share, hold_flops
 from dscl.methods import osft
-from dscl.methods.base import Facts, Method, Ranks, answer_loss
+from dscl.methods.base import Facts, Method, Ranks
 from dscl.methods.osft import Osft, OsftConfig
 from dscl.methods.sequential import Sequential, SequentialConfig
 from dscl.model.backbone import DTYPES, Backbone, ModelConfig
+from dscl.model.head import answer_loss
 from dscl.model.surgery import LLAMA_PROJECTIONS
 from dscl.model.weights import DrawnWeights
 from dscl.observe.quiet import quiet

@@ -18,10 +18,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from dscl.data.batches import Batch, PromptBatch
 from dscl.data.memory import Kept, Samples
+from dscl.model.head import answer_loss
 from dscl.owners import Constraint
 from dscl.steering import Held, Shown, Steering
 
@@ -176,27 +176,3 @@ class Method(ABC):
     def load_state(self, state: dict[str, torch.Tensor], rows: dict[str, torch.Tensor]) -> None:
         given = sorted({**state, **rows})
         assert not given, f"{type(self).__name__} keeps no state, yet the checkpoint holds {given}"
-
-
-def answer_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Cross-entropy summed over the answers' tokens."""
-    return functional.cross_entropy(answer_logits(model, batch), batch.labels, ignore_index=-100, reduction="sum")
-
-
-def answer_logits(model: Any, batch: Batch) -> torch.Tensor:
-    """For each of `labels`, [targets, vocabulary] in fp32; for no other token are any made."""
-
-    def before_a_target(_: nn.Module, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (given[0].flatten(0, 1).index_select(0, batch.places), *given[1:])
-
-    hook = model.get_output_embeddings().register_forward_pre_hook(before_a_target)
-    try:
-        logits: torch.Tensor = model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            use_cache=False,  # with a cache, packed samples would see each other
-        ).logits
-    finally:
-        hook.remove()
-    return logits.float()

@@ -17,8 +17,9 @@ from dscl import clock
 from dscl.data.batches import Batch, PromptBatch
 from dscl.errors import UserError
 from dscl.maths.rls import packed
-from dscl.methods.base import Facts, Ranks, answer_loss
+from dscl.methods.base import Facts, Ranks
 from dscl.model.adapters import file_name
+from dscl.model.head import answer_loss
 from dscl.model.routing import Routing
 from dscl.router import Router, Spec, load_task, save_task
 

@@ -24,8 +24,9 @@ from torch.nn import functional
 
 from dscl.config import key
 from dscl.data.batches import Batch
-from dscl.methods.base import Ended, Ranks, answer_logits
+from dscl.methods.base import Ended, Ranks
 from dscl.methods.sequential import Sequential, SequentialConfig
+from dscl.model.head import answer_logits
 from dscl.steering import Held
 
 GROUP = 8  # samples whose gradients are summed before they are squared: with more, chance has a greater part in it

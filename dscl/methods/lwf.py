@@ -21,8 +21,9 @@ from torch.nn import functional
 
 from dscl.config import key
 from dscl.data.batches import Batch
-from dscl.methods.base import Facts, Ranks, answer_logits
+from dscl.methods.base import Facts, Ranks
 from dscl.methods.sequential import Sequential, SequentialConfig
+from dscl.model.head import answer_logits
 
 
 @dataclass(frozen=True)

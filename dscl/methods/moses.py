@@ -22,12 +22,13 @@ from dscl.config import key
 from dscl.data.batches import Batch, PromptBatch
 from dscl.errors import UserError
 from dscl.maths.masks import count_of
-from dscl.methods.base import Ended, Facts, Matrix, Method, Ranks, Reader, answer_loss
+from dscl.methods.base import Ended, Facts, Matrix, Method, Ranks, Reader
 from dscl.methods.deciding import Deciding, feature_layer_of, spec_of, width_of
 from dscl.methods.osft import Osft, OsftConfig
 from dscl.model.adapters import file_name
 from dscl.model.claims import Claims, read_claims, write_claims
 from dscl.model.experts import Shape, add_experts, first_values
+from dscl.model.head import answer_loss
 from dscl.model.routing import Routing, empty_like, pool_at, targets_above
 from dscl.owners import Constraint
 from dscl.router import Router

@@ -22,8 +22,9 @@ from torch import nn
 
 from dscl.config import key
 from dscl.data.batches import Batch, PromptBatch
-from dscl.methods.base import Facts, answer_loss
+from dscl.methods.base import Facts
 from dscl.methods.lora_per_task import LoraPerTask
+from dscl.model.head import answer_loss
 from dscl.model.routed import add_stacked
 from dscl.model.surgery import LoraConfig
 

@@ -33,8 +33,9 @@ from dscl.maths.subspace import (
     room_of,
     shares_by_importance,
 )
-from dscl.methods.base import Ended, Facts, Look, Method, Ranks, answer_loss
+from dscl.methods.base import Ended, Facts, Look, Method, Ranks
 from dscl.model.decode import Drawn, sample_texts
+from dscl.model.head import answer_loss
 from dscl.model.moments import Changes, Moments
 from dscl.model.routing import layer_of, targets_above
 from dscl.model.surgery import LLAMA_PROJECTIONS

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from dscl.methods import METHODS
+from dscl.model import head
 from tests.distributed.test_asr import NAMES, recipe, scores, tasks
 from tests.distributed.test_run import metrics, run
 
@@ -54,6 +55,31 @@ def test_a_method_at_every_stage(ranks: Any, tasks: Path, method: str) -> None:
         EQUAL[method, stage] = losses == pytest.approx(expected, rel=5e-4)
     wrong = [stage for (name, stage), equal in EQUAL.items() if name == method and not equal]
     assert not wrong
+
+
+def run_in_parts(document: dict[str, Any]) -> None:
+    """With logits that are made a few rows at a time."""
+    before = head.AT_ONCE
+    head.AT_ONCE = 1024
+    try:
+        run(document)
+    finally:
+        head.AT_ONCE = before
+
+
+@pytest.mark.parametrize("method", ["sequential", "lora_per_task"])
+def test_logits_in_parts_change_nothing_at_any_stage(ranks: Any, tasks: Path, method: str) -> None:
+    """Where the head trains, and where it is frozen."""
+    alone = document(tasks, method, "zero0", 1)
+    alone["run_dir"] += " whole"
+    ranks(1)(run, alone)
+    expected = [record["loss"] for record in metrics(Path(alone["run_dir"]))]
+    for settings in STAGES.values():
+        shared = document(tasks, method, settings, 2)
+        shared["run_dir"] += " in parts"
+        ranks(2)(run_in_parts, shared)
+        losses = [record["loss"] for record in metrics(Path(shared["run_dir"]))]
+        assert losses == pytest.approx(expected, rel=5e-4), settings
 
 
 def test_the_readme_shows_it() -> None:

@@ -1,11 +1,12 @@
 """How fast the trainer is, as ratios within one run, against the barest loop and against what others would use.
 
-    python tools/bench.py [--section overhead trainer evaluation start methods gpu] [--rounds N] [--out FILE.md]
+    python tools/bench.py [--section overhead trainer head evaluation start methods gpu] [--rounds N] [--out FILE.md]
 
 overhead    a training step, with all that is watched and written down, over one of a DeepSpeed engine driven by hand on
             the same batches, which are ready; and over the same step unwatched
 trainer     useful tokens a second over those of Hugging Face's `Trainer`, with the same DeepSpeed configuration,
             samples and micro-batches: full fine-tuning, LoRA, and LoRA on short samples, which we pack into rows
+head        logits and loss of very many targets, made in parts, over the whole: time, and memory at the peak
 evaluation  labels ranked prompt by prompt and label by label, over batches that pass each prompt once
 start       seconds from the command to the first step, and what they go into
 methods     the bars of the methods' own benchmarks, each of which runs here: OSFT, sub-experts, routing, router
@@ -43,6 +44,7 @@ quiet()  # before the libraries are imported
 
 import deepspeed  # noqa: E402
 import torch  # noqa: E402
+from torch.nn import functional  # noqa: E402
 from transformers import LlamaConfig, Trainer, TrainerCallback, TrainingArguments  # noqa: E402
 
 from dscl import clock, dist  # noqa: E402
@@ -57,11 +59,12 @@ from dscl.job import Job, Lesson, open_job  # noqa: E402
 from dscl.methods import Facts, find_method  # noqa: E402
 from dscl.model.backbone import Backbone, ModelConfig  # noqa: E402
 from dscl.model.cost import cost_of  # noqa: E402
-from dscl.model.head import answer_loss  # noqa: E402
+from dscl.model.head import AT_ONCE, PartByPart, answer_loss  # noqa: E402
 from dscl.model.weights import DrawnWeights  # noqa: E402
 from dscl.observe import Observer  # noqa: E402
 from dscl.observe.trace import Tracer  # noqa: E402
 from dscl.recipe import Recipe, resolve  # noqa: E402
+from dscl.rehearsal import Storages  # noqa: E402
 from dscl.train import Position, learn  # noqa: E402
 
 TOOLS = Path(__file__).resolve().parent
@@ -109,12 +112,13 @@ def main() -> None:
     sections: dict[str, Callable[[argparse.Namespace], Iterator[Found]]] = {
         "overhead": overhead,
         "trainer": trainer,
+        "head": head,
         "evaluation": evaluation,
         "start": start,
         "methods": methods,
         "gpu": gpu,
     }
-    parser.add_argument("--section", choices=list(sections), nargs="+", default=list(sections)[:4])
+    parser.add_argument("--section", choices=list(sections), nargs="+", default=list(sections)[:5])
     parser.add_argument("--rounds", type=int, default=7, help="turns of each side")
     parser.add_argument("--hidden", type=int, default=256, help="width of the model")
     parser.add_argument("--layers", type=int, default=6, help="layers of the model")
@@ -474,6 +478,39 @@ def settings_of(job: Job) -> dict[str, Any]:
     settings = {**copy.deepcopy(deepspeed_config(job)), **dict.fromkeys(own, "auto")}
     del settings["steps_per_print"]
     return settings
+
+
+def head(options: argparse.Namespace) -> Iterator[Found]:
+    here = dist.device()
+    width, vocabulary, kind = (4096, 128256, torch.bfloat16) if here.type == "cuda" else (512, 32000, torch.float32)
+    targets, rows = 4096, AT_ONCE // vocabulary
+    hidden = torch.randn(targets, width, device=here, dtype=kind, requires_grad=True)
+    weight = torch.randn(vocabulary, width, device=here, dtype=kind).mul_(0.02).requires_grad_()
+    labels = torch.randint(0, vocabulary, (targets,), device=here)
+
+    def whole() -> None:
+        logits = functional.linear(hidden, weight).float()
+        functional.cross_entropy(logits, labels, reduction="sum").backward()
+
+    def parts() -> None:
+        PartByPart.apply(hidden, weight, None, labels, rows, True).backward()
+
+    def peak_of(work: Callable[[], None]) -> int:
+        hidden.grad = weight.grad = None
+        with Storages() as storages:
+            work()
+        return storages.peak
+
+    peaks = [peak_of(work) for work in (parts, whole)]
+    pairs = [(seconds(parts), seconds(whole)) for _ in range(options.rounds)]
+    yield Found(
+        f"head: {targets} targets of {vocabulary:,} words in parts of {rows}, over all at once: time",
+        ratio(*zip(*pairs, strict=True)), "≤ 1.0", f"width {width}",
+    )  # fmt: skip
+    yield Found(
+        "the same: memory that its tensors take at the peak", f"{peaks[0] / peaks[1]:.3f}", "",
+        f"{peaks[0] / 2**30:.2f} GiB instead of {peaks[1] / 2**30:.2f}",
+    )  # fmt: skip
 
 
 def evaluation(options: argparse.Namespace) -> Iterator[Found]:

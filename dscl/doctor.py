@@ -328,9 +328,22 @@ def _free_gpu() -> float:
     return float(torch.cuda.mem_get_info()[0]) if dist.device().type == "cuda" else 0.0
 
 
-def _free_host() -> float:
-    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
-    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), math.inf)
+def _free_host(root: Path = Path("/")) -> float:
+    """Of the machine; or of what a container or a Slurm job may have of it, which no job outgrows and lives."""
+    meminfo = root / "proc/meminfo"
+    lines = meminfo.read_text().splitlines() if meminfo.exists() else []
+    free = next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), math.inf)
+    with suppress(OSError, ValueError, StopIteration):
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+        own = Path(next(line for line in groups if line.startswith("0::")).removeprefix("0::/"))
+        for group in (own, *own.parents):  # each has to keep to the limit of those above it
+            place = root / "sys/fs/cgroup" / group
+            limit = (place / "memory.max").read_text().strip() if (place / "memory.max").exists() else "max"
+            if limit != "max":
+                stat = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
+                used = int((place / "memory.current").read_text()) - int(stat.get("inactive_file", 0))
+                free = min(free, max(0.0, float(limit) - used))
+    return free
 
 
 def _free_disk(folder: Path) -> float:

@@ -50,6 +50,22 @@ def test_a_place_with_less_than_is_foreseen_is_named() -> None:
     assert short.said == "b has 3.0 GiB free and needs 4.0 GiB; dscl plan says what would fit"
 
 
+def test_free_memory_is_what_the_job_may_have(tmp_path: Path) -> None:
+    """Of the machine 8 GiB are free; the job, within a group of 3 GiB, has used 1.5, of which files can be dropped."""
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "meminfo").write_text("MemTotal: 99999999 kB\nMemAvailable: 8388608 kB\n")
+    assert doctor._free_host(tmp_path) == 8 * 2**30
+    (tmp_path / "proc" / "self" / "cgroup").write_text("0::/slurm/job/step\n")
+    assert doctor._free_host(tmp_path) == 8 * 2**30
+    job = tmp_path / "sys" / "fs" / "cgroup" / "slurm" / "job"
+    (job / "step").mkdir(parents=True)
+    (job / "step" / "memory.max").write_text("max\n")
+    (job / "memory.max").write_text(f"{3 * 2**30}\n")
+    (job / "memory.current").write_text(f"{3 * 2**29}\n")
+    (job / "memory.stat").write_text(f"anon {2**30}\ninactive_file {2**29}\n")
+    assert doctor._free_host(tmp_path) == 2 * 2**30
+
+
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("doctor")

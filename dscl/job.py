@@ -134,6 +134,10 @@ class Job:
 
     def engine(self) -> Engine:
         train = self.recipe.train
+        if train.precision == "bf16" and dist.device().type == "cpu" and not _has_bf16(torch.cpu.get_capabilities()):
+            log.warning(
+                "train.precision: this CPU emulates bf16, many times slower than fp32; set train.precision=fp32 here"
+            )
         return Engine(
             self.settings,
             build=self.backbone.build,
@@ -154,10 +158,6 @@ def open_job(recipe: Recipe, longest: int | None = None) -> Job:
     `longest`: the tokens that prompts leave free for answers, where they are not evaluate.max_new_tokens.
     """
     settings = read_settings(recipe.deepspeed_path())
-    if recipe.train.precision == "bf16" and dist.device().type == "cpu" and not _has_bf16(torch.cpu.get_capabilities()):
-        log.warning(
-            "train.precision: this CPU emulates bf16, many times slower than fp32; set train.precision=fp32 here"
-        )
     if recipe.train.packing and recipe.train.micro_batch > 1 and recipe.model.attention == "flash_attention_2":
         raise UserError(
             f"train.micro_batch: given {recipe.train.micro_batch}; with train.packing and model.attention="

@@ -99,7 +99,9 @@ class Plan:
             | {"device": stage.device, "host": stage.host, "fits": stage.fits}
             for stage in self.stages
         }
-        return {"ranks": self.cluster.ranks, "recipe": self.own, "disk": self.disk, "around": AROUND, "stages": stages}
+        mine = self.mine.found
+        of_all = {"ranks": self.cluster.ranks, "parameters": mine.parameters, "trained": mine.trained}
+        return {**of_all, "recipe": self.own, "disk": self.disk, "around": AROUND, "stages": stages}
 
 
 def plan(recipe: Recipe, cluster: Cluster, say: Callable[[str], None], alone: bool = False) -> Plan:

@@ -1,0 +1,18 @@
+"""The table of how costs grow, in small: what is counted is what the formulas say."""
+
+from __future__ import annotations
+
+import pytest
+
+from tools import growth
+
+
+def test_what_is_counted_grows_as_the_formulas_say(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = "--ranks 2 4 --widths 64 128 --prompts 64 --hidden 512 --layers 2"
+    growth.main(sizes.split(" "))
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert {row[0].split(":")[0] for row in rows} >= {"weights, bytes", "OSFT", "ASR", "router", "operations of a step"}
+    for what, formula, at, found, foretold, ratio in rows:
+        assert float(found) > 0, (what, formula, at, foretold)
+        if not what.startswith("router"):  # which is timed
+            assert float(ratio) == pytest.approx(1.0, abs=0.08), (what, at, found, foretold)

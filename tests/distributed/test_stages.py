@@ -58,13 +58,21 @@ def test_a_method_at_every_stage(ranks: Any, tasks: Path, method: str) -> None:
 
 
 def run_in_parts(document: dict[str, Any]) -> None:
-    """With logits that are made a few rows at a time."""
-    before = head.AT_ONCE
-    head.AT_ONCE = 1024
+    """With logits that are made a few rows at a time, in every step."""
+    before, original, served = head.AT_ONCE, head._in_parts, []
+
+    def in_parts(*given: Any) -> Any:
+        found = original(*given)
+        served.append(found is not None)
+        return found
+
+    head.AT_ONCE, head._in_parts = 1024, in_parts
     try:
         run(document)
     finally:
-        head.AT_ONCE = before
+        head.AT_ONCE, head._in_parts = before, original
+    assert served
+    assert all(served)
 
 
 @pytest.mark.parametrize("method", ["sequential", "lora_per_task"])

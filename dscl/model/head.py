@@ -17,17 +17,18 @@ from torch.nn import functional
 from dscl.data.batches import Batch
 
 AT_ONCE = 1 << 26  # logits; more are made in parts
+# Models whose logits are what the head gives; others scale or bound them afterwards.
+PLAIN = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def answer_loss(model: Any, batch: Batch) -> torch.Tensor:
     """Cross-entropy summed over the answers' tokens, in fp32."""
-    head = model.get_output_embeddings()
+    head, owner = model.get_output_embeddings(), model.get_output_embeddings.__self__  # within whatever is around it
     # An adapter's head is more than one product; and fp16 needs its loss scale before gradients are rounded.
-    if type(head) is nn.Linear and head.weight.dtype != torch.float16:
+    if type(head) is nn.Linear and owner.config.model_type in PLAIN and head.weight.dtype != torch.float16:
         rows = max(1, AT_ONCE // head.out_features)
-        loss = _in_parts(model, head, batch, rows) if batch.places.numel() > rows else None
-        if loss is not None:
-            return loss
+        if batch.places.numel() > rows:
+            return _in_parts(model, head, batch, rows)
     return functional.cross_entropy(answer_logits(model, batch), batch.labels, ignore_index=-100, reduction="sum")
 
 
@@ -37,9 +38,8 @@ def answer_logits(model: Any, batch: Batch) -> torch.Tensor:
         return _through(model, batch).float()
 
 
-def _in_parts(model: Any, head: nn.Linear, batch: Batch, rows: int) -> torch.Tensor | None:
-    """The loss takes the place of the head's output; None if the model changes that output afterwards."""
-    made: list[torch.Tensor] = []
+def _in_parts(model: Any, head: nn.Linear, batch: Batch, rows: int) -> torch.Tensor:
+    """The loss takes the place of the head's output."""
     backward = torch.is_grad_enabled()
 
     def loss(hidden: torch.Tensor) -> torch.Tensor:
@@ -47,12 +47,7 @@ def _in_parts(model: Any, head: nn.Linear, batch: Batch, rows: int) -> torch.Ten
         return found
 
     with _only_targets(head, batch), _instead(head, loss):
-        seen = head.register_forward_hook(lambda _module, _given, found: made.append(found))
-        try:
-            given_back = _through(model, batch)
-        finally:
-            seen.remove()
-    return given_back if given_back is made[0] else None
+        return _through(model, batch)
 
 
 class PartByPart(torch.autograd.Function):

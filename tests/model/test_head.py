@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from dscl.data.batches import collate
 from dscl.model import head
@@ -133,16 +133,25 @@ def test_parts_in_bf16_are_about_as_exact_as_the_whole(monkeypatch: pytest.Monke
     assert parts[2] < 3 * whole[2]  # added up over eight parts, each of which is rounded
 
 
-def test_a_model_that_changes_its_heads_output_gets_the_whole_loss(small_parts: None) -> None:
-    """As some do, by a scale or a bound: then the loss cannot stand in the output's place."""
-    batch, module = collate([[0, 1], [2, 3]], SAMPLES, 0, True), model(False)
-    forward = module.forward
-
-    def scaled(**given: Any) -> Any:
-        found = forward(**given)
-        found.logits = found.logits / 2
-        return found
-
-    module.forward = scaled
+@pytest.mark.parametrize("kind", head.PLAIN)
+def test_the_logits_of_these_models_are_what_the_head_gives(kind: str, small_parts: None) -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        kind, vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, initializer_range=0.3,
+    )  # fmt: skip
+    module = AutoModelForCausalLM.from_config(config)
+    batch = collate([[0, 1], [2, 3]], SAMPLES, 0, True)
     expected = functional.cross_entropy(answer_logits(module, batch), batch.labels, reduction="sum")
+    torch.testing.assert_close(answer_loss(module, batch), expected)
+    adapted = peft.get_peft_model(module, peft.LoraConfig(target_modules=["q_proj"], r=2))
+    torch.testing.assert_close(answer_loss(adapted, batch), expected)
+
+
+def test_a_model_of_another_kind_gets_the_whole_loss(small_parts: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may scale or bound its logits; then a loss cannot stand in their place."""
+    batch, module = collate([[0, 1], [2, 3]], SAMPLES, 0, True), model(False)
+    expected = functional.cross_entropy(answer_logits(module, batch), batch.labels, reduction="sum")
+    module.config.model_type = "gemma2"
+    monkeypatch.setattr(head, "_in_parts", None)
     torch.testing.assert_close(answer_loss(module, batch), expected)

@@ -186,8 +186,7 @@ def foreseen(job: Job) -> list[Finding]:
         on_device, on_host = 0, stage["device"] + stage["host"]
     hosts = Counter(host for host, _ in by_host(None))
     gpu, memory = (by_host(free) for free in (_free_gpu(), _free_host()))
-    there = sum(path.stat().st_size for path in job.recipe.folder.glob("checkpoints/**/*") if path.is_file())
-    disk = [("run_dir", float(dist.from_main(_free_disk(job.recipe.folder) + there)))]
+    disk = [("run_dir", float(dist.from_main(_for_checkpoints(job.recipe.folder) if dist.is_main() else None)))]
     wanted = [
         ("memory of GPUs", gpu, dict.fromkeys(hosts, on_device)),
         ("memory of hosts", memory, {host: count * on_host for host, count in hosts.items()}),
@@ -350,6 +349,11 @@ def _free_disk(folder: Path) -> float:
     """Where the folder is, or would be."""
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     return float(shutil.disk_usage(there).free)
+
+
+def _for_checkpoints(run: Path) -> float:
+    """What is free, and what those that are there already take."""
+    return _free_disk(run) + sum(path.stat().st_size for path in run.glob("checkpoints/**/*") if path.is_file())
 
 
 def _gib(size: float) -> str:

@@ -134,7 +134,7 @@ class Checkpoints:
         dist.barrier()
         rows = {f"{ROWS}|0|{name}": values for name, values in method.rows().items()}
         files: dict[str, Content] = {
-            f"rank-{dist.rank():05d}.safetensors": {**dict(_named(engine.shares())), **rows},
+            f"rank-{dist.rank():05d}.safetensors": {**dict(_named(engine.shards.shares())), **rows},
         }
         if owned := method.owned():
             files[f"{OWNED}{dist.rank():05d}.safetensors"] = owned
@@ -142,7 +142,7 @@ class Checkpoints:
             state = {
                 "format": FORMAT,
                 "world": dist.world(),
-                "optimizer_steps": engine.optimizer_steps(),
+                "optimizer_steps": engine.shards.steps(),
                 "loss_scale": engine.loss_scale(),
                 "position": position,
             }
@@ -278,7 +278,7 @@ def load(folder: Path, engine: Engine, method: Method) -> dict[str, Any]:
             f"{folder}: written in format {state['format']}, this dscl reads {FORMAT}; use the one that wrote it"
         )
     with ExitStack() as stack:
-        engine.restore(_Stretches(folder, stack).read, state["optimizer_steps"])
+        engine.shards.restore(_Stretches(folder, stack).read, state["optimizer_steps"])
     engine.restore_loss_scale(state["loss_scale"])
     with safe_open(folder / "method.safetensors", framework="pt") as file:
         values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict

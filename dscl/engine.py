@@ -13,9 +13,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
-from dataclasses import replace
 from functools import wraps
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +30,13 @@ from torch import nn
 from torch.utils.cpp_extension import _get_build_directory
 
 from dscl import clock, dist
-from dscl.adamw import MOMENTS, Fragment, HookedAdamW
+from dscl.adamw import Fragment, HookedAdamW
 from dscl.cache import locked
 from dscl.errors import UserError
 from dscl.model.backbone import DTYPES
 from dscl.owners import Constraint, Rounds, Stretch, busiest, deal
 from dscl.settings import refuse_other_steps
+from dscl.shards import Shards, stretch
 from dscl.steering import Shown, Steering
 
 # DeepSpeed's collectives: their kind, and which argument is what they send.
@@ -117,16 +116,14 @@ class Engine:
         self.optimizer = HookedAdamW(trainable, lr=0.0, betas=betas, weight_decay=weight_decay, fused=True)
         with _refusals(), redirect_stdout(io.StringIO()):  # it prints how much memory is in use as it goes
             self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=config)
-        self._make_missing_state()
-        self.reset_optimizer()
-        self._kept: dict[str, dict[str, torch.Tensor]] = {}
+        self.shards = Shards(self.deepspeed, self.optimizer, self.stage)
         self.constraint, self.steering = constraint(), steering()
         self._loose = False  # whether steps were made since the constraint was last made to hold
         if self.constraint is not None or self.steering is not None:
             refuse_other_steps(settings.get("zero_optimization", {}))
         if self.steering is not None:
             self._steer(self.steering)
-        self._held = list(self.fragments())
+        self._held = list(self.shards.fragments())
         if self.constraint is not None:
             self._deal(self.constraint)
         self.optimizer.before, self.optimizer.after = self._before, self._after
@@ -171,7 +168,7 @@ class Engine:
             self.optimizer.skip = False
             if hold and self._loose:  # the step was left out: nothing brought back what those before it had done
                 self._bring_back(list(self._views))
-                self.publish()
+                self.shards.publish()
         return total
 
     def sense(
@@ -216,27 +213,13 @@ class Engine:
     @torch.no_grad()
     def start_over(self, read: Callable[[str, torch.Size, int, int], torch.Tensor | None] | None) -> None:
         """A new task: a fresh optimizer; the trainable tensors become what `read` gives, or else stay as they are."""
-        self.reset_optimizer()
+        self.shards.reset_moments()
         if read is not None:
-            for fragment in self.fragments():
+            for fragment in self.shards.fragments():
                 values = read(fragment.name, fragment.shape, fragment.start, fragment.stop)
                 if values is not None:
                     fragment.master.copy_(values)
-            self.publish()
-
-    @torch.no_grad()
-    def whole(self, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
-        """The trainable tensors' masters (all, or these), complete, on every rank. For methods that train little."""
-        wanted = None if names is None else set(names)
-        shapes = {n: _shape(p) for n, p in self._parameters() if p.requires_grad and (wanted is None or n in wanted)}
-        tensors = {name: torch.zeros(math.prod(shape), device=self.device) for name, shape in shapes.items()}
-        for share in self.shares():
-            if share.name not in tensors:
-                continue
-            tensors[share.name][share.start : share.stop] = share.master
-        for tensor in tensors.values():  # summed as whole numbers, so that not even the sign of a zero is lost
-            dist.sum_(tensor.view(torch.int32))
-        return {name: tensor.view(shapes[name]) for name, tensor in tensors.items()}
+            self.shards.publish()
 
     @torch.no_grad()
     def visit(
@@ -269,108 +252,6 @@ class Engine:
             for parameter in trained:
                 parameter.requires_grad_(True)
 
-    def reset_optimizer(self) -> None:
-        """A fresh start of the same optimizer: moments and step counters zero, as if just built."""
-        for state in self.optimizer.state.values():
-            for value in state.values():
-                if torch.is_tensor(value):
-                    value.zero_()
-
-    def optimizer_steps(self) -> int:
-        """How many steps the moments have seen (Adam's bias correction depends on it)."""
-        return max((int(state["step"]) for state in self.optimizer.state.values() if "step" in state), default=0)
-
-    def fragments(self) -> Iterator[Fragment]:
-        """This rank's stretches of all trainable tensors, at any stage. Views: writing into them is training them."""
-        masters = self._whole_masters() if self.stage == 0 else {}
-        for name, parameter in self._parameters():
-            if not parameter.requires_grad:
-                continue
-            if self.stage == 0:
-                master = masters[parameter]
-                state = self.optimizer.state[master]
-                moments = {kind: state[kind].view(-1) for kind in MOMENTS}
-                yield Fragment(name, parameter.shape, 0, master.detach().view(-1), moments, master, self._beside(name))
-            elif self.stage == 3:
-                whole = parameter.ds_numel
-                chunk = parameter.ds_tensor.numel()
-                start = min(chunk * dist.rank(), whole)
-                held = min(chunk, whole - start)
-                if held:
-                    read = parameter._z3_optimizer._get_fp32_opt_state_partition
-                    views = [read(parameter, True, kind)[0][:held] for kind in (None, *MOMENTS)]
-                    moments = dict(zip(MOMENTS, views[1:], strict=True))
-                    holder = self.deepspeed.optimizer.fp32_partitioned_groups_flat[self._sub_group(parameter)]
-                    master = views[0].detach()
-                    yield Fragment(name, parameter.ds_shape, start, master, moments, holder, self._beside(name))
-            elif parameter._hp_mapping is not None:
-                mapping = parameter._hp_mapping
-                flat = self.optimizer.param_groups[mapping.param_group_index]["params"][0]
-                place = mapping.hp_fragment_address
-                views = [self.optimizer.state[flat][kind].narrow(0, place.start, place.numel) for kind in MOMENTS]
-                start = mapping.lp_fragment_address.start
-                moments = dict(zip(MOMENTS, views, strict=True))
-                master = mapping.hp_fragment.detach()
-                yield Fragment(name, parameter.shape, start, master, moments, flat, self._beside(name))
-
-    def shares(self) -> Iterator[Fragment]:
-        """Fragments that together cover every tensor once: where all ranks hold all of it, each gives a part."""
-        for fragment in self.fragments():
-            if self.stage != 0:
-                yield fragment
-                continue
-            whole = fragment.master.numel()
-            start, stop = (whole * r // dist.world() for r in (dist.rank(), dist.rank() + 1))
-            if start < stop:
-                moments = {kind: value[start:stop] for kind, value in fragment.moments.items()}
-                kept = {kind: value[start:stop] for kind, value in fragment.kept.items()}
-                yield replace(fragment, start=start, master=fragment.master[start:stop], moments=moments, kept=kept)
-
-    @torch.no_grad()
-    def restore(self, read: Callable[[str, str, int, int], torch.Tensor], optimizer_steps: int) -> None:
-        """Write back all that fragments hold; `read(name, kind, start, stop)` gives it."""
-        for fragment in self.fragments():
-            for kind, values in fragment.tensors().items():
-                values.copy_(read(fragment.name, kind, fragment.start, fragment.stop))
-        for state in self.optimizer.state.values():
-            if "step" in state:
-                state["step"] = (
-                    torch.full_like(state["step"], optimizer_steps)
-                    if torch.is_tensor(state["step"])
-                    else optimizer_steps
-                )
-        self.publish()
-
-    @torch.no_grad()
-    def publish(self) -> None:
-        """Bring the model's own copy of the weights up to the masters, on every rank."""
-        if self.stage == 0:
-            for parameter, master in self._whole_masters().items():
-                parameter.data.copy_(master)
-        elif self.stage == 3:
-            parameters = dict(self._parameters())
-            for fragment in self.fragments():
-                parameters[fragment.name].ds_tensor[: fragment.master.numel()].copy_(fragment.master)
-            whole = self.deepspeed.optimizer.persistent_parameters  # small ones, which every rank keeps in full
-            if whole:
-                whole[0].partition(whole)
-                whole[0].all_gather(whole)
-        else:
-            self.deepspeed.optimizer.update_lp_params()
-
-    def trainable(self) -> int:
-        """How many numbers train."""
-        return sum(math.prod(_shape(p)) for _, p in self._parameters() if p.requires_grad)
-
-    def fingerprints(self) -> dict[str, int]:
-        """For every trainable tensor a whole number that changes when any of its bits does (but for rare chance)."""
-        names = [name for name, p in self.module.named_parameters() if p.requires_grad]
-        sums = dict.fromkeys(names, 0)
-        for fragment in self.shares():
-            sums[fragment.name] = int(fragment.master.view(torch.int32).sum(dtype=torch.int64))
-        values = dist.sum_(torch.tensor([sums[name] for name in names], dtype=torch.int64))
-        return dict(zip(names, values.tolist(), strict=True))
-
     @property
     def scales_loss(self) -> bool:
         """Whether it is fp16, whose loss scaling tries scales out and leaves out the steps in which one overflows."""
@@ -388,27 +269,10 @@ class Engine:
             setattr(self._loss_scaler(), name, value)
 
     def imagine_others(self) -> None:
-        """For a rehearsal, where no other rank says what it holds of constrained matrices: at stages 1 and 2 that
-        follows from where a tensor stands in its flat group; at the others all ranks hold as much as this one."""
-        if self.constraint is None or self.stage not in (1, 2):
-            return
-        wrapper, ranks = self.deepspeed.optimizer, range(dist.world())
-        names = {id(parameter): name for name, parameter in self._parameters()}
-        held: list[dict[str, Stretch]] = [{} for _ in ranks]
-        if hasattr(wrapper, "bf16_groups"):  # DeepSpeed's other wrapper of stage 1, for bf16: one after the other
-            placed = [list(accumulate((p.numel() for p in group[:-1]), initial=0)) for group in wrapper.bf16_groups]
-            groups = wrapper.bf16_groups, placed, wrapper.bf16_groups_flat
-        else:
-            groups = wrapper.round_robin_bit16_groups, wrapper.round_robin_bit16_offsets, wrapper.bit16_groups_flat
-        for group, places, flat in zip(*groups, strict=True):
-            share = flat.numel() // dist.world()
-            for parameter, place in zip(group, places, strict=True):
-                size, name = parameter.numel(), names[id(parameter)]
-                for rank in ranks if name in self._constrained else ():
-                    start, stop = (min(max(rank * share + by - place, 0), size) for by in (0, share))
-                    if start < stop:
-                        held[rank][name] = Stretch(start, stop)
-        self._rounds.held = held
+        """For a rehearsal, where no other rank says what it holds of constrained matrices."""
+        held = None if self.constraint is None else self.shards.of_others(self._constrained)
+        if held is not None:
+            self._rounds.held = held
 
     def busiest(self) -> float | None:
         """Of the ranks that own constrained matrices: the work of the one that has most, over the mean."""
@@ -419,31 +283,26 @@ class Engine:
 
     def _deal(self, constraint: Constraint) -> None:
         """Give every constrained matrix an owner, and have each optimizer step make the constraint hold."""
-        parameters = {name: p for name, p in self._parameters() if p.requires_grad}
+        parameters, shapes = dict(self.shards.named()), self.shards.shapes()
         costs = constraint.costs()
         owners = deal(costs, dist.world())
         fragments = {f.name: f for f in self._held if f.name in costs}
         held = {name: Stretch(f.start, f.stop) for name, f in fragments.items()}
         self._views = {name: fragments[name].master if name in fragments else torch.empty(0) for name in costs}
-        self._rounds = Rounds(owners, {name: _shape(parameters[name]) for name in costs}, held, self.device)
+        self._rounds = Rounds(owners, {name: shapes[name] for name in costs}, held, self.device)
         constraint.own([name for name, owner in owners.items() if owner == dist.rank()], self.device)
-        self._constrained = {name: self._sub_group(parameters[name]) for name in costs}
+        self._constrained = {name: self.shards.sub_group(parameters[name]) for name in costs}
 
     def _steer(self, steering: Steering) -> None:
         """Keep what the method keeps beside the trained tensors, and have it change each step's gradients."""
-        if steering.at_once and self.stage == 3:
-            groups = self.deepspeed.optimizer.fp32_partitioned_groups_flat
-            if len(groups) > 1:
-                raise UserError(
-                    f"deepspeed: zero_optimization.sub_group_size: given a size that steps {len(groups)} groups of "
-                    "tensors one after the other, and this method has to see all gradients before any step; set it to "
-                    f"{sum(tensor.numel() for tensor in groups)} or more"
-                )
-        for fragment in list(self.fragments()):
-            self._kept[fragment.name] = {kind: torch.zeros_like(fragment.master) for kind in steering.kinds}
-
-    def _beside(self, name: str) -> dict[str, torch.Tensor]:
-        return self._kept.get(name, {})
+        groups = self.shards.stepped_apart()
+        if steering.at_once and len(groups) > 1:
+            raise UserError(
+                f"deepspeed: zero_optimization.sub_group_size: given a size that steps {len(groups)} groups of "
+                "tensors one after the other, and this method has to see all gradients before any step; set it to "
+                f"{sum(tensor.numel() for tensor in groups)} or more"
+            )
+        self.shards.keep(steering.kinds)
 
     def _stepped(self, stepped: Sequence[torch.Tensor]) -> list[Fragment]:
         """This rank's stretches of the tensors that the optimizer is about to step."""
@@ -467,8 +326,7 @@ class Engine:
 
     def _names(self, stepped: Sequence[torch.Tensor]) -> list[str]:
         """The constrained matrices that are stepped now: ZeRO-3 steps one sub-group at a time."""
-        flat = self.deepspeed.optimizer.fp32_partitioned_groups_flat if self.stage == 3 else [None]
-        number = next((i for i, tensor in enumerate(flat) if tensor is stepped[0]), 0)
+        number = next((i for i, tensor in enumerate(self.shards.stepped_apart()) if tensor is stepped[0]), 0)
         return [name for name, group in self._constrained.items() if group == number]
 
     def _over_stretches(self, found: torch.Tensor) -> torch.Tensor:
@@ -482,13 +340,6 @@ class Engine:
             self._rounds.visit(names, self._views, self.constraint.hold, change=True)
         self._loose = False
 
-    def _sub_group(self, parameter: Any) -> int:
-        """Which of the optimizer's tensors, stepped one after the other, holds this rank's part of a parameter."""
-        if self.stage != 3:
-            return 0
-        wrapper = self.deepspeed.optimizer
-        return int(wrapper.grad_position[wrapper.get_param_id(parameter)][0])
-
     def _sharded_construction(self, config: dict[str, Any]) -> Any:
         """ZeRO-3 shards every layer as soon as it is made, so no rank ever holds the whole model."""
         if self.stage != 3:
@@ -496,39 +347,9 @@ class Engine:
         # The device only: an override of the dtype would round the rotary embedding's frequencies as well.
         return deepspeed.zero.Init(config_dict_or_path=config, tensor_overrides=[DeepSpeedTensorOverride.device])
 
-    def _parameters(self) -> Iterable[tuple[str, Any]]:
-        """By name; DeepSpeed hangs attributes on them that torch's type does not have."""
-        return self.module.named_parameters()
-
-    def _whole_masters(self) -> dict[nn.Parameter, torch.Tensor]:
-        """ZeRO 0: the fp32 tensor behind each trainable parameter (the parameter itself in fp32)."""
-        wrapper = self.deepspeed.optimizer
-        if not hasattr(wrapper, "fp32_groups"):
-            return {p: p for group in self.optimizer.param_groups for p in group["params"]}
-        pairs = zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
-        return {p: master for low, high in pairs for p, master in zip(low, high, strict=True)}
-
-    def _make_missing_state(self) -> None:
-        """torch makes moments at the first step; make them now, so that they can be read and written from the start."""
-        held = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if self.stage == 3:  # which hands one sub-group at a time to the optimizer
-            held = self.deepspeed.optimizer.fp32_partitioned_groups_flat
-        for master in held:
-            state = self.optimizer.state[master]
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
-                for kind in MOMENTS:
-                    state[kind] = torch.zeros_like(master, requires_grad=False)
-
     def _loss_scaler(self) -> Any:
         wrapper = self.deepspeed.optimizer
         return getattr(wrapper, "loss_scaler", None) or wrapper.loss_scale_config
-
-
-def _shape(parameter: Any) -> torch.Size:
-    """Of the whole parameter, of which ZeRO-3 leaves a stand-in."""
-    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
-    return shape
 
 
 @contextmanager
@@ -594,12 +415,10 @@ def _build_extension() -> None:
 @torch.no_grad()
 def fill(module: nn.Module, read: Callable[[str, torch.Size, int, int], torch.Tensor]) -> None:
     """Give every parameter its values; of a sharded one each rank reads just the stretch that it holds."""
-    parameters: Iterable[tuple[str, Any]] = module.named_parameters()
+    parameters: Iterable[tuple[str, Any]] = module.named_parameters()  # DeepSpeed hangs attributes on them
     for name, parameter in parameters:
         if hasattr(parameter, "ds_tensor"):
-            chunk = parameter.ds_tensor.numel()
-            start = min(chunk * dist.rank(), parameter.ds_numel)
-            stop = min(start + chunk, parameter.ds_numel)
+            start, stop = stretch(parameter)
             parameter.ds_tensor.zero_()  # the last rank's padding
             if start < stop:
                 parameter.ds_tensor[: stop - start].copy_(read(name, parameter.ds_shape, start, stop))

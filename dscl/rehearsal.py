@@ -97,9 +97,9 @@ def rehearse(job: Job, settings: dict[str, Any], micro_batches: Sequence[Batch],
         parameters: list[Any] = list(engine.module.parameters())
         host = {id(t) for name, t in method.owned().items() if name.endswith("|start")}
         weights = _storages(t for p in parameters for t in (p.data, getattr(p, "ds_tensor", None)))
-        trained = [t for f in engine.fragments() for t in (f.master, *f.moments.values())]
+        trained = [t for f in engine.shards.fragments() for t in (f.master, *f.moments.values())]
         optimizer = _storages(trained) - weights
-        kept = [*engine.module.buffers(), *(t for f in engine.fragments() for t in f.kept.values())]
+        kept = [*engine.module.buffers(), *(t for f in engine.shards.fragments() for t in f.kept.values())]
         kept += [t for t in method.owned().values() if id(t) not in host]
         beside = _storages(kept) - weights - optimizer
         aside = sum(t.untyped_storage().nbytes() for t in method.owned().values() if id(t) in host)
@@ -200,7 +200,7 @@ def _any_number(kind: torch.dtype) -> bool | float | int:
 def _saved(engine: Engine, method: Method) -> int:
     """Bytes of a checkpoint: of what every rank writes, this one's part counts as everybody's. The features that a
     router gathers while a task trains are left out: they are small, and how many depends on what they hold."""
-    shared = (values for fragment in engine.shares() for values in fragment.tensors().values())
+    shared = (values for fragment in engine.shards.shares() for values in fragment.tensors().values())
     mine = (*shared, *method.owned().values())
     alone = method.state().values()
     return dist.world() * sum(t.nbytes for t in mine) + sum(t.nbytes for t in alone)

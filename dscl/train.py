@@ -260,13 +260,13 @@ def ranks_of(engine: Engine, lesson: Lesson, doing: str, observer: Observer, pos
         module=engine.module,
         probe=engine.probe,
         batches=batches,
-        whole=engine.whole,
+        whole=engine.shards.whole,
         visit=visit,
         sum_=dist.sum_,
         said=said,
         refuse=refuse,
         samples=lambda: lesson.own,
-        stretches=engine.fragments,
+        stretches=engine.shards.fragments,
         groups=groups,
         sense=lambda loss, batches, shown: engine.sense(loss, batches, 1, shown),
     )
@@ -399,7 +399,7 @@ def rehearse(recipe: Recipe) -> None:
     """`--dry-run`: build and check everything up to the first step, say what would happen, and write no run."""
     job = open_job(recipe)
     with closing(job.engine()) as engine:
-        names = engine.fingerprints()
+        names = engine.shards.fingerprints()
         sizes = {
             name: p.ds_numel if hasattr(p, "ds_numel") else p.numel() for name, p in engine.module.named_parameters()
         }

@@ -50,7 +50,7 @@ class Watch:
     _losses: deque[float] = field(default_factory=lambda: deque(maxlen=LOOKED_BACK))
 
     def begin(self) -> None:
-        self._start = self.engine.fingerprints()
+        self._start = self.engine.shards.fingerprints()
         self._pace = Pace(self.engine, self.task, self.peak, self.say)
         self._clock = time.perf_counter()
 
@@ -102,7 +102,7 @@ class Watch:
 
     def finish(self, numbers: Mapping[str, float]) -> None:
         """The task has ended; `numbers` join the record of its last step, and so does what it took."""
-        taken = {"trainable_parameters": float(self.engine.trainable()), "peak_memory_bytes": dist.peak_memory()}
+        taken = {"trainable_parameters": float(self.engine.shards.trainable()), "peak_memory_bytes": dist.peak_memory()}
         self.record({**self._last, **taken, **numbers})
 
     def flush(self, last: bool = False) -> None:
@@ -174,7 +174,7 @@ class Watch:
         return "; ".join(sources[:SHOWN]) + (f"; and {len(sources) - SHOWN} more" if len(sources) > SHOWN else "")
 
     def _check_movement(self) -> None:
-        now = self.engine.fingerprints()
+        now = self.engine.shards.fingerprints()
         still = [name for name, value in now.items() if value == self._start[name]]
         if len(still) == len(now):
             raise Failure(

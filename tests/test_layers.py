@@ -32,6 +32,7 @@ LAYERS = {
         "dscl.pulse",
         "dscl.adamw",
         "dscl.owners",
+        "dscl.shards",
         "dscl.steering",
         "dscl.router",
         "dscl.settings",

@@ -90,7 +90,7 @@ def alone(engine: Engine) -> Ranks:
         engine.module,
         engine.probe,
         nothing,
-        engine.whole,
+        engine.shards.whole,
         engine.visit,
         dist.sum_,
         *[nothing] * 6,

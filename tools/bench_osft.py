@@ -227,13 +227,13 @@ def ranks_of(options: argparse.Namespace, engine: Engine) -> Ranks:
         engine.module,
         engine.probe,
         seen,
-        engine.whole,
+        engine.shards.whole,
         engine.visit,
         dist.sum_,
         lambda *_: None,
         refuse,
         lambda: Kept("", ()),
-        engine.fragments,
+        engine.shards.fragments,
         lambda *_: [],
         lambda *_: None,
     )
@@ -359,7 +359,7 @@ def memory(options: argparse.Namespace, sides: dict[str, Side]) -> None:
         weights = sum(map(size, [*one.engine.module.parameters(), *one.engine.module.buffers()]))
         state = sum(size(f.gradient if f.holder.grad is not None else f.master)
                     + size(f.master) * (f.master.dtype != one.engine.dtype)
-                    + sum(map(size, f.moments.values())) for f in one.engine.fragments())  # fmt: skip
+                    + sum(map(size, f.moments.values())) for f in one.engine.shards.fragments())  # fmt: skip
         whole = weights + state + bases
         plain = plain or whole
         owners = []

@@ -134,7 +134,7 @@ def go(engine: Engine, accumulation: int = 1, first: int = 0, last: int = STEPS)
 
 def masters(engine: Engine) -> dict[str, list[tuple[int, torch.Tensor]]]:
     found: dict[str, list[tuple[int, torch.Tensor]]] = {}
-    for share in engine.shares():
+    for share in engine.shards.shares():
         found.setdefault(share.name, []).append((share.start, share.master.clone()))
     return found
 
@@ -318,12 +318,12 @@ def test_the_usual_mean_of_means_is_caught(ranks: Any, expected: Any) -> None:
 def after_reset(stage: int, precision: str) -> bool:
     """Train, write the first weights back, reset: the losses must be those of an engine just built."""
     engine = make(stage, precision)
-    start = {(f.name, f.start): f.master.clone() for f in engine.fragments()}
+    start = {(f.name, f.start): f.master.clone() for f in engine.shards.fragments()}
     zeros = {name: torch.zeros_like(value) for name, value in start.items()}
     first = go(engine)[0]
-    steps = engine.optimizer_steps()
-    engine.restore(lambda name, kind, at, _stop: (start if kind == "master" else zeros)[(name, at)], 0)
-    engine.reset_optimizer()
+    steps = engine.shards.steps()
+    engine.shards.restore(lambda name, kind, at, _stop: (start if kind == "master" else zeros)[(name, at)], 0)
+    engine.shards.reset_moments()
     again = go(engine)[0]
     engine.close()
     return first == again and steps == STEPS
@@ -337,13 +337,13 @@ def test_reset_equals_a_fresh_engine_bitwise(ranks: Any, stage: int, precision: 
 
 def moments_without_reset(stage: int) -> bool:
     engine = make(stage)
-    start = {(f.name, f.start): f.master.clone() for f in engine.fragments()}
-    kept = {(f.name, f.start, kind): m for f in engine.fragments() for kind, m in f.moments.items()}
+    start = {(f.name, f.start): f.master.clone() for f in engine.shards.fragments()}
+    kept = {(f.name, f.start, kind): m for f in engine.shards.fragments() for kind, m in f.moments.items()}
     first = go(engine)[0]
     stored = {key: value.clone() for key, value in kept.items()}
-    engine.restore(
+    engine.shards.restore(
         lambda name, kind, at, _stop: start[(name, at)] if kind == "master" else stored[(name, at, kind)],
-        engine.optimizer_steps(),
+        engine.shards.steps(),
     )
     again = go(engine)[0]
     engine.close()
@@ -358,7 +358,7 @@ def low_precision_copies(stage: int) -> float:
     """bf16: the model's weights are the rounded masters, on every rank."""
     engine = make(stage, "bf16")
     go(engine)
-    parts = dist.gather({(f.name, f.start): f.master.clone() for f in engine.shares()})
+    parts = dist.gather({(f.name, f.start): f.master.clone() for f in engine.shards.shares()})
     worst = 0.0
     for name, parameter in engine.module.named_parameters():
         with whole(parameter):
@@ -421,17 +421,17 @@ def skipped_step(stage: int, precision: str, wrong: Any) -> tuple[bool, bool, bo
     """A step that goes wrong on one rank only leaves masters and moments as they were; the next one is sound."""
     engine = make(stage, precision)
     go(engine, last=2)
-    before = {(f.name, f.start): (f.master.clone(), f.moments["exp_avg"].clone()) for f in engine.fragments()}
+    before = {(f.name, f.start): (f.master.clone(), f.moments["exp_avg"].clone()) for f in engine.shards.fragments()}
     batches, count = micro_batches(2, 1)
     loss = wrong if dist.rank() == 1 else summed_loss
     engine.step(loss, batches, targets=count, lr=1e-2, skip_non_finite=True)
     same = all(
         torch.equal(f.master, before[(f.name, f.start)][0])
         and torch.equal(f.moments["exp_avg"], before[(f.name, f.start)][1])
-        for f in engine.fragments()
+        for f in engine.shards.fragments()
     )
     losses = go(engine, first=2)[0]
-    moved = any(not torch.equal(f.master, before[(f.name, f.start)][0]) for f in engine.fragments())
+    moved = any(not torch.equal(f.master, before[(f.name, f.start)][0]) for f in engine.shards.fragments())
     engine.close()
     return same, moved, all(value == value for value in losses)
 
@@ -445,15 +445,15 @@ def test_a_step_can_be_skipped(ranks: Any, stage: int, precision: str, wrong: An
 
 def fingerprints(stage: int) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
     engine = make(stage)
-    first, again = engine.fingerprints(), engine.fingerprints()
+    first, again = engine.shards.fingerprints(), engine.shards.fingerprints()
     assert first == again
     with torch.no_grad():
-        for fragment in engine.fragments():
+        for fragment in engine.shards.fragments():
             if fragment.name.endswith("layers.1.mlp.up_proj.weight") and fragment.start == 0:
                 fragment.master[0] += 1e-7
-    touched = engine.fingerprints()
+    touched = engine.shards.fingerprints()
     go(engine, last=1)
-    moved = engine.fingerprints()
+    moved = engine.shards.fingerprints()
     engine.close()
     return first, touched, moved
 

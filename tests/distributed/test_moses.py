@@ -813,9 +813,9 @@ def combined(document: dict[str, Any]) -> tuple[list[str], int, int]:
     learn, close, start, end_dense = Deciding.learn, Engine.close, Engine.start_over, Osft.end_task
 
     def starting_over(self: Engine, read: Any) -> None:
-        before = {f.name: f.master.clone() for f in self.fragments() if dense(f.name)}
+        before = {f.name: f.master.clone() for f in self.shards.fragments() if dense(f.name)}
         start(self, read)
-        assert all(torch.equal(f.master, before[f.name]) for f in self.fragments() if dense(f.name))
+        assert all(torch.equal(f.master, before[f.name]) for f in self.shards.fragments() if dense(f.name))
 
     def ending(self: Osft, *a: Any) -> Any:
         rows = seen[-1][2].routing.rows

@@ -179,7 +179,7 @@ def trained(stage: int, zero: dict[str, Any], reading: str, accumulation: int, h
         method.hold = lambda *_: None  # type: ignore[method-assign]
     start, losses = masters(engine), go(engine, accumulation)
     moments: Stretches = {}
-    for share in engine.shares():
+    for share in engine.shards.shares():
         moments.setdefault(share.name, []).append((share.start, share.moments["exp_avg"].clone()))
     result = Result(losses, start, masters(engine), moments, method.owned())
     engine.close()
@@ -675,7 +675,7 @@ def exploded(document: dict[str, Any], matrix: str, at: int) -> tuple[str, str]:
     def step(self: Engine, *a: Any, **k: Any) -> Any:
         result = original(self, *a, **k)
         calls[0] += 1
-        for fragment in self.fragments() if calls[0] == at else ():
+        for fragment in self.shards.fragments() if calls[0] == at else ():
             if fragment.name == matrix and fragment.start == 0:
                 fragment.master[0] = math.nan
         return result

@@ -116,7 +116,7 @@ def measure(document: dict[str, Any]) -> dict[str, Any]:
             engine.step(job.method.loss, some, targets=1, lr=1e-4)
             sent.append(clock.taken().sent)
             gc.collect()  # what refers to itself goes when Python happens to look
-    trained = engine.trainable()
+    trained = engine.shards.trainable()
     job.recipe.folder.mkdir(exist_ok=True)
     Checkpoints(job.recipe.folder, CheckpointConfig()).save("step-1", {}, engine, job.method)
     engine.close()

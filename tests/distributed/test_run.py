@@ -530,9 +530,9 @@ def standing(document: dict[str, Any], which: str) -> Any:
     original = Engine.step
 
     def step(self: Engine, *a: Any, **k: Any) -> Any:
-        kept = {(f.name, f.start): f.master.clone() for f in self.fragments() if which in f.name}
+        kept = {(f.name, f.start): f.master.clone() for f in self.shards.fragments() if which in f.name}
         result = original(self, *a, **k)
-        for fragment in self.fragments():
+        for fragment in self.shards.fragments():
             if which in fragment.name:
                 fragment.master.copy_(kept[(fragment.name, fragment.start)])
         return result

@@ -140,6 +140,7 @@ def supervised(folder: Path, rank: str, restarts: int = 0) -> subprocess.Popen[s
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell ignores it for what it starts by `&`
     )
 
 

@@ -28,11 +28,11 @@ from tests.test_serve_experts import logits_of
 TASKS = ("colour", "animal")
 Answers = dict[tuple[int, ...], list[int]]  # of a prompt's tokens
 MOSES = {"name": "moses", "experts": 4, "rank": 4, "share": 0.5, "alpha": 64.0}
-OSFT = {"name": "osft", "targets": ["up_proj", "q_proj"], "share": 0.2}
+OSFT = {"name": "osft", "share": 0.2}
 KINDS: dict[str, dict[str, Any]] = {
     "routed": {**MOSES, "feature_layer": 1, "width": 128, "reject": False},
     "given": {**MOSES, "task_inference": "given", "gate": "uniform", "masks": "element"},
-    "dense": {**MOSES, "feature_layer": 1, "task_inference": "key", "weights": OSFT},
+    "dense": {**MOSES, "feature_layer": 1, "width": 128, "reject": False, "weights": OSFT},
     "asr": {"name": "asr", "feature_layer": 1, "width": 128},
 }
 
@@ -131,7 +131,8 @@ def test_only_the_dense_weights_that_trained_are_written(trained: Any, tmp_path:
     run_dir = trained("dense")
     export.export(run_dir, tmp_path / "made")
     written = load_file(tmp_path / "made" / "weights.safetensors")
-    assert set(written) == {"model.layers.1.mlp.up_proj.weight", "model.layers.1.self_attn.q_proj.weight"}
+    names = [*(f"self_attn.{each}" for each in "qkvo"), "mlp.gate", "mlp.up", "mlp.down"]
+    assert set(written) == {f"model.layers.1.{name}_proj.weight" for name in names}
     held = checkpoints(run_dir)[-1]
     masters = stored(held)[0]
     base = open_base(export.describe(run_dir))

@@ -47,7 +47,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 # The most calls that a kill waits for, by moment: few happen seldom.
 MOMENTS = {
-    "data preparation": 2,
+    "data preparation, half written": 2,
     "forward": 40,
     "backward": 20,
     "optimizer": 18,
@@ -56,11 +56,19 @@ MOMENTS = {
     "evaluation": 6,
     "writing tensors, half done": 12,
     "writing other files of a checkpoint, half done": 8,
+    "writing scores and settings, half done": 6,
     "giving a file its name": 12,
     "removing an old checkpoint, half done": 3,
     "writing metrics, half a line": 8,
 }
-MAIN = ("writing other", "giving", "removing", "writing metrics")  # begin what the main rank alone does
+MAIN = (
+    "writing other",
+    "writing scores",
+    "giving",
+    "removing",
+    "writing metrics",
+)  # begin what the main rank alone does
+EARLY = ("recipe.yaml", "base.json", "a cache")  # written before a start looks for a checkpoint
 
 
 def die(doing: str) -> NoReturn:
@@ -77,12 +85,14 @@ def arm(moment: str, count: int) -> None:
         calls[0] += 1
         return calls[0] == count
 
-    def around(owner: Any, name: str, death: Callable[..., None]) -> None:
+    def around(
+        owner: Any, name: str, death: Callable[..., None], counts: Callable[..., bool] = lambda *_, **__: True
+    ) -> None:
         """Before the function does its work in that call, `death` is called in its place."""
         original = getattr(owner, name)
 
         def dying(*words: Any, **named: Any) -> Any:
-            if due():
+            if counts(*words, **named) and due():
                 death(*words, **named)
             return original(*words, **named)
 
@@ -97,6 +107,17 @@ def arm(moment: str, count: int) -> None:
 
         half(Path(path), save(tensors))
 
+    def half_text(path: Path, text: str) -> None:
+        half(path.with_name(f"{path.name}.partial"), text.encode())
+
+    def half_a_cache(folder: Path) -> None:
+        path = sorted(folder.iterdir())[0]
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        die("writing a cache")
+
+    def a_checkpoint(folder: Path, **_: Any) -> bool:
+        return Path(folder).name.startswith("step-") and Path(folder).suffix != ".partial" and Path(folder).is_dir()
+
     def half_removed(folder: Path, **_: Any) -> None:
         for path in sorted(Path(folder).iterdir())[::2]:
             path.unlink()
@@ -108,8 +129,8 @@ def arm(moment: str, count: int) -> None:
         die("writing metrics.jsonl")
 
     checkpoint, torch = import_module("dscl.checkpoint"), import_module("torch")
-    if moment == "data preparation":
-        around(import_module("dscl.data.encode"), "_table", lambda *_: die("tokenising"))
+    if moment.startswith("data preparation"):
+        around(import_module("dscl.cache"), "_write_marker", half_a_cache)
     elif moment == "forward":
         around(torch.nn.Embedding, "forward", lambda *_: die("forward"))
     elif moment == "backward":
@@ -127,12 +148,16 @@ def arm(moment: str, count: int) -> None:
     elif moment.startswith("writing tensors"):
         for owner in (checkpoint, import_module("dscl.stamped")):
             around(owner, "save_file", half_tensors)
+        around(import_module("dscl.model.adapters"), "_write", half)
     elif moment.startswith("writing other"):
         around(checkpoint, "_write_bytes", half)
+    elif moment.startswith("writing scores"):
+        for name in ("dscl.run_dir", "dscl.train"):
+            around(import_module(name), "write_whole", half_text)
     elif moment.startswith("giving"):
         around(os, "replace", lambda _, to: die(f"naming {re.sub('[0-9]+', 'N', Path(to).name)}"))
     elif moment.startswith("removing"):
-        around(checkpoint.shutil, "rmtree", half_removed)
+        around(checkpoint.shutil, "rmtree", half_removed, a_checkpoint)
     else:
         around(import_module("dscl.observe.metrics").MetricsFile, "write", half_a_line)
 
@@ -157,7 +182,7 @@ def start(recipe: Path, order: str, note: Path) -> tuple[int, str, str]:
         text=True,
         timeout=600,
     )
-    return done.returncode, done.stderr[-2000:], note.read_text() if note.exists() else ""
+    return done.returncode, done.stderr, note.read_text() if note.exists() else ""
 
 
 def newest(run: Path) -> str:
@@ -203,7 +228,7 @@ def write_recipe(folder: Path, method: str, stage: int, name: str) -> tuple[Path
         "train": {"lr": 3e-3, "global_batch": 8, "micro_batch": 2, "max_length": 48, "precision": "fp32", "epochs": 2},
         "evaluate": {"batch": 4},
         "deepspeed": f"ds_configs/zero{stage}.json",
-        "checkpoint": {"every": 2},
+        "checkpoint": {"every": 2, "async": stage in (1, 3)},
         "observe": {"every": 2, "tensorboard": False, "live": "off"},
     }
     recipe = folder / f"{run.name}.yaml"
@@ -237,7 +262,7 @@ class Campaign:
         if not whole.exists():
             status, said, _ = start(calm, "-1::0", self.folder / "note")
             if status:
-                raise SystemExit(f"{method} at ZeRO {stage} fails without being killed:\n{said}")
+                raise SystemExit(f"{method} at ZeRO {stage} fails without being killed:\n{said[-2000:]}")
         recipe, run = write_recipe(self.folder, method, stage, "killed")
         self.runs += 1
         before, status = "", 1
@@ -246,13 +271,14 @@ class Campaign:
             count, number = self.chance.randint(1, MOMENTS[moment]), self.chance.randrange(2)
             number = 0 if moment.startswith(MAIN) else number
             status, said, doing = start(recipe, f"{number}:{moment}:{count}", self.folder / "note")
+            if not any(early in doing for early in EARLY):
+                self._went_on(f"{method} at ZeRO {stage}", before, said)
             if not status:
                 break
             if not doing:
-                self.odd.append(f"{method} at ZeRO {stage} ended with status {status} unkilled: {said}")
+                self.odd.append(f"{method} at ZeRO {stage} ended with status {status} unkilled: {said[-2000:]}")
                 break
             self.kills += 1
-            self.resumes += 1
             self.died[moment, doing] += 1
             self.places[f"{method}, ZeRO {stage}"] += 1
             now = newest(run)
@@ -268,12 +294,20 @@ class Campaign:
             )
         if status:
             status, said, _ = start(recipe, "-1::0", self.folder / "note")
+            self._went_on(f"{method} at ZeRO {stage}", before, said)
             if status:
-                self.odd.append(f"{method} at ZeRO {stage} does not go on: {said}")
+                self.odd.append(f"{method} at ZeRO {stage} does not go on: {said[-2000:]}")
                 return
         if outcome(run) != outcome(whole):
             self.unlike.append(f"{method} at ZeRO {stage}")
         shutil.rmtree(run)
+
+    def _went_on(self, what: str, before: str, said: str) -> None:
+        """A start after a kill has to go on from the checkpoint that was there, not from the beginning."""
+        if before and f"resumed from {before}:" in said:
+            self.resumes += 1
+        elif before:
+            self.odd.append(f"{what}: did not go on from {before}: {said[-2000:]}")
 
     def _moment(self) -> str:
         """Each as often as the others."""
@@ -289,7 +323,7 @@ class Campaign:
             lines.append(f"| {moment} | {sum(found.values())} | {said} |")
         lines += [
             "",
-            f"{self.kills} kills in {self.runs} runs, {self.resumes} starts after a kill; "
+            f"{self.kills} kills in {self.runs} runs, {self.resumes} resumes from a checkpoint; "
             f"{len(self.unlike)} runs ended otherwise than without kills, {len(self.lost)} checkpoints lost, "
             f"{len(self.odd)} other failures.",
             f"Runs: {', '.join(f'{place} ({times})' for place, times in sorted(self.places.items()))}.",

@@ -15,17 +15,18 @@ from torch import Tensor
 
 
 class _Opened(torch.autograd.Function):
-    """1 where a score's magnitude is among the `count` largest of those allowed, else 0; straight-through backward."""
+    """1 where a score's magnitude is among the `count` largest of those allowed, else 0; straight-through backward, but
+    for scores that decide nothing."""
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, allowed: Tensor, count: int) -> Tensor:
-        ctx.save_for_backward(scores)
+        ctx.save_for_backward(scores, allowed)
         return opened(scores, allowed, count).to(scores.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (scores,) = ctx.saved_tensors
-        return torch.where(scores < 0, -gradients[0], gradients[0]), None, None
+        scores, allowed = ctx.saved_tensors
+        return torch.where(scores < 0, -gradients[0], gradients[0]).mul_(allowed), None, None
 
 
 def strongest(scores: Tensor, allowed: Tensor, count: int) -> Tensor:

@@ -187,6 +187,7 @@ class Moses(Method):
         return layer
 
     def rehearse(self) -> dict[str, float]:
+        self.experts.count = self.experts.shape.most  # what training comes to when there is no more room
         self.experts.prepare(self.config.reuse)
         dense = self.weights.rehearse() if self.weights is not None else {}
         return {**dense, **(self.deciding.later() if self.deciding is not None else {})}
@@ -225,11 +226,11 @@ class Moses(Method):
     def end_task(self, index: int, name: str, ranks: Ranks) -> Ended:
         told = [self.deciding.learn(name, ranks)] if self.deciding is not None else []
         experts = self.experts
-        before = tuple(experts.names)
+        before, room = tuple(experts.names), self._room()
         kept = experts.claim(name, ranks.whole(experts.trained()))
         training = {name: getattr(self.facts, name) for name in ("model", "tokenizer", "prompt_limit", "precision")}
         self._claims.append(Claims(name, before, experts.shape, kept, training))
-        told.append(f"{experts.used():.1%} of the sub-experts' parameters are claimed")
+        told.append(f"{experts.used():.1%} of the first sub-experts' parameters are claimed{room}")
         numbers = self._numbers()
         if self.weights is not None:
             with self.routing.using([experts.slot(name)], self.like):
@@ -237,6 +238,18 @@ class Moses(Method):
             told.append(ended.told)
             numbers["directions_bytes"] = ended.numbers["capacity_bytes"]  # of all tasks together
         return Ended("; ".join(filter(None, told)), numbers, self._overlap())
+
+    def _room(self) -> str:
+        """What was done where the task that ends found too little unclaimed."""
+        experts, lacking = self.experts, self.experts.lacking()
+        before = experts.shape.experts
+        if self._claims:
+            before = int(next(iter(self._claims[-1].layers.values()))["open"].sum())
+        if experts.count > before:
+            new = f"{experts.count - before} more of them"
+            return f"; there was no room, so it got {new}: {experts.count} of {experts.shape.most} are open"
+        what = "atoms" if experts.shape.atoms else "entries"
+        return f"; there was no room, so at least {lacking} {what} of a layer are others' too" if lacking else ""
 
     def _numbers(self) -> dict[str, float]:
         """What the tasks so far take, in bytes, beside a LoRA for each of them with as many columns as a mask opens."""
@@ -251,6 +264,7 @@ class Moses(Method):
         return {
             "capacity_bytes": sum(found[f"{kind}_bytes"] for kind in parts[0]) + keys,
             "capacity_share": self.experts.used(),
+            "experts_open": float(self.experts.count),
             "lora_per_task_bytes": float(lora * len(parts)),
             **found,
         }

@@ -105,4 +105,6 @@ def _misfit(layer: SubExperts, kept: Mapping[str, torch.Tensor]) -> str:
             return f"{there} values of {side}, the mask claims {count}"
         if not kept[side].isfinite().all():
             return f"values of {side} that are not finite"
+    if layer.shape.top and not kept["router"].isfinite().all():
+        return "values of its token router that are not finite"
     return ""

@@ -65,7 +65,6 @@ class SubExperts(Projection):
 
     held_a: torch.Tensor
     held_b: torch.Tensor
-    open: torch.Tensor
     seats: torch.Tensor
     routers: torch.Tensor
 
@@ -75,7 +74,7 @@ class SubExperts(Projection):
         tasks, size = routing.capacity, shape.columns
         self._keep("held_a", like.new_zeros(size, self.in_features))  # what is claimed; zero elsewhere
         self._keep("held_b", like.new_zeros(self.out_features, size))
-        self._keep("open", torch.arange(shape.most, device=like.device) < shape.experts)  # experts, now
+        self.open = shape.experts  # experts, now: the first so many; training computes no others
         self._keep("seats", torch.ones(tasks, shape.most, dtype=torch.bool, device=like.device))  # for each task
         self._keep("routers", like.new_zeros(tasks, shape.most if shape.top else 0, self.in_features))
         self.mask_shapes = shape.masks(self.out_features, self.in_features)
@@ -115,14 +114,14 @@ class SubExperts(Projection):
     def beside(self) -> list[list[Product]]:
         """What training computes beside the projection; how many columns, a grouped product decides by the tokens."""
         shape, like = self.shape, self.held_a
-        columns = shape.top * shape.rank if self._sorts(like.device, like.dtype) else shape.columns
-        chains = [low_rank(self.in_features, columns, self.out_features, True)]
-        return chains + ([[Product(self.in_features, shape.most, True)]] if shape.top else [])
+        experts = shape.top if self._sorts(like.device, like.dtype) else self.open
+        chains = [low_rank(self.in_features, experts * shape.rank, self.out_features, True)]
+        return chains + ([[Product(self.in_features, self.open, True)]] if shape.top else [])
 
     def _sorts(self, device: torch.device, kind: torch.dtype) -> bool:
         """Whether tokens go to the columns of their own experts alone."""
         shape, widths = self.shape, (self.in_features, self.out_features)
-        return grouped.pays(device, kind, shape.most, shape.rank, shape.top, *widths)
+        return grouped.pays(device, kind, self.open, shape.rank, shape.top, *widths)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.training:
@@ -130,7 +129,7 @@ class SubExperts(Projection):
         y, rows = super().forward(x), self.routing.rows
         if rows is None:
             return y
-        return y + self._answer(x.reshape(len(rows.slots), -1, self.in_features), rows).reshape(y.shape)
+        return y + self._answer(x.reshape(len(rows.slots), -1, self.in_features), rows, y.dtype).reshape(y.shape)
 
     def _learn(self, x: torch.Tensor) -> torch.Tensor:
         """[tokens, in], all of the task that learns."""
@@ -139,7 +138,7 @@ class SubExperts(Projection):
         cast = where in ("cpu", "cuda") and torch.is_autocast_enabled(where)
         sort = self._sorts(x.device, torch.get_autocast_dtype(where) if cast else x.dtype)
         at_once = a[:0] if shape.dropout or sort else a  # what reads x as it is: one product, and so is its gradient
-        router = self.token_router if shape.top else a[:0]
+        router = self.token_router[: self.open] if shape.top else a[:0]
         y, read = _Beside.apply(x, self.weight, self.bias, torch.cat([at_once, router]))
         low, logits = read.split([len(at_once), len(router)], 1)
         dropped = functional.dropout(x, shape.dropout) if shape.dropout else x
@@ -147,63 +146,70 @@ class SubExperts(Projection):
             return y.add_(self._sorted(dropped.to(y.dtype), a.to(y.dtype), b.to(y.dtype), logits))
         if shape.dropout:
             low = functional.linear(dropped, a)
-        gate = self._gate(logits if shape.top else None, self.open)
-        low = (low.unflatten(1, (shape.most, shape.rank)) * gate[..., None]).flatten(1)
+        if shape.top:
+            low = (low.unflatten(1, (self.open, shape.rank)) * self._gate(logits)[..., None]).flatten(1)
+        else:
+            low = low * shape.scale
         return y.addmm_(low.to(y.dtype), b.to(y.dtype))
 
     def _sorted(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """What is added, where so many columns stand side by side that tokens better go to those of their experts."""
-        a, b = (side.unflatten(0, (self.shape.most, self.shape.rank)) for side in (a, b))
-        gate, chosen = self._chosen(logits, self.open)
+        a, b = (side.unflatten(0, (self.open, self.shape.rank)) for side in (a, b))
+        gate, chosen = self._chosen(logits)
         gates = gate.gather(-1, chosen) * (self.shape.experts * self.shape.scale)
         return grouped.mixed(x, a, b, chosen, gates.to(x.dtype))
 
     def _sides_that_learn(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and Bᵀ as the task's masks open them; what they open of atoms counts in B, once."""
-        scores, allowed = self._of("score"), self._of("allowed")
+        """A and Bᵀ of the open experts, as the task's masks open them; what they open of atoms counts in B, once."""
+        now = slice(self.open * self.shape.rank)
+        scores, allowed, taken = (
+            {name: of[:, now] if name == "b" else of[now] for name, of in self._of(kind).items()}
+            for kind in ("score", "allowed", "taken")
+        )
         masks = {name: strongest(scores[name], allowed[name], count) for name, count in self.counts.items()}
-        taken_a, taken_b = self._sides(self._of("taken"))
-        a, b = frozen(taken_a, self.held_a, self.sub_a), frozen(taken_b, self.held_b, self.sub_b)
+        taken_a, taken_b = self._sides(taken)
+        a = frozen(taken_a, self.held_a[now], self.sub_a[now])
+        b = frozen(taken_b, self.held_b[:, now], self.sub_b[:, now])
         a, b = (a, b * masks["atoms"]) if self.shape.atoms else (a * masks["a"], b * masks["b"])
         return a, b.T.contiguous()  # the gradient of Bᵀ is the faster product
 
-    def _answer(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
+    def _answer(self, x: torch.Tensor, rows: Rows, kind: torch.dtype) -> torch.Tensor:
         """What is added for [rows, tokens, in], each row of its own task."""
-        logits = x @ self.routers[rows.index].transpose(1, 2) if self.shape.top else None
-        gate = self._gate(logits, self.seats[rows.index][:, None])
+        seats = self.seats[rows.index][:, None]
+        if self.shape.top:
+            gate = self._gate(x @ self.routers[rows.index].transpose(1, 2), seats)
+        else:
+            gate = seats.to(self.held_a.dtype) * self.shape.scale
         gate = gate[..., None].expand(*gate.shape, self.shape.rank).flatten(-2)
         if self.shape.atoms:
             columns = self._of("opens")["atoms"][rows.index].to(gate) * rows.present[:, None]
             return _low_rank(x, self.held_a, self.held_b, gate * columns[:, None])
-        added = x.new_zeros(*x.shape[:2], self.out_features)
+        added = x.new_zeros(*x.shape[:2], self.out_features, dtype=kind)
         gate = gate.expand(*x.shape[:2], -1)
         for slot, mine in rows.by_slot.items():
             opens = {name: masks[slot] for name, masks in self._of("opens").items()}
             a, b = self.held_a * opens["a"], self.held_b * opens["b"]
-            added.index_copy_(0, mine, _low_rank(x[mine], a, b, gate[mine]).to(added.dtype))
+            added.index_copy_(0, mine, _low_rank(x[mine], a, b, gate[mine]).to(kind))
         return added
 
-    def _gate(self, logits: torch.Tensor | None, seats: torch.Tensor) -> torch.Tensor:
-        """Of each expert, of those that are seated."""
-        shape = self.shape
-        if logits is None:
-            return seats.to(self.held_a.dtype) * shape.scale
+    def _gate(self, logits: torch.Tensor, seats: torch.Tensor | None = None) -> torch.Tensor:
+        """Of each expert, or of those that are seated."""
         gate, chosen = self._chosen(logits, seats)
-        factor = shape.experts * shape.scale
+        factor = self.shape.experts * self.shape.scale
         return (gate * torch.zeros_like(gate).scatter_(-1, chosen, factor)).to(logits.dtype)
 
-    def _chosen(self, logits: torch.Tensor, seats: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """How much a token would give to each expert that is seated, and the few that get it."""
-        kind = torch.promote_types(logits.dtype, torch.float32)
-        gate = logits.to(kind).masked_fill(~seats, -math.inf).softmax(-1)
+    def _chosen(self, logits: torch.Tensor, seats: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """How much a token would give to each expert, or to each that is seated, and the few that get it."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        gate = (logits if seats is None else logits.masked_fill(~seats, -math.inf)).softmax(-1)
         return gate, gate.topk(self.shape.top, sorted=False).indices
 
     # ---- claiming
 
     def prepare(self, experts: int, reuse: bool) -> None:
         """What the next task's mask may open: of the first so many experts, without `reuse` only what is unclaimed."""
-        self.open.copy_(torch.arange(self.shape.most, device=self.open.device) < experts)
-        column = self.open[:, None].expand(-1, self.shape.rank).flatten()
+        self.open = experts
+        column = torch.arange(self.shape.columns, device=self.held_a.device) < experts * self.shape.rank
         for name, taken in self._of("taken").items():
             within = column[:, None] if name == "a" else column
             getattr(self, f"allowed_{name}").copy_(within & (~taken | reuse))
@@ -228,9 +234,9 @@ class SubExperts(Projection):
         new = self._hold(slot, masks)
         kept = {f"mask_{name}": pack(mask) for name, mask in masks.items()}
         kept |= {side: trained[f"sub_{side}"].to(kind)[where] for side, where in zip("ab", new, strict=True)}
-        kept["open"] = self.open.clone()
+        kept["open"] = torch.arange(self.shape.most, device=self.held_a.device) < self.open
         if self.shape.top:
-            kept["router"] = trained["token_router"].to(kind)[: int(self.open.sum())]
+            kept["router"] = trained["token_router"].to(kind)[: self.open]
         self._settle(slot, new, kept)
         return kept
 

@@ -13,7 +13,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from dscl.methods.deciding import Deciding
 from dscl.methods.moses import Moses, MosesConfig
 from dscl.methods.osft import Osft
 from dscl.model import decode, experts
+from dscl.model.backbone import ModelConfig
 from dscl.model.claims import open_claims
 from dscl.model.experts import Experts, SubExperts
 from dscl.recipe import resolve
@@ -125,6 +126,7 @@ class Kind:
     targets: tuple[str, ...] = ("v_proj", "gate_proj", "up_proj")
     reuse: bool = True
     sort: bool = False  # tokens by expert, whatever the size
+    again: bool = False  # activations are computed again in the backward pass
 
     def config(self) -> MosesConfig:
         return MosesConfig(
@@ -135,9 +137,10 @@ class Kind:
 
 def begun(kind: Kind, stage: int, zero: dict[str, Any], precision: str = "fp32") -> tuple[Engine, Moses]:
     method = Moses(kind.config(), Facts(0, TASKS, "", "", "", 0, precision))
+    plain = backbone({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
     engine = Engine(
         {"zero_optimization": {"stage": stage, **zero}},
-        build=backbone({"fp32": torch.float32, "bf16": torch.bfloat16}[precision]).build,
+        build=replace(plain, config=ModelConfig(shape={}, activation_checkpointing=kind.again)).build,
         read=base,
         prepare=method.prepare,
         precision=precision,
@@ -193,7 +196,7 @@ class Looped(nn.Module):
         order = torch.where(usable, score.detach().abs(), -torch.ones(())).flatten().argsort(descending=True)
         hard = torch.zeros(score.numel())
         hard[order[:count]] = 1.0
-        return hard.view(score.shape) + score.abs() - score.abs().detach()
+        return hard.view(score.shape) + (score.abs() - score.abs().detach()) * usable
 
     def masks(self) -> tuple[torch.Tensor, torch.Tensor]:
         seated = torch.arange(len(self.sub_a)) < self.open * self.config.rank
@@ -299,8 +302,8 @@ def stepped(kind: Kind, stage: int, zero: dict[str, Any], accumulation: int) -> 
     found = Result()
     choose = SubExperts._chosen
 
-    def watched(self: SubExperts, logits: torch.Tensor, seats: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        gate, chosen = choose(self, logits, seats)
+    def watched(self: SubExperts, logits: torch.Tensor, *seats: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        gate, chosen = choose(self, logits, *seats)
         found.chosen.setdefault(self.name, set()).update(chosen.flatten().tolist())
         return gate, chosen
 
@@ -373,6 +376,7 @@ def test_tasks_equal_a_loop_over_experts(ranks: Any, world: int, stage: int, zer
         (2, {}, ELEMENT),
         (2, {}, Kind(sort=True)),
         (3, SMALL, Kind()),
+        (3, SMALL, Kind("element", again=True)),
     ],
 )
 def test_ranks_that_choose_different_experts_learn_as_one(
@@ -437,7 +441,9 @@ def remembered(
                 if earlier in told:
                     moved.append((index, TASKS.index(earlier), float((now - told[earlier]).abs().max())))
                 else:
-                    gaps.append(float((now - trained).float().norm() / trained.float().norm()))
+                    apart = (now - trained).float().norm(dim=-1) / trained.float().norm(dim=-1)
+                    # In bf16 a rounding may send a token elsewhere.
+                    gaps.append(float(apart.quantile(0.75 if precision == "bf16" else 1.0)))
                     told[earlier] = now
         difference = min(float((told[a] - told[b]).abs().max()) for a, b in itertools.combinations(TASKS, 2))
         assert difference > 1e-2  # tasks answer differently
@@ -668,6 +674,7 @@ def claims_of(run_dir: Path, task: str) -> Any:
 
 NUMBERS = {
     "capacity_bytes", "capacity_share", "lora_per_task_bytes", "parameters_bytes", "masks_bytes", "routers_bytes",
+    "experts_open",
 }  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from dscl.engine import Engine
 from dscl.errors import Failure, UserError
 from dscl.pace import measured
 from dscl.recipe import Recipe, resolve
+from dscl.shards import Shards
 
 WORDS = (
     "red",
@@ -144,7 +145,7 @@ def run_until(document: dict[str, Any], deaths: list[tuple[str, int]]) -> None:
         "save": (checkpoint.Checkpoints, "save"),
         "gather": (dist, "gather"),
         "take": (train, "take"),
-        "shares": (Engine, "shares"),
+        "shares": (Shards, "shares"),
     }
     for name, count in deaths:
         owner, attribute = places[name]

@@ -97,8 +97,8 @@ def test_a_host_that_waits_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> 
     learning(made, x)
     gate = SubExperts._gate
 
-    def waiting(self: SubExperts, logits: torch.Tensor | None, seats: torch.Tensor) -> torch.Tensor:
-        made_gate = gate(self, logits, seats)
+    def waiting(self: SubExperts, logits: torch.Tensor, *seats: torch.Tensor) -> torch.Tensor:
+        made_gate = gate(self, logits, *seats)
         return made_gate if bool(made_gate.any()) else made_gate * 0
 
     monkeypatch.setattr(SubExperts, "_gate", waiting)

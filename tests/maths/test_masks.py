@@ -45,6 +45,13 @@ def test_the_masks_gradient_goes_to_the_magnitudes() -> None:
     torch.testing.assert_close(given.grad, weight * given.detach().sign(), rtol=0, atol=0)
 
 
+def test_scores_that_may_open_nothing_have_no_gradient() -> None:
+    given, allowed = scores(9).requires_grad_(), torch.arange(9) % 3 > 0
+    strongest(given, allowed, 3).sum().backward()
+    assert given.grad is not None
+    assert torch.equal(given.grad, torch.where(allowed, given.detach().sign(), 0.0))
+
+
 def test_scores_learn_which_parameters_help() -> None:
     """Of twelve parameters three make the loss small; the mask finds them."""
     target = torch.zeros(12)

@@ -229,12 +229,16 @@ def test_by_default_there_is_room_for_the_whole_stream(masks: str, experts: int,
 def test_experts_grow_no_more_than_needed(masks: str) -> None:
     """Half of two sub-experts a task, none of it shared: two tasks fill both, each further one brings its own."""
     alone = Alone(masks=masks, experts=2, rank=2, share=0.5, reuse=False, when_full="grow")
-    counts = []
+    counts, told = [], []
     for task in TASKS:
         alone.begin(task)
         counts.append(alone.method.experts.count)
-        alone.learn(task)
+        ended = alone.learn(task)
+        assert ended.numbers["experts_open"] == counts[-1]
+        told.append(ended.told.partition("; ")[2])
     assert counts == [2, 2, 3, 4]
+    grown = "there was no room, so it got 1 more of them: {} of 4 are open"
+    assert told == ["", "", grown.format(3), grown.format(4)]
     assert alone.method.experts.used() == 2.0
     seats = next(iter(alone.method.experts.layers.values())).seats
     assert seats.sum(1).tolist() == counts
@@ -265,14 +269,15 @@ def test_growth_ends_where_the_room_does() -> None:
 
 def test_with_reuse_a_full_house_goes_on() -> None:
     alone = Alone(experts=2, rank=2, share=0.75, when_full="reuse")
-    kept = []
+    kept, told = [], []
     for task in TASKS:
-        alone.learn(task)
+        told.append(alone.learn(task).told.partition("; ")[2])
         kept.append(alone.method.experts.used())
     assert alone.method.experts.count == 2
     assert kept == sorted(kept)
     assert kept[0] == 0.75
     assert kept[-1] == 1.0
+    assert told[:2] == ["", "there was no room, so at least 2 atoms of a layer are others' too"]
 
 
 # ---- what a task comes to

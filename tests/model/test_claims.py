@@ -200,6 +200,10 @@ def not_finite(_header: Any, tensors: Any) -> None:
     tensors["p|b"][3] = float("nan")
 
 
+def router_not_finite(_header: Any, tensors: Any) -> None:
+    tensors["q|router"][0, 1] = float("inf")
+
+
 def another_format(header: Any, _tensors: Any) -> None:
     header["format"] = 99
 
@@ -208,10 +212,11 @@ def another_format(header: Any, _tensors: Any) -> None:
     ("change", "told"),
     [
         (short_mask, "p: mask_atoms holds 2, the layer needs 3"),
-        (without_a_router, "q: router holds nothing, the layer needs 80"),
-        (fewer_values, "p: 119 values of a, the mask claims 120"),
-        (no_values, "p: no values of b, the mask claims 72"),
+        (without_a_router, "q: router holds nothing, the layer needs 96"),
+        (fewer_values, "p: 143 values of a, the mask claims 144"),
+        (no_values, "p: no values of b, the mask claims 96"),
         (not_finite, "p: values of b that are not finite"),
+        (router_not_finite, "q: values of its token router that are not finite"),
         (another_format, "of format 99, this version reads 1"),
     ],
 )

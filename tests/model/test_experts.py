@@ -16,7 +16,7 @@ from dscl.model import experts as module
 from dscl.model.experts import Experts, Shape, SubExperts, add_experts, first_values
 from dscl.model.routing import Routing
 
-IN, OUT, TASKS = 20, 12, 3
+IN, OUT, TASKS = 24, 16, 3  # rows of whole 16 bytes in bf16 too, as sorting asks for
 
 
 def shape_of(atoms: bool = True, **changes: Any) -> Shape:
@@ -52,11 +52,11 @@ def looped(made: SubExperts, x: torch.Tensor, tensors: dict[str, torch.Tensor], 
     shape, rows = made.shape, []
     for token in x.reshape(-1, IN):
         y = functional.linear(token, made.weight, made.bias)
-        gates = torch.ones(shape.experts, dtype=x.dtype)
+        gates = torch.ones(made.open, dtype=x.dtype)
         if shape.top:
-            gates = (tensors["token_router"] @ token)[: shape.experts].softmax(0)
+            gates = (tensors["token_router"] @ token)[: made.open].softmax(0)
             chosen = gates.topk(shape.top).indices
-        for e in range(shape.experts):
+        for e in range(made.open):
             if shape.top and e not in chosen:
                 continue
             columns = slice(e * shape.rank, (e + 1) * shape.rank)
@@ -80,12 +80,17 @@ CASES = [(1, 1, 1), (2, 64, 1), (4, 3, 1), (4, 3, 2), (4, 3, 4), (8, 2, 5), (4, 
 @pytest.mark.parametrize(("experts", "rank", "top"), CASES)
 @pytest.mark.parametrize("atoms", [True, False])
 @pytest.mark.parametrize("share", [1.0, 0.4, 0.0])
+@pytest.mark.parametrize(("claimed", "more"), [(False, 0), (True, 0), (True, 1), (False, 2)])
 def test_training_equals_the_loop_and_so_do_its_gradients(
-    experts: int, rank: int, top: int, atoms: bool, share: float
+    experts: int, rank: int, top: int, atoms: bool, share: float, claimed: bool, more: int
 ) -> None:
-    """With masks that open all, some, and, at a share of 0, nothing."""
-    made = layer(shape_of(atoms, experts=experts, rank=rank, top=top, share=share or 0.4)).train()
-    claim(made, 0)
+    """With masks that open all, some, and, at a share of 0, nothing; with some claimed, of which no more may be opened
+    then; and with room for more sub-experts, which hold anything and count for nothing, but for one that was added."""
+    shape = shape_of(atoms, experts=experts, rank=rank, top=top, share=share or 0.4, most=experts + more)
+    made = layer(shape).train()
+    if claimed:
+        claim(made, 0)
+        made.prepare(min(experts + 1, made.shape.most), reuse=more == 0)
     scramble(made, 1)
     if not share:
         for name in made.mask_shapes:
@@ -106,17 +111,20 @@ def test_training_equals_the_loop_and_so_do_its_gradients(
     }
     masks = {}
     for name, count in made.counts.items():
-        size = free[f"score_{name}"].abs()
+        size, allowed = free[f"score_{name}"].abs(), getattr(made, f"allowed_{name}")
         chosen = torch.zeros(size.numel(), dtype=torch.float64)
-        chosen[size.flatten().topk(count if share else 0).indices] = 1.0
-        masks[name] = chosen.view(size.shape) + (size - size.detach())  # straight through
+        places = allowed.flatten().nonzero()[:, 0]
+        best = size.flatten()[places].topk(min(count, len(places))).indices
+        chosen[places[best]] = 1.0
+        masks[name] = chosen.view(size.shape) + (size - size.detach()) * allowed  # straight through
     expected = looped(made, x, tensors, as_entries(made, masks))  # type: ignore[arg-type]
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
     wanted = torch.autograd.grad((expected * out).sum(), [x, *free.values()])
     for name, ours, theirs in zip(["x", *made.trained], gradients, wanted, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
     assert not gradients[1][taken[0].bool()].any()
     assert not gradients[2][taken[1].bool()].any()
+    assert claimed or not share or gradients[1].any()
 
 
 @pytest.mark.parametrize("atoms", [True, False])
@@ -270,30 +278,41 @@ def test_no_host_waits_and_the_graph_has_no_break(atoms: bool, training: bool) -
     torch._dynamo.reset()
     compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), expected)
+    if training:
+        x.requires_grad_()
+        wanted, found = (gradients_of(made, passed, x) for passed in (made, compiled))
+        for ours, theirs in zip(found, wanted, strict=True):
+            torch.testing.assert_close(ours, theirs)
     made.to("meta")
     made.routing.choose([0, None, 0], x.to("meta"))
     assert made(x.to("meta")).shape == expected.shape
 
 
+def gradients_of(made: SubExperts, passed: Any, x: torch.Tensor) -> list[torch.Tensor]:
+    torch.manual_seed(5)  # of dropout
+    return list(torch.autograd.grad(passed(x).square().sum(), [x, *(getattr(made, n) for n in made.trained)]))
+
+
+SORTED = {"experts": 64, "rank": 8}  # so many columns that tokens are sorted by expert
+
+
 @pytest.mark.parametrize("atoms", [True, False])
-def test_recomputed_and_repeated_passes_agree(atoms: bool) -> None:
-    made = layer(shape_of(atoms, dropout=0.3), torch.float32).train()
+@pytest.mark.parametrize("size", [{}, SORTED])
+def test_recomputed_and_repeated_passes_agree(atoms: bool, size: dict[str, int]) -> None:
+    made = layer(shape_of(atoms, dropout=0.3, **size), torch.float32).train()
+    assert made._sorts(torch.device("cpu"), torch.float32) == bool(size)
     claim(made, 0)
     x = torch.randn(3, 5, IN, requires_grad=True)
-
-    def gradients(passed: Any) -> list[torch.Tensor]:
-        torch.manual_seed(5)
-        loss = passed(x).square().sum()
-        return list(torch.autograd.grad(loss, [x, *(getattr(made, n) for n in made.trained)]))
-
-    plain = gradients(made)
-    for again in (gradients(made), gradients(lambda x: checkpoint(made, x, use_reentrant=False))):
-        assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    plain = gradients_of(made, made, x)
+    for passed in (made, lambda x: checkpoint(made, x, use_reentrant=False)):
+        assert all(torch.equal(a, b) for a, b in zip(plain, gradients_of(made, passed, x), strict=True))
 
 
-@pytest.mark.parametrize(("experts", "rank", "top"), [(4, 3, 2), (4, 3, 0), (64, 4, 2), (64, 8, 2)])
-def test_autocast_computes_in_bf16_and_decides_in_fp32(experts: int, rank: int, top: int) -> None:
-    made = layer(shape_of(experts=experts, rank=rank, top=top), torch.float32).train()
+@pytest.mark.parametrize(("size", "top"), [({}, 2), ({}, 0), (SORTED, 2)])
+@pytest.mark.parametrize("atoms", [True, False])
+def test_autocast_computes_in_bf16_and_decides_in_fp32(size: dict[str, int], top: int, atoms: bool) -> None:
+    made = layer(shape_of(atoms, top=top, **size), torch.float32).train()
+    assert made._sorts(torch.device("cpu"), torch.bfloat16) == bool(size)
     x = torch.randn(3, 5, IN, requires_grad=True)
 
     def passed(cast: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -306,6 +325,14 @@ def test_autocast_computes_in_bf16_and_decides_in_fp32(experts: int, rank: int, 
     assert float((y.float() - expected).norm() / expected.norm()) < 0.02
     for found, wanted in zip(gradients, exact, strict=True):
         assert float((found - wanted).norm() / wanted.norm()) < 0.05
+    claim(made, 0)
+    made.eval().routing.choose([0, None, 0], x)
+    with torch.no_grad():
+        expected = made(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = made(x)
+    assert y.dtype == torch.bfloat16
+    assert float((y.float() - expected).norm() / expected.norm()) < 0.02
 
 
 def test_first_values_add_nothing_and_depend_on_the_name() -> None:

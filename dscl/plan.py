@@ -53,8 +53,18 @@ class Stage:
 
     @property
     def device(self) -> int:
+        """The most that the device holds, in a step or when a task ends."""
+        return max(self.in_step, self.ending)
+
+    @property
+    def in_step(self) -> int:
         """Of the peak, what stays on the device where DeepSpeed keeps the rest in the host's memory."""
         return self.found.peak - self.away
+
+    @property
+    def ending(self) -> int:
+        """Likewise when a task has ended, with what that takes instead of what passes in a step."""
+        return self.in_step - self.found.passing + self.found.ending
 
     @property
     def host(self) -> int:
@@ -66,6 +76,29 @@ class Stage:
         zero = self.settings.get("zero_optimization", {})
         kept = {"offload_optimizer": self.found.optimizer, "offload_param": self.found.weights}
         return sum(size for key, size in kept.items() if zero.get(key, {}).get("device", "none") != "none")
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a rank sends and computes in a step, and how long that takes."""
+
+    sent: float  # bytes, in rings
+    tokens: float  # of all ranks
+    work: float | None  # operations, where they can be counted
+    computing: float | None  # seconds, where the device is stated
+    sending: float | None  # and the network
+
+    @property
+    def seconds(self) -> tuple[float, float] | None:
+        """At least and at most: the exchange goes on beside the arithmetic, or all of it is waited for."""
+        if self.computing is None or self.sending is None:
+            return None
+        return max(self.computing, self.sending), self.computing + self.sending
+
+    @property
+    def rates(self) -> tuple[float, float] | None:
+        """Tokens a second, at least and at most."""
+        return self.seconds and (self.tokens / self.seconds[1], self.tokens / self.seconds[0])
 
 
 @dataclass(frozen=True)
@@ -93,15 +126,30 @@ class Plan:
 
     def document(self) -> dict[str, Any]:
         """For programs; sizes in bytes."""
-        fields = ("weights", "optimizer", "beside", "gradients", "passing", "peak", "saved", "sent")
+        fields = ("weights", "optimizer", "beside", "gradients", "passing", "peak", "ending", "saved", "sent")
         stages = {
             stage.name: {name: getattr(stage.found, name) for name in fields}
             | {"device": stage.device, "host": stage.host, "fits": stage.fits}
             for stage in self.stages
         }
-        mine = self.mine.found
-        of_all = {"ranks": self.cluster.ranks, "parameters": mine.parameters, "trained": mine.trained}
-        return {**of_all, "recipe": self.own, "disk": self.disk, "around": AROUND, "stages": stages}
+        mine, step = self.mine.found, step_of(self.job, self.cluster, self.mine.found)
+        spent = {
+            "sent": step.sent,
+            "tokens": step.tokens,
+            "operations": step.work,
+            "seconds": step.seconds,
+            "tokens_per_second": step.rates,
+        }
+        of_all = {
+            "ranks": self.cluster.ranks,
+            "parameters": mine.parameters,
+            "trained": mine.trained,
+            "recipe": self.own,
+            "disk": self.disk,
+            "around": AROUND,
+            "busiest": mine.busiest,
+        }
+        return {**of_all, "step": spent, "stages": stages}
 
 
 def plan(recipe: Recipe, cluster: Cluster, say: Callable[[str], None], alone: bool = False) -> Plan:
@@ -155,13 +203,16 @@ def _judged(stage: Stage, found: Mapping[int, Rehearsed], cluster: Cluster, most
     """With what fits: memory grows by the row, so two rehearsals tell, up to all rows that a rank has in a step."""
     if cluster.memory is None:
         return stage
-    needed = {rows: replace(stage, found=each).device for rows, each in found.items()}
+    room = cluster.memory - AROUND
+    needed = {rows: replace(stage, found=each).in_step for rows, each in found.items()}
     (now, here), *others = needed.items()
+    if stage.ending > room:  # however few rows a step has
+        return replace(stage, fits=0)
     if not others:
-        return replace(stage, fits=now if here + AROUND <= cluster.memory else 0)
+        return replace(stage, fits=now if here <= room else 0)
     other, there = others[0]
     row = max(1.0, (here - there) / (now - other))
-    return replace(stage, fits=max(0, min(most, now + int((cluster.memory - AROUND - here) // row))))
+    return replace(stage, fits=max(0, min(most, now + int((room - here) // row))))
 
 
 def _opening(job: Job, cluster: Cluster, found: Rehearsed) -> list[str]:
@@ -207,29 +258,35 @@ def wire(sent: Mapping[str, float], ranks: int) -> float:
     return sum(times.get(kind, 1.0) * size for kind, size in sent.items())
 
 
-def _times(job: Job, cluster: Cluster, found: Rehearsed) -> list[str]:
-    moved = wire(found.sent, cluster.ranks)
-    kinds = ", ".join(f"{kind} {size / 1e9:.3g} GB" for kind, size in found.sent.items() if size)
-    lines = [f"exchange: a rank sends {moved / 1e9:.3g} GB a step (it puts in {kinds or 'nothing'})"]
-    if found.cost is None:
-        return [*lines, "time: unknown, for the model is not built like a LLaMA"]
-    schedule = job.lesson(0).schedule
+def step_of(job: Job, cluster: Cluster, found: Rehearsed) -> Step:
+    schedule, moved = job.lesson(0).schedule, wire(found.sent, cluster.ranks)
     steps = [schedule.step(number) for number in range(min(schedule.steps_per_epoch, 200))]
     tokens = sum(step.tokens for step in steps) / len(steps)
+    sending = moved / cluster.bandwidth if cluster.bandwidth else None if cluster.ranks > 1 else 0.0
+    if found.cost is None:
+        return Step(moved, tokens, None, None, sending)
     work = sum(
         found.cost.of(s.tokens, s.pairs, s.targets) + found.cost.again(s.tokens, s.pairs) for s in steps
     ) / len(steps) / cluster.ranks  # fmt: skip
-    told = f"time: {tokens:,.0f} tokens a step; a rank computes {work / 1e12:.3g} TFLOP"
-    if cluster.peak is None:
+    computing = None if cluster.peak is None else work / (cluster.peak * cluster.efficiency)
+    return Step(moved, tokens, work, computing, sending)
+
+
+def _times(job: Job, cluster: Cluster, found: Rehearsed) -> list[str]:
+    step = step_of(job, cluster, found)
+    kinds = ", ".join(f"{kind} {size / 1e9:.3g} GB" for kind, size in found.sent.items() if size)
+    lines = [f"exchange: a rank sends {step.sent / 1e9:.3g} GB a step (it puts in {kinds or 'nothing'})"]
+    if step.work is None:
+        return [*lines, "time: unknown, for the model is not built like a LLaMA"]
+    told = f"time: {step.tokens:,.0f} tokens a step; a rank computes {step.work / 1e12:.3g} TFLOP"
+    if cluster.peak is None or step.computing is None:
         return [*lines, f"{told}; give --gpu or --tflops for the seconds of it"]
-    computing = work / (cluster.peak * cluster.efficiency)
-    told += f", {computing:.3g} s at {cluster.efficiency:.0%} of {cluster.peak / 1e12:.3g} TFLOP/s"
-    if cluster.bandwidth is None and cluster.ranks > 1:
+    told += f", {step.computing:.3g} s at {cluster.efficiency:.0%} of {cluster.peak / 1e12:.3g} TFLOP/s"
+    if step.seconds is None or step.rates is None:
         return [*lines, f"{told}; give --bandwidth for the exchange's part"]
-    sending = moved / cluster.bandwidth if cluster.bandwidth else 0.0
-    least, longest = max(computing, sending), computing + sending
-    told += f"; exchange {sending:.3g} s; so {least:.3g} to {longest:.3g} s a step, "
-    told += f"{tokens / longest:,.0f} to {tokens / least:,.0f} tokens/s in all"
+    (least, longest), (slow, fast) = step.seconds, step.rates
+    told += f"; exchange {step.sending:.3g} s; so {least:.3g} to {longest:.3g} s a step, "
+    told += f"{slow:,.0f} to {fast:,.0f} tokens/s in all"
     whole = sum(count for _, count in job.steps())
     return [*lines, told, f"the stream: {whole:,} steps, {duration(whole * least)} to {duration(whole * longest)}"]
 
@@ -244,7 +301,8 @@ def _advice(stages: Sequence[Stage], cluster: Cluster) -> list[str]:
             "ds_configs/zero3_offload.json, or a smaller train.max_length"
         ]
     first, best = fitting[0], max(fitting, key=lambda stage: stage.fits or 0)
-    told = f"fits: {first.name} is the lowest stage that does, with train.micro_batch up to {first.fits}"
+    which = "is the lowest stage that does" if len(stages) > 1 else "does"
+    told = f"fits: {first.name} {which}, with train.micro_batch up to {first.fits}"
     if best.fits != first.fits:
         told += f"; {best.name} leaves room for {best.fits}"
     return [told]
@@ -257,6 +315,8 @@ def _beside(plan: Plan) -> list[str]:
         f"(checkpoint.keep={keep}, and the one that is being written)"
     ]
     lines += [f"{what}: {size / GIB:.3g} GiB" for what, size in found.later.items()]
+    if plan.mine.ending > plan.mine.in_step:
+        lines.append(f"when a task ends, a device holds {plan.mine.ending / GIB:.3g} GiB, more than in a step")
     if found.busiest is not None:
         lines.append(f"owners: the busiest rank has {found.busiest:.2f} of the mean work on matrices")
     return lines

@@ -44,6 +44,7 @@ class Rehearsed:
     saved: int  # a checkpoint of all ranks
     sent: Mapping[str, float]  # by kind of collective, in a step
     later: Mapping[str, float]  # what comes when tasks have ended
+    ending: int  # of the device, while a task ends: beside what is kept
     cost: Cost | None
     parameters: int
     trained: int
@@ -117,6 +118,7 @@ def rehearse(job: Job, settings: dict[str, Any], micro_batches: Sequence[Batch],
             saved=_saved(engine, method),
             sent={kind: size + further * (more[kind] - size) for kind, size in once.items()},
             later=later,
+            ending=int(method.ending()),
             cost=cost_of(engine.module),
             parameters=sum(getattr(p, "ds_numel", p.numel()) for p in parameters),
             trained=sum(getattr(p, "ds_numel", p.numel()) for p in parameters if p.requires_grad),

@@ -8,10 +8,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
 from dscl import plan
+from dscl.data.batches import Schedule
 from dscl.errors import UserError
 from dscl.maths.subspace import READINGS, Subspace, room_of
 from dscl.plan import AROUND, GIB, Cluster, Stage, peak_named, size_of, wire
@@ -20,8 +24,8 @@ from dscl.rehearsal import Rehearsed
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-def rehearsed(peak: float, optimizer: int = 0, weights: int = 0) -> Rehearsed:
-    return Rehearsed(weights, optimizer, 0, 0, 0, int(peak), 0, 0, {}, {}, None, 1, 1, None)
+def rehearsed(peak: float, optimizer: int = 0, weights: int = 0, passing: int = 0, ending: int = 0) -> Rehearsed:
+    return Rehearsed(weights, optimizer, 0, 0, passing, int(peak), 0, 0, {}, {}, ending, None, 1, 1, None)
 
 
 def fits(stage: Stage, found: dict[int, Rehearsed], memory: float, most: int) -> int | None:
@@ -46,6 +50,51 @@ def test_what_is_offloaded_is_not_on_the_device() -> None:
     zero = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "none"}}
     assert Stage("a", {"zero_optimization": zero}, found[1], None).device == 10 * GIB
     assert fits(Stage("a", {"zero_optimization": zero}, found[1], None), found, 10 * GIB, 1) == 1
+
+
+def test_what_a_task_needs_when_it_ends_has_to_fit_too() -> None:
+    """10 GiB are kept and 8 pass in a step; when a task ends, 12 are needed instead of these."""
+    found = {4: rehearsed(18 * GIB, passing=8 * GIB, ending=12 * GIB), 2: rehearsed(14 * GIB, passing=4 * GIB)}
+    stage = Stage("a", {}, found[4], None)
+    assert (stage.in_step, stage.ending, stage.device) == (18 * GIB, 22 * GIB, 22 * GIB)
+    assert [fits(stage, found, memory * GIB, 64) for memory in (21.9, 22)] == [0, 6]
+    assert Stage("a", {}, rehearsed(18 * GIB, passing=8 * GIB, ending=GIB), None).device == 18 * GIB
+    alone = {1: rehearsed(18 * GIB, passing=8 * GIB, ending=12 * GIB)}
+    assert [fits(Stage("a", {}, alone[1], None), alone, memory * GIB, 1) for memory in (21.9, 22)] == [0, 1]
+
+
+def test_time_of_a_step_is_that_of_the_stated_device_and_network() -> None:
+    """Steps of 4 samples of 10 tokens, of which 4 are answered: 40 tokens, 4 · 55 pairs, 16 targets, on 2 ranks."""
+    lengths = np.full(8, 6, np.int32), np.full(8, 4, np.int32)
+    schedule = Schedule(
+        *lengths, seed=0, epochs=3, global_batch=4, micro_batch=2, world=2, max_length=10, packing=False
+    )
+    job: Any = SimpleNamespace(lesson=lambda _: SimpleNamespace(schedule=schedule), steps=lambda: [("a", 6)])
+    cost: Any = SimpleNamespace(
+        of=lambda tokens, pairs, targets: 1e12 * tokens + 1e11 * pairs + 1e12 * targets, again=lambda *_: 22e12
+    )
+    found: Any = SimpleNamespace(cost=cost, sent={"all_reduce": 8e9, "all_gather": 2e9})
+    cluster = Cluster(1, 2, None, 1e9, 100e12, 0.5)
+    step = plan.step_of(job, cluster, found)
+    # 40e12 + 22e12 + 16e12 of use and 22e12 once more, halved; a ring sends 2 · 8e9 / 2 and 2e9.
+    assert (step.tokens, step.work, step.sent) == pytest.approx((40, 50e12, 10e9))
+    assert (step.computing, step.sending) == pytest.approx((1.0, 10.0))
+    assert step.seconds == pytest.approx((10.0, 11.0))
+    assert step.rates == pytest.approx((40 / 11, 4.0))
+    said = "\n".join(plan._times(job, cluster, found))
+    assert "so 10 to 11 s a step, 4 to 4 tokens/s" in said
+    assert "6 steps, 1m00s to 1m06s" in said
+    assert plan.step_of(job, Cluster(1, 2, None, None, 100e12, 0.5), found).seconds is None
+    assert plan.step_of(job, Cluster(1, 1, None, None, 100e12, 0.5), found).seconds == pytest.approx((2.0, 2.0))
+    assert plan.step_of(job, Cluster(1, 2, None, 1e9, None, 0.5), found).rates is None
+
+
+def test_what_was_not_tried_is_not_compared() -> None:
+    cluster = Cluster(1, 1, GIB, None, None, 0.4)
+    tried = [Stage(name, {}, rehearsed(0), most) for name, most in (("zero1.json", 2), ("zero2.json", 4))]
+    (both,), (one,) = plan._advice(tried, cluster), plan._advice(tried[:1], cluster)
+    assert both.startswith("fits: zero1.json is the lowest stage that does, with train.micro_batch up to 2; zero2.json")
+    assert one == "fits: zero1.json does, with train.micro_batch up to 2"
 
 
 def test_a_ring_sends_each_byte_past_all_others() -> None:
@@ -133,3 +182,28 @@ def test_a_plan_for_programs_is_one_object(recipe: Path) -> None:
     assert (found["ranks"], found["recipe"], len(found["stages"])) == (2, "zero1.json", 1)
     assert found["disk"] == 3 * stage["saved"]
     assert stage["device"] == stage["peak"]
+    assert found["step"]["sent"] == wire(stage["sent"], 2)
+    assert found["step"]["seconds"] is found["step"]["tokens_per_second"] is None
+
+
+def test_a_plan_for_programs_has_times_and_the_balance_of_owners(recipe: Path) -> None:
+    """Two matrices of one size have two owners; of four ranks these have twice the mean each."""
+    words = ["--alone", "--json", "--gpus-per-node", "4", "--tflops", "1", "--bandwidth", "1GB", "--efficiency", "0.5"]
+    done = dscl(recipe, *words, "method.targets=[q_proj]")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    step = found["step"]
+    computing, sending = step["operations"] / 0.5e12, step["sent"] / 1e9
+    assert step["seconds"] == pytest.approx([max(computing, sending), computing + sending])
+    assert step["tokens_per_second"] == pytest.approx([step["tokens"] / seconds for seconds in step["seconds"][::-1]])
+    assert found["busiest"] == pytest.approx(2.0)
+
+
+def test_a_router_that_is_solved_counts(recipe: Path) -> None:
+    """Wide features take more than a step of a small model does: seven matrices of them in fp64."""
+    done = dscl(recipe, "--alone", "--json", "method.name=asr", "method.width=4096")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    stage = found["stages"][found["recipe"]]
+    assert stage["ending"] == 7 * 8 * 4096**2
+    assert stage["device"] == stage["peak"] - stage["passing"] + stage["ending"] > stage["peak"]

@@ -89,6 +89,9 @@ class Asr(LoraPerTask):
     def rehearse(self) -> dict[str, float]:
         return self.deciding.later()
 
+    def ending(self) -> float:
+        return self.deciding.solving()
+
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         return self.deciding.loss(model, batch)
 

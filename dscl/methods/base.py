@@ -115,6 +115,10 @@ class Method(ABC):
         the bytes of what comes later, by what it is."""
         return {}
 
+    def ending(self) -> float:
+        """For a plan: the bytes that the device needs once more when a task has ended, and then no longer."""
+        return 0.0
+
     def begin_task(self, index: int, name: str, ranks: Ranks) -> Reader | None:
         """A task starts, with a fresh optimizer. What is returned gives the values that the trainable tensors start
         from; None leaves them as the previous task did."""

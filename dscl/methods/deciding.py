@@ -72,8 +72,12 @@ class Deciding:
             return {"keys, a task": 8.0 * width}
         return {
             "router's sums, a task (host)": 4.0 * packed(width) + 8.0 * width,
-            "router, while it is solved": SOLVING * 8.0 * width**2,
+            "router, while it is solved": self.solving(),
         }
+
+    def solving(self) -> float:
+        """Bytes of the device, at the peak of it."""
+        return 0.0 if self.router.spec.kind == "key" else SOLVING * 8.0 * self.router.spec.width**2
 
     def leave(self, folder: Path, name: str) -> Path:
         path = _place(folder, name)

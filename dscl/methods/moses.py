@@ -192,6 +192,9 @@ class Moses(Method):
         dense = self.weights.rehearse() if self.weights is not None else {}
         return {**dense, **(self.deciding.later() if self.deciding is not None else {})}
 
+    def ending(self) -> float:
+        return self.deciding.solving() if self.deciding is not None else 0.0
+
     def begin_task(self, index: int, name: str, ranks: Ranks) -> Reader:
         experts, policy = self.experts, self.config.when_full
         while (lacking := experts.lacking()) and policy == "grow" and experts.count < experts.shape.most:

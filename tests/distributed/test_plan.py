@@ -55,7 +55,15 @@ CASES = {
     "olora-2": (2, "fp32", {"name": "olora"}),
     "ewc-3": (3, "fp32", {"name": "ewc"}),
     "lwf-1": (1, "fp32", {"name": "lwf"}),
+    "joint-2": (2, "fp32", {"name": "joint"}),
+    "replay-1": (1, "fp32", {"name": "replay"}),
+    "agem-2": (2, "bf16", {"name": "agem"}),
+    "lora_per_task-3": (3, "fp32", {"name": "lora_per_task"}),
+    "offload-2": (2, "bf16", {"name": "sequential"}),
+    "offload-3": (3, "fp32", {"name": "sequential"}),
+    "checkpointing-2": (2, "fp32", {"name": "sequential"}),
 }
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +75,12 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         document = recipe_of(folder, name, stage, train__precision=precision, train__micro_batch=2)
         settings = json.loads((REPOSITORY / document["deepspeed"]).read_text())
         small = dict.fromkeys(BUCKETS[stage], 1 << 14)  # else they are all there is
-        settings["zero_optimization"] = {**settings.get("zero_optimization", {}), **small}
+        offload = OFFLOAD if name.startswith("offload") else {}
+        settings["zero_optimization"] = {**settings.get("zero_optimization", {}), **small, **offload}
         (folder / f"{name}.json").write_text(json.dumps(settings))
         found[name] = {
-            **document, "method": method, "model": {"shape": SHAPE}, "deepspeed": str(folder / f"{name}.json")
+            **document, "method": method, "deepspeed": str(folder / f"{name}.json"),
+            "model": {"shape": SHAPE, "activation_checkpointing": name.startswith("checkpointing")},
         }  # fmt: skip
     return found
 

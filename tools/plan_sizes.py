@@ -11,10 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +30,21 @@ SIZES: dict[str, dict[str, int]] = {
 }  # fmt: skip
 LENGTH = 4096
 GPU, BANDWIDTH = "H100", "50GB"
-PARTS = ("weights", "optimizer", "method's", "gradients", "passing", "peak")  # GiB of a rank
+PARTS = {  # of a rank, as the table and as the plan names them
+    "weights": "weights", "optimizer": "optimizer", "method's": "beside", "gradients": "gradients",
+    "passing": "passing", "peak": "peak",
+}  # fmt: skip
 HEAD = ["", "method", "GPUs", *PARTS, "sent a step", "step", "tokens/s a GPU"]
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", required=True, help="a folder with a tokenizer of 32,000 pieces")
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--methods", nargs="+", default=["sequential"])
     parser.add_argument("--gpus", nargs="+", type=int, default=[8, 64, 512])
     parser.add_argument("--deepspeed", default="ds_configs/zero3.json")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     print(f"| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}", flush=True)
     for size in options.sizes:
         for method in options.methods:
@@ -55,25 +58,22 @@ def line(size: str, method: str, gpus: int, options: argparse.Namespace) -> str:
         recipe = Path(folder) / "recipe.yaml"
         recipe.write_text(yaml.safe_dump(document(size, method, gpus, options)), "utf-8")
         words = ["--nodes", str(-(-gpus // 8)), "--gpus-per-node", str(min(8, gpus)), "--gpu", GPU, "--alone"]
-        words += ["--bandwidth", BANDWIDTH]
+        words += ["--bandwidth", BANDWIDTH, "--json"]
         done = subprocess.run(
             [sys.executable, "-m", "dscl", "plan", str(recipe), *words], cwd=folder, capture_output=True, text=True
         )
     if done.returncode:
         raise SystemExit(done.stderr)
-    (parts,) = re.findall(r"^zero\S+ \(recipe's\)" + r"\s+([\d.]+)" * len(PARTS), done.stdout, re.M)
-    assert "GiB a rank" in done.stdout
-    (sent,) = re.findall(r"a rank sends (\S+) GB", done.stdout)
-    least, most, slow, fast = re.findall(r"so (\S+) to (\S+) s a step, ([\d,]+) to ([\d,]+) tokens/s", done.stdout)[0]
-    a_gpu = [f"{int(rate.replace(',', '')) / gpus:,.0f}" for rate in (slow, fast)]
+    plan = json.loads(done.stdout)
+    stage, step = plan["stages"][plan["recipe"]], plan["step"]
     cells = [
         size,
         f"`{method}`",
         str(gpus),
-        *parts,
-        f"{float(sent):.3g} GB",
-        f"{least} to {most} s",
-        " to ".join(a_gpu),
+        *(f"{stage[part] / 2**30:.1f}" for part in PARTS.values()),
+        f"{step['sent'] / 1e9:.3g} GB",
+        " to ".join(f"{seconds:.3g}" for seconds in step["seconds"]) + " s",
+        " to ".join(f"{rate / gpus:,.0f}" for rate in step["tokens_per_second"]),
     ]
     return f"| {' | '.join(cells)} |"
 

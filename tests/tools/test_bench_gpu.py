@@ -1,0 +1,92 @@
+"""The benchmark for one large GPU, with a tiny shape on the CPU: what it builds trains, and failures are told."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig
+
+from tools import bench_gpu as bench
+from tools.bench_gpu import METHODS, Case
+
+TINY = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "vocab_size": 96,
+}  # fmt: skip
+FOUND = {"seconds": 2.0, "tokens": 2048.0, "tflops": 1.0, "mfu": 0.5, "floor": 1.0, "peak_gib": 9.0, "host_gib": 1.0}
+
+
+def tried_small(case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a rank finds, and what of the methods' own work was done."""
+    config = LlamaConfig(**TINY, max_position_embeddings=case.length, tie_word_embeddings=False)
+    seen: dict[str, Any] = {}
+    large = bench.large
+
+    def watched(case: Case, config: LlamaConfig, engine: Any, method: Any) -> dict[str, Any]:
+        found = large(case, config, engine, method)
+        deciding = getattr(method, "deciding", None)
+        seen["gathered"] = len(deciding.rows()["samples"]) if deciding is not None else None
+        experts = getattr(method, "experts", None)
+        seen["open"] = [int(layer.allowed_atoms.sum()) for layer in experts.layers.values()] if experts else []
+        seen["protected"] = len(getattr(method, "_spaces", {}))
+        seen["again"] = bool(engine.module.model.gradient_checkpointing)
+        return found
+
+    bench.large = watched
+    try:
+        return bench.attempt(case, config), seen
+    finally:
+        bench.large = large
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_every_method_takes_steps_with_its_own_work_in_them(ranks: Callable[[int], Any], method: str) -> None:
+    offload, again = method == "osft", method == "full"
+    case = Case("7B", method, offload=offload, recompute=again, length=64, rounds=1)
+    ((found, seen),) = ranks(1)(tried_small, case)
+    assert found["seconds"] > 0
+    assert found["tokens"] == pytest.approx(64 / found["seconds"])
+    assert found["mfu"] is found["floor"] is None  # no CPU has a stated peak
+    assert seen["again"] is again
+    assert seen["gathered"] == (bench.WARM + case.rounds if method in ("asr", "moses") else None)
+    assert bool(seen["open"]) is (method == "moses")
+    assert all(seen["open"])
+    assert seen["protected"] == (7 * TINY["num_hidden_layers"] if method == "osft" else 0)
+
+
+def test_activations_are_recomputed_only_where_memory_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def child(case: Case) -> dict[str, Any]:
+        asked.append((case.offload, case.recompute))
+        if not case.offload:
+            return {"full": "before the first step"}
+        return {**FOUND, "recompute": True} if case.recompute else {"full": "in a step"}
+
+    monkeypatch.setattr(bench, "child", child)
+    monkeypatch.setattr(bench.dist, "device", lambda: argparse.Namespace(type="cuda"))
+    monkeypatch.setattr(bench, "is_flash_attn_2_available", lambda: False)
+    options = argparse.Namespace(shape=["7B"], method=["full"], attention=None, rounds=1)
+    absent, whole, offloaded = bench.rows(options)
+    assert "flash-attn is not here" in absent["what"]
+    assert asked == [(False, False), (True, False), (True, True)]
+    assert whole["told"] == "not enough memory of the device before the first step"
+    assert "activations recomputed" in offloaded["told"]
+    assert "floor 1 s" in offloaded["told"]
+    assert "none to compare" in offloaded["told"]
+    beside = bench.row(Case("7B", "full", offload=True), {**FOUND, "recompute": False}, {**FOUND, "seconds": 0.5})
+    assert "4.0 times the step that is not offloaded" in beside["told"]
+
+
+@pytest.mark.parametrize(("status", "stderr", "told"), [
+    (-9, "", "failed: killed by signal 9 (9 is mostly the host's memory)"),
+    (1, "Traceback\nKeyError: 'q'\n", "failed: status 1: KeyError: 'q'"),
+])  # fmt: skip
+def test_a_child_that_dies_is_told(monkeypatch: pytest.MonkeyPatch, status: int, stderr: str, told: str) -> None:
+    done = subprocess.CompletedProcess([], status, "", stderr)
+    monkeypatch.setattr(bench.subprocess, "run", lambda *_, **__: done)
+    assert bench.row(Case("7B", "full"), bench.tried(Case("7B", "full")))["told"] == told

@@ -1,0 +1,262 @@
+"""Each method's training step on one large GPU, at shapes of 7B and 8B, in bf16; printed as Markdown.
+
+    python tools/bench_gpu.py [--shape 7B 8B] [--method full osft lora asr moses] [--attention sdpa] [--rounds N]
+
+A step is one row, which is one sample of 4096 tokens of which each is a target. Every row of the table is a process of
+its own, which says what it has found at once; one that fails is told, and the rest goes on. Activations are recomputed
+only where there is not enough memory else. Full fine-tuning and OSFT are timed with the optimizer's state on the host
+too, for which the host needs about 16 bytes for each parameter, 100 GiB and 120. Weights are drawn on the GPU: their
+values do not matter here, and what OSFT protects is not decomposed either.
+
+Beside each step stands its floor: what its operations (recomputation and projections too) would take at the most that
+the device's maker states. MFU counts neither of these two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from typing import Any
+
+from dscl.observe.quiet import quiet
+
+quiet()  # before the libraries are imported
+
+import torch  # noqa: E402
+from transformers import LlamaConfig  # noqa: E402
+from transformers.utils import is_flash_attn_2_available  # noqa: E402
+
+from dscl import dist  # noqa: E402
+from dscl.config import parse  # noqa: E402
+from dscl.data.batches import collate  # noqa: E402
+from dscl.engine import Engine  # noqa: E402
+from dscl.hardware import peak  # noqa: E402
+from dscl.methods import Facts, Method, find_method  # noqa: E402
+from dscl.model.backbone import Backbone, ModelConfig  # noqa: E402
+from dscl.model.cost import cost_of  # noqa: E402
+from dscl.model.weights import DrawnWeights  # noqa: E402
+from dscl.spawn import outside  # noqa: E402
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "7B": {  # Llama 2
+        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "vocab_size": 32000,
+    },
+    "8B": {  # Llama 3
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256,
+    },
+}  # fmt: skip
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "full": ("full fine-tuning", {"name": "sequential"}),
+    "osft": ("OSFT", {"name": "osft", "basis": ["weights"]}),
+    "lora": ("LoRA", {"name": "sequential", "tune": "lora"}),
+    "asr": ("ASR", {"name": "asr"}),
+    "moses": ("MoSEs", {"name": "moses"}),
+}
+OFFLOADED = ("full", "osft")  # for what the others train, the optimizer's state is small
+ATTENTION = ("sdpa", "flash_attention_2")
+WARM = 2  # steps before those that are timed
+
+
+@dataclass(frozen=True)
+class Case:
+    shape: str
+    method: str
+    attention: str = "sdpa"
+    offload: bool = False
+    recompute: bool = False
+    length: int = 4096
+    rounds: int = 5
+
+    @property
+    def title(self) -> str:
+        return f"{self.shape}, {METHODS[self.method][0]}{', optimizer offloaded' * self.offload}, {self.attention}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=list(SHAPES), nargs="+", default=list(SHAPES))
+    parser.add_argument("--method", choices=list(METHODS), nargs="+", default=list(METHODS))
+    parser.add_argument("--attention", choices=ATTENTION, nargs="+", help="default: all that this machine has")
+    parser.add_argument("--rounds", type=int, default=5, help="how many steps are timed")
+    parser.add_argument("--json", action="store_true", help="an object for each row, for tools/bench.py")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        case = Case(**json.loads(options.child))
+        with dist.session():
+            print(json.dumps(attempt(case, config_of(case))), flush=True)
+        return
+    if not options.json:
+        print("| | MFU | target | |\n|---|---|---|---|", flush=True)
+    for row in rows(options):
+        print(json.dumps(row) if options.json else f"| {' | '.join(row.values())} |", flush=True)
+
+
+def rows(options: argparse.Namespace) -> Iterator[dict[str, str]]:
+    if dist.device().type != "cuda":
+        yield row_of("gpu: no GPU here, nothing was measured")
+        return
+    attention = options.attention or ATTENTION[: 1 + is_flash_attn_2_available()]
+    if options.attention is None and len(attention) == 1:
+        yield row_of("gpu: the package flash-attn is not here, so attention is torch's own (sdpa)")
+    for shape, method, kind in product(options.shape, options.method, attention):
+        case = Case(shape, method, kind, rounds=options.rounds)
+        whole = tried(case)
+        yield row(case, whole)
+        if method in OFFLOADED:
+            other = replace(case, offload=True)
+            yield row(other, tried(other), beside=whole)
+
+
+def tried(case: Case) -> dict[str, Any]:
+    """With what a child process finds; activations are recomputed where a step finds too little memory."""
+    found = child(case)
+    return child(replace(case, recompute=True)) if found.get("full") == "in a step" else found
+
+
+def child(case: Case) -> dict[str, Any]:
+    words = [sys.executable, __file__, "--child", json.dumps(asdict(case))]
+    done = subprocess.run(words, capture_output=True, text=True, env=outside())
+    if done.returncode == 0:
+        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return {**found, "recompute": case.recompute}
+    said = done.stderr.strip().splitlines()[-1:]
+    how = f"status {done.returncode}" if done.returncode > 0 else f"killed by signal {-done.returncode}"
+    hint = " (9 is mostly the host's memory)" if done.returncode == -9 else ""
+    return {"failed": ": ".join([f"failed: {how}{hint}", *said])[:300]}
+
+
+def row(case: Case, found: Mapping[str, Any], beside: Mapping[str, Any] | None = None) -> dict[str, str]:
+    if "seconds" not in found:
+        return row_of(case.title, told=found.get("failed") or f"not enough memory of the device {found['full']}")
+    told = [f"{found['tokens']:,.0f} tokens/s", f"step {found['seconds']:.3g} s", f"{found['peak_gib']:.1f} GiB"]
+    if found["floor"]:
+        told.insert(2, f"floor {found['floor']:.3g} s")
+    told.append("activations recomputed" if found["recompute"] else "no activations recomputed")
+    if beside is not None:
+        told.append(f"{found['host_gib']:.0f} GiB of the host")
+        told.append(
+            f"{found['seconds'] / beside['seconds']:.1f} times the step that is not offloaded"
+            if "seconds" in beside
+            else "not offloaded there is none to compare"
+        )
+    figure = f"MFU {found['mfu']:.1%}" if found["mfu"] else f"{found['tflops']:.3g} TFLOP/s"
+    return row_of(case.title, figure, "≥ 50 %" if case.method == "full" and not case.offload else "", ", ".join(told))
+
+
+def row_of(what: str, figure: str = "", target: str = "", told: str = "") -> dict[str, str]:
+    return {"what": what, "figure": figure, "target": target, "told": told}
+
+
+# ---- in a process of its own, on its GPU
+
+
+def config_of(case: Case) -> LlamaConfig:
+    return LlamaConfig(**SHAPES[case.shape], max_position_embeddings=case.length, tie_word_embeddings=False)
+
+
+def attempt(case: Case, config: LlamaConfig) -> dict[str, Any]:
+    """What a step takes, or when the device's memory was full."""
+    try:
+        with redirect_stdout(io.StringIO()):
+            engine, method = built(case, config)
+    except torch.OutOfMemoryError:
+        return {"full": "before the first step"}
+    try:
+        return large(case, config, engine, method)
+    except torch.OutOfMemoryError:
+        return {"full": "in a step"}
+    finally:
+        engine.close()
+
+
+def built(case: Case, config: LlamaConfig) -> tuple[Engine, Method]:
+    here = dist.device()
+    model = ModelConfig(shape={}, attention=case.attention, activation_checkpointing=case.recompute)
+    bare = Backbone(model, config, None, DrawnWeights(0, 0.02), torch.bfloat16)
+    given = METHODS[case.method][1]
+    kind = find_method(given["name"])
+    method = kind(parse(kind.Config, given, "method"), Facts(0, ("a",), "", "", "", case.length, "bf16"))
+    settings: dict[str, Any] = {"zero_optimization": {"stage": 2, "contiguous_gradients": True}}
+    if case.offload:  # not pinned: that is taken in powers of two, so up to twice as much of the host
+        settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+
+    def build() -> Any:
+        with here:
+            return bare.build()
+
+    engine = Engine(
+        settings, build=build, read=filling(here), prepare=method.prepare, constraint=method.constraint,
+        steering=method.steering, precision="bf16",
+    )  # fmt: skip
+    if engine.constraint is None:
+        nobody: Any = None  # none of these asks other ranks for anything
+        engine.start_over(method.begin_task(0, "a", nobody))
+    else:
+        method.rehearse()  # as much is protected as after a decomposition, which takes minutes
+    return engine, method
+
+
+def filling(here: torch.device) -> Callable[[str, torch.Size, int, int], torch.Tensor]:
+    generator = torch.Generator(here).manual_seed(0)
+
+    def read(_name: str, shape: torch.Size, start: int, stop: int) -> torch.Tensor:
+        values = torch.ones(stop - start, dtype=torch.bfloat16, device=here)
+        return values.normal_(std=0.02, generator=generator) if len(shape) > 1 else values
+
+    return read
+
+
+def large(case: Case, config: LlamaConfig, engine: Engine, method: Method) -> dict[str, Any]:
+    here, length, targets = engine.device, case.length, case.length - 1
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, config.vocab_size, (length,), generator=generator).tolist()
+    # Not packed: with nothing to keep apart, sdpa takes its fastest kernel.
+    batch = collate([[0]], {0: (ids[:1], ids[1:])}, 0, False, None, True).to(here)
+    work = cost_of(engine.module)
+    assert work is not None
+    pairs = length * (length + 1) // 2
+    useful = work.of(length, pairs, targets)
+    held = 0.0
+    if engine.constraint is not None:
+        both = 1 + engine.constraint.gradients
+        held = sum(engine.constraint.costs().values()) * both / engine.hold_every
+
+    def step() -> float:
+        began = time.perf_counter()
+        engine.step(method.loss, [batch], targets=targets, lr=1e-6)
+        if here.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    for _ in range(WARM):
+        step()
+    if here.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    took = statistics.median(step() for _ in range(case.rounds))
+    most = peak(here, torch.bfloat16)
+    return {
+        "seconds": took,
+        "tokens": length / took,
+        "tflops": useful / took / 1e12,
+        "mfu": useful / took / most if most else None,
+        "floor": (useful + work.again(length, pairs) + held) / most if most else None,
+        "peak_gib": dist.peak_memory() / 2**30,
+        "host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }
+
+
+if __name__ == "__main__":
+    main()

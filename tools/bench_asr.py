@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import statistics as numbers
 import time
 from collections.abc import Callable
@@ -51,13 +52,14 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=256, help="width of the fresh model")
     parser.add_argument("--layers", type=int, default=8, help="layers of the fresh model")
     parser.add_argument("--rounds", type=int, default=20, help="how often each side is timed")
+    parser.add_argument("--json", action="store_true", help="also the bars as objects, for tools/bench.py")
     options = parser.parse_args()
     quiet()
     with dist.session():
         built = backbone(options)
         torch.manual_seed(0)
         for section in options.section:
-            sections[section](built, options.rounds)
+            sections[section](built, options)
 
 
 def backbone(options: argparse.Namespace) -> Backbone:
@@ -110,7 +112,7 @@ def batch(first: bool, number: int = 0) -> Batch:
     return collate([[i] for i in range(ROWS)], samples, 0, False, None, first)
 
 
-def step(built: Backbone, rounds: int) -> None:
+def step(built: Backbone, options: argparse.Namespace) -> None:
     method = asr()
     engine = engine_of(built, method)
     deciding = method.deciding
@@ -123,17 +125,18 @@ def step(built: Backbone, rounds: int) -> None:
 
         return one
 
-    gathering, plain = compared(train(True), train(False), rounds)
+    gathering, plain = compared(train(True), train(False), options.rounds)
     rows = deciding._rows[0][:1].repeat(800, 1)
     (end,) = timed([lambda: gather(rows, deciding.router.expansion)], 3)
     each = end / (len(rows) / (2 * ROWS))
     print(f"step: {1e3 * plain:.1f} ms; gathering features {gathering / plain:.4f} of it")
     print(f"      the sums at the end of a task of {len(rows)} samples at E = {width}, spread over an epoch's steps: "
           f"{each / plain:.4f} of a step more; in all {(gathering + each) / plain:.4f}")  # fmt: skip
+    tell(options, "ASR: a step that gathers features over one without", f"{(gathering + each) / plain:.3f}", "≤ 1.03")
     engine.close()
 
 
-def frozen(built: Backbone, rounds: int) -> None:
+def frozen(built: Backbone, options: argparse.Namespace) -> None:
     layers = built.architecture.num_hidden_layers
     everywhere = Sequential(parse(SequentialConfig, {"tune": "lora", "lora": LORA}), FACTS)
     engine = engine_of(built, everywhere)
@@ -143,7 +146,7 @@ def frozen(built: Backbone, rounds: int) -> None:
 
     for layer in sorted({max(1, layers // 8), layers // 4, layers // 2}):
         other = engine_of(built, asr(feature_layer=layer))
-        above, all_ = compared(work(other), work(engine), rounds)
+        above, all_ = compared(work(other), work(engine), options.rounds)
         print(f"frozen: adapters from layer {layer} of {layers} on take {above / all_:.3f} of the step "
               f"with adapters in all ({1e3 * all_:.1f} ms)")  # fmt: skip
         other.close()
@@ -151,7 +154,7 @@ def frozen(built: Backbone, rounds: int) -> None:
 
 
 @torch.no_grad()
-def mixed(built: Backbone, rounds: int) -> None:
+def mixed(built: Backbone, options: argparse.Namespace) -> None:
     names = tuple(f"task{i}" for i in range(ADAPTERS))
     config = parse(AsrConfig, {"name": "asr", "lora": LORA, "feature_layer": 1})
     method = Asr(config, Facts(0, names, "", "", "", 0, ""))
@@ -185,9 +188,16 @@ def mixed(built: Backbone, rounds: int) -> None:
         return generate(lambda **inputs: other(**inputs, adapter_names=chosen), given, NEW_TOKENS, -1, 0)
 
     same = sum(a == b for a, b in zip(ours(), peers(), strict=True))
-    theirs, mine = compared(peers, ours, max(3, rounds // 4))
+    theirs, mine = compared(peers, ours, max(3, options.rounds // 4))
     print(f"mixed: {rows} rows, {ADAPTERS} adapters, {NEW_TOKENS} new tokens: PEFT takes {theirs / mine:.2f} times "
           f"as long ({1e3 * mine:.0f} ms here); {same} of {rows} rows have the same tokens")  # fmt: skip
+    tell(options, f"mixed batches, {ADAPTERS} adapters: PEFT's generation over ours", f"{theirs / mine:.3f}", "> 1")
+
+
+def tell(options: argparse.Namespace, what: str, figure: str, target: str, told: str = "") -> None:
+    """A row of tools/bench.py's table, where that asks."""
+    if options.json:
+        print(json.dumps({"what": what, "figure": figure, "target": target, "told": told}), flush=True)
 
 
 def draw(other: Any, method: Asr, name: str, slot: int) -> None:

@@ -18,6 +18,7 @@ leaves out what others take.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import statistics as numbers
 import time
@@ -66,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on CPUs")
     parser.add_argument("--cpu-time", action="store_true", help="count what this process computes, not what it waits")
     parser.add_argument("--rounds", type=int, default=11, help="how often each side is timed")
+    parser.add_argument("--json", action="store_true", help="also the bars as objects, for tools/bench.py")
     options = parser.parse_args(arguments)
     on_gpu = torch.device(options.device).type == "cuda"
     assert not (on_gpu and options.cpu_time), "a GPU's work is not the process's time"
@@ -96,8 +98,22 @@ def steps(options: argparse.Namespace) -> None:
                 f"{ratio - floor:+.3f}", f"{seconds / found[LORA]:.3f}", f"{seconds / found[LAYER]:.3f}",
                 bar(name, width),
             ])  # fmt: skip
+        tell_bars(options, width, tokens, found, count)
     table(["Forward and backward, width", "tokens", "side", "ms", "over bare", "floor", "gap", "over LoRA",
            "over layer", "bar"], rows)  # fmt: skip
+
+
+def tell_bars(
+    options: argparse.Namespace, width: int, tokens: int, found: Mapping[str, float], count: Mapping[str, int]
+) -> None:
+    where, layer = f"sub-experts, {tokens} tokens of width {width}", found[LAYER]
+    tell(options, f"{where}: over a LoRA of the same rank", f"{layer / found[LORA]:.3f}", f"≤ {BESIDE_LORA}")
+    bare = f"≤ {BESIDE_BARE}" if width >= WIDE else ""
+    floor = f"floor {count[LAYER] / count[BARE]:.3f}"
+    tell(options, f"{where}: over the bare projection", f"{layer / found[BARE]:.3f}", bare, floor)
+    for rival in RIVALS:
+        if rival in found:
+            tell(options, f"{where}: {rival} over it", f"{found[rival] / layer:.3f}", "> 1")
 
 
 def bar(name: str, width: int) -> str:
@@ -375,6 +391,12 @@ def timed(work: Work, repeats: int = 1) -> float:
 def wait() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def tell(options: argparse.Namespace, what: str, figure: str, target: str, told: str = "") -> None:
+    """A row of tools/bench.py's table, where that asks."""
+    if options.json:
+        print(json.dumps({"what": what, "figure": figure, "target": target, "told": told}), flush=True)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -20,6 +20,7 @@ figure: the seconds within the step that are the method's alone, over the plain 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import multiprocessing
 import os
@@ -65,7 +66,7 @@ FACTS = Facts(0, ("a", "b"), "", "", "", 0, "")
 SHAPES: dict[str, dict[str, Any]] = {
     "7b": {"hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 11008, "num_attention_heads": 32},
 }
-BARS = {"two_sided": 1.15, f"two_sided, every {EVERY}": 1.03}
+BARS = {"input, gradients too": 1.15, "two_sided": 1.15, f"two_sided, every {EVERY}": 1.03}
 PARTS = [(osft, "sample_texts"), (osft, "right_directions"), (osft, "moment_directions"), (Subspace, "grow")]
 clock = time.perf_counter
 Clocked = tuple[float, float]  # seconds of a step, and those of them that are the method's own
@@ -90,6 +91,7 @@ def main() -> None:
     parser.add_argument("--micro", type=int, default=4, help="micro-batches of a step")
     parser.add_argument("--rows", type=int, default=4, help="rows of a micro-batch")
     parser.add_argument("--length", type=int, default=256, help="tokens of a row")
+    parser.add_argument("--json", action="store_true", help="also the bars as objects, for tools/bench.py")
     options = parser.parse_args()
     if options.plan:
         plan(options)
@@ -304,6 +306,9 @@ def show(options: argparse.Namespace, title: str, found: Mapping[str, Clocked], 
             f"{1 + own / plain - floor:+.3f}" if known else "",
             f"≤ {BARS[name]}" if name in BARS and micro * options.rows * options.length == 4096 else "",
         ])  # fmt: skip
+        if name in BARS and micro == options.micro:
+            what = f"OSFT, {name}: {title.lower()} over one of full fine-tuning"
+            tell(options, what, f"{seconds / plain:.3f}", rows[-1][-1], f"floor {floor:.3f}")
     table([title, "seconds", "over plain", "own", "floor", "gap", "own gap", "bar"], rows)
 
 
@@ -332,7 +337,10 @@ def setup(options: argparse.Namespace, sides: dict[str, Side]) -> None:
     def rows() -> Iterator[list[str]]:
         yield row("PEFT: get_peft_model", theirs, {})
         for reading in READINGS:
-            yield row(f"{reading}, basis: weights", sides[reading].setup, sides[reading].parts)
+            mine = sides[reading].setup
+            what = f"OSFT, {reading}: set-up of PEFT's OSF over it"
+            tell(options, what, f"{theirs / mine:.1f}", "≥ 10", f"{mine:.1f} s")
+            yield row(f"{reading}, basis: weights", mine, sides[reading].parts)
         other = side(options, constrained("input", basis=("activations",), claim=("activations", "sensitivity")))
         yield row("input, basis: activations", other.setup, other.parts)
         with clocks([*PARTS, (other.engine, "probe")]) as parts:
@@ -690,6 +698,12 @@ def size(tensor: torch.Tensor) -> int:
 
 def mib(count: float) -> str:
     return f"{count / 2**20:.1f}"
+
+
+def tell(options: argparse.Namespace, what: str, figure: str, target: str, told: str = "") -> None:
+    """A row of tools/bench.py's table, where that asks."""
+    if options.json:
+        print(json.dumps({"what": what, "figure": figure, "target": target, "told": told}), flush=True)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -1,19 +1,23 @@
 """How fast the trainer is, as ratios within one run, against the barest loop and against what others would use.
 
-    python tools/bench.py [--section overhead trainer head evaluation start methods gpu] [--rounds N] [--out FILE.md]
+    python tools/bench.py [--section overhead trainer head evaluation start ranks methods gpu] [--rounds N] [--out FILE]
 
 overhead    a training step, with all that is watched and written down, over one of a DeepSpeed engine driven by hand on
             the same batches, which are ready; and over the same step unwatched
 trainer     useful tokens a second over those of Hugging Face's `Trainer`, with the same DeepSpeed configuration,
             samples and micro-batches: full fine-tuning, LoRA, and LoRA on short samples, which we pack into rows
 head        logits and loss of very many targets, made in parts, over the whole: time, and memory at the peak
-evaluation  labels ranked prompt by prompt and label by label, over batches that pass each prompt once
-start       seconds from the command to the first step, and what they go into
+evaluation  labels ranked prompt by prompt and label by label, over batches that pass each prompt once; and the
+            evaluations of a stream that evaluate.tasks and evaluate.every leave, over all
+start       seconds from `dscl train` to the end of its first step, and what they go into
+ranks       overhead and evaluation again, on --nproc ranks of this machine (or start this script by torchrun)
 methods     the bars of the methods' own benchmarks, each of which runs here: OSFT, sub-experts, routing, router
-gpu         shapes of 7B and 8B on one GPU, 4096 tokens a row: each method's step, tokens a second, MFU and memory
+gpu         shapes of 7B and 8B on one GPU (tools/bench_gpu.py): each method's step, tokens a second, MFU and memory;
+            with --shape and --method a part of it
 
 Sides take turns, and medians of their ratios are told; so what else the machine does hits both. Which sections say
-nothing on a machine (gpu without one) is told. Without --section: all but `methods` and `gpu`.
+nothing on a machine (gpu without one) is told. Without --section: all but `ranks`, `methods` and `gpu`. What another
+script says in its own words goes to the standard error; what it has found joins the table, row by row.
 """
 
 from __future__ import annotations
@@ -23,7 +27,6 @@ import copy
 import gc
 import io
 import json
-import os
 import random
 import statistics
 import subprocess
@@ -33,39 +36,35 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dscl.observe.quiet import quiet
 
-BEGAN = time.perf_counter()
 quiet()  # before the libraries are imported
 
 import deepspeed  # noqa: E402
 import torch  # noqa: E402
+import yaml  # noqa: E402
 from torch.nn import functional  # noqa: E402
-from transformers import LlamaConfig, Trainer, TrainerCallback, TrainingArguments  # noqa: E402
+from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: E402
 
 from dscl import clock, dist  # noqa: E402
 from dscl.checkpoint import Checkpoints  # noqa: E402
-from dscl.config import parse  # noqa: E402
-from dscl.data.batches import Batch, collate  # noqa: E402
+from dscl.data.batches import Batch  # noqa: E402
 from dscl.data.encode import encode_answers  # noqa: E402
 from dscl.engine import Engine, fill  # noqa: E402
 from dscl.evaluate import EvaluateConfig, take  # noqa: E402
-from dscl.hardware import peak  # noqa: E402
 from dscl.job import Job, Lesson, open_job  # noqa: E402
-from dscl.methods import Facts, find_method  # noqa: E402
-from dscl.model.backbone import Backbone, ModelConfig  # noqa: E402
-from dscl.model.cost import cost_of  # noqa: E402
+from dscl.methods import find_method  # noqa: E402
 from dscl.model.head import AT_ONCE, PartByPart, answer_loss  # noqa: E402
-from dscl.model.weights import DrawnWeights  # noqa: E402
 from dscl.observe import Observer  # noqa: E402
 from dscl.observe.trace import Tracer  # noqa: E402
 from dscl.recipe import Recipe, resolve  # noqa: E402
 from dscl.rehearsal import Storages  # noqa: E402
-from dscl.train import Position, learn  # noqa: E402
+from dscl.spawn import outside  # noqa: E402
+from dscl.train import Position, asked, learn  # noqa: E402
 
 TOOLS = Path(__file__).resolve().parent
 BLOCK = 10  # steps that a side takes in its turn: as many as between two updates of what is watched
@@ -79,24 +78,8 @@ OWN = {
     "bench_asr.py": (),
     "bench_router.py": (),
 }
-SHAPES: dict[str, dict[str, Any]] = {
-    "7B (Llama 2)": {
-        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 32, "vocab_size": 32000,
-    },
-    "8B (Llama 3)": {
-        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "vocab_size": 128256,
-    },
-}  # fmt: skip
-LARGE: dict[str, dict[str, Any]] = {
-    "full fine-tuning": {"name": "sequential"},
-    "full fine-tuning, optimizer offloaded": {"name": "sequential"},
-    "OSFT, optimizer offloaded": {"name": "osft", "basis": ["weights"]},
-    "LoRA": {"name": "sequential", "tune": "lora"},
-    "ASR": {"name": "asr"},
-    "MoSEs": {"name": "moses"},
-}
+STREAM = 8  # tasks, of a stream whose evaluations are counted
+SEVERAL = ("overhead", "evaluation")  # what more than one rank can measure
 
 
 @dataclass(frozen=True)
@@ -115,6 +98,7 @@ def main() -> None:
         "head": head,
         "evaluation": evaluation,
         "start": start,
+        "ranks": ranks,
         "methods": methods,
         "gpu": gpu,
     }
@@ -124,21 +108,28 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6, help="layers of the model")
     parser.add_argument("--deepspeed", default="ds_configs/zero2.json", help="of both sides")
     parser.add_argument("--out", type=Path, help="where the table goes too")
-    parser.add_argument("--child", choices=("start", *LARGE), help=argparse.SUPPRESS)
-    parser.add_argument("--shape", choices=list(SHAPES), help=argparse.SUPPRESS)
+    parser.add_argument("--nproc", type=int, default=2, help="of `ranks`")
+    parser.add_argument("--shape", nargs="+", help="of `gpu`: 7B, 8B")
+    parser.add_argument("--method", nargs="+", help="of `gpu`: full, osft, lora, asr, moses")
+    parser.add_argument("--json", action="store_true", help="an object for each row, instead of a table")
     options = parser.parse_args()
-    if options.child:
-        print(json.dumps(started(options) if options.child == "start" else large(options)), flush=True)
-        return
-    lines = [machine(options), "", "| | ratio | target | |", "|---|---|---|---|"]
-    print("\n".join(lines), flush=True)
+    if dist.world() > 1 and not set(options.section) <= set(SEVERAL):
+        parser.error(f"--section: with more than one rank only {', '.join(SEVERAL)} can be measured")
+    lines = [] if options.json else [machine(options), "", "| | ratio | target | |", "|---|---|---|---|"]
+    show(*lines)
     with dist.session():
         for name in options.section:
             for found in sections[name](options):
-                lines.append(f"| {found.what} | {found.figure} | {found.target} | {found.told} |")
-                print(lines[-1], flush=True)
-    if options.out:
+                row = f"| {found.what} | {found.figure} | {found.target} | {found.told} |"
+                lines.append(json.dumps(asdict(found)) if options.json else row)
+                show(lines[-1])
+    if options.out and dist.is_main():
         options.out.write_text("\n".join(lines) + "\n", "utf-8")
+
+
+def show(*lines: str) -> None:
+    for line in lines if dist.is_main() else ():
+        print(line, flush=True)
 
 
 def machine(options: argparse.Namespace) -> str:
@@ -154,10 +145,15 @@ def machine(options: argparse.Namespace) -> str:
 
 
 def recipe_of(options: argparse.Namespace, folder: Path, words: tuple[int, int], **changed: Any) -> Recipe:
-    """A recipe for one task of made-up texts, prompts of so many words each."""
-    write_task(
-        folder / "task", words, samples=BLOCK * changed.get("train", {}).get("global_batch", 16) * (options.rounds + 2)
-    )
+    return resolve(document_of(options, folder, words, **changed), source=str(TOOLS))
+
+
+def document_of(options: argparse.Namespace, folder: Path, words: tuple[int, int], **changed: Any) -> dict[str, Any]:
+    """Of a recipe for one task of made-up texts, prompts of so many words each."""
+    samples = BLOCK * changed.get("train", {}).get("global_batch", 16) * (options.rounds + 2)
+    if dist.is_main():
+        write_task(folder / "task", words, samples)
+    dist.barrier()
     heads = max(2, options.hidden // 64)
     document: dict[str, Any] = {
         "run_dir": str(folder / "run"),
@@ -182,13 +178,13 @@ def recipe_of(options: argparse.Namespace, folder: Path, words: tuple[int, int],
             "micro_batch": 8,
         },
         "data": {"cache_dir": str(folder / "cache")},
-        "deepspeed": options.deepspeed,
+        "deepspeed": str(Path(options.deepspeed).resolve()),
         "checkpoint": {"every": 10**6},
         "observe": {"live": "off", "every": BLOCK},
     }
     for section, keys in changed.items():
         document[section] = {**document[section], **keys}
-    return resolve(document, source=str(TOOLS))
+    return document
 
 
 def write_task(folder: Path, words: tuple[int, int], samples: int) -> None:
@@ -211,10 +207,15 @@ def write_task(folder: Path, words: tuple[int, int], samples: int) -> None:
 @contextmanager
 def opened(options: argparse.Namespace, words: tuple[int, int], **changed: Any) -> Iterator[tuple[Job, Engine]]:
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
-        job = open_job(recipe_of(options, Path(folder), words, **changed))
+        job = open_job(recipe_of(options, Path(dist.from_main(folder)), words, **changed))
         with closing(job.engine()) as engine:
             yield job, engine
+        dist.barrier()  # the first rank's folder goes when all are done
     gc.collect()
+
+
+def among() -> str:
+    return f", on {dist.world()} ranks" if dist.world() > 1 else ""
 
 
 # ---- sections
@@ -235,12 +236,14 @@ def overhead(options: argparse.Namespace) -> Iterator[Found]:
         ours = watch(job, engine, lesson, others)
         by_hand.close()
     yield Found(
-        "trainer: a step, everything included, over one of a bare DeepSpeed loop",
+        f"trainer: a step, everything included, over one of a bare DeepSpeed loop{among()}",
         ratio(ours, plain),
         "≤ 1.02",
         f"{1e3 * statistics.median(plain) / BLOCK:.0f} ms",
     )
-    yield Found("watching: a step with all figures written down, over one without", ratio(ours, unwatched), "≤ 1.01")
+    yield Found(
+        f"watching: a step with all figures written down, over one without{among()}", ratio(ours, unwatched), "≤ 1.01"
+    )
 
 
 class Bare:
@@ -284,7 +287,7 @@ def deepspeed_config(job: Job) -> dict[str, Any]:
     return {
         **job.settings,
         "train_micro_batch_size_per_gpu": train.micro_batch,
-        "gradient_accumulation_steps": train.global_batch // train.micro_batch // dist.world(),
+        "gradient_accumulation_steps": max(1, train.global_batch // train.micro_batch // dist.world()),
         "gradient_clipping": train.grad_clip,
         "steps_per_print": None,
         "zero_force_ds_cpu_optimizer": False,
@@ -312,7 +315,7 @@ def watch(job: Job, engine: Engine, lesson: Lesson, between: Callable[[int], Non
     recipe.folder.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(recipe.folder / "checkpoints", recipe.checkpoint)
     tracer = Tracer(recipe.folder, recipe.observe.profile)
-    with Seen(recipe.folder, recipe.observe, True, job.steps()) as observer:
+    with Seen(recipe.folder, recipe.observe, dist.is_main(), job.steps()) as observer:
         learn(engine, job, lesson, Position(), checkpoints, observer, tracer, None)
     return found[:-1]  # in the last one the task ends
 
@@ -341,6 +344,7 @@ def unclocked() -> Iterator[None]:
 
 def seconds(work: Callable[[], Any]) -> float:
     wait()
+    dist.barrier()
     began = time.perf_counter()
     work()
     wait()
@@ -519,10 +523,12 @@ def evaluation(options: argparse.Namespace) -> Iterator[Found]:
         labels = encode_answers(LABELS, tokenizer)
 
         def one_by_one() -> None:
-            for prompt in exam.prompts:
-                for label in labels:
-                    ids = torch.tensor([[*prompt, *label]], device=engine.device)
-                    module(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            if dist.is_main() or engine.stage == 3:  # where each pass needs all ranks
+                for prompt in exam.prompts:
+                    for label in labels:
+                        ids = torch.tensor([[*prompt, *label]], device=engine.device)
+                        module(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            dist.barrier()
 
         def together() -> None:
             take(exam, engine, job.method, tokenizer, EvaluateConfig(batch=16))
@@ -530,124 +536,82 @@ def evaluation(options: argparse.Namespace) -> Iterator[Found]:
         together()
         pairs = [(seconds(one_by_one), seconds(together)) for _ in range(max(2, options.rounds // 2))]
     one, all_ = zip(*pairs, strict=True)
+    took = statistics.median(all_)
     yield Found(
-        f"evaluation: {len(LABELS)} labels one by one, over batches of 16", ratio(one, all_), "",
-        f"{1e3 * statistics.median(all_) / len(exam.prompts):.1f} ms a prompt here",
+        f"evaluation: {len(LABELS)} labels one by one on one rank, over batches of 16{among()}", ratio(one, all_), "",
+        f"{1e3 * took / len(exam.prompts):.1f} ms a prompt here",
     )  # fmt: skip
+    if dist.world() == 1:
+        yield from left_out(job, took)
+
+
+def left_out(job: Job, took: float) -> Iterator[Found]:
+    """How much of a stream's evaluation is asked for, where `took` are the seconds of one task's."""
+    stream = replace(job, lessons=job.lessons * STREAM)
+    for said in ({"tasks": "seen"}, {"tasks": "new"}, {"every": 4}, {"tasks": "new", "every": 4}):
+        wanted = replace(stream, recipe=replace(job.recipe, evaluate=EvaluateConfig(**said)))
+        passes = sum(asked(wanted, task, after) for after in range(STREAM) for task in range(STREAM))
+        keys = ", ".join(f"evaluate.{key}={value}" for key, value in said.items())
+        yield Found(
+            f"evaluation after each of {STREAM} tasks: {keys}, over all tasks each time", f"{passes / STREAM**2:.3f}",
+            "", f"{passes} of {STREAM**2} evaluations, {passes * took:.1f} s of {STREAM**2 * took:.1f}",
+        )  # fmt: skip
 
 
 def start(options: argparse.Namespace) -> Iterator[Found]:
-    found = []
-    for _ in range(2):  # the second finds what the first has left in the machine's caches
-        words = [sys.executable, __file__, "--child", "start", "--hidden", str(options.hidden)]
-        began = time.perf_counter()
-        child = subprocess.run(words, capture_output=True, text=True, check=True, env=alone())
-        found.append((time.perf_counter() - began, json.loads(child.stdout.splitlines()[-1])))
-    whole, parts = found[-1]
-    told = ", ".join(f"{name} {took:.1f}" for name, took in parts.items())
-    yield Found("start: seconds from the command to its end after one step", f"{whole:.1f} s", "", told)
+    with tempfile.TemporaryDirectory() as folder:
+        few = argparse.Namespace(**{**vars(options), "rounds": 1})
+        recipe = Path(folder) / "recipe.yaml"
+        recipe.write_text(yaml.safe_dump(document_of(few, Path(folder), LONG)), "utf-8")
+        for how in ("all made anew", "tokenizer and data found"):
+            began = time.time()
+            words = [str(TOOLS / "bench_start.py"), str(recipe), f"run_dir={folder}/{how.replace(' ', '-')}"]
+            child = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=outside())
+            if child.returncode:
+                yield Found(f"start, {how}", "", "", f"failed: status {child.returncode}; {child.stderr[-200:]!r}")
+                return
+            yield Found(
+                f"start: seconds from `dscl train` to the end of its first step, {how}",
+                *started(json.loads(child.stdout.splitlines()[-1]), began),
+            )
 
 
-def alone() -> dict[str, str]:
-    """The environment without this process's own group of ranks."""
-    own = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    return {name: value for name, value in os.environ.items() if name not in own}
+def started(found: Mapping[str, Any], began: float) -> tuple[str, str, str]:
+    """The figure of it, and the parts in the order in which they came."""
+    whole, python = found["ended"] - began, found["began"] - began
+    rest = whole - python - sum(found["parts"].values())
+    parts = {"Python": python, **found["parts"], "the rest": rest}
+    return f"{whole:.1f} s", "", ", ".join(f"{name} {took:.1f}" for name, took in parts.items())
 
 
-def started(options: argparse.Namespace) -> dict[str, float]:
-    """In a process of its own: what happens before the first step."""
-    parts = {"imports": time.perf_counter() - BEGAN}
-
-    def part(name: str, work: Callable[[], Any]) -> Any:
-        began = time.perf_counter()
-        made = work()
-        parts[name] = time.perf_counter() - began
-        return made
-
-    with tempfile.TemporaryDirectory() as folder, dist.session(), redirect_stdout(io.StringIO()):
-        options = argparse.Namespace(**{**vars(options), "rounds": 1})
-        recipe = recipe_of(options, Path(folder), LONG)
-        job = part("tokenizer and data", lambda: open_job(recipe))
-        part("the same, cached", lambda: open_job(recipe))
-        engine = part("model and DeepSpeed", job.engine)
-        part("first step", lambda: steps(engine, job, job.lesson(0), range(1)))
-        part("second step", lambda: steps(engine, job, job.lesson(0), range(1, 2)))
-        engine.close()
-    return parts
+def ranks(options: argparse.Namespace) -> Iterator[Found]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.nproc}"]
+    same = [f"--{name}={getattr(options, name)}" for name in ("rounds", "hidden", "layers", "deepspeed")]
+    yield from told_by(*launcher, __file__, "--section", *SEVERAL, *same)
 
 
 def methods(options: argparse.Namespace) -> Iterator[Found]:
     for script, words in OWN.items():
-        done = subprocess.run(
-            [sys.executable, str(TOOLS / script), *words], capture_output=True, text=True, env=alone()
-        )
-        print(f"\n{script} {' '.join(words)}\n\n{done.stdout}", flush=True)
-        if done.returncode:
-            raise SystemExit(f"{script} failed: {done.stderr[-2000:]}")
-    yield Found("methods: see above", "")
-
-
-# ---- one large GPU
+        yield from told_by(str(TOOLS / script), *words)
 
 
 def gpu(options: argparse.Namespace) -> Iterator[Found]:
-    if dist.device().type != "cuda":
-        yield Found("gpu: no GPU here, nothing was measured", "")
-        return
-    for shape in SHAPES:
-        for name in LARGE:
-            words = [sys.executable, __file__, "--child", name, "--shape", shape]
-            done = subprocess.run(words, capture_output=True, text=True, env=alone())
-            if done.returncode:
-                why = "out of memory" if "OutOfMemory" in done.stderr else done.stderr.strip().splitlines()[-1][:200]
-                yield Found(f"{shape}, {name}", "", "", why)
-                continue
-            told = json.loads(done.stdout.splitlines()[-1])
-            mfu = f"MFU {told['mfu']:.1%}" if told["mfu"] else f"{told['tflops']:.0f} TFLOP/s"
-            yield Found(
-                f"{shape}, {name}", mfu, "≥ 50 %" if name == "full fine-tuning" else "",
-                f"{told['tokens_per_s']:,.0f} tokens/s, step {told['seconds']:.2f} s, {told['peak_gib']:.1f} GiB",
-            )  # fmt: skip
+    chosen = {"--shape": options.shape, "--method": options.method}
+    parts = [word for name, given in chosen.items() if given for word in (name, *given)]
+    yield from told_by(str(TOOLS / "bench_gpu.py"), "--rounds", str(options.rounds), *parts)
 
 
-def large(options: argparse.Namespace) -> dict[str, float]:
-    """In a process of its own, on its GPU: one method at this shape, rows of 4096 tokens of which each is a target."""
-    config = LlamaConfig(**SHAPES[options.shape], max_position_embeddings=4096, tie_word_embeddings=False)
-    model = ModelConfig(shape={}, activation_checkpointing=True)
-    bare = Backbone(model, config, None, DrawnWeights(0, 0.02), torch.bfloat16)
-    given = LARGE[options.child]
-    kind = find_method(given["name"])
-    method = kind(parse(kind.Config, given, "method"), Facts(0, ("a",), "", "", "", 4096, "bf16"))
-    settings: dict[str, Any] = {"zero_optimization": {"stage": 2, "contiguous_gradients": True}}
-    if "offloaded" in options.child:
-        settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
-    with dist.session(), redirect_stdout(io.StringIO()):
-        engine = Engine(
-            settings, build=bare.build, read=bare.weights.read, prepare=method.prepare, constraint=method.constraint,
-            precision="bf16",
-        )  # fmt: skip
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(5, config.vocab_size, (4096,), generator=generator).tolist()
-        batch = collate([[0]], {0: (ids[:1], ids[1:])}, 0, True, None, False).to(engine.device)
-        work = cost_of(engine.module)
-        assert work is not None
-        flops = work.of(4096, 4096 * 4097 // 2, 4095)
-
-        def step() -> None:
-            engine.step(answer_loss, [batch], targets=4095, lr=1e-6)
-
-        for _ in range(3):
-            step()
-        torch.cuda.reset_peak_memory_stats()
-        took = statistics.median(seconds(step) for _ in range(max(3, options.rounds)))
-        most = peak(engine.device, torch.bfloat16)
-        return {
-            "seconds": took,
-            "tokens_per_s": 4096 / took,
-            "tflops": flops / took / 1e12,
-            "mfu": flops / took / most if most else 0.0,
-            "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
-        }
+def told_by(*words: str) -> Iterator[Found]:
+    """The rows of another script, as they come."""
+    child = subprocess.Popen([sys.executable, *words, "--json"], stdout=subprocess.PIPE, text=True, env=outside())
+    assert child.stdout is not None
+    for line in child.stdout:
+        if line.startswith("{"):
+            yield Found(**json.loads(line))
+        else:
+            print(line, end="", file=sys.stderr, flush=True)
+    if status := child.wait():
+        yield Found(next(Path(word).name for word in words if word.endswith(".py")), "", "", f"failed: status {status}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,80 @@
+"""The benchmark in small: every section says what it should, and other scripts' rows join its table."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tools import bench
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+OWN = {
+    "bench_osft.py": "--section step setup --rounds 1 --hidden 64 --layers 1 --intermediate 96 --vocab 64 --micro 2 "
+    "--rows 1 --length 16",
+    "bench_experts.py": "--section step --device cpu --width 32 --tokens 16 --experts 4 --rounds 1",
+    "bench_asr.py": "--section step mixed --hidden 64 --layers 2 --rounds 1",
+    "bench_router.py": "--width 64 --rows 64 --dim 16",
+}
+SMALL = ["--rounds", "1", "--hidden", "64", "--layers", "1"]
+
+
+def run(*words: str) -> list[dict[str, str]]:
+    done = subprocess.run(
+        [sys.executable, *words, *SMALL, "--json"], cwd=REPOSITORY, capture_output=True, text=True,
+        env={**bench.outside(), "PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def test_the_quick_sections_find_figures() -> None:
+    found = run(str(REPOSITORY / "tools" / "bench.py"), "--section", "overhead", "evaluation", "start")
+    whats = [row["what"].split(":")[0] for row in found]
+    assert whats[:3] == ["trainer", "watching", "evaluation"]
+    assert all(float(row["figure"].split(" ")[0]) > 0 for row in found)
+    shares = {row["what"].split(": ")[1]: row["figure"] for row in found if " tasks: " in row["what"]}
+    # Of 64: all seen so far, with all after the last; the newest, and all after the last; all twice.
+    assert [float(share) for share in shares.values()] == [0.562, 0.234, 0.25, 0.141]
+    anew, again = found[-2:]
+    assert "all made anew" in anew["what"]
+    parts = dict(part.rsplit(" ", 1) for part in again["told"].split(", ") if "tokenizer" not in part)
+    assert {"imports", "model and DeepSpeed", "evaluation before training", "first step"} <= set(parts)
+
+
+def test_two_ranks_measure_together() -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    found = run(*launcher, str(REPOSITORY / "tools" / "bench.py"), "--section", "overhead", "evaluation")
+    assert [row["what"].rpartition(", ")[2] for row in found] == ["on 2 ranks"] * 3
+
+
+def test_parts_of_the_start_are_the_whole() -> None:
+    found = {"began": 102.0, "ended": 110.0, "parts": {"imports": 3.0, "first step": 4.0}}
+    assert bench.started(found, began=100.0) == ("10.0 s", "", "Python 2.0, imports 3.0, first step 4.0, the rest 1.0")
+
+
+def test_rows_of_another_script_join_the_table_and_its_failure_is_told(tmp_path: Path, capfd: Any) -> None:
+    script = tmp_path / "other.py"
+    row = {"what": "a", "figure": "1", "target": "", "told": ""}
+    script.write_text(f"print('words')\nprint({json.dumps(row)!r}, flush=True)\nimport os; os.kill(os.getpid(), 9)\n")
+    rows = list(bench.told_by(str(script), "--rounds", "1"))
+    assert rows == [bench.Found("a", "1"), bench.Found("other.py", "", "", "failed: status -9")]
+    assert capfd.readouterr() == ("", "words\n")
+
+
+def test_bars_of_the_methods_are_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of OSFT's step and set-up, routed layers, mixed batches and the router; with targets where there are any."""
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    monkeypatch.setattr(bench, "OWN", {name: words.split() for name, words in OWN.items()})
+    found = list(bench.methods(bench.argparse.Namespace()))
+    assert not [row for row in found if not row.figure], found
+    for what, target in {
+        "OSFT, two_sided: step of": "", "OSFT, two_sided: set-up": "≥ 10", "over a LoRA": "≤ 1.3",
+        "mixed batches": "> 1", "gathers features": "≤ 1.03", "router: ": "> 1",
+    }.items():  # fmt: skip
+        assert target in [row.target for row in found if what in row.what], what

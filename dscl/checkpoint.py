@@ -37,6 +37,7 @@ from dscl.methods import Method
 
 log = logging.getLogger("dscl")
 MARKER = "complete.json"
+SAVED = ".saved"  # in the run's folder, as soon as a checkpoint has been whole
 FORMAT = 2
 Sum = dict[str, int]  # of a file: its bytes and its checksum
 Content = bytes | dict[str, torch.Tensor]  # of a file
@@ -113,12 +114,14 @@ class Checkpoints:
         problem = ""
         if dist.is_main():
             try:
+                self.folder.stat()  # where it was removed, writing would make its parent anew
                 for path in write():
                     _sync(path)
                     self._left[str(path.relative_to(self.folder.parent))] = _facts(path)
             except (OSError, Failure) as error:
                 problem = str(error)
         if problem := dist.from_main(problem):
+            self._refuse_removed(problem)
             raise Failure(f"{self.folder.parent}: cannot be written ({problem}); make room and run again to go on")
 
     def save(self, name: str, position: Mapping[str, Any], engine: Engine, method: Method) -> None:
@@ -185,14 +188,17 @@ class Checkpoints:
                 _write_bytes(partial / MARKER, json.dumps({"files": files, "left": self._left}).encode())
                 if final.exists():  # left by an earlier start, and found damaged by this one
                     shutil.rmtree(final)
+                _sync_folder(partial)
                 os.replace(partial, final)
                 _sync_folder(self.folder)
+                (self.folder.parent / SAVED).touch()
             except OSError as error:
                 problem = str(error)
         problem = dist.from_main(problem)
         if problem:
             if dist.is_main():
                 shutil.rmtree(partial, ignore_errors=True)
+            self._refuse_removed(problem)
             kept = self._complete()
             raise Failure(
                 f"checkpoint {writing.name} could not be written to {self.folder} ({problem}); "
@@ -202,6 +208,14 @@ class Checkpoints:
             self._remove_old(writing.name)
         self.saved(time.monotonic() - writing.began)
         dist.barrier()
+
+    def _refuse_removed(self, problem: str) -> None:
+        """A folder that somebody removed is no failure to start again after: that would train from the start."""
+        if dist.from_main(not self.folder.is_dir()):
+            raise UserError(
+                f"{self.folder}: removed by somebody while the run went on ({problem}); put it back to go on from its "
+                "newest checkpoint, or remove all of the run's folder to start from nothing"
+            )
 
     def _remove_old(self, newest: str) -> None:
         # Later ones are damaged (newest() passed them over), so that they do not count as kept.
@@ -214,7 +228,7 @@ class Checkpoints:
     def newest(self) -> Path | None:
         """The newest whole checkpoint, the same on every rank; damaged ones are passed over with a line each.
 
-        None if there are none at all; if none of those that are there is whole, that is for the user to decide on.
+        None if there never was one; if none is whole, or none is there any more, that is for the user to decide on.
         """
         damage = ""
         for folder in reversed(dist.from_main(self._complete())):
@@ -227,6 +241,11 @@ class Checkpoints:
             raise Failure(
                 f"{self.folder}: no checkpoint there is whole ({damage}); restore that file, or remove the run's "
                 "folder to start from nothing"
+            )
+        if dist.from_main((self.folder.parent / SAVED).exists()):
+            raise UserError(
+                f"run_dir: {self.folder.parent} has saved checkpoints, and none is there any more; put {self.folder.name}/ "
+                "back, choose another run_dir, or remove the run's folder to start from nothing"
             )
         return None
 

@@ -16,6 +16,7 @@ from typing import IO
 import yaml
 
 from dscl import dist
+from dscl.checkpoint import SAVED
 from dscl.errors import UserError
 from dscl.methods import Facts
 from dscl.recipe import Recipe, difference, resolve
@@ -25,11 +26,15 @@ LOCK = ".lock"
 BASE = "base.json"  # fingerprints
 
 
+def saved(recipe: Recipe) -> bool:
+    """Whether the run has saved a checkpoint, be it there still or not."""
+    return (recipe.folder / SAVED).exists() or any(recipe.folder.glob("checkpoints/step-*"))
+
+
 def refuse_another_run(recipe: Recipe) -> None:
     """A run directory that has results of other settings is not touched."""
     stored = recipe.folder / "recipe.yaml"
-    results = (*recipe.folder.glob("checkpoints/step-*"), *recipe.folder.glob("scores.json"))
-    if not results or not stored.is_file():
+    if not (saved(recipe) or (recipe.folder / "scores.json").exists()) or not stored.is_file():
         return
     try:
         there = yaml.safe_load(stored.read_text("utf-8"))
@@ -54,7 +59,7 @@ def refuse_another_base(recipe: Recipe, facts: Facts) -> None:
     problem = ""
     if dist.is_main():
         try:
-            there = json.loads(path.read_text("utf-8")) if any(recipe.folder.glob("checkpoints/step-*")) else here
+            there = json.loads(path.read_text("utf-8")) if saved(recipe) else here
         except (OSError, ValueError):  # of a version that did not write it
             there = here
         if changed := [what for what, mark in here.items() if there.get(what) != mark]:

@@ -394,20 +394,79 @@ def run_and_lose_the_folder(document: dict[str, Any], steps: int) -> str:
     Engine.step = losing  # type: ignore[method-assign]
     try:
         run(document)
-    except Failure as error:
+    except UserError as error:  # which no launcher starts again after
         return str(error)
     finally:
         Engine.step = original  # type: ignore[method-assign]
     return ""
 
 
-def test_a_folder_that_somebody_removed_is_noticed(ranks: Any, tasks: Path) -> None:
+@pytest.mark.parametrize(("method", "at"), [("sequential", 5), ("lora_per_task", 10)])  # while training; at a task's end
+def test_a_folder_that_somebody_removed_is_noticed(ranks: Any, tasks: Path, method: str, at: int) -> None:
     """It is not made anew: what ended tasks left in it would be missing."""
-    document = recipe_of(tasks, "removed", 2, observe={"every": 50, "tensorboard": False, "live": "off"})
-    for told in ranks(2)(run_and_lose_the_folder, document, 5):
-        assert f"could not be written to {tasks / 'removed' / 'checkpoints'}" in told
+    observe = {"every": 50, "tensorboard": False, "live": "off"}
+    changes: dict[str, Any] = {"method": {"name": method}, "observe": observe, "checkpoint__every": 3}
+    document = recipe_of(tasks, f"removed {method}", 2, **changes)
+    for told in ranks(2)(run_and_lose_the_folder, document, at):
+        assert f"{tasks / f'removed {method}' / 'checkpoints'}: removed by somebody while the run went on" in told
         assert "No such file or directory" in told
-    assert not (tasks / "removed" / "checkpoints").exists()
+    assert not list((tasks / f"removed {method}").rglob("*.safetensors"))
+
+
+def test_a_folder_removed_under_a_launch_script_is_not_trained_in_again(tasks: Path) -> None:
+    """The script starts again what fails; that would be a run from the start."""
+    document = recipe_of(tasks, "vanished", train__epochs=500)
+    folder = Path(document["run_dir"])
+    words = command(document, tasks)
+    script = f'source {Path(__file__).parents[2] / "launch" / "supervise.sh"}; launch 3 "$@"'
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0"}
+    process = subprocess.Popen(
+        ["bash", "-euo", "pipefail", "-c", script, "script", *words], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not (folder / "checkpoints" / "step-00000006").is_dir():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    folder.rename(tasks / "gone")
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 2, told
+    assert f"{folder / 'checkpoints'}: removed by somebody while the run went on" in told
+    assert "starting again" not in told
+    assert not folder.exists()
+
+
+def test_a_run_whose_checkpoints_were_removed_is_not_started_anew(ranks: Any, tasks: Path) -> None:
+    """It goes on when they are put back, to the last bit; and nothing was changed meanwhile."""
+    document = recipe_of(tasks, "emptied")
+    ranks(2)(run, recipe_of(tasks, "emptied-whole"))
+    ranks(2)(run_until_killed, document, 5)
+    folder = Path(document["run_dir"])
+    lines = (folder / "metrics.jsonl").read_bytes()
+    for emptied in (False, True):  # or removed as a whole
+        shutil.move(folder / "checkpoints", tasks / "aside")
+        if emptied:
+            (folder / "checkpoints").mkdir()
+        for kind, told in ranks(2)(failing, document):
+            assert kind == "UserError"
+            assert f"run_dir: {folder} has saved checkpoints, and none is there any more" in told
+        for kind, told in ranks(2)(failing, {**document, "seed": 5}):
+            assert (kind, "seed" in told) == ("UserError", True)
+        assert (folder / "metrics.jsonl").read_bytes() == lines
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        shutil.move(tasks / "aside", folder / "checkpoints")
+    ranks(2)(run, document)
+    assert outcome(folder) == outcome(tasks / "emptied-whole")
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_over(ranks: Any, tasks: Path) -> None:
+    changes: dict[str, Any] = {"evaluate": {"before": False}, "checkpoint__every": 8}
+    ranks(2)(run, recipe_of(tasks, "early-whole", **changes))
+    ranks(2)(run_until_killed, recipe_of(tasks, "early", **changes), 5)
+    assert metrics(tasks / "early")
+    assert not list((tasks / "early" / "checkpoints").glob("step-*"))
+    ranks(2)(run, recipe_of(tasks, "early", **changes))
+    assert outcome(tasks / "early") == outcome(tasks / "early-whole")
 
 
 @pytest.mark.parametrize("stage", [0, 3])

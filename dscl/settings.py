@@ -61,6 +61,12 @@ def read_settings(path: Path) -> dict[str, Any]:
             raise UserError(
                 f"deepspeed: {path} sets {dotted}, which belongs to the recipe; remove it and set {owner} there"
             )
+    profiler = settings.get("flops_profiler")
+    if isinstance(profiler, dict) and profiler.get("output_file"):
+        raise UserError(
+            f"deepspeed: {path}: flops_profiler.output_file: given {json.dumps(profiler['output_file'])}; a run writes "
+            "into run_dir alone; leave it out, and the profile goes to the standard output"
+        )
     zero = settings.get("zero_optimization", {})
     stage = zero.get("stage", 0)
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):

@@ -197,6 +197,24 @@ def test_zero_settings_that_would_do_nothing_or_harm_are_refused(tmp_path: Path,
         read_settings(path)
 
 
+def test_a_profile_is_not_written_outside_the_run_directory(tmp_path: Path) -> None:
+    path = tmp_path / "z.json"
+    profiler = {"enabled": True, "profile_step": 2}
+    path.write_text(json.dumps({"flops_profiler": {**profiler, "output_file": "/tmp/x/flops.txt"}}))
+    with pytest.raises(UserError, match=r'flops_profiler\.output_file: given "/tmp/x/flops\.txt".*leave it out'):
+        read_settings(path)
+    path.write_text(json.dumps({"flops_profiler": {**profiler, "output_file": None}}))
+    assert read_settings(path)["flops_profiler"]["enabled"]
+
+
+@pytest.mark.parametrize("name", ["autotuning", "csv_monitor", "wandb", "comet", "nebula", "checkpoint"])
+def test_what_else_of_deepspeed_writes_files_is_no_key(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "z.json"
+    path.write_text(json.dumps({name: {"enabled": True}}))
+    with pytest.raises(UserError, match=f"no such key '{name}'"):
+        read_settings(path)
+
+
 def test_deepspeed_file_is_found(tmp_path: Path, small: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "project" / "recipes"

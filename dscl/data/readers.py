@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dscl.data.records import collect, fields_of, numbered, read_json, read_lines
-from dscl.data.task import BadRecord, DataConfig, Sample, SampleMaker, TaskConfig, shorten
+from dscl.data.task import BadRecord, DataConfig, Sample, SampleMaker, TaskConfig
 from dscl.errors import UserError
 
 SPLIT_NAMES = {"train": ("train",), "dev": ("dev", "eval", "validation"), "test": ("test",)}
@@ -60,7 +60,7 @@ def superni(config: TaskConfig, data: DataConfig) -> Splits:
             found = fields_of(record, ("input", "output"))
             output = [found["output"]] if isinstance(found["output"], str) else found["output"]
             if not isinstance(output, list) or not output:
-                raise BadRecord(f"the output is {shorten(output)}; a list of texts is needed")
+                raise BadRecord(f"the output is empty or of type {type(output).__name__}; a list of texts is needed")
             text = found["input"]
             return maker.sample({"definition": definition, "input": text, "prompt": text}, tuple(output), where)
 
@@ -113,7 +113,7 @@ def check_messages(messages: Any) -> list[dict[str, str]]:
     for number, message in enumerate(messages, start=1):
         found = fields_of(message, ("role", "content"))
         if found["role"] not in ROLES:
-            raise BadRecord(f"message {number} has the role {shorten(found['role'])}; allowed: {', '.join(ROLES)}")
+            raise BadRecord(f"message {number} has a role that is not known; allowed: {', '.join(ROLES)}")
     if messages[-1]["role"] != "assistant":
         raise BadRecord(f"the last message is the {messages[-1]['role']}'s; the assistant's is needed")
     return [{"role": message["role"], "content": message["content"]} for message in messages]
@@ -165,7 +165,7 @@ def _superni_file(file: Path) -> tuple[str, list[Any]]:
     definition, instances = content["Definition"], content["Instances"]
     lines = [definition] if isinstance(definition, str) else definition
     if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
-        raise UserError(f"{file}: Definition is {shorten(definition)}; text or a list of texts is needed")
+        raise UserError(f"{file}: Definition is of type {type(definition).__name__}; text or a list of texts is needed")
     if not isinstance(instances, list):
         raise UserError(f"{file}: Instances is a {type(instances).__name__}; a list is needed")
     return "\n".join(lines), instances

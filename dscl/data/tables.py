@@ -115,7 +115,7 @@ def _chat(maker: SampleMaker, row: Any, where: str) -> Sample:
 def _references(value: Any, classes: tuple[str, ...] | None) -> tuple[str, ...]:
     if classes is not None:
         if not isinstance(value, int) or not 0 <= value < len(classes):
-            raise BadRecord(f"it has no label (the label's number is {value!r})")
+            raise BadRecord("it has no label (none of the column's classes)")
         return (classes[value],)
     values = value if isinstance(value, list) and value else [value]
     return tuple(_text(item) for item in values)

@@ -79,7 +79,10 @@ class Task:
 
 
 class BadRecord(ValueError):
-    """One record is not valid. The message says what is wrong; who reads the file knows where."""
+    """One record is not valid. The message says what is wrong; who reads the file knows where.
+
+    It lands in logs, so it tells keys and types, and nothing of what the record holds.
+    """
 
 
 class SampleMaker:
@@ -89,6 +92,7 @@ class SampleMaker:
         self, config: TaskConfig, fields: Sequence[str], labels: tuple[str, ...] | None, default: str = "{prompt}"
     ) -> None:
         self.where = f"task {config.name!r}"
+        self._listed = f" ({', '.join(map(repr, config.labels[:20]))})" if config.labels else ""  # by the recipe
         self.labels = labels if config.labels is None else config.labels
         self.template = default if config.template is None else config.template
         self._given = config.template is not None
@@ -132,15 +136,16 @@ class SampleMaker:
             if not answer.strip():
                 raise BadRecord("the answer is empty")
             if self.labels is not None and answer not in self.labels:
-                shown = ", ".join(map(repr, self.labels[:20])) + (", ..." if len(self.labels) > 20 else "")
-                raise BadRecord(f"the label {shorten(answer)} is not in the label set ({shown})")
+                raise BadRecord(f"the answer is not in the label set{self._listed}")
 
     def _check_labels(self, labels: tuple[str, ...]) -> None:
         if not labels or not all(isinstance(label, str) and label.strip() for label in labels):
-            raise UserError(f"{self.where}: the label set is {list(labels)!r}; a list of non-empty texts is needed")
-        if len(set(labels)) < len(labels):
-            twice = next(label for label in labels if labels.count(label) > 1)
-            raise UserError(f"{self.where}: the label {twice!r} is in the label set twice; give each label once")
+            raise UserError(
+                f"{self.where}: the label set holds nothing, or no text; a list of non-empty texts is needed"
+            )
+        for number, label in enumerate(labels, start=1):
+            if label in labels[: number - 1]:
+                raise UserError(f"{self.where}: label {number} of the label set stands there twice; give each once")
 
     def _fields_of_template(self, fields: Sequence[str]) -> set[str]:
         try:
@@ -164,14 +169,8 @@ class SampleMaker:
 def check_text(value: object, name: str) -> None:
     """Refuse what is not text, or is text that cannot be written as UTF-8 (a file's broken bytes end up as such)."""
     if not isinstance(value, str):
-        raise BadRecord(f"{name} is {shorten(value)} ({type(value).__name__}); text is needed")
+        raise BadRecord(f"{name} is of type {type(value).__name__}; text is needed")
     try:
         value.encode()
     except UnicodeEncodeError:
         raise BadRecord(f"{name} is not valid UTF-8") from None
-
-
-def shorten(value: object) -> str:
-    """A value as a message can show it."""
-    text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

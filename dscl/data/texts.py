@@ -38,5 +38,5 @@ def _text(line: str, place: str) -> str:
     except (ValueError, KeyError, TypeError):
         text = None
     if not isinstance(text, str):
-        raise UserError(f'{place}: given {line[:60]!r}; an object like {{"text": "..."}} is needed')
+        raise UserError(f'{place}: no object like {{"text": "..."}}, which is needed')
     return text

@@ -35,7 +35,7 @@ def test_prompts_of_a_file(name: str, content: str, expected: Iterable[str], tmp
         ("a.json", b"[]", "holds no prompts"),
         ("a.json", b'["a", ""]', "a.json, record 2: the prompt is empty"),
         ("a.json", b'[{"sentence": "x"}]', "record 1: the field 'prompt' is missing \\(its fields: sentence\\)"),
-        ("a.jsonl", b'{"prompt": "x"}\n{"prompt": 3}', "a.jsonl, line 2: the prompt is 3 \\(int\\); text is needed"),
+        ("a.jsonl", b'{"prompt": "x"}\n{"prompt": 3}', "a.jsonl, line 2: the prompt is of type int; text is needed"),
         ("a.jsonl", b'{"prompt"', "line 1: broken JSON"),
         ("none.txt", None, "none.txt: cannot be read \\(No such file"),
     ],

@@ -18,8 +18,8 @@ Read = Callable[..., Task]
 GOOD = [{"prompt": f"question {i}", "answer": "yes"} for i in range(4)]
 BAD_VALUES = [
     ({"prompt": "q"}, "the field 'answer' is missing"),
-    ({"prompt": "q", "answer": 7}, r"the answer is 7 \(int\)"),
-    ({"prompt": None, "answer": "yes"}, r"prompt is None"),
+    ({"prompt": "q", "answer": 7}, "the answer is of type int"),
+    ({"prompt": None, "answer": "yes"}, "prompt is of type NoneType"),
     ({"prompt": "q", "answer": " \n"}, "the answer is empty"),
     ("just text", "it is a str"),
 ]
@@ -60,7 +60,7 @@ def test_label_outside_the_label_set(write: Write, read: Read) -> None:
     write("task/labels.json", ["yes", "no"])
     write("task/test.json", [{"sentence": "s", "label": "yes"}])
     folder = write("task/train.json", [{"sentence": "s", "label": "yes"}, {"sentence": "s", "label": "maybe"}]).parent
-    with pytest.raises(UserError, match="record 2: the label 'maybe' is not in the label set"):
+    with pytest.raises(UserError, match="record 2: the answer is not in the label set"):
         read(folder)
 
 

@@ -23,7 +23,7 @@ def test_lines_and_records_give_the_same_texts(tmp_path: Path) -> None:
 def test_a_record_without_text_is_named(tmp_path: Path, content: str) -> None:
     file = tmp_path / "records.jsonl"
     file.write_text('{"text": "good"}\n' + content)
-    with pytest.raises(UserError, match=r"evaluate.heldout: .*line 2: given .*is needed"):
+    with pytest.raises(UserError, match=r"evaluate.heldout: .*line 2: no object like .*is needed"):
         read_texts(str(file), "evaluate.heldout")
 
 

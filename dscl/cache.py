@@ -26,12 +26,11 @@ def folder_made_once(cache: Path, name: str, build: Callable[[Path], None]) -> P
     of it is written; a process that is killed leaves only a `.tmp` folder, which the next one removes.
     """
     folder = cache / name
+    if is_intact(folder):  # for which nothing has to be written: the cache may be read-only
+        return folder
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with locked(cache / f"{name}.lock", fcntl.LOCK_SH):
-            if is_intact(folder):
-                return folder
-        with locked(cache / f"{name}.lock", fcntl.LOCK_EX):
+        with locked(cache / f"{name}.lock"):
             if is_intact(folder):
                 return folder
             if folder.exists():
@@ -59,10 +58,10 @@ def is_intact(folder: Path) -> bool:
 
 
 @contextmanager
-def locked(path: Path, mode: int = fcntl.LOCK_EX) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Hold a lock that ends with the process, however that ends."""
     with open(path, "a") as file:
-        fcntl.flock(file, mode)
+        fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

@@ -429,11 +429,16 @@ def _damage(folder: Path) -> str:
     for index, (path, facts) in enumerate(files):
         name = path.name if path.parent == folder else path.relative_to(folder.parent.parent)
         if index % dist.world() == dist.rank():
-            if not path.is_file():
+            try:
+                size = path.stat().st_size
+                found = _facts(path) if size == facts["bytes"] else None
+            except FileNotFoundError:
                 return f"{name} is missing"
-            if path.stat().st_size != facts["bytes"]:
-                return f"{name} has {path.stat().st_size} bytes of {facts['bytes']}"
-            if _facts(path) != facts:
+            except OSError as error:  # a disk that is failing, say
+                return f"{name} cannot be read ({error.strerror})"
+            if found is None:
+                return f"{name} has {size} bytes of {facts['bytes']}"
+            if found != facts:
                 return f"{name} does not match its checksum"
     return ""
 

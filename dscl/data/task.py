@@ -141,7 +141,7 @@ class SampleMaker:
     def _check_labels(self, labels: tuple[str, ...]) -> None:
         if not labels or not all(isinstance(label, str) and label.strip() for label in labels):
             raise UserError(
-                f"{self.where}: the label set holds nothing, or no text; a list of non-empty texts is needed"
+                f"{self.where}: the label set is empty or not of texts; a list of non-empty texts is needed"
             )
         for number, label in enumerate(labels, start=1):
             if label in labels[: number - 1]:

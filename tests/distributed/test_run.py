@@ -401,7 +401,9 @@ def run_and_lose_the_folder(document: dict[str, Any], steps: int) -> str:
     return ""
 
 
-@pytest.mark.parametrize(("method", "at"), [("sequential", 5), ("lora_per_task", 10)])  # while training; at a task's end
+@pytest.mark.parametrize(
+    ("method", "at"), [("sequential", 5), ("lora_per_task", 10)]
+)  # while training; at a task's end
 def test_a_folder_that_somebody_removed_is_noticed(ranks: Any, tasks: Path, method: str, at: int) -> None:
     """It is not made anew: what ended tasks left in it would be missing."""
     observe = {"every": 50, "tensorboard": False, "live": "off"}

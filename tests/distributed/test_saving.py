@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import threading
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -213,3 +215,86 @@ def test_one_that_is_not_there_is_refused(tmp_path: Path) -> None:
         checkpoints.find("step-00000011-scored")
     with pytest.raises(UserError, match="allowed: step-00000010-scored"):
         checkpoints.find(os.path.join("..", tmp_path.name, "step-00000010-scored"))
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_checkpoint_has_its_name_only_when_all_of_it_is_on_the_disk(
+    ranks: Any, tasks: Path, asynchronous: bool
+) -> None:
+    document = recipe_of(tasks, f"synced {asynchronous}", checkpoint__async=asynchronous, checkpoint__keep=50)
+    folder = Path(document["run_dir"]) / "checkpoints"
+    events = ranks(1)(run_noting, document)[0]
+    names = sorted(path.name for path in folder.iterdir())
+    assert len(names) > 4
+    for name in names:
+        partial = folder / f"{name}.partial"
+        named = events.index(("named", str(folder / name)))
+        marker = events.index(("synced", str(partial / MARKER)))
+        assert events[marker + 1 : named + 2] == [
+            ("synced", str(partial)),
+            ("named", str(folder / name)),
+            ("synced", str(folder)),
+        ]
+        others = {("synced", str(partial / path.name)) for path in (folder / name).iterdir() if path.name != MARKER}
+        assert others <= set(events[:marker])
+
+
+def run_noting(document: dict[str, Any]) -> list[tuple[str, str]]:
+    """Run; what was brought to the disk, and what got its name, in order."""
+    events: list[tuple[str, str]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def syncing(handle: int) -> None:
+        fsync(handle)
+        events.append(("synced", os.readlink(f"/proc/self/fd/{handle}")))
+
+    def naming(source: Any, target: Any) -> None:
+        replace(source, target)
+        events.append(("named", str(target)))
+
+    os.fsync, os.replace = syncing, naming  # type: ignore[assignment]
+    try:
+        run(document)
+    finally:
+        os.fsync, os.replace = fsync, replace
+    return events
+
+
+def test_the_time_that_saving_takes_is_reported(ranks: Any, tasks: Path) -> None:
+    """With the step that comes next."""
+    document = recipe_of(tasks, "timed", checkpoint__keep=50)
+    folder = Path(document["run_dir"])
+    ranks(2)(run_slowly, document, 0.05)
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    taken = {record["step"]: record["save_seconds"] for record in records if "save_seconds" in record}
+    saved = {int(path.name.split("-")[1]) for path in (folder / "checkpoints").iterdir()}
+    assert len(saved) > 4
+    assert set(taken) == {step + 1 for step in saved if step < records[-1]["step"]}
+    assert all(0.1 <= seconds < 60 for seconds in taken.values())  # two files of the main rank
+
+
+def test_the_best_of_a_run_is_kept(ranks: Any, tasks: Path) -> None:
+    """On what only the first task is about, where the second one makes it worse."""
+    (tasks / "warm.txt").write_text("warm cold " * 4)
+    document = recipe_of(
+        tasks,
+        "best",
+        checkpoint={"every": 3, "keep": 1, "best": "heldout"},
+        evaluate={"heldout": str(tasks / "warm.txt")},
+        train__lr=0.01,
+    )
+    folder = Path(document["run_dir"])
+    ranks(2)(run, document)
+    _, first, second = json.loads((folder / "scores.json").read_text())["heldout"]
+    assert first < second
+    best, newest = sorted((folder / "checkpoints").iterdir())
+    assert json.loads((best / "state.json").read_text())["position"]["heldout"][-1] == first
+    assert json.loads((newest / "state.json").read_text())["position"]["heldout"][-1] == second
+    assert json.loads(ranks(2)(evaluated, folder, "best")[0])["checkpoint"] == best.name
+
+
+def evaluated(folder: Path, which: str) -> str:
+    said = io.StringIO()
+    with redirect_stdout(said):
+        train.evaluate(str(folder), [], which=which)
+    return said.getvalue()

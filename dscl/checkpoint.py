@@ -245,7 +245,7 @@ class Checkpoints:
         if dist.from_main((self.folder.parent / SAVED).exists()):
             raise UserError(
                 f"run_dir: {self.folder.parent} has saved checkpoints, and none is there any more; put them "
-                f"back into {self.folder.name}/, choose another run_dir, or remove the run's folder to start from nothing"
+                "back, choose another run_dir, or remove the run's folder to start from nothing"
             )
         return None
 

@@ -401,9 +401,7 @@ def run_and_lose_the_folder(document: dict[str, Any], steps: int) -> str:
     return ""
 
 
-@pytest.mark.parametrize(
-    ("method", "at"), [("sequential", 5), ("lora_per_task", 10)]
-)  # while training; at a task's end
+@pytest.mark.parametrize(("method", "at"), [("sequential", 5), ("lora_per_task", 10)])  # at 10: a task's end
 def test_a_folder_that_somebody_removed_is_noticed(ranks: Any, tasks: Path, method: str, at: int) -> None:
     """It is not made anew: what ended tasks left in it would be missing."""
     observe = {"every": 50, "tensorboard": False, "live": "off"}
@@ -417,7 +415,7 @@ def test_a_folder_that_somebody_removed_is_noticed(ranks: Any, tasks: Path, meth
 
 def test_a_folder_removed_under_a_launch_script_is_not_trained_in_again(tasks: Path) -> None:
     """The script starts again what fails; that would be a run from the start."""
-    document = recipe_of(tasks, "vanished", train__epochs=500)
+    document = recipe_of(tasks, "vanished", train__epochs=200)
     folder = Path(document["run_dir"])
     words = command(document, tasks)
     script = f'source {Path(__file__).parents[2] / "launch" / "supervise.sh"}; launch 3 "$@"'
@@ -431,7 +429,10 @@ def test_a_folder_removed_under_a_launch_script_is_not_trained_in_again(tasks: P
         assert time.monotonic() < deadline
         time.sleep(0.01)
     folder.rename(tasks / "gone")
-    _, told = process.communicate(timeout=120)
+    try:
+        _, told = process.communicate(timeout=60)
+    finally:
+        process.terminate()
     assert process.returncode == 2, told
     assert f"{folder / 'checkpoints'}: removed by somebody while the run went on" in told
     assert "starting again" not in told

@@ -1,4 +1,4 @@
-"""Faults of storage, on real runs: each told in one line, with what was there before untouched and good to go on from."""
+"""Faults of storage, on real runs: each told in one line, and what was there before is good to go on from."""
 
 from __future__ import annotations
 
@@ -109,10 +109,10 @@ exec "$@"
 def read_only(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """Run dscl where this folder is mounted read-only."""
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    unshare = ["unshare", "--user", "--map-root-user", "--mount", "bash", "-c", READ_ONLY, "-"]
     try:
         done = subprocess.run(
-            ["unshare", "--user", "--map-root-user", "--mount", "bash", "-c", READ_ONLY, "-", str(folder)]
-            + [sys.executable, "-m", "dscl", *words],
+            [*unshare, str(folder), sys.executable, "-m", "dscl", *words],
             env=environment,
             capture_output=True,
             text=True,

@@ -6,7 +6,8 @@
 #
 # Told to stop (SIGTERM, SIGINT, SIGUSR1), a script passes that on to the ranks, which save and leave; told again, they
 # leave at once. Its exit status is then 75, and the same command goes on. What no restart mends (status 2: the recipe is
-# wrong; 75: stopped on purpose) the ranks write down in a file, since launchers call every status but 0 a failure.
+# wrong, or run_dir was removed; 75: stopped on purpose) the ranks write down in a file, since launchers call every status
+# but 0 a failure.
 
 dry="" doctor="--doctor" words=() launcher=0 heard=0 signal="" told="" early=""
 

@@ -45,8 +45,7 @@ def write_task(folder: Path, layout: str, bad: list[Any]) -> None:
         texts = [f"{split} {WORD} {number}" for number in range(size)]
         if layout == "jsonl":
             lines = [json.dumps(record) for record in (*bad, *({"prompt": text, "completion": WORD} for text in texts))]
-            broken = [f'{{"prompt": "{WORD}'] if bad else []
-            (folder / f"{split}.jsonl").write_text("\n".join(broken + lines))
+            (folder / f"{split}.jsonl").write_text("\n".join([*lines, f'{{"prompt": "{WORD}']))
         elif layout == "cl_benchmark":
             good = [{"sentence": text, "label": f"{WORD} {number % 2}"} for number, text in enumerate(texts)]
             (folder / f"{split}.json").write_text(json.dumps(bad + good))

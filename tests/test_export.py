@@ -172,9 +172,9 @@ def test_a_run_that_has_nothing_to_serve_is_refused(spoilt: Path, base: Path) ->
     assert "a run of method sequential, whose tasks leave nothing beside the base model" in refused(spoilt)
     shutil.rmtree(spoilt / "checkpoints")
     (spoilt / "recipe.yaml").write_text(json.dumps(document(spoilt, base)))
-    assert "has saved checkpoints, and none is there any more" in refused(spoilt)
-    (spoilt / ".saved").unlink()
     assert "no task has ended there yet; train first" in refused(spoilt)
+    (spoilt / checkpoint.SAVED).touch()
+    assert "has saved checkpoints, and none is there any more" in refused(spoilt)
 
 
 def test_files_of_different_runs_are_refused(spoilt: Path, base: Path) -> None:

@@ -163,8 +163,7 @@ class SubExperts(Projection):
         """A and Bᵀ of the open experts, as the task's masks open them; what they open of atoms counts in B, once."""
         now = slice(self.open * self.shape.rank)
         scores, allowed, taken = (
-            {name: of[:, now] if name == "b" else of[now] for name, of in self._of(kind).items()}
-            for kind in ("score", "allowed", "taken")
+            {name: self._now(name, of) for name, of in self._of(kind).items()} for kind in ("score", "allowed", "taken")
         )
         masks = {name: strongest(scores[name], allowed[name], count) for name, count in self.counts.items()}
         taken_a, taken_b = self._sides(taken)
@@ -172,6 +171,11 @@ class SubExperts(Projection):
         b = frozen(taken_b, self.held_b[:, now], self.sub_b[:, now])
         a, b = (a, b * masks["atoms"]) if self.shape.atoms else (a * masks["a"], b * masks["b"])
         return a, b.T.contiguous()  # the gradient of Bᵀ is the faster product
+
+    def _now(self, name: str, mask: torch.Tensor) -> torch.Tensor:
+        """Of a mask, or of what is as large, the part of the open experts."""
+        size = self.open * self.shape.rank
+        return mask[:, :size] if name == "b" else mask[:size]
 
     def _answer(self, x: torch.Tensor, rows: Rows, kind: torch.dtype) -> torch.Tensor:
         """What is added for [rows, tokens, in], each row of its own task."""
@@ -226,11 +230,12 @@ class SubExperts(Projection):
     def claim(self, slot: int, trained: Tensors) -> Tensors:
         """A task has ended: what its mask opens is claimed. Returns all that `take` needs to know of it."""
         kind, allowed = self.held_a.dtype, self._of("allowed")
+        masks = {name: torch.zeros_like(where) for name, where in allowed.items()}
         if not all(bool(tensor.to(kind).isfinite().all()) for tensor in trained.values()):
             raise Failure("a sub-expert's values are not finite, so nothing is claimed; lower train.lr and run again")
-        masks = {
-            name: opened(trained[f"score_{name}"].to(kind), allowed[name], count) for name, count in self.counts.items()
-        }
+        for name, count in self.counts.items():  # of the same part as in training: of scores alike the same are taken
+            scores = self._now(name, trained[f"score_{name}"].to(kind))
+            self._now(name, masks[name]).copy_(opened(scores, self._now(name, allowed[name]), count))
         new = self._hold(slot, masks)
         kept = {f"mask_{name}": pack(mask) for name, mask in masks.items()}
         kept |= {side: trained[f"sub_{side}"].to(kind)[where] for side, where in zip("ab", new, strict=True)}

@@ -211,20 +211,20 @@ def test_a_run_that_died_ends_as_one_that_did_not(ranks: Any, tasks: Path, stage
 
 
 def run_forgetting_moments(document: dict[str, Any]) -> None:
-    original = Engine.restore
+    original = Shards.restore
 
-    def partial(self: Engine, read: Any, steps: int) -> None:
+    def partial(self: Shards, read: Any, steps: int) -> None:
         def zero(name: str, kind: str, start: int, stop: int) -> torch.Tensor:
             values: torch.Tensor = read(name, kind, start, stop)
             return values if kind == "master" else torch.zeros_like(values)
 
         original(self, zero, steps)
 
-    Engine.restore = partial  # type: ignore[method-assign]
+    Shards.restore = partial  # type: ignore[method-assign]
     try:
         run_until(document, [("step", 6)])
     finally:
-        Engine.restore = original  # type: ignore[method-assign]
+        Shards.restore = original  # type: ignore[method-assign]
 
 
 def test_losing_the_moments_would_be_noticed(ranks: Any, tasks: Path) -> None:

@@ -14,7 +14,8 @@ from pathlib import Path
 from tests.launch.hosts import Missing
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scancel", "scontrol", "squeue")
-# A requeued job waits until its credential has expired, two minutes unless cred_expire says otherwise.
+# A requeued job waits until its credential has expired, two minutes unless cred_expire says otherwise. No job may be
+# requeued that does not say so itself.
 CONFIGURATION = """
 ClusterName=dscl
 SlurmctldHost={host}
@@ -33,6 +34,7 @@ SelectType=select/linear
 ReturnToService=2
 MpiDefault=none
 KillWait=60
+JobRequeue=0
 NodeName={host} CPUs={cores} State=UNKNOWN
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE OverSubscribe=FORCE State=UP
 """

@@ -85,12 +85,33 @@ def test_a_preempted_job_goes_on_as_if_nothing_had_been(slurm: Slurm, tasks: Pat
     told = recipe_of(tasks, "told", 2, train__epochs=8, checkpoint__every=1000)
     job, log = submitted(slurm, told, tasks)
     until(lambda: steps(tasks, "told") > 6, log)
-    slurm.ask("scancel", "--signal=USR1", job)  # what --signal=USR1@300 and a preemption do
+    slurm.ask("scancel", "--signal=USR1", job)  # to the ranks, as a preemption does
     until(lambda: "with everything saved" in log.read_text() or "everything was saved" in log.read_text(), log)
     until(lambda: "Restarts=1" in shown(slurm, job), log)
     until(lambda: slurm.state(job) == "COMPLETED", log)
     assert "resumed from step-" in log.read_text()
     assert outcome(tasks / "told") == outcome(calm)
+
+
+def test_a_job_that_does_not_save_in_time_goes_back_into_the_queue(slurm: Slurm, tasks: Path) -> None:
+    """Its end was announced, so that another start within the job would be cut off, with nothing to requeue it."""
+    late = recipe_of(tasks, "late", 2, train__epochs=60, checkpoint__every=3, checkpoint__grace=1e-9)
+    job, log = submitted(slurm, late, tasks)
+    until(lambda: steps(tasks, "late") > 6, log)
+    slurm.ask("scancel", "--batch", "--signal=USR1", job)  # what --signal=B:USR1@300 does
+    until(lambda: "not saved within checkpoint.grace" in log.read_text(), log)
+    until(lambda: "Restarts=1" in shown(slurm, job), log, 60)
+    assert "starting again" not in log.read_text()
+    slurm.ask("scancel", job)
+
+
+def test_a_job_whose_time_ends_is_told_and_goes_back_into_the_queue(slurm: Slurm, tasks: Path) -> None:
+    """By what the script itself asks for; of six minutes, 300 s before the end is about the first Slurm can do."""
+    long = recipe_of(tasks, "long", 2, train__epochs=600, checkpoint__every=100000)
+    job, log = submitted(slurm, long, tasks, SBATCH=f"--time=6 --output={tasks / 'long.log'}")
+    until(lambda: "Restarts=1" in shown(slurm, job), log)
+    assert re.search("with everything saved|SIGUSR1: nothing was trained yet", log.read_text())
+    slurm.ask("scancel", job)
 
 
 def test_a_cancelled_job_has_saved_and_can_be_submitted_again(slurm: Slurm, tasks: Path, calm: Path) -> None:

@@ -33,8 +33,9 @@ command+=(--module dscl train "${words[@]}" ${doctor:+"$doctor"})
 
 [ -n "$dry" ] && DSCL_PYTHON=python || source "$here/launch/environment.sh"
 source "$here/launch/nccl.env"
-if [ -z "${NODE_RANK:-}" ]; then # of what is set here, ssh takes along what this file says
+if [ -z "${NODE_RANK:-}$dry" ]; then # of what is set here, ssh takes along what this file says
     DS_ENV_FILE="$(mktemp)"
+    trap 'rm -f "$DS_ENV_FILE"' EXIT
     env | grep -E '^(DSCL|DEEPSPEED|DS|TORCH|PYTORCH|NCCL|GLOO|OMP)_' | grep -v '^DSCL_STATUS_TO' >"$DS_ENV_FILE" || true
     export DS_ENV_FILE
 fi

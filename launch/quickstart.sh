@@ -2,15 +2,16 @@
 # From nothing to a score matrix: installs what is needed, makes five small text tasks with a tokenizer and a briefly
 # pretrained LLaMA (once), and fine-tunes it on one task after another with two processes under ZeRO-3.
 #
-#   ./launch/quickstart.sh [--out DIR] [--seed N] [--fresh] [key=value ...]
+#   ./launch/quickstart.sh [--dry-run] [--out DIR] [--seed N] [--fresh] [key=value ...]
 #
+#   --dry-run   show the commands, and do nothing
 #   --out DIR   where the stage and the run are written (default: out, beside this folder)
 #   --seed N    another language, other tasks, another order of samples (default: 0)
 #   --fresh     forget the run of an earlier start; without it, that run is resumed, or shown if it is complete
 #   key=value   overrides of launch/recipes/quickstart.yaml, for example train.lr=3e-4
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-out="$here/out" seed=0 fresh="" overrides=()
+out="$here/out" seed=0 fresh="" dry="" overrides=()
 
 wrong() {
     echo "quickstart: $*; see --help" >&2
@@ -22,18 +23,23 @@ while [ $# -gt 0 ]; do
     --out) [ $# -ge 2 ] || wrong "--out: a folder is needed"; out="$(realpath -m "$2")"; shift ;;
     --seed) [[ "${2:-}" =~ ^[0-9]+$ ]] || wrong "--seed: given '${2:-}'; a whole number of at least 0 is needed"; seed="$2"; shift ;;
     --fresh) fresh=1 ;;
+    --dry-run) dry=1 ;;
     -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; exit 0 ;;
     *=*) overrides+=("$1") ;;
-    *) wrong "$1: not understood; allowed: --out, --seed, --fresh, --help, key=value" ;;
+    *) wrong "$1: not understood; allowed: --dry-run, --out, --seed, --fresh, --help, key=value" ;;
     esac
     shift
 done
 
-source "$here/launch/environment.sh"
+do_it() {
+    if [ -n "$dry" ]; then echo "$*"; else "$@"; fi
+}
+
+[ -n "$dry" ] && DSCL_PYTHON=python || source "$here/launch/environment.sh"
 cd "$here"
 stage="$out/stage-$seed" run="$out/quickstart-$seed"
-[ -z "$fresh" ] || rm -rf "$run"
-"$DSCL_PYTHON" tools/make_stage.py --out "$stage" --seed "$seed"
+[ -z "$fresh" ] || do_it rm -rf "$run"
+do_it "$DSCL_PYTHON" tools/make_stage.py --out "$stage" --seed "$seed"
 
 gpus="$(nvidia-smi -L 2>/dev/null | grep -c GPU || true)"
 [ "$gpus" = 1 ] && ranks=1 || ranks=2
@@ -42,5 +48,5 @@ for task in kind mood nation land tense; do
     paths+=("stream.$number.path=$stage/$task")
     number=$((number + 1))
 done
-exec "$DSCL_PYTHON" -m dscl train launch/recipes/quickstart.yaml --nproc "$ranks" \
+do_it exec "$DSCL_PYTHON" -m dscl train launch/recipes/quickstart.yaml --nproc "$ranks" \
     "run_dir=$run" "seed=$seed" "data.cache_dir=$out/cache" "${paths[@]}" ${overrides[@]+"${overrides[@]}"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -10,7 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
+from tests.distributed.test_run import recipe_of, write_tasks
 from tests.launch.hosts import REPOSITORY
 
 LAUNCH = REPOSITORY / "launch"
@@ -20,7 +23,7 @@ def script(name: str, *words: str, **environment: str) -> subprocess.CompletedPr
     bare = {
         key: value
         for key, value in os.environ.items()
-        if not key.startswith(("MASTER_", "PET_", "SLURM_", "RANK", "WORLD"))
+        if not key.startswith(("MASTER_", "PET_", "SLURM_", "RANK", "WORLD", "RDZV_", "DSCL_"))
     }
     return subprocess.run(
         [str(LAUNCH / name), *words], env={**bare, **environment}, capture_output=True, text=True, check=False
@@ -42,6 +45,12 @@ END = "--max-restarts 3 -m dscl train r.yaml a=b --doctor\n"
             {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "h0", "NPROC_PER_NODE": "8"},
             f"{TORCHRUN} --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint h0:29400 "
             f"--rdzv-id dscl --rdzv-conf is_host=false {END}",
+        ),
+        (
+            "torchrun.sh",
+            {"NNODES": "2:4", "MASTER_ADDR": "h0", "NPROC_PER_NODE": "8", "MASTER_PORT": "31000", "RDZV_ID": "mine"},
+            f"{TORCHRUN} --nnodes 2:4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint h0:31000 "
+            f"--rdzv-id mine {END}",
         ),
         (
             "torchrun.sh",  # as in a pod of Kubeflow's
@@ -72,6 +81,103 @@ END = "--max-restarts 3 -m dscl train r.yaml a=b --doctor\n"
 def test_a_dry_run_shows_the_command_and_does_nothing(name: str, environment: dict[str, str], shown: str) -> None:
     done = script(name, "r.yaml", "--dry-run", "a=b", **environment)
     assert (done.returncode, done.stdout, done.stderr) == (0, shown, "")
+
+
+def test_a_dry_run_of_the_quickstart_changes_nothing(tmp_path: Path) -> None:
+    run = tmp_path / "quickstart-3"
+    run.mkdir()
+    done = script("quickstart.sh", "--dry-run", "--out", str(tmp_path), "--seed", "3", "--fresh", "train.lr=1")
+    assert (done.returncode, done.stderr) == (0, "")
+    remove, make, train = done.stdout.splitlines()
+    assert remove == f"rm -rf {run}"
+    assert make == f"python tools/make_stage.py --out {tmp_path}/stage-3 --seed 3"
+    assert train.startswith("exec python -m dscl train launch/recipes/quickstart.yaml --nproc ")
+    assert train.endswith(f"stream.4.path={tmp_path}/stage-3/tense train.lr=1")
+    assert list(tmp_path.iterdir()) == [run]
+
+
+def fakes(folder: Path, **programs: str) -> dict[str, str]:
+    """Programs in the place of others, and the environment in which they are found."""
+    (folder / "bin").mkdir()
+    for name, body in programs.items():
+        (folder / "bin" / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (folder / "bin" / name).chmod(0o755)
+    return {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "PYTHON": sys.executable, "HERE": str(folder)}
+
+
+IN_A_JOB = {"DSCL_JOB": "1", "SLURM_JOB_ID": "7", "DSCL_HOME": str(REPOSITORY)}
+# The shell that runs the job hears that the job will end; the ranks end with these statuses, one start after another.
+SRUN = """
+echo "started" >>"$HERE/log"
+trap 'echo heard >>"$HERE/log"' USR1
+[ -z "${ANNOUNCED:-}" ] || kill -USR1 "$PPID"
+sleep 0.5
+read -r status rest <"$HERE/ends"
+echo "$rest" >"$HERE/ends"
+exit "$status"
+"""
+
+
+@pytest.mark.parametrize(
+    ("ends", "announced", "status", "log"),
+    [
+        ("1 0", "", 0, ["started", "started"]),
+        ("75", "", 75, ["started", "requeue 7"]),
+        ("1 0", "1", 1, ["started", "heard", "requeue 7"]),  # not saved in time
+        ("138 0", "1", 138, ["started", "heard", "requeue 7"]),  # killed by it
+        ("0", "1", 0, ["started", "heard"]),  # it was over
+        ("2", "1", 2, ["started", "heard"]),
+    ],
+)
+def test_a_slurm_job_whose_end_was_announced_does_not_start_again_within_it(
+    tmp_path: Path, ends: str, announced: str, status: int, log: list[str]
+) -> None:
+    (tmp_path / "ends").write_text(f"{ends}\n")
+    found = fakes(tmp_path, srun=SRUN, scontrol='echo "$*" >>"$HERE/log"')
+    done = script("slurm.sh", "r.yaml", **found, **IN_A_JOB, ANNOUNCED=announced)
+    assert (done.returncode, (tmp_path / "log").read_text().splitlines()) == (status, log), done.stderr
+
+
+def test_a_slurm_job_told_before_it_has_ranks_goes_back_into_the_queue(tmp_path: Path) -> None:
+    """While the environment is looked at, or made."""
+    python = f'[ "$1" != - ] || kill -USR1 "$PPID"; exec {sys.executable} "$@"'
+    found = fakes(tmp_path, srun=SRUN, scontrol='echo "$*" >>"$HERE/log"', python=python)
+    done = script("slurm.sh", "r.yaml", **{**found, "PYTHON": str(tmp_path / "bin" / "python")}, **IN_A_JOB)
+    assert (done.returncode, (tmp_path / "log").read_text()) == (75, "requeue 7\n"), done.stderr
+
+
+@pytest.mark.parametrize(("given", "kept"), [({}, str(REPOSITORY / ".cache")), ({"DSCL_CACHE": "/c"}, "/c")])
+def test_the_nodes_of_a_slurm_job_prepare_data_once(tmp_path: Path, given: dict[str, str], kept: str) -> None:
+    done = script("slurm.sh", "r.yaml", **fakes(tmp_path, srun='echo "$DSCL_CACHE"'), **IN_A_JOB, **given)
+    assert (done.returncode, done.stdout) == (0, f"{kept}\n"), done.stderr
+
+
+def test_what_ssh_takes_along_is_removed_at_the_end(tmp_path: Path) -> None:
+    """On every way out: the launcher has ended, or a signal has ended it."""
+    (tmp_path / "tmp").mkdir()
+    python = f"""
+case "$*" in
+*deepspeed.launcher.runner*) grep -q NCCL_MINE=1 "$DS_ENV_FILE" || exit 3; kill "-$SIGNAL" "$PPID"; sleep 1 ;;
+*) exec {sys.executable} "$@" ;;
+esac"""
+    found = fakes(tmp_path, python=python)
+    found |= {"PYTHON": str(tmp_path / "bin" / "python"), "TMPDIR": str(tmp_path / "tmp"), "NCCL_MINE": "1"}
+    for number, status in (("0", 0), ("TERM", 75), ("KILL", -9)):
+        done = script("deepspeed.sh", "r.yaml", HOSTFILE=str(LAUNCH / "hostfile.sample"), SIGNAL=number, **found)
+        assert done.returncode == status, done.stderr
+        assert bool(list((tmp_path / "tmp").iterdir())) == (number == "KILL")  # else this would see nothing
+
+
+def test_one_machine_alone(tmp_path: Path) -> None:
+    write_tasks(tmp_path)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(recipe_of(tmp_path, "run", 2)))
+    given = {"NPROC_PER_NODE": "2", "PYTHON": sys.executable, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = script("single.sh", str(recipe), "train.epochs=1", **given)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "scores.json").read_text())["complete"]
+    state = next((tmp_path / "run" / "checkpoints").iterdir()) / "state.json"
+    assert json.loads(state.read_text())["world"] == 2
 
 
 def test_without_the_doctor() -> None:

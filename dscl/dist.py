@@ -88,13 +88,20 @@ def _join_slurm() -> None:
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     if "RANK" in os.environ or tasks == "1":
         return
-    first = re.match(r"([^,\[]+)(?:\[(\d+))?", os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1"))
-    assert first is not None
+    first = first_node(os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1"))
     job = int(os.environ.get("SLURM_JOB_ID", "0"))
-    meeting = {"MASTER_ADDR": first[1] + (first[2] or ""), "MASTER_PORT": str(20000 + job % 10000)}
+    meeting = {"MASTER_ADDR": first, "MASTER_PORT": str(20000 + job % 10000)}
     names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
     for name, value in {**meeting, **{name: os.environ.get(theirs, "") for name, theirs in names.items()}}.items():
         os.environ.setdefault(name, value)
+
+
+def first_node(nodes: str) -> str:
+    """Of a list as Slurm shortens it: commas part its entries, and brackets hold the numbers of many nodes."""
+    first = re.match(r"(?:\[[^\]]*\]|[^,\[])+", nodes)
+    if first is None:
+        raise UserError(f"SLURM_STEP_NODELIST: given {nodes!r}; a list like n[01-04],m7 is needed; start by srun")
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0])
 
 
 def _check_environment() -> None:

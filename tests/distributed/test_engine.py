@@ -505,7 +505,18 @@ def test_a_killed_build_does_not_block_the_next(tmp_path: Path, monkeypatch: pyt
     assert seen == [False]
 
 
-@pytest.mark.parametrize(("nodes", "first"), [("n1", "n1"), ("gpu[003-006,9]", "gpu003"), ("a7,b[1-2]", "a7")])
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("n1", "n1"),
+        ("gpu[003-006,9]", "gpu003"),
+        ("a7,b[1-2]", "a7"),
+        ("n[1-2]-ib", "n1-ib"),
+        ("n[07,9]-ib.example.org,m1", "n07-ib.example.org"),
+        ("rack[2-3]node[00-15],rack9node1", "rack2node00"),
+        ("10.0.0.1,10.0.0.2", "10.0.0.1"),
+    ],
+)
 def test_ranks_that_srun_started_are_joined(monkeypatch: pytest.MonkeyPatch, nodes: str, first: str) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "unset")  # so that it is restored

@@ -69,9 +69,8 @@ def train(recipe: Recipe, stop: Stop | None = None, thorough: bool = False) -> N
     refuse_another_run(recipe)
     if finished(recipe):
         return
-    job = open_job(recipe)
+    job = opened(recipe)
     refuse_needless_telling(job)
-    dist.meet()  # one of the ranks may have prepared its data for hours
     if thorough:
         doctor.examine(job, log.info, strict=False)
     else:
@@ -80,6 +79,13 @@ def train(recipe: Recipe, stop: Stop | None = None, thorough: bool = False) -> N
         refuse_another_base(recipe, job.facts)
         follow(recipe, job, stop)
     finished(recipe)
+
+
+def opened(recipe: Recipe, longest: int | None = None) -> Job:
+    """The job, as all ranks have it: one of them may have prepared its data for hours."""
+    job = open_job(recipe, longest)
+    dist.meet()
+    return job
 
 
 def follow(recipe: Recipe, job: Job, stop: Stop | None) -> None:
@@ -390,14 +396,13 @@ def finished(recipe: Recipe) -> bool:
 
 def diagnose(recipe: Recipe) -> None:
     """`dscl doctor`: whether the cluster is fit for this recipe; nothing is trained."""
-    job = open_job(recipe)
-    dist.meet()
+    job = opened(recipe)
     doctor.examine(job, lambda line: print(line, flush=True) if dist.is_main() else None)
 
 
 def rehearse(recipe: Recipe) -> None:
     """`--dry-run`: build and check everything up to the first step, say what would happen, and write no run."""
-    job = open_job(recipe)
+    job = opened(recipe)
     with closing(job.engine()) as engine:
         names = engine.shards.fingerprints()
         sizes = {
@@ -440,7 +445,7 @@ def evaluate(
     place = f"run_dir={json.dumps(run_dir, ensure_ascii=False)}"
     recipe = read_recipe(str(stored), [*assignments, place])
     # Prompts keep the room for answers that they had in training.
-    job = open_job(recipe, read_recipe(str(stored), [place]).evaluate.max_new_tokens)
+    job = opened(recipe, read_recipe(str(stored), [place]).evaluate.max_new_tokens)
     refuse_needless_telling(job)
     with closing(job.engine()) as engine:
         chosen = Checkpoints(recipe.folder / "checkpoints", recipe.checkpoint).find(which)

@@ -12,10 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dscl.errors import UserError
 from dscl.pulse import DEAD_AFTER, Line, Pulse
 from dscl.spawn import STATUS_TO
+from tests.distributed.test_run import recipe_of, write_tasks
 from tests.test_spawn import REPOSITORY
 
 PROGRAM = """
@@ -198,21 +200,63 @@ def test_stopping_together_is_no_failure(start: Start) -> None:
 IMPATIENT = """
 import os, sys, time
 from datetime import timedelta
+from pathlib import Path
 sys.path.insert(0, {repository!r})
 import torch.distributed as td
-from dscl import dist
-td.init_process_group("gloo", timeout=timedelta(seconds=2))
+from dscl import dist, doctor, job, train
+from dscl.recipe import read_recipe
+td.init_process_group("gloo", timeout=timedelta(seconds=5))
 dist._patient()
-if dist.rank() == 1:
-    time.sleep(5)  # it prepares its data
-dist.{wait}()
-td.destroy_process_group()
+
+class Met(BaseException):
+    pass
+
+class Met(BaseException):
+    pass
+
+def slowly(*a, encode=job.encode, **k):
+    if waiting and dist.rank() == 0:
+        time.sleep(waiting.pop())
+    return encode(*a, **k)
+
+def met(*a):
+    dist.barrier()
+    raise Met
+
+run = Path({run!r})
+job.encode, job.Job.engine = slowly, met
+{change}
+for work in (
+    lambda: train.train(read_recipe(run / "recipe.yaml", [])),
+    lambda: train.rehearse(read_recipe(run / "recipe.yaml", [])),
+    lambda: train.evaluate(str(run), []),
+    lambda: train.diagnose(read_recipe(run / "recipe.yaml", [])),
+):
+    waiting = [7.0]
+    try:
+        work()
+    except Met:
+        print("met", file=sys.stderr)
+os._exit(75)
 """
 
 
-@pytest.mark.parametrize(("wait", "status"), [("meet", 0), ("barrier", 1)])
-def test_who_prepares_its_data_for_long_runs_into_no_time_limit(tmp_path: Path, wait: str, status: int) -> None:
-    (tmp_path / "program.py").write_text(IMPATIENT.format(repository=str(REPOSITORY), wait=wait))
+@pytest.mark.parametrize(
+    ("change", "met", "status"),
+    [
+        ("doctor.examine = met", 4, 75),
+        ("train.dist.meet = lambda: None", 0, 1),  # there is a time limit
+    ],
+)
+def test_who_prepares_its_data_for_long_runs_into_no_time_limit(
+    tmp_path: Path, change: str, met: int, status: int
+) -> None:
+    """Training, rehearsing, evaluating, and the doctor."""
+    write_tasks(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump(recipe_of(tmp_path, "run")))
+    program = IMPATIENT.format(repository=str(REPOSITORY), run=str(tmp_path / "run"), change=change)
+    (tmp_path / "program.py").write_text(program)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         shared = {
@@ -228,7 +272,8 @@ def test_who_prepares_its_data_for_long_runs_into_no_time_limit(tmp_path: Path, 
         )
         for rank in range(2)
     ]
-    assert ended(processes, 60)[0][0] == status
+    found, said = ended(processes, 200)[1]  # the one that is kept waiting
+    assert (found, said.splitlines().count("met")) == (status, met), said
 
 
 def test_a_stranger_who_knocks_is_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,7 @@ from dscl.job import Job
 from dscl.recipe import difference
 from dscl.spawn import PROGRAM, outside
 
-PACKAGES = ("torch", "deepspeed", "transformers", "peft", "tokenizers", "numpy")
+PACKAGES = ("torch", "deepspeed", "transformers", "peft", "tokenizers", "datasets", "safetensors", "numpy")
 CLOCKS = 5.0  # seconds that two hosts' clocks may differ
 SEEN_WITHIN = 15.0  # seconds after which a host should see what another has written
 SLOW, FEW = 0.5, 3  # below this share of the median, of at least so many, something is odd
@@ -53,7 +53,7 @@ class Finding:
     what: str
     said: str
     fine: bool = True
-    measured: bool = False
+    measured: bool = False  # it may pass, or be lived with
 
 
 def agree(job: Job) -> None:
@@ -66,7 +66,7 @@ def agree(job: Job) -> None:
 def examine(job: Job, show: Callable[[str], None], strict: bool = True) -> None:
     """All ranks call it; each finding is shown as soon as it is there, and what is odd is an error at the end.
 
-    Not `strict`, what was only measured to be slow or scarce is none: that may pass, and a run goes on with it.
+    Not `strict`, what was only measured (slow, scarce, without locks) is none: a run goes on with it.
     """
     odd = []
     looks = [agreement, clocks, shared_folder, room, network, arithmetic]
@@ -84,6 +84,7 @@ def agreement(job: Job) -> list[Finding]:
     """Programs, recipe, data and model are the same everywhere."""
     mine = {"dscl": f"{__version__}, sources {_sources()}", "python": platform.python_version()}
     mine |= {package: version(package) for package in PACKAGES}
+    mine |= {"CUDA": torch.version.cuda or "none", "NCCL": _nccl()}
     everyone = by_host(mine)
     findings = [
         Finding(name, text + "; install the same everywhere, as launch/environment.sh does", False)
@@ -126,16 +127,18 @@ def shared_folder(job: Job) -> list[Finding]:
     folder = job.recipe.folder
     name = dist.from_main(f".doctor-{os.getpid()}-{time.time_ns()}")
     mine = folder / f"{name}-{dist.rank()}"
-    problem, lock, made = "", None, not folder.exists()
+    problem, lock, made, loose = "", None, not folder.exists(), False
     try:
         folder.mkdir(parents=True, exist_ok=True)
         mine.write_text(socket.gethostname())
     except OSError as error:
         problem = f"cannot be written ({error.strerror})"
-    with suppress(OSError):  # a file system without locks is told of below
-        if dist.is_main():
-            lock = open(folder / name, "w")  # noqa: SIM115 - held until all have tried
+    if dist.is_main() and not problem:
+        lock = open(folder / name, "w")  # noqa: SIM115 - held until all have tried
+        try:
             fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks
+            loose = True
     dist.barrier()
     wanted = [folder / f"{name}-{rank}" for rank in range(dist.world())]
     unseen: list[Path] = []
@@ -146,9 +149,9 @@ def shared_folder(job: Job) -> list[Finding]:
     if unseen and not problem:
         writers = {hosts[wanted.index(path)] for path in unseen}
         problem = f"does not see what {', '.join(sorted(writers))} wrote; it has to be a file system that all share"
-    unlocked = not problem and not dist.is_main() and _lockable(folder / name)
+    loose = loose or (not problem and not dist.is_main() and _lockable(folder / name))
     problems = {host: text for host, text in by_host(problem) if text}
-    loose = any(found for _, found in by_host(unlocked))
+    without = dict.fromkeys(host for host, found in by_host(loose) if found)
     dist.barrier()
     with suppress(OSError):
         mine.unlink()
@@ -161,8 +164,10 @@ def shared_folder(job: Job) -> list[Finding]:
             folder.rmdir()
     said = "; ".join(f"{host} {text}" for host, text in problems.items())
     findings = [Finding("run_dir", said or f"{folder}: written and seen by all", not problems)]
-    if loose and not problems:
-        findings.append(Finding("locks", f"do not reach across hosts in {folder}: a second job would go unnoticed"))
+    if without and not problems:
+        said = f"one in {folder} does not keep {', '.join(without)} out, so a second job there would not be refused; "
+        said += "mount it with locks that all hosts share, or see to it that only one job is started on this run_dir"
+        findings.append(Finding("locks", said, False, measured=True))
     return findings
 
 
@@ -244,9 +249,14 @@ def arithmetic(_job: Job) -> list[Finding]:
 
 
 def measured(what: str, values: Sequence[tuple[str, float]], text: Callable[[float], str], few: int) -> Finding:
-    """What was measured in many places; the places that have far less than the others are named."""
+    """What was measured in many places; the places that have far less than the others are named.
+
+    Of very few nobody can say which one is odd: then every figure is shown, and the reader judges.
+    """
+    if 1 < len(values) < few:
+        return Finding(what, ", ".join(f"{place} {text(value)}" for place, value in values))
     middle = statistics.median(value for _, value in values)
-    odd = [(place, value) for place, value in values if value < SLOW * middle] if len(values) >= few else []
+    odd = [(place, value) for place, value in values if value < SLOW * middle]
     if odd:
         named = ", ".join(f"{place} {text(value)}" for place, value in odd)
         return Finding(what, f"{named}, where the median is {text(middle)}", False, measured=True)
@@ -277,6 +287,10 @@ def _sources() -> str:
     for path in sorted(home.rglob("*.py")):
         checksum = zlib.crc32(path.read_bytes(), zlib.crc32(str(path.relative_to(home)).encode(), checksum))
     return f"{checksum:08x}"
+
+
+def _nccl() -> str:
+    return ".".join(map(str, torch.cuda.nccl.version())) if dist.device().type == "cuda" else "none"
 
 
 def _read(job: Job) -> Mapping[str, str]:

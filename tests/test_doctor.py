@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dscl import dist, doctor, train
 from dscl.doctor import divided, enough, measured
@@ -37,7 +40,32 @@ def test_a_place_with_far_less_than_the_others_is_odd() -> None:
     assert not finding.fine
     assert finding.said == "c 4.4, where the median is 9.5"
     assert measured("speed", values[:2] + values[3:], "{:.1f}".format, 3).said == "9.0 and more, median 10.0"
-    assert measured("speed", [("a", 10.0), ("b", 1.0)], "{:.1f}".format, 3).fine  # of two, neither is the odd one
+    two = measured("speed", [("a", 10.0), ("b", 1.0)], "{:.1f}".format, 3)  # neither is the odd one
+    assert (two.fine, two.said) == (True, "a 10.0, b 1.0")
+
+
+@pytest.mark.parametrize(
+    ("hosts", "slow", "odd"),
+    [
+        ("abc", 0, {"links between hosts": "c → a 0.52 GB/s, where the median is 5.24 GB/s"}),
+        ("aaaabbbb", 2, {"links within hosts": "a → a 0.52 GB/s, where the median is 5.24 GB/s"}),
+        ("aabbcc", 4, {"links between hosts": "b → c 0.52 GB/s, where the median is 5.24 GB/s"}),
+        ("aabb", 2, {}),  # two ways between two hosts
+    ],
+)
+def test_a_slow_link_is_named(monkeypatch: pytest.MonkeyPatch, hosts: str, slow: int, odd: dict[str, str]) -> None:
+    """Each rank takes 0.8 ms to get 4 MiB from the one before it, and one of them ten times as long."""
+    count = len(hosts)
+    passed = [8e-3 if rank == slow else 8e-4 for rank in range(count)]
+    taken = iter(([1e-3] * count, [1e-3] * count, passed))  # all-reduce, all-to-all, the ring
+    monkeypatch.setenv("WORLD_SIZE", str(count))
+    monkeypatch.setattr(doctor, "_seconds", lambda work: next(taken))
+    monkeypatch.setattr(doctor, "by_host", lambda mine: list(zip(hosts, mine or [None] * count, strict=True)))
+    findings = doctor.network(None)  # type: ignore[arg-type]
+    assert {finding.what: finding.said for finding in findings if not finding.fine} == odd
+    if hosts == "aabb":
+        between = next(finding for finding in findings if finding.what == "links between hosts")
+        assert between.said == "b → a 5.24 GB/s, a → b 0.52 GB/s"
 
 
 def test_a_place_with_less_than_is_foreseen_is_named() -> None:
@@ -103,11 +131,17 @@ def looked(
         doctor._free_disk = lambda folder: 1e4
     shown: list[str] = []
     told = ""
-    sources, sight = doctor._sources, doctor.SEEN_WITHIN
+    sources, sight, cuda, flock = doctor._sources, doctor.SEEN_WITHIN, torch.version.cuda, fcntl.flock
     doctor.SEEN_WITHIN = 1.0
     try:
         if trouble == "program" and dist.rank() == 1:
             doctor._sources = lambda: "changed"
+        if trouble == "CUDA" and dist.rank() == 1:
+            torch.version.cuda = "9.9"
+        if trouble == "own locks" and dist.rank() == 1:  # which others do not see
+            fcntl.flock = lambda file, mode: None
+        if trouble == "no locks":
+            fcntl.flock = without_locks
         job = train.open_job(resolve(document))
         if fully:
             doctor.examine(job, shown.append, strict)
@@ -118,9 +152,14 @@ def looked(
     finally:
         os.chdir(before[0])
         time.time, socket.gethostname = before[1:]
-        doctor._sources, doctor.SEEN_WITHIN = sources, sight
+        doctor._sources, doctor.SEEN_WITHIN, torch.version.cuda, fcntl.flock = sources, sight, cuda, flock
         doctor._free_host, doctor._free_disk = room
     return shown, told
+
+
+def without_locks(file: Any, mode: int) -> None:
+    if ".doctor-" in str(getattr(file, "name", "")):  # other files lie on other file systems
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
 
 def relative(folder: Path, run: str) -> dict[str, Any]:
@@ -162,6 +201,7 @@ def test_like_ranks_agree_and_are_fit(ranks: Any, tasks: Path) -> None:
         ("stream", "recipe: node1 has another stream (there: 2 entries, given: 1 entries); "),
         ("paths", ""),
         ("program", "dscl: 0."),
+        ("CUDA", "CUDA: "),
     ],
 )
 def test_a_rank_with_another_recipe_or_program_is_refused(ranks: Any, tasks: Path, trouble: str, said: str) -> None:
@@ -170,6 +210,8 @@ def test_a_rank_with_another_recipe_or_program_is_refused(ranks: Any, tasks: Pat
     assert results[0][1].startswith(said)
     if trouble == "program":
         assert "changed on node1; install the same everywhere" in results[0][1]
+    if trouble == "CUDA":
+        assert "9.9 on node1; install the same everywhere" in results[0][1]
 
 
 def test_a_rank_that_reads_other_data_is_refused(ranks: Any, tasks: Path, tmp_path: Path) -> None:
@@ -196,6 +238,17 @@ def test_wrong_clocks_and_folders_that_are_not_shared_are_named(ranks: Any, task
     assert "node1 is 30." in bad[0]
     assert "node1 does not see what node0 wrote; it has to be a file system that all share" in bad[1]
     assert told == "not fit for a run: clocks, run_dir (see above); mend that, or leave these hosts out"
+
+
+@pytest.mark.parametrize(("trouble", "where"), [("own locks", "node1"), ("no locks", "node0")])
+def test_locks_that_do_not_reach_other_hosts_are_told(ranks: Any, tasks: Path, trouble: str, where: str) -> None:
+    """A doctor calls it unfit; a run that is the only one there goes on."""
+    for strict in (True, False):
+        (shown, told), _ = ranks(2)(looked, relative(tasks, "loose"), [str(tasks)] * 2, trouble, True, strict)
+        (bad,) = (line for line in shown if line.startswith("BAD"))
+        assert bad.startswith("BAD  locks: one in runs/loose does not keep ")
+        assert f"{where} out, so a second job there would not be refused; " in bad
+        assert told == ("not fit for a run: locks (see above); mend that, or leave these hosts out" if strict else "")
 
 
 def test_too_little_room_for_what_is_foreseen_is_told(ranks: Any, tasks: Path) -> None:

@@ -162,12 +162,14 @@ def arm(moment: str, count: int) -> None:
         around(import_module("dscl.observe.metrics").MetricsFile, "write", half_a_line)
 
 
-def rank(words: list[str]) -> int:
-    """A rank: dscl itself, which may have an order to die."""
+def rank(words: list[str]) -> NoReturn:
+    """A rank: dscl itself, as a process of its own, which may have an order to die."""
     number, moment, count = os.environ.get(ORDER, "-1::0").split(":")
     if number == os.environ["RANK"]:
         arm(moment, int(count))
-    return int(import_module("dscl.cli").main(words))
+    sys.argv[1:] = words
+    import_module("dscl.cli").program()
+    raise AssertionError("still here")
 
 
 def start(recipe: Path, order: str, note: Path) -> tuple[int, str, str]:

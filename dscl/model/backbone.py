@@ -60,7 +60,7 @@ class Backbone:
         model = _bare_module(self.architecture, self.config.attention, self.dtype)
         model.config.use_cache = False
         if self.config.activation_checkpointing:
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_activations(model)
         return model
 
     def parameters(self) -> int:
@@ -176,6 +176,14 @@ def _stored_architecture(folder: Path) -> Any:
             f"{file}: the model is quantised (quantization_config), which cannot be trained; use the original"
         )
     return architecture
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Keep what goes into each decoder layer; the backward pass computes what happens within it once more."""
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    # That has the embeddings ask for a gradient, which only reentrant checkpointing needs: the backward pass would go,
+    # and compute again, down to layers below everything that trains.
+    model.disable_input_require_grads()
 
 
 def _bare_module(architecture: Any, attention: str, dtype: torch.dtype) -> Any:

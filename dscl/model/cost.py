@@ -54,7 +54,7 @@ def cost_of(model: nn.Module) -> Cost | None:
 def _cost_of(model: nn.Module) -> Cost:
     core: Any = model.get_submodule("model")
     head: Any = model.get_submodule("lm_head")
-    token = pair = forward = forward_pair = 0.0
+    token = pair = again = again_pair = 0.0
     flows = _trains(core.embed_tokens)
     for layer in core.layers:
         attention, mlp = layer.self_attn, layer.mlp
@@ -62,7 +62,6 @@ def _cost_of(model: nn.Module) -> Cost:
         q, k, v = read = [_applied(module, flows) for module in (attention.q_proj, attention.k_proj, attention.v_proj)]
         # Between them every token meets those before it: products of q with k, and of what comes out with v.
         width, met = 2.0 * attention.q_proj.out_features, q.flows or k.flows
-        forward_pair += 2 * width
         pair += width * (1 + q.flows + k.flows) + width * (1 + met + v.flows)
         o = _applied(attention.o_proj, met or v.flows)
         flows |= o.flows or _trains(layer.post_attention_layernorm)
@@ -70,10 +69,13 @@ def _cost_of(model: nn.Module) -> Cost:
         down = _applied(mlp.down_proj, any(each.flows for each in raised))
         flows |= down.flows
         token += sum(each.whole for each in (*read, o, *raised, down))
-        forward += sum(each.forward for each in (*read, o, *raised))  # which the last is not needed again for
-    again = bool(getattr(core, "gradient_checkpointing", False))
+        if flows:  # the whole layer, frozen or not, up to its last product: nothing is made of what comes out of that
+            last = products(mlp.down_proj)[-1][-1]
+            again += sum(each.forward for each in (*read, o, *raised, down)) - 2.0 * last.into * last.out
+            again_pair += 2 * width
+    kept = not getattr(core, "gradient_checkpointing", False)
     target = _applied(head, flows or _trains(core.norm)).whole
-    return Cost(token, pair, target, forward * again, forward_pair * again)
+    return Cost(token, pair, target, 0.0 if kept else again, 0.0 if kept else again_pair)
 
 
 def low_rank(into: int, rank: int, out: int, trains: bool) -> list[Product]:
@@ -81,7 +83,7 @@ def low_rank(into: int, rank: int, out: int, trains: bool) -> list[Product]:
 
 
 def products(module: Any) -> list[list[Product]]:
-    """The chains of products that a projection makes of its input, to be added up."""
+    """The chains of products that a projection makes of its input, to be added up, as they come one after the other."""
     if hasattr(module, "base_layer"):  # PEFT's
         chains = products(module.base_layer)
         for name in module.active_adapters:

@@ -115,8 +115,8 @@ class SubExperts(Projection):
         """What training computes beside the projection; how many columns, a grouped product decides by the tokens."""
         shape, like = self.shape, self.held_a
         experts = shape.top if self._sorts(like.device, like.dtype) else self.open
-        chains = [low_rank(self.in_features, experts * shape.rank, self.out_features, True)]
-        return chains + ([[Product(self.in_features, self.open, True)]] if shape.top else [])
+        router = [[Product(self.in_features, self.open, True)]] if shape.top else []
+        return [*router, low_rank(self.in_features, experts * shape.rank, self.out_features, True)]
 
     def _sorts(self, device: torch.device, kind: torch.dtype) -> bool:
         """Whether tokens go to the columns of their own experts alone."""

@@ -83,7 +83,7 @@ class StackedLinear(RoutedLinear):
     overlap: Callable[[torch.Tensor], None]
 
     def beside(self) -> list[list[Product]]:
-        return [*super().beside(), low_rank(self.in_features, len(self.bank_a), self.out_features, False)]
+        return [low_rank(self.in_features, len(self.bank_a), self.out_features, False), *super().beside()]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = functional.linear(functional.linear(x, self.bank_a), self.bank_b)

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from dscl.methods import Facts, find_method
+from dscl.model.backbone import checkpoint_activations
 from dscl.model.cost import cost_of
 
 SHAPE = {
@@ -31,13 +32,21 @@ METHODS: list[dict[str, Any]] = [
     {"name": "moses", "experts": 4, "top_k": 2, "rank": 2},
     {"name": "moses", "experts": 4, "gate": "uniform", "rank": 2, "masks": "element"},
 ]
+# Where something stands beside the layer's last product as well.
+AT_LAST: list[dict[str, Any]] = [
+    {"name": "moses", "experts": 4, "top_k": 2, "rank": 2, "targets": ["q_proj", "down_proj"]},
+    {"name": "asr", "width": 128, "feature_layer": 2, "lora": {"rank": 4, "targets": ["gate_proj"]}},
+]
 
 
-def prepared(method: dict[str, Any], tied: bool = True) -> nn.Module:
+def prepared(method: dict[str, Any], tied: bool = True, again: bool = False) -> nn.Module:
     config = LlamaConfig(**SHAPE, tie_word_embeddings=tied, attn_implementation="eager")
     kind = find_method(method["name"])
     made = kind(kind.Config(**{**method, **({"lora": lora(method["lora"])} if "lora" in method else {})}), FACTS)
-    model: nn.Module = made.prepare(LlamaForCausalLM(config))
+    plain = LlamaForCausalLM(config)
+    if again:
+        checkpoint_activations(plain)
+    model: nn.Module = made.prepare(plain)
     return model.train()
 
 
@@ -75,23 +84,26 @@ def test_the_count_is_what_is_computed(method: dict[str, Any]) -> None:
         assert counted(model) == pytest.approx(expected, rel=1e-12)
 
 
-def counted_without_overlap(model: nn.Module) -> int:
+def counted_without_overlap(model: nn.Module, times: int = 1) -> int:
     nothing = torch.zeros(())
     for module in model.modules():
         if hasattr(module, "overlap"):
             module.overlap = lambda value: nothing
-    overlap = sum(2 * m.in_features * m.rank * len(m.bank_a) for m in model.modules() if hasattr(m, "bank_a"))
-    return counted(model) - overlap
+    overlap = sum(2 * m.in_features * m.rank * len(m.bank_a) for m in model.modules() if hasattr(m, "overlap"))
+    return counted(model) - times * overlap
 
 
-def test_recomputation_is_told_apart() -> None:
-    plain, again = prepared({"name": "sequential"}), prepared({"name": "sequential"})
-    again.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
-    cost = cost_of(again)
-    assert (cost_of(plain).again_token, cost_of(plain).again_pair) == (0.0, 0.0)
+@pytest.mark.parametrize("method", [*METHODS, *AT_LAST], ids=lambda method: "-".join(map(str, method.values()))[:60])
+def test_recomputation_is_told_apart(method: dict[str, Any]) -> None:
+    """Of whole layers from the first that something trains in or below, and of none under it."""
+    plain, again = prepared(method), prepared(method, again=True)
+    cost, without = cost_of(again), cost_of(plain)
+    assert (without.again_token, without.again_pair) == (0.0, 0.0)
     tokens, pairs = ROWS * WIDTH, ROWS * WIDTH * WIDTH
-    assert counted(plain) == cost.of(tokens, pairs, ROWS * KEPT)
-    assert counted(again) == cost.of(tokens, pairs, ROWS * KEPT) + cost.again(tokens, pairs)
+    once = cost.of(tokens, pairs, ROWS * KEPT)
+    assert once == without.of(tokens, pairs, ROWS * KEPT)
+    assert counted_without_overlap(plain) == pytest.approx(once, rel=1e-12)
+    assert counted_without_overlap(again, 2) == pytest.approx(once + cost.again(tokens, pairs), rel=1e-12)
 
 
 def test_what_is_frozen_below_costs_a_third() -> None:

@@ -17,7 +17,7 @@ from dscl.data.batches import Step
 from dscl.engine import Engine
 from dscl.model.cost import cost_of
 
-SLOW, WORTH = 1.25, 0.05  # a rank that takes so much longer than the median, if that is such a share of the step
+SLOW, WORTH = 1.25, 0.05  # a rank that takes so much longer than the others, if that is such a share of the step
 LATE_DATA = 0.1  # the share of a step's time that making its batches may take before it is told
 TWICE = 2  # in a row: a single time may mean anything
 MEMORY = ("allocated", "reserved", "peak", "host")
@@ -27,7 +27,7 @@ def measured(name: str) -> bool:
     """Whether a record's number of that name was measured, and so differs from run to run; all others do not."""
     return (
         name.endswith("seconds")
-        or name.startswith(("tokens_per_s", "tflops", "mfu", "padding", "memory_", "peak_memory"))
+        or name.startswith(("tokens_per_s", "tflops", "mfu", "padding", "memory_", "peak_memory", "step_spread"))
         or name.removesuffix("_bytes") in clock.KINDS
     )
 
@@ -60,10 +60,15 @@ class Pace:
         steps, world = len(plans), dist.world()
         kinds = len(clock.KINDS)
         seconds, sent, waited, memory, computed = ranks.split([len(clock.PARTS), kinds, kinds, len(MEMORY), 1], dim=1)
-        self._compare(dict(zip(clock.PARTS, seconds.T.tolist(), strict=True)), computed[:, 0].tolist(), elapsed)
+        by_part = dict(zip(clock.PARTS, seconds.T.tolist(), strict=True))
+        # Not the backward pass, in which those that are done wait for the others.
+        own = [sum(both) for both in zip(by_part["data"], by_part["forward"], strict=True)]
+        self._compare(max(by_part["data"]), own, computed[:, 0].tolist(), elapsed)
         tokens = sum(plan.tokens for plan in plans)
         rate = tokens / elapsed
         found = {"tokens_per_s": rate, "tokens_per_s_per_device": rate / world, "seconds": elapsed / steps}
+        if world > 1:
+            found["step_spread"] = (max(own) - min(own)) / elapsed
         parts = zip(clock.PARTS, (seconds.mean(0) / steps).tolist(), strict=True)
         found |= {f"{part}_seconds": value for part, value in parts if value}
         for kind, amount, wait in zip(clock.KINDS, sent.mean(0).tolist(), waited.mean(0).tolist(), strict=True):
@@ -82,18 +87,20 @@ class Pace:
                 found["mfu"] = useful / (elapsed * world) / self._peak
         return found
 
-    def _compare(self, seconds: dict[str, list[float]], computed: Sequence[float], elapsed: float) -> None:
-        """Tell of a rank that the others wait for, and of batches that the device waits for."""
-        late = max(seconds["data"])
+    def _compare(self, late: float, own: Sequence[float], computed: Sequence[float], elapsed: float) -> None:
+        """Tell of a rank that the others wait for, and of batches that the device waits for.
+
+        `late`: seconds for batches, at most; `own`: each rank's for batches and forward passes.
+        """
         if self._again("data", late > LATE_DATA * elapsed):
             self._say(
                 f"task {self._task}: making batches takes {late / elapsed:.0%} of the time, in which the device waits; "
                 "give every rank more CPU cores, or train larger batches"
             )
-        # Not the backward pass, in which those that are done wait for the others.
-        own = [sum(both) for both in zip(seconds["data"], seconds["forward"], strict=True)]
-        usual, many = statistics.median(own), statistics.median(computed)
+        if len(own) == 1:
+            return
         for rank, (took, had) in enumerate(zip(own, computed, strict=True)):
+            usual, many = (statistics.median([*all_[:rank], *all_[rank + 1 :]]) for all_ in (own, computed))
             fair = usual * max(1.0, had / many)  # what its tokens explain
             if self._again(rank, took > SLOW * fair and took - fair > WORTH * elapsed):
                 self._say(

@@ -21,7 +21,7 @@ _TAGS = {
         name: f"perf/{name}"
         for name in (
             "tokens_per_s", "tokens_per_s_per_device", "tflops_per_device", "tflops_with_recomputation", "mfu",
-            "padding",
+            "padding", "step_spread",
         )
     },
     **{f"{part}_seconds": f"perf/parts/{part}_seconds" for part in PARTS},

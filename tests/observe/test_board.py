@@ -10,9 +10,11 @@ import pytest
 from PIL import Image
 
 from dscl.maths.scores import build
-from dscl.observe.picture import CELL, UNMEASURED, score_picture
+from dscl.observe.picture import CELL, UNMEASURED, routing_picture, score_picture
 
 accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+
+CONFUSION = {"tasks": ["a", "b"], "answered_by": ["a", "b", None], "shares": [[0.9, 0.0, 0.1], [0.2, 0.8, 0.0]]}
 
 
 def read(folder: Path):  # type: ignore[no-untyped-def]
@@ -69,6 +71,60 @@ def test_curves_scores_picture_and_recipe_read_back(tmp_path: Path) -> None:
     assert np.array_equal(shown, score_picture(document([[0.75, 0.5], [0.25, 1.0]], [0.125, 0.25])))
 
 
+def test_every_number_of_a_record_has_its_curve(tmp_path: Path) -> None:
+    from dscl.clock import KINDS, PARTS
+    from dscl.observe.board import Board
+
+    told = {
+        "train": ["loss", "lr", "grad_norm", "epoch", "tokens_seen"],
+        "perf": ["tokens_per_s", "tokens_per_s_per_device", "tflops_per_device", "tflops_with_recomputation", "mfu",
+                 "padding", "step_spread"],
+        "perf/parts": [f"{part}_seconds" for part in PARTS],
+        "mem": [f"{what}_bytes" for what in ("allocated", "reserved", "peak", "host")],
+        "comm": [f"{kind}_{what}" for kind in KINDS for what in ("bytes", "seconds")],
+    }  # fmt: skip
+    wanted = {"perf/step_seconds": 64.0}
+    numbers = {"seconds": 64.0}
+    for place, names in told.items():
+        for name in names:
+            numbers[f"memory_{name}" if place == "mem" else name] = wanted[f"{place}/{name}"] = float(len(wanted))
+    board = Board(tmp_path, 0)
+    board.step({"step": 3, "task": "a", "tokens": 9, **numbers})
+    board.took("evaluate_seconds", 2.0, 3)
+    board.took("save_seconds", 4.0, 3)
+    board.close()
+    events = read(tmp_path)
+    wanted |= {"perf/evaluate_seconds": 2.0, "perf/save_seconds": 4.0}
+    assert {tag: scalars(events, tag) for tag in events.Tags()["scalars"]} == {
+        tag: [(3, value)] for tag, value in wanted.items()
+    }
+
+
+def test_routing_and_what_was_held_out_read_back(tmp_path: Path) -> None:
+    from dscl.observe.board import Board
+
+    shown = document([[0.75, 0.5]]) | {"confusion": CONFUSION, "heldout": [4.0, 3.5]}
+    board = Board(tmp_path, 0)
+    board.scores(shown, 5)
+    board.close()
+    events = read(tmp_path)
+    assert scalars(events, "task/heldout_loss") == [(5, 3.5)]
+    (event,) = events.Images("task/routing")
+    assert event.step == 5
+    assert np.array_equal(np.asarray(Image.open(BytesIO(event.encoded_image_string))), routing_picture(shown))
+
+
+def test_routing_shows_whose_prompts_were_answered_by_whom() -> None:
+    picture = routing_picture({"confusion": CONFUSION})
+    shares = score_picture(document([[0.9, 0.0, 0.1], [0.2, 0.8, 0.0]], None, ("a", "b", "c")))
+    for row in range(2):
+        for column in range(3):
+            seen = cell(picture, row, column, 3, 2)
+            assert seen == cell(shares, row, column, 3), (row, column)
+    moved = {**CONFUSION, "shares": [[0.9, 0.1, 0.0], [0.2, 0.8, 0.0]]}
+    assert not np.array_equal(picture, routing_picture({"confusion": moved}))
+
+
 def test_runs_can_be_compared_by_settings_and_scores(tmp_path: Path) -> None:
     from tensorboard.plugins.hparams import metadata
 
@@ -108,9 +164,9 @@ def test_what_came_after_the_checkpoint_is_gone_after_resuming(tmp_path: Path, r
     assert scalars(events, "task/a/score") == [(0, 0.5)]
 
 
-def cell(picture: np.ndarray, row: int, column: int, tasks: int) -> tuple[int, ...]:
+def cell(picture: np.ndarray, row: int, column: int, tasks: int, rows: int = 0) -> tuple[int, ...]:
     """A corner of a cell's filling, counted from the picture's lower right."""
-    y = picture.shape[0] - 16 - CELL[1] * (tasks - row) + 5
+    y = picture.shape[0] - 16 - CELL[1] * ((rows or tasks) - row) + 5
     x = picture.shape[1] - 16 - CELL[0] * (tasks - column) + 5
     return tuple(picture[y, x].tolist())
 

@@ -91,7 +91,9 @@ def opened(recipe: Recipe, longest: int | None = None) -> Job:
 def follow(recipe: Recipe, job: Job, stop: Stop | None) -> None:
     """Task after task, from wherever the newest checkpoint stands."""
     tracer = Tracer(recipe.folder, recipe.observe.profile)
-    with tracer, closing(job.engine()) as engine:
+    with tracer:
+        engine = job.engine()
+    with closing(engine), tracer:  # what is in memory when it runs out is still there when the tracer looks
         checkpoints = Checkpoints(recipe.folder / "checkpoints", recipe.checkpoint)
         position = resume(checkpoints, engine, job)
         if stop is not None:
@@ -116,13 +118,17 @@ def go_through(
     """Learn and evaluate what is left of the stream."""
     recipe = job.recipe
     observer.recipe(recipe.text())
-    if position.matrix:  # a kill may have come between the checkpoint and what is shown of it
+    if position.matrix or position.before or position.heldout:
+        # A kill may have come between the checkpoint and what is shown of it.
         observer.scores(publish(recipe, job, position))
     if (recipe.evaluate.before or job.heldout) and position.before is None and not position.heldout:
+        began = time.perf_counter()
         if recipe.evaluate.before:
             position.before = [examine(engine, job, lesson, observer, stop).score for lesson in job.lessons]
         position.heldout += general(engine, job, observer, stop)
+        took = time.perf_counter() - began
         save(checkpoints, position, engine, job)
+        observer.scores(publish(recipe, job, position), took)
     while position.task < len(job.lessons):
         if not position.learned:
             learn(engine, job, job.lesson(position.task), position, checkpoints, observer, tracer, stop)

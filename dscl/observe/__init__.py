@@ -109,7 +109,7 @@ class Observer:
                     self._board.step(record)
 
     def saved(self, seconds: float) -> None:
-        """A checkpoint is whole; the next step's record says how long that took since it was begun."""
+        """A checkpoint is whole; a record says how long that took since it was begun: the next, or else the last."""
         if self._main:
             self._add("save_seconds", seconds)
 
@@ -166,6 +166,8 @@ class Observer:
         if not self._main:
             return
         self._progress.close()
+        if self._between:  # no step came after them
+            self._metrics.amend(self._between)
         self._metrics.close()
         if self._board is not None:
             self._board.close()

@@ -25,15 +25,8 @@ class MetricsFile:
     def rewind(self, step: int) -> None:
         """Drop every record after `step`, and a last line that was only half written."""
         self.close()
-        if not self.path.exists():
-            return
-        rest = self.path.with_name(self.path.name + ".new")
-        with _telling(self.path):
-            with open(rest, "wb") as kept:
-                kept.writelines(self._until(step))
-                kept.flush()
-                os.fsync(kept.fileno())
-            os.replace(rest, self.path)
+        if self.path.exists():
+            self._rewrite(self._until(step))
 
     def write(self, records: Iterable[Record]) -> None:
         """Append the records and hand them to the system, where they outlive this process."""
@@ -45,13 +38,32 @@ class MetricsFile:
             self._file.write(lines)
             self._file.flush()
 
+    def amend(self, numbers: Record) -> None:
+        """Add these to the numbers of the last record, where there is one."""
+        self.close()
+        lines = list(self._until(math.inf)) if self.path.exists() else []
+        if lines:
+            last = json.loads(lines[-1])
+            lines[-1] = _line({**last, **{name: last.get(name, 0.0) + value for name, value in numbers.items()}})
+            self._rewrite(lines)
+
     def close(self) -> None:
         if self._file is not None:
             with suppress(OSError):  # what `write` could not get rid of, and has told
                 self._file.close()
             self._file = None
 
-    def _until(self, step: int) -> Iterator[bytes]:
+    def _rewrite(self, lines: Iterable[bytes]) -> None:
+        """Put these in the place of what is there, or nothing."""
+        rest = self.path.with_name(self.path.name + ".new")
+        with _telling(self.path):
+            with open(rest, "wb") as kept:
+                kept.writelines(lines)
+                kept.flush()
+                os.fsync(kept.fileno())
+            os.replace(rest, self.path)
+
+    def _until(self, step: float) -> Iterator[bytes]:
         with open(self.path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if not line.endswith(b"\n"):

@@ -50,6 +50,20 @@ def test_a_last_line_without_its_end_is_dropped_even_if_it_reads_well(tmp_path: 
     assert steps_of(file.path) == [1]
 
 
+def test_what_comes_after_the_last_record_joins_it(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "m.jsonl")
+    file.amend({"seconds": 1.0})
+    assert not file.path.exists(), "there is no record yet"
+    file.write([record(1), record(2)])
+    file.amend({"seconds": 1.0})
+    file.rewind(5)
+    file.amend({"seconds": 2.0, "others": 0.5})
+    file.write([record(3)])
+    found = [json.loads(line) for line in file.path.read_text().splitlines()]
+    assert found == [record(1), {**record(2), "seconds": 3.0, "others": 0.5}, record(3)]
+    assert [path.name for path in tmp_path.iterdir()] == ["m.jsonl"]
+
+
 def test_records_are_readable_by_others_at_once(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path / "deep" / "m.jsonl")
     file.rewind(0)

@@ -74,6 +74,28 @@ def test_several_records_at_once_are_as_good_as_one_by_one(tmp_path: Path) -> No
     assert not (tmp_path / "singly" / "tensorboard").exists()
 
 
+def test_seconds_between_steps_stand_in_the_next_record_or_else_in_the_last(tmp_path: Path) -> None:
+    config = ObserveConfig(tensorboard=False, live="off")
+    with Observer(tmp_path, config, True, TASKS, stream=io.StringIO()) as observer:
+        observer.scores(document(0), 4.0)
+        for step in range(1, 5):
+            observer.step(record(step))
+        observer.saved(0.5)
+        observer.scores(document(1), 2.0)
+    with Observer(tmp_path, config, True, TASKS, 4, stream=io.StringIO()) as observer:
+        observer.scores(document(1), 1.0)
+        observer.saved(0.25)
+        for step in range(5, 11):
+            observer.step(record(step))
+        observer.scores(document(2), 3.0)
+    found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [each["step"] for each in found] == list(range(1, 11))
+    assert {each["step"]: each["evaluate_seconds"] for each in found if "evaluate_seconds" in each} == {
+        1: 4.0, 4: 2.0, 5: 1.0, 10: 3.0,
+    }  # fmt: skip
+    assert {each["step"]: each["save_seconds"] for each in found if "save_seconds" in each} == {4: 0.5, 5: 0.25}
+
+
 def test_settings_are_checked() -> None:
     assert parse(ObserveConfig, {"every": 5}, "observe") == ObserveConfig(every=5)
     for wrong in ({"every": 0}, {"live": "of"}, {"tensorbord": True}):

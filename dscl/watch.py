@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ from dscl.pace import Pace
 
 MUST_HAVE_MOVED = 10  # steps after which a tensor that never changed is worth a warning
 SHOWN = 8  # names or records in one message
-SPIKE, LOOKED_BACK = 6.0, 50  # deviations from the mean of so many losses before it
+LOOKED_BACK, FEW = 100, 50  # losses that a leap is judged by, and from how many on
+FAR = 2.5  # times as far above the median of them as the loss rose at most from one of them to the next
 LEAP = 1.0  # nats, at least: small losses are tossed about by single samples
 
 
@@ -147,17 +149,17 @@ class Watch:
                 self._look_for_spike(entry["number"], entry["step"], loss)
 
     def _look_for_spike(self, number: int, step: int, loss: float) -> None:
+        """Tell of a loss beyond all tossing about, of which it says nothing how far losses fell at the task's start."""
         before = list(self._losses)
+        if len(before) >= FEW:
+            usual, rise = statistics.median(before), max(b - a for a, b in pairwise(before))
+            if loss > usual + max(LEAP, FAR * rise):
+                self._losses.clear()  # one line for what may go on for some steps
+                self.say(
+                    f"task {self.task}, step {step}: the loss leaps to {loss:.3g}, after a median of {usual:.3g}; its "
+                    f"records: {self._records(number)}"
+                )
         self._losses.append(loss)
-        if len(before) < LOOKED_BACK // 2:
-            return
-        mean, spread = statistics.mean(before), statistics.pstdev(before)
-        if loss > mean + max(SPIKE * spread, mean, LEAP):
-            self._losses.clear()  # one line for what may go on for some steps
-            self.say(
-                f"task {self.task}, step {step}: the loss leaps to {loss:.3g}, after {mean:.3g} on average; its "
-                f"records: {self._records(number)}"
-            )
 
     def _not_finite(self, number: int, step: int, trouble: str) -> None:
         told = f"task {self.task}, step {step}: {trouble}; its records: {self._records(number)}"

@@ -14,8 +14,10 @@ import torch
 
 from dscl import clock, dist
 from dscl.data.batches import Step
+from dscl.engine import Engine
+from dscl.errors import Failure
 from dscl.methods.sequential import Sequential
-from dscl.watch import LOOKED_BACK, Watch
+from dscl.watch import FEW, LOOKED_BACK, Watch
 from tests.distributed.test_run import recipe_of, run, write_tasks
 
 WORLD = 2
@@ -71,6 +73,33 @@ def test_parts_fit_into_the_step_and_bytes_are_those_of_the_stage(ranks: Any, ta
     assert spent < 1.1 * took  # the ranks' windows begin at slightly different times
 
 
+def test_every_evaluation_is_timed_and_the_first_one_shown(ranks: Any, tasks: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    document = recipe_of(tasks, "timed", 1, observe__tensorboard=True)
+    ranks(WORLD)(run, document)
+    found = records(document)
+    second = [record["step"] for record in found if record["task"] == "animal"]
+    first, last = second[0], second[-1]
+    timed = {record["step"]: record["evaluate_seconds"] for record in found if "evaluate_seconds" in record}
+    assert set(timed) == {1, first, last}, "before training, and after each task"
+    assert all(seconds > 0 for seconds in timed.values())
+    assert found[-1]["save_seconds"] > 0
+    events = accumulator.EventAccumulator(str(Path(document["run_dir"]) / "tensorboard")).Reload()
+    shown = {event.step: event.value for event in events.Scalars("perf/evaluate_seconds")}
+    assert shown == {
+        0: pytest.approx(timed[1]),
+        first - 1: pytest.approx(timed[first]),
+        last: pytest.approx(timed[last]),
+    }
+    scores = json.loads((Path(document["run_dir"]) / "scores.json").read_text())
+    curve = [(event.step, event.value) for event in events.Scalars("task/animal/score")]
+    assert curve == [
+        (0, pytest.approx(scores["before"][1])),
+        (first - 1, pytest.approx(scores["matrix"][0][1])),
+        (last, pytest.approx(scores["matrix"][1][1])),
+    ]
+
+
 def slowly(document: dict[str, Any], slow: int, seconds: float) -> None:
     """Run, with one rank whose forward passes take longer."""
     original = Sequential.loss
@@ -93,6 +122,7 @@ def test_a_slow_rank_is_named_once_a_task(ranks: Any, tasks: Path, tmp_path: Pat
     lines = [line for line in heard.read_text().splitlines() if "is slow" in line]
     assert [line.split(":")[0] for line in lines] == ["task colour", "task animal"], heard.read_text()
     assert all("rank 1 on " in line for line in lines)
+    assert all(0.3 < record["step_spread"] < 1 for record in records(document)[2:])
 
 
 def listening(document: dict[str, Any], path: str) -> None:
@@ -111,6 +141,29 @@ def listening(document: dict[str, Any], path: str) -> None:
         slowly(document, 1, 0.1)
     finally:
         Observer.note = original  # type: ignore[method-assign]
+
+
+def out_of_memory(document: dict[str, Any]) -> list[str]:
+    """What happens, in its order, when memory runs out in a step."""
+    happened: list[str] = []
+    patch = pytest.MonkeyPatch()
+
+    def loss(*_: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    close = Engine.close
+    with patch.context() as patched:
+        patched.setattr(Sequential, "loss", loss)
+        patched.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: happened.append("snapshot"))
+        patched.setattr(Engine, "close", lambda self: (happened.append("close"), close(self)))
+        with pytest.raises(Failure, match="CUDA out of memory"):
+            run(document)
+    return happened
+
+
+def test_when_memory_runs_out_the_engine_is_still_in_the_snapshot(ranks: Any, tasks: Path) -> None:
+    document = recipe_of(tasks, "too-large", 1, evaluate={"before": False})
+    assert ranks(1)(out_of_memory, document) == [["snapshot", "close"]]
 
 
 def test_traces_are_written_by_the_ranks_that_were_asked(ranks: Any, tasks: Path) -> None:
@@ -146,20 +199,66 @@ class Numbers:
     scales_loss = False
 
 
+def watching(said: list[str]) -> Watch:
+    return Watch(Numbers(), "x", 1, False, lambda number: [f"record {number}"], lambda record: None, said.append)  # type: ignore[arg-type]
+
+
+def leaps(losses: torch.Tensor) -> list[str]:
+    """The steps at which one is told."""
+    said: list[str] = []
+    watch = watching(said)
+    for number, loss in enumerate(losses.tolist()):
+        watch._look_for_spike(number, number + 1, loss)
+    return [line.split(":")[0].removeprefix("task x, step ") for line in said]
+
+
 def test_a_loss_that_leaps_is_told_with_its_records() -> None:
     said: list[str] = []
-    watch = Watch(Numbers(), "x", 1, False, lambda number: [f"record {number}"], lambda record: None, said.append)  # type: ignore[arg-type]
+    watch = watching(said)
     for number in range(LOOKED_BACK):
         watch._look_for_spike(number, number + 1, 1.0 + 0.01 * (number % 5))
     assert not said
-    watch._look_for_spike(50, 51, 1.2)
+    watch._look_for_spike(100, 101, 1.2)
     assert not said, "a loss may move"
-    watch._look_for_spike(51, 52, 9.0)
+    watch._look_for_spike(101, 102, 9.0)
     assert len(said) == 1
-    assert "step 52: the loss leaps to 9, after 1.0" in said[0]
-    assert "record 51" in said[0]
-    watch._look_for_spike(52, 53, 9.0)
+    assert "step 102: the loss leaps to 9, after a median of 1.02" in said[0]
+    assert "record 101" in said[0]
+    for number in range(102, 102 + 2 * FEW):
+        watch._look_for_spike(number, number + 1, 9.0)
     assert len(said) == 1, "what goes on is not told again"
+    watch._look_for_spike(200, 201, 12.0)
+    assert len(said) == 2, "the last one does not hide the next"
+
+
+@pytest.mark.parametrize("steep", [0.0, 8.0], ids=["level", "after-a-steep-start"])
+@pytest.mark.parametrize("spread", [0.05, 0.1])
+def test_a_loss_that_nearly_doubles_is_told(steep: float, spread: float) -> None:
+    """From 2 to 3.9, in all of a hundred runs."""
+    step = torch.arange(101.0)
+    for seed in range(100):
+        losses = torch.randn(101, generator=torch.Generator().manual_seed(seed)) * spread
+        losses += 2.0 + steep * torch.exp(-step / 15)
+        losses[100] = 3.9
+        assert leaps(losses) == ["101"]
+
+
+def test_ordinary_noise_is_not_told() -> None:
+    """20 runs of 500 steps of each kind. Of normal losses none; of very skewed ones, and of samples of which few are
+    far off, hardly one in thousands."""
+    chance = torch.Generator().manual_seed(0)
+    normal = torch.randn(20, 500, generator=chance)
+    skewed = -torch.rand(20, 500, 2, generator=chance).log().mean(2)
+    wrong = 0.7 - 2 * torch.rand(20, 500, 8, generator=chance).log()
+    wrong *= torch.rand(20, 500, 8, generator=chance) < 0.1
+    steep = 8.0 * torch.exp(-torch.arange(500.0) / 15)
+    kinds = {
+        "small": 2 + 0.05 * normal, "large": 2 + 0.6 * normal, "steep": 2 + steep + 0.6 * normal, "skewed": skewed,
+        "wrong": wrong.mean(2),
+    }  # fmt: skip
+    told = {kind: sum(len(leaps(run)) for run in runs) for kind, runs in kinds.items()}
+    assert max(told.pop("skewed"), told.pop("wrong")) <= 2
+    assert not any(told.values()), told
 
 
 def test_pairs_are_those_of_each_sample_alone() -> None:

@@ -169,11 +169,11 @@ class Batch:
         mask = self.attention_mask
         return replace(
             self,
-            input_ids=self.input_ids.to(device),
-            attention_mask=None if mask is None else mask.to(device),
-            position_ids=self.position_ids.to(device),
-            places=self.places.to(device),
-            labels=self.labels.to(device),
+            input_ids=_moved(self.input_ids, device),
+            attention_mask=None if mask is None else _moved(mask, device),
+            position_ids=_moved(self.position_ids, device),
+            places=_moved(self.places, device),
+            labels=_moved(self.labels, device),
         )
 
 
@@ -189,10 +189,17 @@ class PromptBatch:
     def to(self, device: torch.device | str) -> PromptBatch:
         return replace(
             self,
-            input_ids=self.input_ids.to(device),
-            attention_mask=self.attention_mask.to(device),
-            position_ids=self.position_ids.to(device),
+            input_ids=_moved(self.input_ids, device),
+            attention_mask=_moved(self.attention_mask, device),
+            position_ids=_moved(self.position_ids, device),
         )
+
+
+def _moved(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """On the device; a GPU fetches it by itself, from pinned memory, and nobody waits."""
+    if torch.device(device).type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def collate(

@@ -1,0 +1,116 @@
+"""A watched training step on a GPU: where the host waits for the device. Skipped where there is no GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import traceback
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from dscl import dist
+from dscl.data.batches import Batch, Schedule, collate
+from dscl.engine import Engine
+from dscl.model.backbone import Backbone, ModelConfig
+from dscl.model.head import answer_loss
+from dscl.model.weights import DrawnWeights
+from dscl.watch import Watch
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no GPU here (torch.cuda.is_available() is false)"
+)
+
+WORDS, SAMPLES, WARM, STEPS, PASSES = 160, 64, 3, 5, 2
+OWNERS = ("dscl", "deepspeed", "transformers")
+ENCODED = [([number % WORDS] * (5 + number % 3), [1 + number % 7] * 2) for number in range(SAMPLES)]
+
+
+def owner() -> str:
+    """Whose function it is that waits: of these packages, the one that was called last."""
+    for frame in reversed(traceback.extract_stack()):
+        for name in set(Path(frame.filename).parts) & set(OWNERS):
+            return name
+    return "others"
+
+
+def batches(packing: bool) -> list[Batch]:
+    rows = [[[0, 1], [2, 3]], [[4], [5, 6]]] if packing else [[[0], [1]], [[2], [4]]]
+    return [collate(each, ENCODED, 0, packing) for each in rows]
+
+
+def waits(stage: int, packing: bool) -> dict[str, int]:
+    """How often each of them waits in these steps."""
+    shape = LlamaConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, vocab_size=WORDS
+    )
+    backbone = Backbone(ModelConfig(shape={}), shape, None, DrawnWeights(0, 0.05), torch.bfloat16)  # type: ignore[arg-type]
+    engine = Engine(
+        {"zero_optimization": {"stage": stage}},
+        build=backbone.build,
+        read=backbone.weights.read,
+        prepare=lambda model: model,
+        precision="bf16",
+    )
+    lengths = torch.tensor([[len(side) for side in pair] for pair in ENCODED]).numpy()
+    plan = Schedule(
+        lengths[:, 0], lengths[:, 1],
+        seed=0, epochs=1, global_batch=4, micro_batch=2, world=1, max_length=32, packing=packing,
+    ).step(0)  # fmt: skip
+    watch = Watch(engine, "x", 100, False, lambda number: [], lambda record: None, print)
+    watch.begin()
+    found: Counter[str] = Counter()
+
+    def heard(message: Any, *_: Any, **__: Any) -> None:
+        if "synchronizing CUDA operation" in str(message):
+            found[owner()] += 1
+
+    def step(number: int) -> None:
+        made = batches(packing)
+        loss = engine.step(answer_loss, made, targets=plan.targets, lr=1e-3)
+        computed = sum(batch.input_ids.numel() for batch in made)
+        watch.add(number, number + 1, plan, 1e-3, loss, False, computed)
+
+    for number in range(WARM):
+        step(number)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = heard
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            for number in range(WARM, WARM + STEPS):
+                step(number)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    watch.flush()
+    engine.close()
+    return dict(found)
+
+
+def tell(stage: int, packing: bool) -> None:
+    """In a process of its own, which has one engine."""
+    with dist.session():
+        print(json.dumps(waits(stage, packing)))
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_nothing_of_ours_waits_within_a_step(stage: int, packing: bool) -> None:
+    """DeepSpeed waits as it likes (it reads the gradient's norm, for one), transformers once a pass: it looks whether
+    rows are padded or packed."""
+    program = f"from tests.gpu.test_step import tell; tell({stage}, {packing})"
+    environment = {**os.environ, "DS_ACCELERATOR": "cuda"}
+    told = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300)
+    assert told.returncode == 0, told.stderr
+    found = json.loads(told.stdout.splitlines()[-1])
+    print(f"waits in {STEPS} steps at stage {stage}: {found}")
+    assert found.pop("transformers", 0) <= STEPS * PASSES
+    found.pop("deepspeed", 0)
+    assert not found

@@ -19,7 +19,7 @@ from dscl.model.cost import cost_of
 
 SLOW, WORTH = 1.25, 0.05  # a rank that takes so much longer than the others, if that is such a share of the step
 LATE_DATA = 0.1  # the share of a step's time that making its batches may take before it is told
-TWICE = 2  # in a row: a single time may mean anything
+IN_A_ROW = 3  # times: a single one may mean anything
 MEMORY = ("allocated", "reserved", "peak", "host")
 
 
@@ -111,5 +111,5 @@ class Pace:
     def _again(self, what: int | str, odd: bool) -> bool:
         """Whether it has just become odd for long enough to be told; it is told once."""
         count = self._odd.get(what, 0)
-        self._odd[what] = count + 1 if odd else (0 if count < TWICE else count)
-        return odd and self._odd[what] == TWICE
+        self._odd[what] = count + 1 if odd else (0 if count < IN_A_ROW else count)
+        return odd and self._odd[what] == IN_A_ROW

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dscl import clock, dist
 from dscl.data.batches import Step
-from dscl.pace import MEMORY, TWICE, Pace, measured
+from dscl.pace import IN_A_ROW, MEMORY, Pace, measured
 
 
 def pace(said: list[str], world: int, module: nn.Module | None = None, peak: float | None = None) -> Pace:
@@ -42,7 +42,7 @@ def told(monkeypatch: pytest.MonkeyPatch, ranks: list[dict[str, float]], elapsed
     numbers = {}
     with monkeypatch.context() as patch:
         patch.setattr(dist, "world", lambda: len(ranks))
-        for _ in range(TWICE):
+        for _ in range(IN_A_ROW):
             assert not said, "a single time may mean anything"
             numbers = watched.numbers(numbers_of(ranks), elapsed, [plan], [])
     return said, numbers

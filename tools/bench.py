@@ -312,7 +312,7 @@ def watch(job: Job, engine: Engine, lesson: Lesson, between: Callable[[int], Non
                 began = time.perf_counter()
 
     recipe = job.recipe
-    recipe.folder.mkdir(parents=True, exist_ok=True)
+    (recipe.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(recipe.folder / "checkpoints", recipe.checkpoint)
     tracer = Tracer(recipe.folder, recipe.observe.profile)
     with Seen(recipe.folder, recipe.observe, dist.is_main(), job.steps()) as observer:

@@ -354,7 +354,7 @@ class Engine:
 
 @contextmanager
 def _refusals() -> Iterator[None]:
-    """What DeepSpeed finds wrong in its settings, as one line."""
+    """What DeepSpeed finds wrong in its settings, or does not do (NotImplementedError), as one line."""
     try:
         yield
     except (DeepSpeedConfigError, NotImplementedError, ValidationError) as error:

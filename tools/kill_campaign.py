@@ -61,13 +61,8 @@ MOMENTS = {
     "removing an old checkpoint, half done": 3,
     "writing metrics, half a line": 8,
 }
-MAIN = (
-    "writing other",
-    "writing scores",
-    "giving",
-    "removing",
-    "writing metrics",
-)  # begin what the main rank alone does
+# Begin what the main rank alone does.
+MAIN = ("writing other", "writing scores", "giving", "removing", "writing metrics")
 EARLY = ("recipe.yaml", "base.json", "a cache")  # written before a start looks for a checkpoint
 
 

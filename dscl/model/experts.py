@@ -161,19 +161,18 @@ class SubExperts(Projection):
 
     def _sides_that_learn(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A and Bᵀ of the open experts, as the task's masks open them; what they open of atoms counts in B, once."""
-        now = slice(self.open * self.shape.rank)
         scores, allowed, taken = (
             {name: self._now(name, of) for name, of in self._of(kind).items()} for kind in ("score", "allowed", "taken")
         )
         masks = {name: strongest(scores[name], allowed[name], count) for name, count in self.counts.items()}
         taken_a, taken_b = self._sides(taken)
-        a = frozen(taken_a, self.held_a[now], self.sub_a[now])
-        b = frozen(taken_b, self.held_b[:, now], self.sub_b[:, now])
+        a = frozen(taken_a, self._now("a", self.held_a), self._now("a", self.sub_a))
+        b = frozen(taken_b, self._now("b", self.held_b), self._now("b", self.sub_b))
         a, b = (a, b * masks["atoms"]) if self.shape.atoms else (a * masks["a"], b * masks["b"])
         return a, b.T.contiguous()  # the gradient of Bᵀ is the faster product
 
     def _now(self, name: str, mask: torch.Tensor) -> torch.Tensor:
-        """Of a mask, or of what is as large, the part of the open experts."""
+        """Of A or B, of a mask of theirs, or of what is as large: the part of the open experts."""
         size = self.open * self.shape.rank
         return mask[:, :size] if name == "b" else mask[:size]
 

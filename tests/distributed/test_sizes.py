@@ -20,6 +20,7 @@ __all__ = ["tasks"]  # the fixture
 # Ranks and stage of each start; every one goes on from the one before, the last to the end.
 GROWING = ((1, 3), (2, 0), (4, 2), (1, 1))
 CHANGING = ((2, 3), (4, 3), (1, 0), (2, 2))
+SHARDED = ((2, 1), (4, 3), (1, 2))
 
 
 def run_for(changed: Any, places: int) -> None:
@@ -30,7 +31,10 @@ def run_for(changed: Any, places: int) -> None:
 
 @pytest.mark.parametrize(
     ("method", "chain"),
-    [*((method, GROWING) for method in METHODS), *((method, CHANGING) for method in ("sequential", "osft", "moses"))],
+    [
+        *((method, chain) for method in METHODS for chain in (GROWING, SHARDED)),
+        *((method, CHANGING) for method in ("sequential", "osft", "moses")),
+    ],
 )
 def test_a_run_goes_on_at_other_sizes(ranks: Any, tasks: Path, method: str, chain: Any) -> None:
     whole = document(tasks, method, "zero0", 1) | {"run_dir": str(tasks / f"{method} whole")}

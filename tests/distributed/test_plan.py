@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import multiprocessing
+import time
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -106,6 +107,17 @@ def foresee(documents: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+class Patient(Storages):
+    """Gloo's threads let go of what was sent when they next run, so a new peak counts once they have had time to."""
+
+    def _add(self, size: int) -> None:
+        self.now += size
+        for _ in range(10):
+            if self.now > self.peak:
+                time.sleep(0.001)
+        self.peak = max(self.peak, self.now)
+
+
 def measure(document: dict[str, Any]) -> dict[str, Any]:
     """The same steps for real, on one of two ranks.
 
@@ -115,7 +127,7 @@ def measure(document: dict[str, Any]) -> dict[str, Any]:
     job = open_job(resolve(document, source=__file__))
     observer = Observer(Path(), ObserveConfig(), False, ())
     batches, sent = dist.from_main(largest(job)), []
-    with redirect_stdout(StringIO()), Storages() as storages:
+    with redirect_stdout(StringIO()), Patient() as storages:
         engine = job.engine()
         ranks = ranks_of(engine, job.lessons[0], "", observer, Position())
         engine.start_over(job.method.begin_task(0, job.lessons[0].task.name, ranks))
@@ -139,10 +151,7 @@ def test_memory_and_exchange_are_as_foreseen(
     ranks: Any, documents: dict[str, Any], foreseen: dict[str, Any], case: str
 ) -> None:
     planned = foreseen[case]
-    for _ in range(3):  # gloo's threads may let go of what was sent too late, once in a while
-        real = ranks(WORLD)(measure, documents[case])[0]
-        if real["peak"] <= 1.05 * planned["peak"]:
-            break
+    real = ranks(WORLD)(measure, documents[case])[0]
     assert planned["trained"] == real["trained"]
     assert planned["peak"] == pytest.approx(real["peak"], rel=0.05), (planned["peak"], real["peak"])
     for kind in clock.KINDS:

@@ -27,6 +27,16 @@ setup(
         "tensorboard",
         "pyyaml",
     ],
-    extras_require={"test": ["pytest", "pytest-timeout", "ruff", "mypy", "types-PyYAML", "kubeflow-trainer-api"]},
+    extras_require={
+        "test": [
+            "pytest",
+            "pytest-timeout",
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+            "kubeflow-trainer-api",
+            "triton; platform_system == 'Linux'",  # torch's builds for GPUs ask for one version and bring it
+        ]
+    },
     entry_points={"console_scripts": ["dscl=dscl.cli:program"]},
 )

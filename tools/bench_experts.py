@@ -4,7 +4,8 @@
     python tools/bench_experts.py --section grid --columns 64 512 2048 --ranks 8 64 --device cuda
 
 step    forward and backward of a projection with sub-experts beside it, over the bare frozen projection (forward, and
-        the gradient of its input), a plain LoRA of the same total rank, a loop over experts, and grouped matmul
+        the gradient of its input), a plain LoRA of the same total rank, a loop over experts, and grouped matmul; on a
+        GPU also the layer without its kernel
 grid    the layer's two ways over the number of columns and the rank: all columns at once, and tokens sorted by expert;
         from which size on is sorting worth it, and does the layer choose so?
 answer  a batch whose rows are of eight tasks over one whose rows are of one task, with masks of atoms and of elements
@@ -33,6 +34,7 @@ from torch import nn
 from torch.nn import functional
 
 from dscl import dist
+from dscl.maths import gates as gates_maths
 from dscl.maths import grouped as grouped_maths
 from dscl.maths.masks import strongest
 from dscl.model.backbone import DTYPES
@@ -42,6 +44,7 @@ from dscl.model.routing import Routing
 SHARE, SCALE = 0.5, 2.0
 TASKS, ROWS = 8, 16
 BARE, LORA, LAYER, ELEMENTS, LOOP, GROUPED = "bare", "LoRA", "layer", "layer, element masks", "loop", "grouped matmul"
+STEPWISE = "layer without its kernel"
 AT_ONCE, SORTED = "at once", "sorted"  # the ways of the layer
 BESIDE_LORA, BESIDE_BARE, WIDE = 1.3, 1.15, 2048
 SHORTEST = 0.005  # seconds: what is faster is timed several times in a row
@@ -111,7 +114,7 @@ def tell_bars(
     bare = f"≤ {BESIDE_BARE}" if width >= WIDE else ""
     floor = f"floor {count[LAYER] / count[BARE]:.3f}"
     tell(options, f"{where}: over the bare projection", f"{layer / found[BARE]:.3f}", bare, floor)
-    for rival in RIVALS:
+    for rival in (*RIVALS, STEPWISE):
         if rival in found:
             tell(options, f"{where}: {rival} over it", f"{found[rival] / layer:.3f}", "> 1")
 
@@ -119,7 +122,7 @@ def tell_bars(
 def bar(name: str, width: int) -> str:
     if name == LAYER:
         return f"≤ {BESIDE_LORA} of LoRA" + (f", ≤ {BESIDE_BARE} of bare" if width >= WIDE else "")
-    return "> 1 of layer" if name in (LOOP, GROUPED) else ""
+    return "> 1 of layer" if name in (LOOP, GROUPED, STEPWISE) else ""
 
 
 def grid(options: argparse.Namespace) -> None:
@@ -174,12 +177,19 @@ def sides(
     if masks:
         other = layer_of(options, width, experts, rank, top, atoms=False)
         works[ELEMENTS] = partial(passed, other.forward, x, out, [getattr(other, name) for name in other.trained])
+        if gates_maths.kernel_fits(drawn(options, 1, experts * (rank + 1)), experts, rank):
+            works[STEPWISE] = partial(without_kernel, works[LAYER])
     for name, rival in RIVALS.items():
         if name == GROUPED and rank * x.element_size() % 16:
             continue  # it asks for rows of whole 16 bytes
         works[name] = partial(passed, partial(rival, layer), x, out, own)
         agree(name, works[name](), works[LAYER](), ["output", "x", *layer.trained])
     return works
+
+
+def without_kernel(work: Work) -> Any:
+    with mock.patch.object(gates_maths, "kernel_fits", return_value=False):
+        return work()
 
 
 def passed(
@@ -347,7 +357,7 @@ def products(width: int, tokens: int, experts: int, rank: int, top: int) -> dict
     layer = bare + beside(tokens, columns + experts, columns)
     routed = bare + beside(tokens, experts, 0) + beside(tokens * top, rank, rank)
     return {BARE: bare, LORA: bare + beside(tokens, columns, columns), LAYER: layer, ELEMENTS: layer,
-            LOOP: routed, GROUPED: routed}  # fmt: skip
+            STEPWISE: layer, LOOP: routed, GROUPED: routed}  # fmt: skip
 
 
 def operations(width: int, tokens: int, experts: int, rank: int, top: int) -> dict[str, int]:

@@ -26,6 +26,7 @@ from torch.nn import functional
 
 from dscl.errors import Failure
 from dscl.maths import grouped
+from dscl.maths.gates import chosen, gates, weigh
 from dscl.maths.masks import count_of, opened, pack, strongest, unpack
 from dscl.model.cost import Product, low_rank
 from dscl.model.routing import Projection, Routing, Rows, empty_like, put
@@ -140,24 +141,25 @@ class SubExperts(Projection):
         at_once = a[:0] if shape.dropout or sort else a  # what reads x as it is: one product, and so is its gradient
         router = self.token_router[: self.open] if shape.top else a[:0]
         y, read = _Beside.apply(x, self.weight, self.bias, torch.cat([at_once, router]))
-        low, logits = read.split([len(at_once), len(router)], 1)
         dropped = functional.dropout(x, shape.dropout) if shape.dropout else x
         if sort:
-            return y.add_(self._sorted(dropped.to(y.dtype), a.to(y.dtype), b.to(y.dtype), logits))
+            return y.add_(self._sorted(dropped.to(y.dtype), a.to(y.dtype), b.to(y.dtype), read))
         if shape.dropout:
             low = functional.linear(dropped, a)
-        if shape.top:
-            low = (low.unflatten(1, (self.open, shape.rank)) * self._gate(logits)[..., None]).flatten(1)
-        else:
-            low = low * shape.scale
+            read = torch.cat([low, read], 1) if shape.top else low
+        low = weigh(read, self.open, shape.top, self._factor) if shape.top else read * shape.scale
         return y.addmm_(low.to(y.dtype), b.to(y.dtype))
 
     def _sorted(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """What is added, where so many columns stand side by side that tokens better go to those of their experts."""
         a, b = (side.unflatten(0, (self.open, self.shape.rank)) for side in (a, b))
-        gate, chosen = self._chosen(logits)
-        gates = gate.gather(-1, chosen) * (self.shape.experts * self.shape.scale)
-        return grouped.mixed(x, a, b, chosen, gates.to(x.dtype))
+        shares, few = chosen(logits, self.shape.top)
+        return grouped.mixed(x, a, b, few, (shares.gather(-1, few) * self._factor).to(x.dtype))
+
+    @property
+    def _factor(self) -> float:
+        """Of a gate: experts that are chosen alike come to `scale` on the mean."""
+        return self.shape.experts * self.shape.scale
 
     def _sides_that_learn(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A and Bᵀ of the open experts, as the task's masks open them; what they open of atoms counts in B, once."""
@@ -180,7 +182,7 @@ class SubExperts(Projection):
         """What is added for [rows, tokens, in], each row of its own task."""
         seats = self.seats[rows.index][:, None]
         if self.shape.top:
-            gate = self._gate(x @ self.routers[rows.index].transpose(1, 2), seats)
+            gate = gates(x @ self.routers[rows.index].transpose(1, 2), self.shape.top, self._factor, seats)
         else:
             gate = seats.to(self.held_a.dtype) * self.shape.scale
         gate = gate[..., None].expand(*gate.shape, self.shape.rank).flatten(-2)
@@ -194,18 +196,6 @@ class SubExperts(Projection):
             a, b = self.held_a * opens["a"], self.held_b * opens["b"]
             added.index_copy_(0, mine, _low_rank(x[mine], a, b, gate[mine]).to(kind))
         return added
-
-    def _gate(self, logits: torch.Tensor, seats: torch.Tensor | None = None) -> torch.Tensor:
-        """Of each expert, or of those that are seated."""
-        gate, chosen = self._chosen(logits, seats)
-        factor = self.shape.experts * self.shape.scale
-        return (gate * torch.zeros_like(gate).scatter_(-1, chosen, factor)).to(logits.dtype)
-
-    def _chosen(self, logits: torch.Tensor, seats: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """How much a token would give to each expert, or to each that is seated, and the few that get it."""
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        gate = (logits if seats is None else logits.masked_fill(~seats, -math.inf)).softmax(-1)
-        return gate, gate.topk(self.shape.top, sorted=False).indices
 
     # ---- claiming
 

@@ -29,7 +29,7 @@ from dscl.checkpoint import Checkpoints
 from dscl.data.batches import PromptBatch, prompt_batch
 from dscl.engine import Engine, fill
 from dscl.job import open_job
-from dscl.maths import grouped
+from dscl.maths import gates, grouped
 from dscl.methods import Facts, moses
 from dscl.methods.deciding import Deciding
 from dscl.methods.moses import Moses, MosesConfig
@@ -300,18 +300,19 @@ def reference(kind: Kind) -> Result:
 def stepped(kind: Kind, stage: int, zero: dict[str, Any], accumulation: int) -> Result:
     """The same by the engine, on this rank."""
     found = Result()
-    choose = SubExperts._chosen
+    choose, running = gates.chosen, [""]
 
-    def watched(self: SubExperts, logits: torch.Tensor, *seats: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        gate, chosen = choose(self, logits, *seats)
-        found.chosen.setdefault(self.name, set()).update(chosen.flatten().tolist())
-        return gate, chosen
+    def watched(logits: torch.Tensor, top: int, *seats: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        shares, few = choose(logits, top, *seats)
+        found.chosen.setdefault(running[0], set()).update(few.flatten().tolist())
+        return shares, few
 
     engine, method = begun(kind, stage, zero)
     for name, layer in method.experts.layers.items():
-        layer.name = name  # type: ignore[assignment]
+        layer.register_forward_pre_hook(lambda *_, name=name: running.__setitem__(0, name))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SubExperts, "_chosen", watched)
+        for place in (gates, experts):
+            patch.setattr(place, "chosen", watched)
         patch.setattr(grouped, "pays", lambda *_: kind.sort)
         for index in range(len(TASKS)):
             found.losses.append(learn(engine, method, index, accumulation))

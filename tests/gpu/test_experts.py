@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from dscl.model import experts
 from dscl.model.experts import Shape, SubExperts
 from dscl.model.routing import Routing
 
@@ -95,13 +97,13 @@ def test_no_host_waits(atoms: bool, top: int, dropout: float) -> None:
 def test_a_host_that_waits_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     made, x = layer(True, torch.bfloat16, "cuda"), inputs(torch.bfloat16, "cuda")
     learning(made, x)
-    gate = SubExperts._gate
+    weigh = experts.weigh
 
-    def waiting(self: SubExperts, logits: torch.Tensor, *seats: torch.Tensor) -> torch.Tensor:
-        made_gate = gate(self, logits, *seats)
-        return made_gate if bool(made_gate.any()) else made_gate * 0
+    def waiting(read: torch.Tensor, *sizes: Any) -> torch.Tensor:
+        weighed = weigh(read, *sizes)
+        return weighed if bool(weighed.any()) else weighed * 0
 
-    monkeypatch.setattr(SubExperts, "_gate", waiting)
+    monkeypatch.setattr(experts, "weigh", waiting)
     with pytest.raises(RuntimeError, match="synchroniz"), no_waiting():
         learning(made, x)
 

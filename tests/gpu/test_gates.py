@@ -1,0 +1,27 @@
+"""The kernel of sub-experts' gates on a GPU, against the torch form. Skipped where there is no GPU."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from dscl.maths import gates
+from tests.maths.test_gates import SIZES, check, drawn, passed
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no GPU here (torch.cuda.is_available() is false)"
+)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_kernel_is_used_and_equals_the_torch_form(size: tuple[int, ...], kind: torch.dtype) -> None:
+    tokens, experts, rank, top = size
+    read, toward = (tensor.cuda() for tensor in drawn(tokens, experts, rank, kind))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "sub-experts")  # are weighed without their kernel
+        found = passed(gates.weigh, read, toward, experts, top, 1.5)
+    assert gates.kernel_fits(read, experts, rank)
+    check(found, read, toward, experts, top, 1.5)

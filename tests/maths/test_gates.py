@@ -1,0 +1,169 @@
+"""The pointwise part of sub-experts: its kernel against the torch form, on Triton's interpreter, and built for GPUs."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import multiprocessing
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from dscl.maths import gates
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed here")
+SIZES = [  # tokens, experts, rank, top
+    (5, 8, 8, 2), (70, 8, 8, 8), (130, 4, 4, 1), (33, 3, 5, 2), (1, 1, 8, 1), (9, 20, 3, 7), (3, 64, 64, 2),
+    (7, 2, 1, 1),
+]  # fmt: skip
+Way = Callable[..., torch.Tensor]
+
+
+def drawn(tokens: int, experts: int, rank: int, kind: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is read, with logits that differ in every kind, and a gradient."""
+    generator = torch.Generator().manual_seed(tokens)
+    low, toward = (torch.randn(tokens, experts * rank, generator=generator, dtype=torch.float64) for _ in range(2))
+    unlike = torch.rand(tokens, experts, generator=generator).argsort(1) / 16 - 1
+    return torch.cat([low, unlike], 1).to(kind), toward.to(kind)
+
+
+def passed(way: Way, read: torch.Tensor, toward: torch.Tensor, *sizes: Any) -> list[torch.Tensor]:
+    """What comes out, and the gradient of what went in."""
+    leaf = read.clone().requires_grad_()
+    weighed = way(leaf, *sizes)
+    return [weighed.detach(), *torch.autograd.grad(weighed, leaf, toward)]
+
+
+def expert_by_expert(read: torch.Tensor, experts: int, top: int, factor: float) -> torch.Tensor:
+    """The reference, token by token."""
+    rank = read.shape[1] // experts - 1
+    rows = []
+    for row in read:
+        shares = row[experts * rank :].softmax(0)
+        few = shares.sort(descending=True).indices[:top].tolist()
+        columns = row[: experts * rank].view(experts, rank)
+        rows.append(torch.cat([columns[e] * shares[e] * (factor if e in few else 0.0) for e in range(experts)]))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("size", SIZES[:6])
+def test_the_torch_form_is_what_each_expert_gives(size: tuple[int, ...]) -> None:
+    tokens, experts, rank, top = size
+    read, toward = drawn(tokens, experts, rank, torch.float64)
+    found = passed(gates.weigh, read, toward, experts, top, 1.5)
+    for ours, theirs in zip(found, passed(expert_by_expert, read, toward, experts, top, 1.5), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Any]:
+    """A process in which Triton interprets: it has to know that before it is imported."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        pool = multiprocessing.get_context("spawn").Pool(1)
+    with pool:
+        yield lambda function, *given: pool.apply(function, given)
+
+
+def by_the_kernel(read: torch.Tensor, toward: torch.Tensor, *sizes: Any) -> list[torch.Tensor]:
+    started = []
+    from dscl.maths import gates_kernel as kernel
+
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.filterwarnings("error", "sub-experts")
+        start = kernel.start
+        patch.setattr(kernel, "start", lambda which, *given: started.append(which) or start(which, *given))
+        gates._kernel_works.cache_clear()
+        found = passed(gates.weigh, read, toward, *sizes)
+    assert started[-2:] == [kernel.weigh, kernel.weigh_back]
+    return found
+
+
+def check(found: list[torch.Tensor], read: torch.Tensor, toward: torch.Tensor, *sizes: Any, more: float = 0) -> None:
+    """As near to what is exact as the torch form is, or so much further off."""
+    torchs = passed(gates.by_steps, read, toward, *sizes)
+    exact = passed(gates.by_steps, read.double(), toward.double(), *sizes)
+    for ours, theirs, wanted in zip(found, torchs, exact, strict=True):
+        assert ours.dtype == read.dtype
+        assert (ours.double() - wanted).norm() <= 1.1 * (theirs.double() - wanted).norm() + (
+            1e-7 + more
+        ) * wanted.norm()
+
+
+@needs_triton
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_kernel_equals_the_torch_form(interpreter: Any, size: tuple[int, ...], kind: torch.dtype) -> None:
+    tokens, experts, rank, top = size
+    read, toward = drawn(tokens, experts, rank, kind)
+    found = interpreter(by_the_kernel, read, toward, experts, top, 1.5)
+    cut = 0 if kind == torch.float32 else 1.5 * torch.finfo(kind).eps  # the interpreter does not round to nearest
+    check(found, read, toward, experts, top, 1.5, more=cut)
+
+
+@needs_triton
+def test_of_experts_that_are_alike_it_chooses_as_many(interpreter: Any) -> None:
+    read, toward = torch.ones(40, 8 * 5), torch.ones(40, 8 * 4)
+    weighed, to_read = interpreter(by_the_kernel, read, toward, 8, 3, 1.0)
+    assert torch.equal((weighed.view(40, 8, 4) == 1 / 8).all(2).sum(1), torch.full((40,), 3))
+    assert torch.equal((weighed == 0).sum(1), torch.full((40,), 5 * 4))
+    assert torch.equal(to_read[:, :32], weighed)
+
+
+def wrong(read: torch.Tensor, toward: torch.Tensor, experts: int, top: int) -> tuple[list[str], torch.Tensor]:
+    """With a kernel that gives zeros."""
+    from dscl.maths import gates_kernel as kernel
+
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as said:
+        patch.setattr(kernel, "start", lambda which, read, other, *_: other.zero_())
+        gates._kernel_works.cache_clear()
+        for _ in range(2):
+            weighed = gates.weigh(read, experts, top, 1.5)
+        gates._kernel_works.cache_clear()
+    return [str(one.message) for one in said], weighed
+
+
+@needs_triton
+def test_a_kernel_that_is_wrong_is_told_and_not_used(interpreter: Any) -> None:
+    read, toward = drawn(5, 8, 8, torch.float32)
+    said, weighed = interpreter(wrong, read, toward, 8, 2)
+    assert said == ["sub-experts are weighed without their kernel on cpu: it does not give what torch gives"]
+    assert torch.equal(weighed, gates.by_steps(read, 8, 2, 1.5))
+
+
+def test_it_is_used_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    fits = functools.partial(gates.kernel_fits, experts=8, rank=8)
+    read = torch.zeros(4, 72)
+    assert fits(read)
+    assert not fits(read.double())
+    assert not fits(read.T)
+    assert not gates.kernel_fits(read, experts=65, rank=64)  # more columns than a program holds
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not fits(read)
+    monkeypatch.undo()
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert not fits(read)
+
+
+@needs_triton
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("name", ["weigh", "weigh_back"])
+def test_it_can_be_built_for_gpus(name: str, arch: int) -> None:
+    """To machine code, by the assembler that Triton brings."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from dscl.maths import gates_kernel
+
+    kernel = getattr(gates_kernel, name)
+    kinds = {"read": "*bf16", "weighed": "*bf16", "gradient": "*bf16", "to_read": "*bf16", "factor": "fp32"}
+    sizes = {"EXPERTS": 8, "RANK": 8, "TOP": 2, "PLACES": 8, "RANKS": 8, "BLOCK": 64}
+    signature = {a: "constexpr" if a in sizes else kinds.get(a, "i32") for a in kernel.arg_names}
+    built = triton.compile(ASTSource(kernel, signature, sizes), target=GPUTarget("cuda", arch, 32))
+    assert len(built.asm["cubin"]) > 1000

@@ -11,13 +11,15 @@ change of the weight since they were fixed:
 The weight itself is held, not its gradient alone, and to what it gave when the directions were fixed (`W V`, `Uᵀ W`,
 `Uᵀ W V`), not to its last value: whatever an optimizer did in between is undone, errors cannot add up, and no copy of
 the weight is needed. This is exact up to the rounding of the weight's own entries: in fp32 the protected part of a
-change is about 1e-7 of the weight's size, after one step as after a million. Products in TF32 or bf16 leave theirs.
+change is about 1e-7 of the weight's size, after one step as after a million. Products in TF32 would leave theirs, so on
+GPUs gradients alone have such products: what they leave there is undone where the weight is held.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -251,8 +253,9 @@ class Subspace:
 
     @torch.no_grad()
     def free_(self, gradient: Tensor) -> None:
-        """`gradient` loses, in place, the part that `hold_` would undo."""
-        self._clear_(gradient, 0)
+        """`gradient` loses, in place, the part that `hold_` would undo; on a GPU up to about a thousandth of it."""
+        with quick_products(gradient.device):
+            self._clear_(gradient, 0)
 
     def _clear_(self, matrix: Tensor, beta: int) -> None:
         """Take the protected part out of the matrix (beta 0), or of its difference to what is held (beta -1).
@@ -283,6 +286,20 @@ class Subspace:
             return float((U.T @ image).norm())
         coimage = U.T @ change - (U.T @ image) @ V.T  # without what the image counts already; empty under `input`
         return math.hypot(float(image.norm()), float(coimage.norm()))
+
+
+@contextmanager
+def quick_products(device: torch.device) -> Iterator[None]:
+    """Within, fp32 matrices are multiplied in TF32 on GPUs, at several times the speed."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _without(count: int, part: slice) -> list[int]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dscl.maths import subspace
@@ -324,6 +326,34 @@ def test_the_constraint_does_not_drift_in_fp32(reading: str) -> None:
         space.hold_(moved)
     change = moved.double() - weight.double()
     assert size(change) > 0.5 * size(weight)
+    assert space.leak(change) < 1e-6 * size(weight)
+
+
+class Tf32(TorchDispatchMode):
+    """Within, matrices are multiplied as in TF32: of their factors ten bits behind the point count."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.addmm_.default):
+            args = (*args[:-2], *(((m.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32) for m in args[-2:]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("reading", READINGS)
+def test_what_quick_products_leave_in_gradients_is_undone_in_the_weight(
+    reading: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subspace, "quick_products", lambda device: Tf32())
+    weight = draw(0, 48, 64).float()
+    space, moved = protected(reading, weight, 24, 24), weight.clone()
+    for step in range(50):
+        gradient = draw(step, 48, 64).float()
+        whole = space.leak(gradient)
+        space.free_(gradient)
+        assert 1e-5 * whole < space.leak(gradient) < 1e-3 * whole
+        moved -= 0.1 * gradient
+        space.hold_(moved)
+    change = moved.double() - weight.double()
+    assert size(change) > 0.25 * size(weight)
     assert space.leak(change) < 1e-6 * size(weight)
 
 

@@ -1,0 +1,28 @@
+"""Projections on a GPU: gradients by quick products, the weight by exact ones. Skipped where there is no GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dscl.maths.subspace import READINGS, Subspace
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no GPU here (torch.cuda.is_available() is false)"
+)
+
+
+@pytest.mark.parametrize("reading", READINGS)
+def test_gradients_are_freed_to_a_thousandth_and_the_weight_is_held_exactly(reading: str) -> None:
+    drawn = torch.Generator().manual_seed(0)
+    weight, step = (torch.randn(512, 768, generator=drawn).cuda() for _ in range(2))
+    right, left = (torch.linalg.qr(torch.randn(n, 256, generator=drawn, dtype=torch.float64))[0] for n in (768, 512))
+    space = Subspace.empty(reading, weight)
+    space.grow(weight, right.cuda(), left.cuda())
+    gradient, before = step.clone(), torch.get_float32_matmul_precision()
+    space.free_(gradient)
+    assert space.leak(gradient) < 2e-3 * space.leak(step)
+    assert torch.get_float32_matmul_precision() == before
+    moved = weight + step
+    space.hold_(moved)
+    assert space.leak(moved - weight) < 1e-6 * float(weight.norm())

@@ -35,7 +35,7 @@ setup(
             "mypy",
             "types-PyYAML",
             "kubeflow-trainer-api",
-            "triton; platform_system == 'Linux'",  # torch's builds for GPUs ask for one version and bring it
+            "triton; platform_system == 'Linux'",  # as torch's builds for GPUs bring it
         ]
     },
     entry_points={"console_scripts": ["dscl=dscl.cli:program"]},

@@ -33,9 +33,13 @@ def run(*words: str) -> list[dict[str, str]]:
 
 
 def test_the_quick_sections_find_figures() -> None:
-    found = run(str(REPOSITORY / "tools" / "bench.py"), "--section", "overhead", "evaluation", "start")
+    sections = ["overhead", "trainer", "head", "evaluation", "start"]
+    found = run(str(REPOSITORY / "tools" / "bench.py"), "--section", *sections)
     whats = [row["what"].split(":")[0] for row in found]
-    assert whats[:3] == ["trainer", "watching", "evaluation"]
+    short = "LoRA, short samples of unlike lengths, which we pack"
+    peers = ["full fine-tuning", "LoRA", short, "head", "the same"]
+    assert whats[:8] == ["trainer", "watching", *peers, "evaluation"]
+    assert float(found[6]["figure"]) < 0.5  # of the memory
     assert all(float(row["figure"].split(" ")[0]) > 0 for row in found)
     shares = {row["what"].split(": ")[1]: row["figure"] for row in found if " tasks: " in row["what"]}
     # Of 64: all seen so far, with all after the last; the newest, and all after the last; all twice.

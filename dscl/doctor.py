@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -84,7 +84,7 @@ def agreement(job: Job) -> list[Finding]:
     """Programs, recipe, data and model are the same everywhere."""
     mine = {"dscl": f"{__version__}, sources {_sources()}", "python": platform.python_version()}
     mine |= {package: version(package) for package in PACKAGES}
-    mine |= {"CUDA": torch.version.cuda or "none", "NCCL": _nccl()}
+    mine |= {"triton": _triton(), "CUDA": torch.version.cuda or "none", "NCCL": _nccl()}
     everyone = by_host(mine)
     findings = [
         Finding(name, text + "; install the same everywhere, as launch/environment.sh does", False)
@@ -287,6 +287,14 @@ def _sources() -> str:
     for path in sorted(home.rglob("*.py")):
         checksum = zlib.crc32(path.read_bytes(), zlib.crc32(str(path.relative_to(home)).encode(), checksum))
     return f"{checksum:08x}"
+
+
+def _triton() -> str:
+    """Torch's builds for GPUs bring it, others need not have it."""
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return "none"
 
 
 def _nccl() -> str:

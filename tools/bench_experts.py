@@ -188,8 +188,15 @@ def sides(
 
 
 def without_kernel(work: Work) -> Any:
-    with mock.patch.object(gates_maths, "kernel_fits", return_value=False):
+    fits, gates_maths.kernel_fits = gates_maths.kernel_fits, no_kernel  # a mock would take as long as what is timed
+    try:
         return work()
+    finally:
+        gates_maths.kernel_fits = fits
+
+
+def no_kernel(read: torch.Tensor, experts: int, rank: int) -> bool:
+    return False
 
 
 def passed(

@@ -15,8 +15,11 @@ import warnings
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 
 TILE = 4096  # columns, at the most, that a program of the kernel can hold
+MOST = 256  # experts
 KINDS = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -63,6 +66,7 @@ class _Weigh(torch.autograd.Function):
         return weighed
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         from dscl.maths import gates_kernel as kernel
 
@@ -78,9 +82,15 @@ def kernel_fits(read: torch.Tensor, experts: int, rank: int) -> bool:
         and (read.is_cuda or (read.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"))
         and read.dtype in KINDS
         and read.stride(1) == 1
+        and experts <= MOST
         and _power(experts) * _power(rank) <= TILE
-        and importlib.util.find_spec("triton") is not None
+        and _has_triton()
     )
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _power(size: int) -> int:
@@ -89,7 +99,10 @@ def _power(size: int) -> int:
 
 @functools.cache
 def _kernel_works(device: torch.device, kind: torch.dtype, experts: int, rank: int, top: int) -> bool:
-    """Whether the kernel can be built here and gives what the torch form gives; tried once for each size."""
+    """Whether the kernel can be built here and gives what the torch form gives; tried once for each size.
+
+    A layer that is computed again in the backward pass counts what is kept on the way: of this trial it hears nothing.
+    """
     drawn = torch.Generator().manual_seed(0)
     low, toward = (torch.randn(33, experts * rank, generator=drawn) for _ in range(2))
     unlike = torch.rand(33, experts, generator=drawn).argsort(1) / 16  # of experts alike, each may choose another
@@ -97,14 +110,20 @@ def _kernel_works(device: torch.device, kind: torch.dtype, experts: int, rank: i
     found = []
     try:
         for way in (_Weigh.apply, by_steps):
-            with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            with torch.enable_grad(), torch.autocast(device.type, enabled=False), saved_tensors_hooks(_as_is, _as_is):
                 leaf = read.clone().requires_grad_()
                 weighed = way(leaf, experts, top, 2.0)
                 found.append((weighed.detach(), *torch.autograd.grad(weighed, leaf, toward)))
         same = all(bool((ours - torchs).norm() <= 0.02 * torchs.norm()) for ours, torchs in zip(*found, strict=True))
         reason = "it does not give what torch gives"
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # of a compiler, a driver, or a version of Triton: none of them is a reason to end
         same, reason = False, f"{type(error).__name__}: {error}".splitlines()[0]
     if not same:
         warnings.warn(f"sub-experts are weighed without their kernel on {device}: {reason}", stacklevel=2)
     return same
+
+
+def _as_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor

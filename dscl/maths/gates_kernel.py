@@ -20,13 +20,17 @@ def start(
     factor: float,
 ) -> None:  # fmt: skip
     """`weigh` writes `other`; `weigh_back` reads it and writes `out`."""
+    sizes = sizes_of(experts, rank, top)
+    given = (read, other) if out is None else (read, other, out)
+    with torch.cuda.device_of(read):  # Triton starts it on the current one
+        kernel[(triton.cdiv(len(read), sizes["BLOCK"]),)](*given, len(read), read.stride(0), factor, **sizes)
+
+
+def sizes_of(experts: int, rank: int, top: int) -> dict[str, int]:
+    """What is fixed when a kernel is built."""
     places, ranks = triton.next_power_of_2(experts), triton.next_power_of_2(rank)
     block = max(1, min(32, TILE // 4 // (places * ranks)))  # small ones, so that there are many
-    given = (read, other) if out is None else (read, other, out)
-    kernel[(triton.cdiv(len(read), block),)](
-        *given, len(read), read.stride(0), factor,
-        EXPERTS=experts, RANK=rank, TOP=top, PLACES=places, RANKS=ranks, BLOCK=block,
-    )  # fmt: skip
+    return {"EXPERTS": experts, "RANK": rank, "TOP": top, "PLACES": places, "RANKS": ranks, "BLOCK": block}
 
 
 @triton.jit
@@ -62,7 +66,7 @@ def _columns(tokens, width, EXPERTS: tl.constexpr, RANK: tl.constexpr, PLACES: t
     return tokens[:, None, None] * width + places * RANK + ranks, (places < EXPERTS) & (ranks < RANK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])  # however many tokens: one build
 def weigh(
     read, weighed, count, width, factor,
     EXPERTS: tl.constexpr, RANK: tl.constexpr, TOP: tl.constexpr,
@@ -78,7 +82,7 @@ def weigh(
     tl.store(weighed + to, (low * gate[:, :, None]).to(kind), mask=real & there[:, None, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def weigh_back(
     read, gradient, to_read, count, width, factor,
     EXPERTS: tl.constexpr, RANK: tl.constexpr, TOP: tl.constexpr,

@@ -12,7 +12,8 @@ The weight itself is held, not its gradient alone, and to what it gave when the 
 `Uᵀ W V`), not to its last value: whatever an optimizer did in between is undone, errors cannot add up, and no copy of
 the weight is needed. This is exact up to the rounding of the weight's own entries: in fp32 the protected part of a
 change is about 1e-7 of the weight's size, after one step as after a million. Products in TF32 would leave theirs, so on
-GPUs gradients alone have such products: what they leave there is undone where the weight is held.
+GPUs gradients alone have such products, whatever else torch is set to: where the weight is held, what they leave is
+undone.
 """
 
 from __future__ import annotations
@@ -249,12 +250,13 @@ class Subspace:
     @torch.no_grad()
     def hold_(self, weight: Tensor) -> None:
         """`weight` becomes the nearest matrix that keeps what is held, in place."""
-        self._clear_(weight, -1)
+        with products("ieee", weight.device):
+            self._clear_(weight, -1)
 
     @torch.no_grad()
     def free_(self, gradient: Tensor) -> None:
         """`gradient` loses, in place, the part that `hold_` would undo; on a GPU up to about a thousandth of it."""
-        with quick_products(gradient.device):
+        with products("tf32", gradient.device):
             self._clear_(gradient, 0)
 
     def _clear_(self, matrix: Tensor, beta: int) -> None:
@@ -289,17 +291,18 @@ class Subspace:
 
 
 @contextmanager
-def quick_products(device: torch.device) -> Iterator[None]:
-    """Within, fp32 matrices are multiplied in TF32 on GPUs, at several times the speed."""
+def products(kind: str, device: torch.device) -> Iterator[None]:
+    """Within, fp32 matrices are multiplied so on GPUs: as they are (`ieee`), or at several times the speed (`tf32`)."""
     if device.type != "cuda":
         yield
         return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
+    setting = torch.backends.cuda.matmul
+    before = setting.fp32_precision
+    setting.fp32_precision = kind
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        setting.fp32_precision = before
 
 
 def _without(count: int, part: slice) -> list[int]:

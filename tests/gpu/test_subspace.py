@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -12,17 +14,26 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(params=["none", "ieee", "tf32"])
+def otherwise(request: pytest.FixtureRequest) -> Iterator[str]:
+    """What torch is set to."""
+    setting = torch.backends.cuda.matmul
+    before, setting.fp32_precision = setting.fp32_precision, request.param
+    yield request.param
+    setting.fp32_precision = before
+
+
 @pytest.mark.parametrize("reading", READINGS)
-def test_gradients_are_freed_to_a_thousandth_and_the_weight_is_held_exactly(reading: str) -> None:
+def test_gradients_are_freed_to_a_thousandth_and_the_weight_is_held_exactly(reading: str, otherwise: str) -> None:
     drawn = torch.Generator().manual_seed(0)
     weight, step = (torch.randn(512, 768, generator=drawn).cuda() for _ in range(2))
     right, left = (torch.linalg.qr(torch.randn(n, 256, generator=drawn, dtype=torch.float64))[0] for n in (768, 512))
     space = Subspace.empty(reading, weight)
     space.grow(weight, right.cuda(), left.cuda())
-    gradient, before = step.clone(), torch.get_float32_matmul_precision()
+    gradient = step.clone()
     space.free_(gradient)
     assert space.leak(gradient) < 2e-3 * space.leak(step)
-    assert torch.get_float32_matmul_precision() == before
+    assert torch.backends.cuda.matmul.fp32_precision == otherwise
     moved = weight + step
     space.hold_(moved)
     assert space.leak(moved - weight) < 1e-6 * float(weight.norm())

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from dscl.maths import gates
 
@@ -136,13 +137,14 @@ def test_a_kernel_that_is_wrong_is_told_and_not_used(interpreter: Any) -> None:
 
 def test_it_is_used_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(gates, "_has_triton", lambda: True)
     fits = functools.partial(gates.kernel_fits, experts=8, rank=8)
     read = torch.zeros(4, 72)
     assert fits(read)
     assert not fits(read.double())
     assert not fits(read.T)
     assert not gates.kernel_fits(read, experts=65, rank=64)  # more columns than a program holds
+    assert not gates.kernel_fits(read, experts=257, rank=1)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert not fits(read)
     monkeypatch.undo()
@@ -150,10 +152,34 @@ def test_it_is_used_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not fits(read)
 
 
+def recomputed(read: torch.Tensor, toward: torch.Tensor, *sizes: Any) -> list[torch.Tensor]:
+    """In a layer that is computed again in the backward pass, in which the kernel is tried for the first time."""
+
+    def layer(leaf: torch.Tensor) -> torch.Tensor:
+        return gates.weigh(leaf * 1.0, *sizes).sin()
+
+    gates._kernel_works.cache_clear()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "sub-experts")
+        return passed(lambda leaf: checkpoint(layer, leaf, use_reentrant=False), read, toward)
+
+
+@needs_triton
+def test_it_can_be_tried_in_a_layer_that_is_computed_again(interpreter: Any) -> None:
+    read, toward = drawn(5, 8, 8, torch.float32)
+    found = interpreter(recomputed, read, toward, 8, 2, 1.5)
+    wanted = passed(lambda leaf: gates.by_steps(leaf, 8, 2, 1.5).sin(), read, toward)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
 @needs_triton
 @pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize(
+    ("kind", "size"), [("bf16", (8, 8, 2)), ("fp16", (3, 5, 2)), ("fp32", (64, 64, 2)), ("bf16", (256, 16, 8))]
+)
 @pytest.mark.parametrize("name", ["weigh", "weigh_back"])
-def test_it_can_be_built_for_gpus(name: str, arch: int) -> None:
+def test_it_can_be_built_for_gpus(name: str, arch: int, kind: str, size: tuple[int, int, int]) -> None:
     """To machine code, by the assembler that Triton brings."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -161,9 +187,8 @@ def test_it_can_be_built_for_gpus(name: str, arch: int) -> None:
 
     from dscl.maths import gates_kernel
 
-    kernel = getattr(gates_kernel, name)
-    kinds = {"read": "*bf16", "weighed": "*bf16", "gradient": "*bf16", "to_read": "*bf16", "factor": "fp32"}
-    sizes = {"EXPERTS": 8, "RANK": 8, "TOP": 2, "PLACES": 8, "RANKS": 8, "BLOCK": 64}
+    kernel, sizes = getattr(gates_kernel, name), gates_kernel.sizes_of(*size)
+    kinds = {**dict.fromkeys(("read", "weighed", "gradient", "to_read"), f"*{kind}"), "factor": "fp32"}
     signature = {a: "constexpr" if a in sizes else kinds.get(a, "i32") for a in kernel.arg_names}
     built = triton.compile(ASTSource(kernel, signature, sizes), target=GPUTarget("cuda", arch, 32))
     assert len(built.asm["cubin"]) > 1000

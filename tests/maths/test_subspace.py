@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -342,14 +343,15 @@ class Tf32(TorchDispatchMode):
 def test_what_quick_products_leave_in_gradients_is_undone_in_the_weight(
     reading: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(subspace, "quick_products", lambda device: Tf32())
+    monkeypatch.setattr(subspace, "products", lambda kind, device: Tf32() if kind == "tf32" else nullcontext())
     weight = draw(0, 48, 64).float()
     space, moved = protected(reading, weight, 24, 24), weight.clone()
     for step in range(50):
         gradient = draw(step, 48, 64).float()
-        whole = space.leak(gradient)
+        whole, exact = space.leak(gradient), freed(space, gradient)
         space.free_(gradient)
         assert 1e-5 * whole < space.leak(gradient) < 1e-3 * whole
+        assert size(gradient - exact) < 1e-3 * whole  # of what is free nothing else is lost
         moved -= 0.1 * gradient
         space.hold_(moved)
     change = moved.double() - weight.double()

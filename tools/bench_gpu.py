@@ -1,15 +1,17 @@
 """Each method's training step on one large GPU, at shapes of 7B and 8B, in bf16; printed as Markdown.
 
     python tools/bench_gpu.py [--shape 7B 8B] [--method full osft lora asr moses] [--attention sdpa] [--rounds N]
+                              [--samples N] [--limit SECONDS] [--no-offload]
 
-A step is one row, which is one sample of 4096 tokens of which each is a target. Every row of the table is a process of
-its own, which says what it has found at once; one that fails is told, and the rest goes on. Activations are recomputed
-only where there is not enough memory else. Full fine-tuning and OSFT are timed with the optimizer's state on the host
-too, for which the host needs about 16 bytes for each parameter, 100 GiB and 120. Weights are drawn on the GPU: their
-values do not matter here, and what OSFT protects is not decomposed either.
+A step has four micro-batches, each of one sample of 4096 tokens of which each is a target, by ds_configs/zero2.json.
+Every row of the table is a process of its own, which says what it has found at once; one that fails or takes too long
+is told, and the rest goes on. Activations are recomputed only where there is not enough memory else. Full fine-tuning
+and OSFT are timed with the optimizer's state on the host too, for which the host needs about 18 bytes for each
+parameter, 113 GiB and 135. Weights are drawn on the GPU: their values do not matter here, and what OSFT protects is
+drawn too, instead of decomposed.
 
-Beside each step stands its floor: what its operations (recomputation and projections too) would take at the most that
-the device's maker states. MFU counts neither of these two.
+Beside each step stands its floor: what its operations (recomputation too, and projections in TF32 and fp32) would take
+at the most that the device's maker states. MFU counts neither of these two.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from dscl.observe.quiet import quiet
@@ -41,7 +44,9 @@ from dscl.config import parse  # noqa: E402
 from dscl.data.batches import collate  # noqa: E402
 from dscl.engine import Engine  # noqa: E402
 from dscl.hardware import peak  # noqa: E402
+from dscl.maths.subspace import hold_flops  # noqa: E402
 from dscl.methods import Facts, Method, find_method  # noqa: E402
+from dscl.methods.osft import Osft  # noqa: E402
 from dscl.model.backbone import Backbone, ModelConfig  # noqa: E402
 from dscl.model.cost import cost_of  # noqa: E402
 from dscl.model.weights import DrawnWeights  # noqa: E402
@@ -67,6 +72,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 OFFLOADED = ("full", "osft")  # for what the others train, the optimizer's state is small
 ATTENTION = ("sdpa", "flash_attention_2")
 WARM = 2  # steps before those that are timed
+TF32, FP32 = 2, 15  # times as slow as bf16, by the data sheets of A100, H100 and H200
+ZERO = Path(__file__).resolve().parents[1] / "ds_configs" / "zero2.json"
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,7 @@ class Case:
     recompute: bool = False
     length: int = 4096
     rounds: int = 5
+    samples: int = 4
 
     @property
     def title(self) -> str:
@@ -90,6 +98,9 @@ def main() -> None:
     parser.add_argument("--method", choices=list(METHODS), nargs="+", default=list(METHODS))
     parser.add_argument("--attention", choices=ATTENTION, nargs="+", help="default: all that this machine has")
     parser.add_argument("--rounds", type=int, default=5, help="how many steps are timed")
+    parser.add_argument("--samples", type=int, default=4, help="micro-batches of a step")
+    parser.add_argument("--limit", type=float, default=900, help="seconds for each row of the table")
+    parser.add_argument("--no-offload", dest="offload", action="store_false", help="leave out what the host holds")
     parser.add_argument("--json", action="store_true", help="an object for each row, for tools/bench.py")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -112,23 +123,26 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, str]]:
     if options.attention is None and len(attention) == 1:
         yield row_of("gpu: the package flash-attn is not here, so attention is torch's own (sdpa)")
     for shape, method, kind in product(options.shape, options.method, attention):
-        case = Case(shape, method, kind, rounds=options.rounds)
-        whole = tried(case)
+        case = Case(shape, method, kind, rounds=options.rounds, samples=options.samples)
+        whole = tried(case, options.limit)
         yield row(case, whole)
-        if method in OFFLOADED:
+        if method in OFFLOADED and options.offload:
             other = replace(case, offload=True)
-            yield row(other, tried(other), beside=whole)
+            yield row(other, tried(other, options.limit), beside=whole)
 
 
-def tried(case: Case) -> dict[str, Any]:
+def tried(case: Case, limit: float) -> dict[str, Any]:
     """With what a child process finds; activations are recomputed where a step finds too little memory."""
-    found = child(case)
-    return child(replace(case, recompute=True)) if found.get("full") == "in a step" else found
+    found = child(case, limit)
+    return child(replace(case, recompute=True), limit) if found.get("full") == "in a step" else found
 
 
-def child(case: Case) -> dict[str, Any]:
+def child(case: Case, limit: float) -> dict[str, Any]:
     words = [sys.executable, __file__, "--child", json.dumps(asdict(case))]
-    done = subprocess.run(words, capture_output=True, text=True, env=outside())
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, env=outside(), timeout=limit)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"took longer than {limit:.0f} s (--limit)"}
     if done.returncode == 0:
         found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return {**found, "recompute": case.recompute}
@@ -189,7 +203,7 @@ def built(case: Case, config: LlamaConfig) -> tuple[Engine, Method]:
     given = METHODS[case.method][1]
     kind = find_method(given["name"])
     method = kind(parse(kind.Config, given, "method"), Facts(0, ("a",), "", "", "", case.length, "bf16"))
-    settings: dict[str, Any] = {"zero_optimization": {"stage": 2, "contiguous_gradients": True}}
+    settings: dict[str, Any] = json.loads(ZERO.read_text("utf-8"))
     if case.offload:  # not pinned: that is taken in powers of two, so up to twice as much of the host
         settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
 
@@ -206,7 +220,29 @@ def built(case: Case, config: LlamaConfig) -> tuple[Engine, Method]:
         engine.start_over(method.begin_task(0, "a", nobody))
     else:
         method.rehearse()  # as much is protected as after a decomposition, which takes minutes
+        draw_directions(method)
     return engine, method
+
+
+def draw_directions(method: Method) -> None:
+    """Products with zeros are quicker than others, so what is protected is drawn; one basis serves all of its size."""
+    assert isinstance(method, Osft)
+    drawn: dict[torch.Size, torch.Tensor] = {}
+    for space in method._spaces.values():
+        for side in (space.right, space.left):
+            if side.shape not in drawn:
+                drawn[side.shape] = torch.linalg.qr(torch.randn_like(side)).Q
+            side.copy_(drawn[side.shape])
+
+
+def projections(method: Method) -> float:
+    """The operations of a step's projections, by the time that they take as operations in bf16."""
+    assert isinstance(method, Osft)
+    once = sum(
+        hold_flops(space.reading, len(space.left), len(space.right), space.right.shape[1], space.left.shape[1])
+        for space in method._spaces.values()
+    )
+    return once * (FP32 / method.every + TF32 * method.gradients)
 
 
 def filling(here: torch.device) -> Callable[[str, torch.Size, int, int], torch.Tensor]:
@@ -228,15 +264,12 @@ def large(case: Case, config: LlamaConfig, engine: Engine, method: Method) -> di
     work = cost_of(engine.module)
     assert work is not None
     pairs = length * (length + 1) // 2
-    useful = work.of(length, pairs, targets)
-    held = 0.0
-    if engine.constraint is not None:
-        both = 1 + engine.constraint.gradients
-        held = sum(engine.constraint.costs().values()) * both / engine.hold_every
+    useful, again = (case.samples * count for count in (work.of(length, pairs, targets), work.again(length, pairs)))
+    held = projections(method) if engine.constraint is not None else 0.0
 
     def step() -> float:
         began = time.perf_counter()
-        engine.step(method.loss, [batch], targets=targets, lr=1e-6)
+        engine.step(method.loss, [batch] * case.samples, targets=targets * case.samples, lr=1e-6)
         if here.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - began
@@ -249,10 +282,10 @@ def large(case: Case, config: LlamaConfig, engine: Engine, method: Method) -> di
     most = peak(here, torch.bfloat16)
     return {
         "seconds": took,
-        "tokens": length / took,
+        "tokens": case.samples * length / took,
         "tflops": useful / took / 1e12,
         "mfu": useful / took / most if most else None,
-        "floor": (useful + work.again(length, pairs) + held) / most if most else None,
+        "floor": (useful + again + held) / most if most else None,
         "peak_gib": dist.peak_memory() / 2**30,
         "host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     }

@@ -327,6 +327,7 @@ def _appended(basis: Tensor, new: Tensor) -> Tensor:
     """Both side by side, in the type of the first."""
     known, basis = basis.shape[1], torch.cat([basis, new.to(basis)], 1)
     eye = torch.eye(basis.shape[1], dtype=basis.dtype, device=basis.device)
-    off = basis.T @ basis[:, known:] - eye[:, known:]
+    with products("ieee", basis.device):
+        off = basis.T @ basis[:, known:] - eye[:, known:]
     assert not off.numel() or off.abs().max() < 1e-4, "the directions to append are not orthonormal to those held"
     return basis

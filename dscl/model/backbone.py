@@ -57,6 +57,9 @@ class Backbone:
 
     def build(self) -> nn.Module:
         """The bare module; its values are whatever memory held until the engine fills them from `weights`."""
+        # With a mask, as of rows that are padded or packed, cuDNN's attention can give gradients that are not numbers
+        # (torch 2.11 to 2.13 on H100 and H200, github.com/pytorch/pytorch/issues/196678).
+        torch.backends.cuda.enable_cudnn_sdp(False)
         model = _bare_module(self.architecture, self.config.attention, self.dtype)
         model.config.use_cache = False
         if self.config.activation_checkpointing:

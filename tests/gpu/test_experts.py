@@ -46,9 +46,14 @@ def layer(atoms: bool, dtype: torch.dtype, device: str, top: int = 2, dropout: f
         with torch.no_grad():
             for name in made.trained:
                 parameter = getattr(made, name)
-                # Of few bits, so that a mask is the same in bf16.
-                spread = 0.5 if name.startswith("score_") else 1 / 16
-                parameter.copy_((torch.randn(parameter.shape) * spread).bfloat16())
+                parameter.copy_((torch.randn(parameter.shape) / 16).bfloat16())
+            for (
+                name,
+                count,
+            ) in made.counts.items():  # so many are far from zero, and no others: a mask is the same in bf16
+                part = made._now(name, getattr(made, f"score_{name}"))
+                far = (torch.randperm(part.numel()) < count).view(part.shape)
+                part[far] = (part[far].sign() + part[far]).bfloat16().float()
         if task < TASKS - 1:
             made.claim(task, {name: getattr(made, name).detach() for name in made.trained})
     return made.to(device, dtype)

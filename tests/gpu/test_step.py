@@ -103,14 +103,14 @@ def tell(stage: int, packing: bool) -> None:
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_nothing_of_ours_waits_within_a_step(stage: int, packing: bool) -> None:
-    """DeepSpeed waits as it likes (it reads the gradient's norm, for one), transformers once a pass: it looks whether
-    rows are padded or packed."""
+    """DeepSpeed waits as it likes (it reads the gradient's norm, for one), transformers once or twice a pass: it
+    looks whether rows are padded or packed."""
     program = f"from tests.gpu.test_step import tell; tell({stage}, {packing})"
     environment = {**os.environ, "DS_ACCELERATOR": "cuda"}
     told = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300)
     assert told.returncode == 0, told.stderr
     found = json.loads(told.stdout.splitlines()[-1])
     print(f"waits in {STEPS} steps at stage {stage}: {found}")
-    assert found.pop("transformers", 0) <= STEPS * PASSES
+    assert found.pop("transformers", 0) <= 2 * STEPS * PASSES
     found.pop("deepspeed", 0)
     assert not found

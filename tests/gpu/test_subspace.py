@@ -32,7 +32,7 @@ def test_gradients_are_freed_to_a_thousandth_and_the_weight_is_held_exactly(read
     space.grow(weight, right.cuda(), left.cuda())
     gradient = step.clone()
     space.free_(gradient)
-    assert space.leak(gradient) < 2e-3 * space.leak(step)
+    assert space.leak(gradient) < (4e-3 if reading == "paper" else 2e-3) * space.leak(step)  # of four products, or two
     assert torch.backends.cuda.matmul.fp32_precision == otherwise
     moved = weight + step
     space.hold_(moved)

@@ -84,6 +84,12 @@ def test_attention_that_is_not_installed(refusal: Callable[..., str]) -> None:
         pytest.skip("flash_attn is installed here")
 
 
+def test_attention_that_gives_wrong_gradients_is_switched_off(opened: Callable[..., Backbone]) -> None:
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    opened(shape=SHAPE).build()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_the_size_without_building(opened: Callable[..., Backbone]) -> None:
     for tied in (True, False):
         backbone = opened(shape={**SHAPE, "tie_word_embeddings": tied})

@@ -46,13 +46,13 @@ def tried_small(case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
 @pytest.mark.parametrize("method", list(METHODS))
 def test_every_method_takes_steps_with_its_own_work_in_them(ranks: Callable[[int], Any], method: str) -> None:
     offload, again = method == "osft", method == "full"
-    case = Case("7B", method, offload=offload, recompute=again, length=64, rounds=1)
+    case = Case("7B", method, offload=offload, recompute=again, length=64, rounds=1, samples=2)
     ((found, seen),) = ranks(1)(tried_small, case)
     assert found["seconds"] > 0
-    assert found["tokens"] == pytest.approx(64 / found["seconds"])
+    assert found["tokens"] == pytest.approx(2 * 64 / found["seconds"])
     assert found["mfu"] is found["floor"] is None  # no CPU has a stated peak
     assert seen["again"] is again
-    assert seen["gathered"] == (bench.WARM + case.rounds if method in ("asr", "moses") else None)
+    assert seen["gathered"] == (2 * (bench.WARM + case.rounds) if method in ("asr", "moses") else None)
     assert bool(seen["open"]) is (method == "moses")
     assert all(seen["open"])
     assert seen["protected"] == (7 * TINY["num_hidden_layers"] if method == "osft" else 0)
@@ -61,7 +61,7 @@ def test_every_method_takes_steps_with_its_own_work_in_them(ranks: Callable[[int
 def test_activations_are_recomputed_only_where_memory_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def child(case: Case) -> dict[str, Any]:
+    def child(case: Case, limit: float) -> dict[str, Any]:
         asked.append((case.offload, case.recompute))
         if not case.offload:
             return {"full": "before the first step"}
@@ -70,7 +70,9 @@ def test_activations_are_recomputed_only_where_memory_asks_for_it(monkeypatch: p
     monkeypatch.setattr(bench, "child", child)
     monkeypatch.setattr(bench.dist, "device", lambda: argparse.Namespace(type="cuda"))
     monkeypatch.setattr(bench, "is_flash_attn_2_available", lambda: False)
-    options = argparse.Namespace(shape=["7B"], method=["full"], attention=None, rounds=1)
+    options = argparse.Namespace(
+        shape=["7B"], method=["full"], attention=None, rounds=1, samples=1, limit=9.0, offload=True
+    )
     absent, whole, offloaded = bench.rows(options)
     assert "flash-attn is not here" in absent["what"]
     assert asked == [(False, False), (True, False), (True, True)]
@@ -78,6 +80,8 @@ def test_activations_are_recomputed_only_where_memory_asks_for_it(monkeypatch: p
     assert "activations recomputed" in offloaded["told"]
     assert "floor 1 s" in offloaded["told"]
     assert "none to compare" in offloaded["told"]
+    options.offload = False
+    assert len(list(bench.rows(options))) == 2
     beside = bench.row(Case("7B", "full", offload=True), {**FOUND, "recompute": False}, {**FOUND, "seconds": 0.5})
     assert "4.0 times the step that is not offloaded" in beside["told"]
 
@@ -89,4 +93,14 @@ def test_activations_are_recomputed_only_where_memory_asks_for_it(monkeypatch: p
 def test_a_child_that_dies_is_told(monkeypatch: pytest.MonkeyPatch, status: int, stderr: str, told: str) -> None:
     done = subprocess.CompletedProcess([], status, "", stderr)
     monkeypatch.setattr(bench.subprocess, "run", lambda *_, **__: done)
-    assert bench.row(Case("7B", "full"), bench.tried(Case("7B", "full")))["told"] == told
+    assert bench.row(Case("7B", "full"), bench.tried(Case("7B", "full"), 9.0))["told"] == told
+
+
+def test_a_child_that_takes_too_long_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(words: list[str], timeout: float, **_: Any) -> None:
+        raise subprocess.TimeoutExpired(words, timeout)
+
+    monkeypatch.setattr(bench.subprocess, "run", late)
+    assert (
+        bench.row(Case("7B", "full"), bench.tried(Case("7B", "full"), 9.0))["told"] == "took longer than 9 s (--limit)"
+    )

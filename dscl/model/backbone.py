@@ -183,7 +183,8 @@ def _stored_architecture(folder: Path) -> Any:
 
 def checkpoint_activations(model: Any) -> None:
     """Keep what goes into each decoder layer; the backward pass computes what happens within it once more."""
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # as it was called before
+    getattr(model, f"{kind}_checkpointing_enable")(**{f"{kind}_checkpointing_kwargs": {"use_reentrant": False}})
     # That has the embeddings ask for a gradient, which only reentrant checkpointing needs: the backward pass would go,
     # and compute again, down to layers below everything that trains.
     model.disable_input_require_grads()

@@ -85,7 +85,7 @@ dscl_environment() {
     export DSCL_PYTHON="$base" PATH="$(dirname "$base"):$PATH" PYTHONPATH="$DSCL_HOME${PYTHONPATH:+:$PYTHONPATH}"
     # Built for this environment's torch; another environment's build would be thrown away, and throw this one away.
     [ "$base" != "$DSCL_VENV/bin/python" ] || export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$DSCL_VENV/torch_extensions}"
-    if ! nvidia-smi -L 2>/dev/null | grep -q GPU; then
+    if ! grep -q GPU <<<"$(nvidia-smi -L 2>/dev/null)"; then # a pipe that grep leaves early would fail (pipefail)
         export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
     fi
     command -v "${CXX:-c++}" >/dev/null ||

@@ -43,7 +43,8 @@ gpus() {
 # their own.
 ranks_of() {
     local child
-    if tr '\0' '\n' <"/proc/$1/environ" 2>/dev/null | grep -q '^LOCAL_RANK='; then
+    # Not by a pipe: what writes into it fails where grep has found the word early, and with it all (pipefail).
+    if grep -qz '^LOCAL_RANK=' "/proc/$1/environ" 2>/dev/null; then
         echo "$1"
         return
     fi

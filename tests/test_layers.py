@@ -50,7 +50,7 @@ LAYERS = {
     9.0: ("dscl.__main__",),
 }
 # What only one file may import.
-ALONE = {"deepspeed": "dscl.engine", "torch.distributed": "dscl.dist"}
+ALONE = {"deepspeed": "dscl.engine", "torch.distributed": "dscl.dist", "triton": "dscl.maths.gates_kernel"}
 # What a part may not import although it stands as high: data knows no ranks; a method neither steps nor communicates;
 # what serves needs no DeepSpeed.
 BARRED = {
@@ -59,7 +59,7 @@ BARRED = {
     "dscl.serve": ("dscl.engine",),
 }
 # All that a folder may import beside itself and the standard library.
-ONLY = {"dscl.maths": ("torch",)}
+ONLY = {"dscl.maths": ("torch", "triton")}
 
 
 def problems(sources: Mapping[str, str]) -> list[str]:

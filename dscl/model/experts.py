@@ -3,10 +3,10 @@
     y = x Wᵀ + ((x Aᵀ) ∘ gate) Bᵀ     A [columns, in], B [out, columns]: all experts' matrices side by side
     gate = scale · experts · softmax(x Rᵀ), of the `top` largest, each for the `rank` columns of its expert
 
-Two dense products and one pointwise, whoever is chosen: static shapes, no host that waits, and under ZeRO-3 every rank
-touches every tensor. Where a token uses few of very many columns, training sorts tokens by expert instead
-(`dscl.maths.grouped`), with all of that still true. A column of B with its row of A is an atom. A task's mask opens
-some of the atoms, and then folds into the gate, or some of the elements of A and B.
+Two dense products and one pointwise (`dscl.maths.gates`), whoever is chosen: static shapes, no host that waits, and
+under ZeRO-3 every rank touches every tensor. Where a token uses few of very many columns, training sorts tokens by
+expert instead (`dscl.maths.grouped`), with all of that still true. A column of B with its row of A is an atom. A task's
+mask opens some of the atoms, and then folds into the gate, or some of the elements of A and B.
 
 What ended tasks have claimed stands in buffers, and the forward graph takes it from there: a later task may open it
 too, but no step, no weight decay and no rounding can change it, at any stage of ZeRO. What trains are the same tensors
@@ -158,7 +158,7 @@ class SubExperts(Projection):
 
     @property
     def _factor(self) -> float:
-        """Of a gate: experts that are chosen alike come to `scale` on the mean."""
+        """Of a gate: an expert with as large a share as all others gives `scale` times what it has."""
         return self.shape.experts * self.shape.scale
 
     def _sides_that_learn(self) -> tuple[torch.Tensor, torch.Tensor]:

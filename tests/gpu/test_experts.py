@@ -47,10 +47,7 @@ def layer(atoms: bool, dtype: torch.dtype, device: str, top: int = 2, dropout: f
             for name in made.trained:
                 parameter = getattr(made, name)
                 parameter.copy_((torch.randn(parameter.shape) / 16).bfloat16())
-            for (
-                name,
-                count,
-            ) in made.counts.items():  # so many are far from zero, and no others: a mask is the same in bf16
+            for name, count in made.counts.items():  # so many are far from zero, so that a mask is the same in bf16
                 part = made._now(name, getattr(made, f"score_{name}"))
                 far = (torch.randperm(part.numel()) < count).view(part.shape)
                 part[far] = (part[far].sign() + part[far]).bfloat16().float()

@@ -89,9 +89,8 @@ def check(found: list[torch.Tensor], read: torch.Tensor, toward: torch.Tensor, *
     exact = passed(gates.by_steps, read.double(), toward.double(), *sizes)
     for ours, theirs, wanted in zip(found, torchs, exact, strict=True):
         assert ours.dtype == read.dtype
-        assert (ours.double() - wanted).norm() <= 1.1 * (theirs.double() - wanted).norm() + (
-            1e-7 + more
-        ) * wanted.norm()
+        off, may_be = ((tensor.double() - wanted).norm() for tensor in (ours, theirs))
+        assert off <= 1.1 * may_be + (1e-7 + more) * wanted.norm()
 
 
 @needs_triton

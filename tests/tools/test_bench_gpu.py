@@ -101,6 +101,5 @@ def test_a_child_that_takes_too_long_is_told(monkeypatch: pytest.MonkeyPatch) ->
         raise subprocess.TimeoutExpired(words, timeout)
 
     monkeypatch.setattr(bench.subprocess, "run", late)
-    assert (
-        bench.row(Case("7B", "full"), bench.tried(Case("7B", "full"), 9.0))["told"] == "took longer than 9 s (--limit)"
-    )
+    told = bench.row(Case("7B", "full"), bench.tried(Case("7B", "full"), 9.0))["told"]
+    assert told == "took longer than 9 s (--limit)"

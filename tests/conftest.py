@@ -1,15 +1,45 @@
-"""What all tests share: the folder with real data, and pools of real ranks."""
+"""What all tests share: `--all`, real data, pools of real ranks, undisturbed runs, and the limits of a test run."""
 
 from __future__ import annotations
 
+import json
+import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.distributed.pool import Pool
+from tests.support.pool import Pool
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+DEADLINE = "DSCL_TESTS_DEADLINE"  # a time stamp (seconds since the epoch) after which no further test starts
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="run the exhaustive cases too (marked `exhaustive`)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "exhaustive: a case of a full grid, a long campaign or a real wait; runs by --all"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the exhaustive cases, unless they were named one by one."""
+    if config.getoption("--all") or any("::" in word for word in config.args):
+        return
+    left_out = [item for item in items if item.get_closest_marker("exhaustive")]
+    items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
+    config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_runtest_logfinish(nodeid: str) -> None:
+    deadline = os.environ.get(DEADLINE)
+    if deadline and time.time() > float(deadline):
+        pytest.exit(f"the tests take too long: the limit was reached at {nodeid}", returncode=1)
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +63,25 @@ def ranks() -> Iterator[Callable[[int], Pool]]:
     yield get
     for pool in pools.values():
         pool.close()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(ranks: Any) -> Callable[..., Path]:
+    """`undisturbed(recipe, ranks)`: the folder of that recipe's run, to which nothing happens.
+
+    Tests with the same recipe share one run. It is made where the first of them would have made it; nobody may write
+    into it.
+    """
+    from tests.support.runs import run  # imports torch and DeepSpeed, which not every test needs
+
+    folders: dict[str, Path] = {}
+
+    def get(document: dict[str, Any], world: int = 2) -> Path:
+        rest = {name: value for name, value in document.items() if name != "run_dir"}
+        key = json.dumps([rest, world], sort_keys=True)
+        if key not in folders:
+            ranks(world)(run, document)
+            folders[key] = Path(document["run_dir"])
+        return folders[key]
+
+    return get

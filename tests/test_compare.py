@@ -19,7 +19,7 @@ from dscl import compare
 from dscl.compare import Crew, Run, choose, perform, read_comparison
 from dscl.errors import Failure, UserError
 from dscl.recipe import resolve
-from tests.distributed.test_run import recipe_of, write_tasks
+from tests.support.runs import recipe_of, write_tasks
 
 COMPARE = {"rates": [1e-3, 1e-2], "rows": {"plain": {"name": "sequential"}, "one LoRA": {"tune": "lora"}}}
 

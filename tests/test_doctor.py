@@ -19,7 +19,7 @@ from dscl import dist, doctor, train
 from dscl.doctor import divided, enough, measured
 from dscl.errors import UserError
 from dscl.recipe import resolve
-from tests.distributed.test_run import recipe_of, write_tasks
+from tests.support.runs import recipe_of, write_tasks
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from dscl.evaluate import EvaluateConfig, Exam, loss_on, take
 from dscl.methods import Facts
 from dscl.methods.sequential import Sequential, SequentialConfig
 from dscl.model.decode import generate
-from tests.distributed.test_engine import make
 from tests.model.test_decode import EOS, LABELS, PAD, PROMPTS, alone, model
+from tests.support.toy_model import make
 
 RIGHT = pytest.approx(4 / 5, abs=1e-12)  # each exam is made so that one of its five answers is wrong
 METHOD = Sequential(SequentialConfig(), Facts(0, (), "", "", "", 0, ""))

@@ -22,7 +22,7 @@ from dscl.maths.text import accuracy
 from dscl.model.adapters import Adapter, Pair, file_name, write_adapter
 from dscl.recipe import resolve
 from dscl.router import save_task
-from tests.distributed.test_run import recipe_of, run, write_tasks
+from tests.support.runs import make_easy, recipe_of, run, write_tasks
 from tests.test_serve import (
     ABOVE,
     MIXED,
@@ -353,15 +353,6 @@ def test_wrong_words_for_generate(more: list[str], told: str, ran: Path, capsys:
     assert out == ""
     assert told in err
     assert err.count("\n") == 1
-
-
-def make_easy(folder: Path, task: str) -> None:
-    """Sentences with a word of the task, and always the same answer, which the other task's adapter does not give."""
-    label = json.loads((folder / task / "labels.json").read_text())[0]
-    for split in ("train", "test"):
-        path = folder / task / f"{split}.json"
-        sentences = [f"{task} {record['sentence']} {task}" for record in json.loads(path.read_text())]
-        path.write_text(json.dumps([{"label": label, "sentence": sentence} for sentence in sentences]))
 
 
 @pytest.mark.parametrize("named", [False, True])

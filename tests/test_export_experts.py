@@ -20,9 +20,8 @@ from dscl import evaluate, export, serve
 from dscl.cli import main
 from dscl.description import open_base, part_of
 from dscl.engine import fill
-from tests.distributed.test_osft import checkpoints, quick, stored
-from tests.distributed.test_run import recipe_of, run, write_tasks
-from tests.test_export import make_easy
+from tests.support.osft_runs import checkpoints, quick, stored
+from tests.support.runs import make_easy, recipe_of, run, write_tasks
 from tests.test_serve_experts import logits_of
 
 TASKS = ("colour", "animal")

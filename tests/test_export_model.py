@@ -23,7 +23,7 @@ from dscl.errors import UserError
 from dscl.model import folder as model_folder
 from dscl.model.weights import INDEX
 from dscl.recipe import resolve
-from tests.distributed.test_run import recipe_of, run, write_tasks
+from tests.support.runs import recipe_of, run, write_tasks
 
 IDS = [[1, 5, 9, 200, 13, 27], [1, 7, 7, 30, 2, 11]]
 METHODS: dict[str, dict[str, Any]] = {

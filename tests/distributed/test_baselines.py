@@ -25,8 +25,8 @@ from dscl.methods.ewc import chances, signed_loss
 from dscl.methods.lwf import apart
 from dscl.model.routed import first_values
 from dscl.recipe import resolve
-from tests.distributed.test_asr import NAMES, recipe, tasks
-from tests.distributed.test_run import metrics, outcome, run, run_until
+from tests.support.five_tasks import NAMES, recipe, tasks
+from tests.support.runs import metrics, outcome, run, run_until
 
 __all__ = ["tasks"]  # the fixture
 COUNT = 3  # tasks

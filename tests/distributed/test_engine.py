@@ -5,82 +5,35 @@ from __future__ import annotations
 import copy
 import itertools
 import os
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import peft
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional
-from transformers import LlamaConfig
 
 import dscl.engine
 from dscl import dist
 from dscl.engine import Engine, fill
-from dscl.model.backbone import Backbone, ModelConfig
 from dscl.model.surgery import LoraConfig, add_lora
-from dscl.model.weights import DrawnWeights
-
-VOCABULARY = 160
-STEPS = 6
-ROWS = 8
-LENGTH = 12
-OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
-
-
-@dataclass
-class Toy:
-    """A micro-batch: rows of random tokens of which only the last few are targets, a different number in each row."""
-
-    ids: torch.Tensor
-    labels: torch.Tensor
-
-    def to(self, device: torch.device) -> Toy:
-        return Toy(self.ids.to(device), self.labels.to(device))
-
-
-def backbone(dtype: torch.dtype = torch.float32) -> Backbone:
-    shape = LlamaConfig(
-        hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=80, vocab_size=VOCABULARY, tie_word_embeddings=True,
-    )  # fmt: skip
-    return Backbone(ModelConfig(shape={}), shape, None, DrawnWeights(0, 0.05), dtype)
-
-
-def rows(step: int) -> list[Toy]:
-    generator = torch.Generator().manual_seed(step)
-    made = []
-    for index in range(ROWS - step % 2):  # an odd number now and then: the ranks' shares differ
-        ids = torch.randint(0, VOCABULARY, (1, LENGTH), generator=generator)
-        labels = ids.clone()
-        labels[:, : LENGTH - 1 - (index * 7 + step) % (LENGTH - 2)] = -100
-        made.append(Toy(ids, labels))
-    return made
-
-
-def join(toys: list[Toy]) -> Toy:
-    if not toys:  # a rank without a sample takes part with one that has no target
-        return Toy(torch.zeros(1, LENGTH, dtype=torch.long), torch.full((1, LENGTH), -100))
-    return Toy(torch.cat([t.ids for t in toys]), torch.cat([t.labels for t in toys]))
-
-
-def summed_loss(model: Any, toy: Toy) -> torch.Tensor:
-    logits = model(input_ids=toy.ids, use_cache=False).logits[:, :-1].float()
-    return functional.cross_entropy(
-        logits.flatten(0, 1), toy.labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
-    )
-
-
-def targets(toys: list[Toy]) -> int:
-    return sum(int((t.labels[:, 1:] != -100).sum()) for t in toys)
-
-
-def rate(step: int) -> float:
-    return 2e-3 * (step + 1) / STEPS
+from tests.support.toy_model import (
+    OFFLOAD,
+    STEPS,
+    Toy,
+    assemble,
+    backbone,
+    go,
+    join,
+    make,
+    masters,
+    micro_batches,
+    rate,
+    rows,
+    summed_loss,
+    targets,
+    whole,
+)
 
 
 def reference() -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
@@ -100,56 +53,6 @@ def reference() -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
         optimizer.step()
         losses.append(loss.item())
     return losses, norms, {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def make(stage: int, precision: str = "fp32", clip: float = 1.0, **zero: Any) -> Engine:
-    built = backbone({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
-    return Engine(
-        {"zero_optimization": {"stage": stage, **zero}},
-        build=built.build,
-        read=built.weights.read,
-        prepare=lambda model: model,
-        precision=precision,
-        weight_decay=0.1,
-        grad_clip=clip,
-    )
-
-
-def micro_batches(step: int, accumulation: int) -> tuple[list[Toy], int]:
-    whole = rows(step)
-    mine = whole[dist.rank() :: dist.world()]
-    size = -(-len(whole) // (dist.world() * accumulation))
-    return [join(mine[i * size : (i + 1) * size]) for i in range(accumulation)], targets(whole)
-
-
-def go(engine: Engine, accumulation: int = 1, first: int = 0, last: int = STEPS) -> tuple[list[float], list[float]]:
-    losses, norms = [], []
-    for step in range(first, last):
-        batches, count = micro_batches(step, accumulation)
-        total = engine.step(summed_loss, batches, targets=count, lr=rate(step))
-        losses.append((dist.sum_(total) / count).item())
-        norms.append(float(engine.last_norm))
-    return losses, norms
-
-
-def masters(engine: Engine) -> dict[str, list[tuple[int, torch.Tensor]]]:
-    found: dict[str, list[tuple[int, torch.Tensor]]] = {}
-    for share in engine.shards.shares():
-        found.setdefault(share.name, []).append((share.start, share.master.clone()))
-    return found
-
-
-def assemble(parts: list[dict[str, list[tuple[int, torch.Tensor]]]]) -> dict[str, torch.Tensor]:
-    """Whole flat tensors from all ranks' shares, which must cover each element exactly once."""
-    whole = {}
-    for name in sorted({name for part in parts for name in part}):
-        pieces = sorted((piece for part in parts for piece in part.get(name, [])), key=lambda piece: piece[0])
-        at = 0
-        for start, values in pieces:
-            assert start == at, f"{name}: a gap or an overlap at element {at}"
-            at += len(values)
-        whole[name] = torch.cat([values for _, values in pieces])
-    return whole
 
 
 def train_at(stage: int, accumulation: int, zero: dict[str, Any]) -> tuple[list[float], list[float], Any]:
@@ -369,11 +272,6 @@ def low_precision_copies(stage: int) -> float:
                 worst = max(worst, float((master - master.bfloat16()).abs().max()))
     engine.close()
     return worst
-
-
-def whole(parameter: Any) -> AbstractContextManager[Any]:
-    """The parameter with all its elements, which ZeRO-3 brings together for a while."""
-    return deepspeed.zero.GatheredParameters([parameter]) if hasattr(parameter, "ds_id") else nullcontext()
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.distributed.test_run import recipe_of
+from tests.support.runs import recipe_of
 
 WORD = "qUetZalcOatl"  # in every prompt, answer and text
 

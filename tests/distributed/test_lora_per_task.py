@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from dscl.errors import UserError
 from dscl.export import describe
-from tests.distributed.test_asr import NAMES, left, recipe, scores, tasks
-from tests.distributed.test_run import outcome, run, run_until
+from tests.support.five_tasks import NAMES, left, recipe, scores, tasks
+from tests.support.runs import outcome, run, run_until
 
 __all__ = ["tasks"]  # the fixture
 METHOD = {"name": "lora_per_task", "lora": {"rank": 4, "dropout": 0.2}}

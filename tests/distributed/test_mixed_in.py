@@ -17,8 +17,8 @@ from dscl.errors import UserError
 from dscl.job import open_job
 from dscl.methods.replay import Replay
 from dscl.recipe import resolve
-from tests.distributed.test_asr import NAMES, SIZES, recipe, scores, tasks
-from tests.distributed.test_run import metrics, outcome, run, run_until
+from tests.support.five_tasks import NAMES, SIZES, recipe, scores, tasks
+from tests.support.runs import metrics, outcome, run, run_until
 
 __all__ = ["tasks"]  # the fixture
 EPOCHS = 2

@@ -39,20 +39,11 @@ from dscl.model.backbone import ModelConfig
 from dscl.model.claims import open_claims
 from dscl.model.experts import Experts, SubExperts
 from dscl.recipe import resolve
-from tests.distributed.test_asr import LABELS, words_of
-from tests.distributed.test_engine import VOCABULARY, Toy, assemble, backbone, join, masters, summed_loss, targets
-from tests.distributed.test_engine import whole as gathered
-from tests.distributed.test_osft import excess, of_matrices, quick, stored
-from tests.distributed.test_run import (
-    failing,
-    killed_after,
-    metrics,
-    outcome,
-    recipe_of,
-    run,
-    run_until,
-    run_until_killed,
-)
+from tests.support.five_tasks import LABELS, words_of
+from tests.support.osft_runs import excess, of_matrices, quick, stored
+from tests.support.runs import failing, killed_after, metrics, outcome, recipe_of, run, run_until, run_until_killed
+from tests.support.toy_model import VOCABULARY, Toy, assemble, backbone, join, masters, summed_loss, targets
+from tests.support.toy_model import whole as gathered
 
 Tensors = dict[str, torch.Tensor]
 Stretches = dict[str, list[tuple[int, torch.Tensor]]]

@@ -6,14 +6,12 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import LlamaConfig
 
@@ -22,53 +20,51 @@ from dscl.checkpoint import Checkpoints
 from dscl.engine import Engine, fill
 from dscl.job import open_job
 from dscl.maths.subspace import READINGS
-from dscl.methods import Facts, osft
+from dscl.methods import Facts
 from dscl.methods.osft import Osft, OsftConfig
 from dscl.model.decode import BLOCK, sample_texts
 from dscl.model.moments import Moments
 from dscl.model.weights import DrawnWeights
 from dscl.owners import deal
 from dscl.recipe import resolve
-from tests.distributed.test_engine import OFFLOAD, assemble, backbone, masters, micro_batches, summed_loss, targets
-from tests.distributed.test_engine import rows as samples
-from tests.distributed.test_engine import whole as gathered
-from tests.distributed.test_run import (
+from tests.model.test_moments import felt_moments
+from tests.support.osft_runs import (
+    SEVEN,
+    Stretches,
+    Tensors,
+    checkpoints,
+    excess,
+    is_target,
+    leak,
+    of_matrices,
+    quick,
+    stored,
+    worst,
+)
+from tests.support.runs import (
     failing,
     killed_after,
     metrics,
     outcome,
     recipe_of,
     run,
+    run_listening,
     run_until,
     run_until_killed,
-    told,
     write_tasks,
 )
-from tests.model.test_moments import felt_moments
+from tests.support.toy_model import OFFLOAD, assemble, backbone, masters, micro_batches, summed_loss, targets
+from tests.support.toy_model import rows as samples
+from tests.support.toy_model import whole as gathered
 
 STEPS = 6
 SHARE = 0.5
-SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PLAIN = {"basis": ("weights",), "allocate": "fixed", "share": SHARE, "claim": (), "gradients": False, "rest": "free"}
-Tensors = dict[str, torch.Tensor]
 
 
 def rate(step: int) -> float:
     """Such that the weights change by about their own size."""
     return 2e-2 * (1 + step % 3) / 3
-
-
-def is_target(name: str) -> bool:
-    return name.split(".")[-2] in SEVEN
-
-
-def leak(reading: str, change: torch.Tensor, right: torch.Tensor, left: torch.Tensor) -> float:
-    """How large the part of a change is that may not be, in fp64."""
-    change, right, left = change.double(), right.double(), left.double()
-    if reading == "paper":
-        return float((left.T @ change @ right).norm())
-    rest = left.T @ (change - change @ right @ right.T) if reading == "two_sided" else torch.zeros(1)
-    return math.hypot(float((change @ right).norm()), float(rest.norm()))
 
 
 # ---- plain torch in one process, with dense projectors in fp64
@@ -157,9 +153,6 @@ def go(engine: Engine, accumulation: int, steps: int = STEPS) -> list[float]:
         total = engine.step(summed_loss, batches, targets=count, lr=rate(step))
         losses.append((dist.sum_(total) / count).item())
     return losses
-
-
-Stretches = dict[str, list[tuple[int, torch.Tensor]]]
 
 
 @dataclass
@@ -361,63 +354,6 @@ def recipe(folder: Path, name: str, stage: int, keep: int = 2, every: int = 3, *
     document["checkpoint"] = {"every": every, "keep": keep}
     document["evaluate"] = {"before": False, "tasks": "seen"}
     return document
-
-
-def quick(function: Callable[..., Any], *arguments: Any) -> Any:
-    """On a rank: with few and short texts of the model's own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(osft, "TEXTS", 40)
-        patch.setattr(osft, "LENGTH", 8)
-        return function(*arguments)
-
-
-def checkpoints(run_dir: Path) -> list[Path]:
-    return sorted((run_dir / "checkpoints").iterdir())
-
-
-def stored(checkpoint: Path) -> tuple[Tensors, Tensors]:
-    """The masters, flat, and what the owners kept, of all ranks."""
-    parts: list[Stretches] = []
-    owned: Tensors = {}
-    for path in sorted(checkpoint.glob("*.safetensors")):
-        parts.append({})
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                if path.name.startswith("owned-"):
-                    assert name not in owned
-                    owned[name] = file.get_tensor(name)
-                elif name.startswith("master|"):
-                    _, start, parameter = name.split("|")
-                    parts[-1].setdefault(parameter, []).append((int(start), file.get_tensor(name)))
-    return assemble(parts), owned
-
-
-def excess(reading: str, weight: torch.Tensor, kept: Tensors) -> float:
-    """How far a weight is from what was fixed of it, relative to its size."""
-    right, left = kept["right"].double(), kept["left"].double()
-    exact = weight.double().view(len(left), len(right))
-    if reading == "paper":
-        off = float((left.T @ exact @ right - kept["core"]).norm())
-    else:
-        off = math.hypot(
-            float((exact @ right - kept["image"]).norm()), float((left.T @ exact - kept["coimage"]).norm())
-        )
-    return off / float(exact.norm())
-
-
-def of_matrices(owned: Tensors) -> dict[str, Tensors]:
-    """What is kept of each matrix."""
-    found: dict[str, Tensors] = {}
-    for name, tensor in owned.items():
-        matrix, what = name.rsplit("|", 1)
-        found.setdefault(matrix, {})[what] = tensor
-    return found
-
-
-def worst(reading: str, weights: Tensors, owned: Tensors) -> float:
-    kept = of_matrices(owned)
-    assert len(kept) == 2 * len(SEVEN)
-    return max(excess(reading, weights[name], tensors) for name, tensors in kept.items())
 
 
 CHOICES: list[dict[str, Any]] = [
@@ -626,7 +562,7 @@ def test_damage_to_what_an_owner_kept_is_noticed(ranks: Any, tasks: Path) -> Non
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
     path.write_bytes(content)
-    lines = ranks(2)(quick, told, recipe(tasks, "damaged", 0))[0]
+    lines = ranks(2)(quick, run_listening, recipe(tasks, "damaged", 0))[0]
     assert any(f"{newer.name} is damaged (owned-00001.safetensors does not match its checksum)" in x for x in lines)
     assert any(f"resumed from {older.name}" in line for line in lines)
     assert outcome(tasks / "damaged") == outcome(tasks / "sound")

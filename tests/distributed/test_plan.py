@@ -21,7 +21,7 @@ from dscl.observe import ObserveConfig, Observer
 from dscl.recipe import resolve
 from dscl.rehearsal import Storages, largest, rehearse
 from dscl.train import Position, ranks_of
-from tests.distributed.test_run import recipe_of, write_tasks
+from tests.support.runs import recipe_of, write_tasks
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WORLD = 2

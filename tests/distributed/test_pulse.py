@@ -17,7 +17,7 @@ import yaml
 from dscl.errors import UserError
 from dscl.pulse import DEAD_AFTER, Line, Pulse
 from dscl.spawn import STATUS_TO
-from tests.distributed.test_run import recipe_of, write_tasks
+from tests.support.runs import recipe_of, write_tasks
 from tests.test_spawn import REPOSITORY
 
 PROGRAM = """

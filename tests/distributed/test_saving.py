@@ -17,8 +17,7 @@ from dscl import checkpoint, dist, train
 from dscl.checkpoint import MARKER, CheckpointConfig, Checkpoints
 from dscl.errors import Failure, Stopped, UserError
 from dscl.recipe import resolve
-from tests.distributed.test_run import Killed, outcome, recipe_of, run, write_tasks
-from tests.distributed.test_stop import Told
+from tests.support.runs import Killed, Told, outcome, recipe_of, run, write_tasks
 
 
 @pytest.fixture(scope="module")

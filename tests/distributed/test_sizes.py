@@ -11,10 +11,9 @@ from dscl import train
 from dscl.errors import Stopped
 from dscl.methods import METHODS
 from dscl.recipe import resolve
-from tests.distributed.test_asr import scores, tasks
-from tests.distributed.test_run import metrics, run
 from tests.distributed.test_stages import document
-from tests.distributed.test_stop import Told
+from tests.support.five_tasks import scores, tasks
+from tests.support.runs import Told, metrics, run
 
 __all__ = ["tasks"]  # the fixture
 # Ranks and stage of each start; every one goes on from the one before, the last to the end.

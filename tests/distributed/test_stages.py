@@ -12,8 +12,8 @@ import pytest
 
 from dscl.methods import METHODS
 from dscl.model import head
-from tests.distributed.test_asr import NAMES, recipe, scores, tasks
-from tests.distributed.test_run import metrics, run
+from tests.support.five_tasks import NAMES, recipe, scores, tasks
+from tests.support.runs import metrics, run
 
 __all__ = ["tasks"]  # the fixture
 README = Path(__file__).resolve().parents[2] / "README.md"

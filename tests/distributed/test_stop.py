@@ -20,8 +20,7 @@ from dscl import dist, train
 from dscl.errors import Stopped
 from dscl.methods.osft import Osft
 from dscl.recipe import resolve
-from dscl.stopping import Stop
-from tests.distributed.test_run import metrics, outcome, recipe_of, run, write_tasks
+from tests.support.runs import Told, metrics, outcome, recipe_of, run, write_tasks
 
 
 @pytest.fixture(scope="module")
@@ -29,21 +28,6 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stop")
     write_tasks(folder)
     return folder
-
-
-class Told(Stop):
-    """Is told to stop at the n-th place at which all ranks ask, one of the ranks only."""
-
-    def __init__(self, at: int) -> None:
-        super().__init__()
-        self.left = at
-
-    def asked(self) -> bool:
-        self.left -= 1
-        if self.left == 0 and dist.rank() == dist.world() - 1:
-            assert self._flag is not None
-            self._flag.raise_()
-        return super().asked()
 
 
 def run_stopping(document: dict[str, Any], places: list[int]) -> list[tuple[str, str]]:

@@ -17,7 +17,7 @@ import yaml
 from dscl import checkpoint
 from dscl.checkpoint import MARKER
 from dscl.observe import metrics
-from tests.distributed.test_run import failing, outcome, recipe_of, run, run_until_killed, told, write_tasks
+from tests.support.runs import failing, outcome, recipe_of, run, run_listening, run_until_killed, write_tasks
 
 FULL = "No space left on device"
 
@@ -71,7 +71,7 @@ def test_a_full_disk_is_told_whichever_file_it_hits(ranks: Any, tasks: Path, nam
         assert "step-00000006 is intact" in message
         assert there == before
     partial.unlink(missing_ok=True)
-    (line,) = [line for line in ranks(1)(told, document)[0] if "resumed" in line]
+    (line,) = [line for line in ranks(1)(run_listening, document)[0] if "resumed" in line]
     assert f"resumed from {there[-1]}" in line
     ranks(1)(run, recipe_of(tasks, "full, whole"))
     assert outcome(folder) == outcome(tasks / "full, whole")
@@ -86,7 +86,7 @@ def on_a_failing_disk(document: dict[str, Any], name: str) -> list[str]:
         return open(path, mode, **more)
 
     with opening(checkpoint, opened):
-        return told(document)
+        return run_listening(document)
 
 
 @pytest.mark.parametrize("name", ["state.json", "rank-00000.safetensors"])

@@ -18,7 +18,7 @@ from dscl.engine import Engine
 from dscl.errors import Failure
 from dscl.methods.sequential import Sequential
 from dscl.watch import FEW, LOOKED_BACK, Watch
-from tests.distributed.test_run import recipe_of, run, write_tasks
+from tests.support.runs import recipe_of, run, write_tasks
 
 WORLD = 2
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.distributed.test_run import metrics, outcome, recipe_of, write_tasks
-from tests.launch.hosts import REPOSITORY, Hosts, Missing
+from tests.support.hosts import REPOSITORY, Hosts, Missing
+from tests.support.runs import metrics, outcome, recipe_of, write_tasks
 
 BOTH = pytest.mark.parametrize("script", ["torchrun.sh", "deepspeed.sh"])
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from dscl.checkpoint import CheckpointConfig
-from tests.launch.hosts import REPOSITORY
+from tests.support.hosts import REPOSITORY
 
 FOLDER = REPOSITORY / "launch" / "kubernetes"
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.distributed.test_run import recipe_of, write_tasks
-from tests.launch.hosts import REPOSITORY
+from tests.support.hosts import REPOSITORY
+from tests.support.runs import recipe_of, write_tasks
 
 LAUNCH = REPOSITORY / "launch"
 

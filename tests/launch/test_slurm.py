@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.distributed.test_run import outcome, recipe_of, write_tasks
-from tests.launch.hosts import REPOSITORY, Missing
-from tests.launch.slurm import Slurm
+from tests.support.hosts import REPOSITORY, Missing
+from tests.support.runs import outcome, recipe_of, write_tasks
+from tests.support.slurm import Slurm
 
 
 @pytest.fixture(scope="module")

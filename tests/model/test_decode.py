@@ -11,7 +11,7 @@ from transformers import MistralConfig, MistralForCausalLM
 from dscl.data.batches import prompt_batch
 from dscl.engine import fill
 from dscl.model.decode import TOKENS_AT_ONCE, generate, label_likelihoods
-from tests.distributed.test_engine import VOCABULARY, backbone
+from tests.support.toy_model import VOCABULARY, backbone
 
 EOS, PAD = 2, 0
 LABELS = [[11, EOS], [11, 12, EOS], [13, 14, 15, EOS]]

@@ -16,7 +16,7 @@ from torch import nn
 
 from dscl.engine import Engine
 from dscl.model.backbone import ModelConfig, open_backbone
-from tests.distributed.pool import Pool
+from tests.support.pool import Pool
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is measured through /proc")
 

@@ -13,7 +13,7 @@ from dscl import dist
 from dscl.engine import fill
 from dscl.model.moments import Changes, Moments
 from dscl.model.surgery import LLAMA_PROJECTIONS, matching
-from tests.distributed.test_engine import VOCABULARY, Toy, backbone, rows, summed_loss
+from tests.support.toy_model import VOCABULARY, Toy, backbone, rows, summed_loss
 
 ROWS, LENGTH = 3, 10
 SITES = {"q_proj": "q_proj", "k_proj": "q_proj", "v_proj": "q_proj", "gate_proj": "gate_proj", "up_proj": "gate_proj"}

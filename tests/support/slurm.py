@@ -11,7 +11,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from tests.launch.hosts import Missing
+from tests.support.hosts import Missing
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scancel", "scontrol", "squeue")
 # A requeued job waits until its credential has expired, two minutes unless cred_expire says otherwise. No job may be

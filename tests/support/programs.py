@@ -1,0 +1,151 @@
+"""The program `dscl` for tests that signal or kill it: forked from a process that has imported everything.
+
+`dscl ...` started anew imports for seconds. Here its process, and those of the ranks that its `--nproc` starts, are
+forks, with the arguments, the environment and the signals of a program that was started from a shell.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+from tests.support.pool import forked
+
+
+class Program:
+    """`dscl ARGUMENTS`, running; with the calls of subprocess.Popen that tests use."""
+
+    def __init__(
+        self, arguments: Sequence[str], cwd: Path | None = None, session: bool = False, **environment: str
+    ) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._files = [Path(self._folder.name, name) for name in ("out", "err")]
+        whole = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **os.environ, **environment}
+        work = (list(arguments), str(cwd or Path.cwd()), session, whole, [str(path) for path in self._files])
+        self._process: Any = forked().Process(target=_program, args=work)  # type: ignore[attr-defined]
+        self._process.start()
+        self.pid: int = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        code: int | None = self._process.exitcode
+        return code
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired("dscl", timeout or 0.0)
+        return self.returncode
+
+    def output(self) -> tuple[str, str]:
+        """What it has written so far, to stdout and to stderr."""
+        out, err = (path.read_text() if path.exists() else "" for path in self._files)
+        return out, err
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        self.wait(timeout)
+        return self.output()
+
+    def send_signal(self, number: int) -> None:
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def until(self, there: Callable[[], bool], seconds: float = 120.0) -> None:
+        """Wait for something that the running program brings about."""
+        deadline = time.monotonic() + seconds
+        while not there():
+            assert self.poll() is None, self.output()
+            assert time.monotonic() < deadline, self.output()
+            time.sleep(0.01)
+
+    def rank(self, number: int) -> int:
+        """The process of a rank that its `--nproc` started."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        for child in children:
+            if Path(f"/proc/{child}/comm").read_text().strip() == f"rank-{number}":
+                return int(child)
+        raise AssertionError(f"no rank {number} among {children}")
+
+
+class ForkedRank:
+    """In the place of the subprocess.Popen with which `--nproc` starts a rank."""
+
+    def __init__(
+        self,
+        words: Sequence[str],
+        env: Mapping[str, str],
+        pass_fds: Sequence[int] = (),
+        start_new_session: bool = False,
+    ) -> None:
+        assert list(words[1:3]) == ["-m", "dscl"], words
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            Path("/proc/self/comm").write_text(f"rank-{env['RANK']}")
+            _become(words[3:], env, start_new_session)
+
+    def poll(self) -> int | None:
+        return self._wait(os.WNOHANG)
+
+    def wait(self) -> int | None:
+        return self._wait(0)
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def _wait(self, options: int) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, options)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+
+def _program(arguments: list[str], cwd: str, session: bool, environment: dict[str, str], files: list[str]) -> None:
+    """In the forked process: what the shell and the interpreter's start would have done."""
+    for number, path in enumerate(files, start=1):
+        os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.chdir(cwd)
+    _become(arguments, environment, session)
+
+
+def _become(arguments: Sequence[str], environment: Mapping[str, str], session: bool) -> NoReturn:
+    if session:
+        os.setsid()
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = ["dscl", *arguments]
+    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(fd, mode, closefd=False) for fd, mode in enumerate("rww"))
+
+    import torch
+
+    from dscl import cli, spawn
+
+    torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", "1")))
+    spawn.subprocess = SimpleNamespace(Popen=ForkedRank)  # type: ignore[assignment]
+    cli.program()

@@ -1,0 +1,238 @@
+"""Whole runs in tests: two small tasks, a recipe for them, ways to end a run early, and what a run computed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dscl import checkpoint, dist, train
+from dscl.engine import Engine
+from dscl.errors import Failure, UserError
+from dscl.pace import measured
+from dscl.recipe import resolve
+from dscl.shards import Shards
+from dscl.stopping import Stop
+
+WORDS = (
+    "red",
+    "blue",
+    "green",
+    "cat",
+    "dog",
+    "bird",
+    "runs",
+    "sleeps",
+    "sings",
+    "fast",
+    "slow",
+    "today",
+    "here",
+    "there",
+)
+
+
+class Killed(BaseException):
+    """Ends a run in the middle, as SIGKILL would: nothing catches it."""
+
+
+def write_tasks(folder: Path) -> None:
+    """Two small tasks in the CL_Benchmark layout; their sizes fit no batch."""
+    for task, (labels, train_size) in {
+        "colour": (["warm", "cold"], 37),
+        "animal": (["yes", "no", "maybe"], 30),
+    }.items():
+        generator = random.Random(task)
+        (folder / task).mkdir(parents=True)
+        (folder / task / "labels.json").write_text(json.dumps(labels))
+        for split, size in (("train", train_size), ("test", 11)):
+            records = [
+                {
+                    "label": generator.choice(labels),
+                    "sentence": " ".join(generator.choices(WORDS, k=generator.randint(3, 9))),
+                }
+                for _ in range(size)
+            ]
+            (folder / task / f"{split}.json").write_text(json.dumps(records))
+
+
+def recipe_of(folder: Path, run: str, stage: int = 0, **changes: Any) -> dict[str, Any]:
+    document: dict[str, Any] = {
+        "run_dir": str(folder / run),
+        "model": {
+            "shape": {
+                "hidden_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "intermediate_size": 48,
+                "vocab_size": 300,
+            }
+        },
+        "method": {"name": "sequential"},
+        "stream": [{"name": name, "path": str(folder / name)} for name in ("colour", "animal")],
+        "data": {"cache_dir": str(folder / "cache")},
+        "train": {"lr": 3e-3, "global_batch": 8, "micro_batch": 2, "max_length": 48, "precision": "fp32", "epochs": 2},
+        "deepspeed": f"ds_configs/zero{stage}.json",
+        "checkpoint": {"every": 3},
+        "observe": {"every": 2, "tensorboard": False, "live": "off"},
+    }
+    for dotted, value in changes.items():
+        section, _, name = dotted.partition("__")
+        if name:
+            document.setdefault(section, {})[name] = value
+        else:
+            document[section] = value
+    return document
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in record.items() if not measured(name)} for record in records]
+
+
+def outcome(run: Path) -> tuple[Any, ...]:
+    """All that a run computed: metrics, scores, and the bytes of its last checkpoint."""
+    newest = sorted(p for p in (run / "checkpoints").iterdir())[-1]
+    files = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in newest.iterdir()}
+    return metrics(run), json.loads((run / "scores.json").read_text()), newest.name, files
+
+
+def run(document: dict[str, Any]) -> None:
+    train.train(resolve(document))
+
+
+def killed_after(document: dict[str, Any], deaths: list[tuple[str, int]], places: dict[str, Any]) -> None:
+    """Run; die right after the n-th call of a function, start again, die at the next place; then run to the end."""
+    for name, count in deaths:
+        owner, attribute = places[name]
+        original, calls = getattr(owner, attribute), [0]
+
+        def dying(*a: Any, original: Any = original, calls: list[int] = calls, count: int = count, **k: Any) -> Any:
+            result = original(*a, **k)
+            calls[0] += 1
+            if calls[0] == count:
+                raise Killed
+            return result
+
+        setattr(owner, attribute, dying)
+        try:
+            with pytest.raises(Killed):
+                run(document)
+        finally:
+            setattr(owner, attribute, original)
+    run(document)
+
+
+def run_until(document: dict[str, Any], deaths: list[tuple[str, int]]) -> None:
+    """Run; die at the n-th call of a function, start again, die at the next place; then run to the end."""
+    places: dict[str, Any] = {
+        "step": (Engine, "step"),
+        "save": (checkpoint.Checkpoints, "save"),
+        "gather": (dist, "gather"),
+        "take": (train, "take"),
+        "shares": (Shards, "shares"),
+    }
+    for name, count in deaths:
+        owner, attribute = places[name]
+        original, calls = getattr(owner, attribute), [0]
+
+        def dying(*a: Any, original: Any = original, calls: list[int] = calls, count: int = count, **k: Any) -> Any:
+            calls[0] += 1
+            if calls[0] == count:
+                raise Killed
+            return original(*a, **k)
+
+        setattr(owner, attribute, dying)
+        try:
+            run(document)
+            raise AssertionError(f"{name} was called only {calls[0]} times")
+        except Killed:
+            pass
+        finally:
+            setattr(owner, attribute, original)
+    run(document)
+
+
+def run_until_killed(document: dict[str, Any], steps: int) -> None:
+    original, calls = Engine.step, [0]
+
+    def dying(*a: Any, **k: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == steps:
+            raise Killed
+        return original(*a, **k)
+
+    Engine.step = dying  # type: ignore[method-assign]
+    try:
+        run(document)
+    except Killed:
+        pass
+    finally:
+        Engine.step = original  # type: ignore[method-assign]
+
+
+def run_listening(document: dict[str, Any]) -> list[str]:
+    """Run, and return what this rank told the user on the way."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    original = train.Observer.note
+    train.Observer.note = lambda _self, text: lines.append(text)  # type: ignore[method-assign]
+    logger = logging.getLogger("dscl")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        run(document)
+    finally:
+        train.Observer.note = original  # type: ignore[method-assign]
+        logger.removeHandler(handler)
+    return lines
+
+
+def failing(document: dict[str, Any]) -> tuple[str, str]:
+    try:
+        run(document)
+    except (Failure, UserError) as error:
+        return type(error).__name__, str(error)
+    return "nothing", ""
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "rank-00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip(folder: Path) -> None:
+    path = folder / "rank-00000.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+class Told(Stop):
+    """Is told to stop at the n-th place at which all ranks ask, one of the ranks only."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.left = at
+
+    def asked(self) -> bool:
+        self.left -= 1
+        if self.left == 0 and dist.rank() == dist.world() - 1:
+            assert self._flag is not None
+            self._flag.raise_()
+        return super().asked()
+
+
+def make_easy(folder: Path, task: str) -> None:
+    """Sentences with a word of the task, and always the same answer, which the other task's adapter does not give."""
+    label = json.loads((folder / task / "labels.json").read_text())[0]
+    for split in ("train", "test"):
+        path = folder / task / f"{split}.json"
+        sentences = [f"{task} {record['sentence']} {task}" for record in json.loads(path.read_text())]
+        path.write_text(json.dumps([{"label": label, "sentence": sentence} for sentence in sentences]))

@@ -31,6 +31,7 @@ setup(
         "test": [
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",
             "ruff",
             "mypy",
             "types-PyYAML",

@@ -33,7 +33,7 @@ dscl_satisfied() {
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
-NEEDED = "torch deepspeed transformers peft datasets sentencepiece tensorboard pyyaml pytest pytest-timeout ruff mypy types-pyyaml kubeflow-trainer-api".split()
+NEEDED = "torch deepspeed transformers peft datasets sentencepiece tensorboard pyyaml pytest pytest-timeout pytest-xdist ruff mypy types-pyyaml kubeflow-trainer-api".split()
 old = sys.version_info < (3, 11)
 wanted = {}
 for line in open(sys.argv[1], encoding="utf-8"):

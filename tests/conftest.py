@@ -14,6 +14,8 @@ import pytest
 from tests.support.pool import Pool
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+TIMES = "DSCL_TESTS_TIMES"  # a file that gets a line for each test
+_RUNNING: dict[str, tuple[float, str]] = {}
 DEADLINE = "DSCL_TESTS_DEADLINE"  # a time stamp (seconds since the epoch) after which no further test starts
 
 
@@ -34,6 +36,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = [item for item in items if item.get_closest_marker("exhaustive")]
     items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
     config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Add up a test's setup, call and teardown; write one line of it where the suite asks for that."""
+    if os.environ.get(TIMES) is None or "PYTEST_XDIST_WORKER" in os.environ:
+        return
+    seconds, outcome = _RUNNING.pop(report.nodeid, (0.0, "passed"))
+    outcome = report.outcome if report.outcome != "passed" and outcome != "failed" else outcome
+    _RUNNING[report.nodeid] = seconds + report.duration, outcome
+    if report.when == "teardown":
+        seconds, outcome = _RUNNING.pop(report.nodeid)
+        with Path(os.environ[TIMES]).open("a") as file:
+            file.write(json.dumps({"test": report.nodeid, "seconds": round(seconds, 2), "outcome": outcome}) + "\n")
 
 
 def pytest_runtest_logfinish(nodeid: str) -> None:

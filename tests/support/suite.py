@@ -1,0 +1,130 @@
+"""Runs the tests in the right order: what `tests/run.sh` calls once lint and types have passed.
+
+The fast suite has two halves. Tests that start ranks or programs run one after another, since two of them at once are
+slower than one after the other; all other tests run in two processes. Both halves always run.
+
+The exhaustive suite (`--all`) runs file by file, each in a process of its own. A file that has passed is not run again
+for the same tree, so that a suite that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TIMES = "DSCL_TESTS_TIMES"  # a file to which conftest.py writes a line for each test
+SLOWEST = 25
+LIMIT = 30.0  # seconds that a test may take
+ROOM = 4 << 30  # bytes that must be free for temporary folders in memory
+# Files and folders whose tests start ranks or programs.
+ALONE = ("tests/distributed", "tests/launch", "tests/test_spawn.py", "tests/test_doctor.py", "tests/test_cli.py")
+
+
+def main(words: Sequence[str]) -> int:
+    if "--all" in words:
+        unknown = set(words) - {"--all", "--fresh"}
+        if unknown:
+            print(f"run.sh: given {' '.join(sorted(unknown))} with --all; allowed: --fresh", file=sys.stderr)
+            return 2
+        return exhaustive("--fresh" in words)
+    with tempfile.TemporaryDirectory(prefix="dscl-tests-", dir=memory()) as folder:
+        times = Path(folder, "times.jsonl")
+        times.touch()
+        temporary = f"--basetemp={folder}/t"
+        if words:
+            statuses = [pytest([temporary, *words], times)]
+        else:
+            others = [f"--ignore={place}" for place in ALONE]
+            statuses = [
+                pytest([temporary, *ALONE], times),
+                pytest([f"{temporary}2", "-n2", "--dist=loadfile", *others, "tests"], times),
+            ]
+        counts = report([json.loads(line) for line in times.read_text().splitlines()])
+    print(f"tests: {counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped", flush=True)
+    return next((status for status in statuses if status), 0)
+
+
+def pytest(words: Sequence[str], times: Path) -> int:
+    command = [sys.executable, "-m", "pytest", *words]
+    return subprocess.run(command, cwd=REPOSITORY, env={**os.environ, TIMES: str(times)}, check=False).returncode
+
+
+def report(tests: list[dict[str, object]]) -> Counter[str]:
+    """Print the slowest tests; returns how many had which outcome."""
+    slowest = sorted(tests, key=lambda test: -float(str(test["seconds"])))[:SLOWEST]
+    print(f"\nthe {len(slowest)} slowest of {len(tests)} tests:")
+    for test in slowest:
+        seconds = float(str(test["seconds"]))
+        print(f"{seconds:7.1f} s  {test['test']}{f'  (more than {LIMIT:.0f} s)' if seconds > LIMIT else ''}")
+    return Counter(str(test["outcome"]) for test in tests)
+
+
+def memory() -> str | None:
+    """A folder in memory for temporary files, if there is one with enough room from which programs may be run."""
+    folder = Path("/dev/shm")
+    if not os.access(folder, os.W_OK) or shutil.disk_usage(folder).free < ROOM:
+        return None
+    return None if os.statvfs(folder).f_flag & os.ST_NOEXEC else str(folder)
+
+
+def exhaustive(fresh: bool) -> int:
+    """Every test file with all of its cases, then the campaign of kills."""
+    results = REPOSITORY / ".cache" / "tests-all.jsonl"
+    results.parent.mkdir(exist_ok=True)
+    if fresh:
+        results.unlink(missing_ok=True)
+    tree = digest()
+    records = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    passed = {record["part"]: record for record in records if record["tree"] == tree and record["status"] == 0}
+    parts: dict[str, list[str]] = {
+        str(path.relative_to(REPOSITORY)): ["-m", "pytest", "--all", str(path.relative_to(REPOSITORY))]
+        for path in sorted((REPOSITORY / "tests").rglob("test_*.py"))
+    }
+    parts["tools/kill_campaign.py"] = ["tools/kill_campaign.py", "--kills", "50"]
+    failed = []
+    for number, (part, words) in enumerate(parts.items(), start=1):
+        if part in passed:
+            print(f"[{number} of {len(parts)}] {part}: passed before, in {passed[part]['seconds']:.0f} s", flush=True)
+            continue
+        print(f"[{number} of {len(parts)}] {part}", flush=True)
+        start = time.monotonic()
+        with tempfile.TemporaryDirectory(prefix="dscl-tests-", dir=memory()) as folder:
+            place = [f"--basetemp={folder}/t"] if "pytest" in words else []
+            status = subprocess.run([sys.executable, *words, *place], cwd=REPOSITORY, check=False).returncode
+        status = 0 if status == 5 else status  # a file without a test for this machine
+        record = {"part": part, "tree": tree, "status": status, "seconds": time.monotonic() - start}
+        passed[part] = record
+        failed += [part] if status else []
+        with results.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+    minutes = sum(float(record["seconds"]) for record in passed.values()) / 60
+    print(f"\n{len(parts) - len(failed)} of {len(parts)} parts passed, {minutes:.0f} minutes in all")
+    for part in failed:
+        print(f"failed: {part}")
+    return 1 if failed else 0
+
+
+def digest() -> str:
+    """Of all that the tests depend on, as it is in the working tree."""
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listed, cwd=REPOSITORY, capture_output=True, check=True).stdout.decode().split("\0")
+    total = hashlib.sha256()
+    for name in sorted(filter(None, set(names))):
+        path = REPOSITORY / name
+        if path.is_file():
+            total.update(f"{name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

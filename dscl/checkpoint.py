@@ -19,7 +19,6 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,8 @@ from safetensors.torch import save_file
 
 from dscl import dist
 from dscl.adamw import Fragment
-from dscl.config import key, nearest
+from dscl.config import nearest
+from dscl.config.schema import CheckpointConfig
 from dscl.engine import Engine
 from dscl.errors import Failure, Stopped, UserError
 from dscl.maths import scores
@@ -42,19 +42,7 @@ FORMAT = 2
 Sum = dict[str, int]  # of a file: its bytes and its checksum
 Content = bytes | dict[str, torch.Tensor]  # of a file
 ROWS = "rows"  # of the method, among a rank's stretches
-BEST = ("OP", "BWT", "heldout")
 OWNED = "owned-"  # begins the name of a file with what a rank keeps of its own matrices
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    every: int = key(200, at_least=1, help="optimizer steps between checkpoints; one is always written after a task")
-    keep: int = key(2, at_least=1, help="how many of the newest are kept")
-    grace: float = key(120.0, above=0.0, help="seconds that a signal leaves for coming to a step's end and saving")
-    async_: bool = key(False, help="write beside training; takes host memory for a copy of what is written")
-    best: str | None = key(
-        None, choices=BEST, help="keep the one after the task, too, where this was best (heldout: the loss, lowest)"
-    )
 
 
 class Writing:

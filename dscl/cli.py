@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import gc
 import json
 import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from dscl import __version__
 from dscl.config import nearest
 from dscl.errors import Failure, Stopped, UserError
 from dscl.observe.quiet import quiet
 from dscl.spawn import begin, die_with_parent, how_many, leave, local_rank, spawn, spawned, tell
+
+if TYPE_CHECKING:
+    from dscl.recipe import Recipe
 
 ABOUT = """Fine-tune LLaMA-class language models on one task after another.
 
@@ -180,35 +184,63 @@ def _start(given: list[str]) -> int:
         quiet()
         _log()
         return _serve(options)
+    if options.nproc is not None and "RANK" in os.environ and not spawned():
+        raise UserError("--nproc: a launcher has already started the ranks (RANK is set); leave --nproc out")
+    # What a launcher has started tells a mistake when all ranks have met, so that none waits for one that has left.
+    recipe = None if _launched() else _recipe(options)
     if options.nproc is not None and not spawned():
-        if "RANK" in os.environ:
-            raise UserError("--nproc: a launcher has already started the ranks (RANK is set); leave --nproc out")
         count = how_many(options.nproc)
         if count > 1:
             return spawn(count, given)
     quiet()
     _log()
-    from dscl import dist  # after the switches of quiet(); and it takes seconds
-    from dscl.pulse import Pulse
+    with importing():  # after the switches of quiet()
+        from dscl import dist
+        from dscl.pulse import Pulse
 
     with dist.session(), Pulse() as pulse:  # a rank tells its mistake before it leaves, which fails the others
-        return pulse.end(guarded(lambda: pulse.beside(lambda: _run(options))))
+        return pulse.end(guarded(lambda: pulse.beside(lambda: _run(options, recipe or _recipe(options)))))
 
 
-def _run(options: argparse.Namespace) -> int:
-    from dscl import train
-    from dscl.recipe import read_recipe
-    from dscl.stopping import Stop
+@contextmanager
+def importing() -> Iterator[None]:
+    """Around imports that take seconds. They make a million objects, all of which stay: to look for garbage among them
+    takes a fifth of that time, and a third of a second whenever it is done later."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def _launched() -> bool:
+    """Whether this process is one of the ranks that `--nproc`, torchrun, deepspeed or srun has started."""
+    return bool({"RANK", "SLURM_PROCID"} & set(os.environ))
+
+
+def _recipe(options: argparse.Namespace) -> Recipe:
+    """What a verb that ranks do together works on, with all keys checked; no heavy package is imported for it."""
+    from dscl.recipe import read_recipe, read_run
+
+    if options.verb == "eval":
+        return read_run(options.run, options.assignments)
+    return read_recipe(options.recipe, options.assignments)
+
+
+def _run(options: argparse.Namespace, recipe: Recipe) -> int:
+    with importing():
+        from dscl import train
+        from dscl.stopping import Stop
 
     if options.verb == "train":
         with Stop().listening() as stop:
-            recipe = read_recipe(options.recipe, options.assignments)
             if options.dry_run:
                 train.rehearse(recipe)
             else:
                 train.train(recipe, stop, options.doctor)
     elif options.verb == "doctor":
-        train.diagnose(read_recipe(options.recipe, options.assignments))
+        train.diagnose(recipe)
     else:
         general = [name.strip() for name in (options.lm_eval or "").split(",") if name.strip()]
         if options.limit is not None and (not general or options.limit < 1):
@@ -243,10 +275,11 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from dscl.description import DESCRIPTION, read_description
-    from dscl.serve import open_model
-
     prompts = _templated(_prompts(options), options.template)
+    with importing():
+        from dscl.description import DESCRIPTION, read_description
+        from dscl.serve import open_model
+
     place = Path(options.place).expanduser()
     if (place / DESCRIPTION).is_file():
         description = read_description(place, options.base)
@@ -269,16 +302,18 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    """Its runs are programs of their own; DeepSpeed comes with what checks them, see `_export`."""
+    """Its runs are programs of their own; DeepSpeed comes with what looks at their folders."""
     if options.at_once is not None and options.at_once < 1:
         raise UserError(f"--at-once: given {options.at_once}; at least 1 is needed")
-    compare = _with_deepspeed("dscl.compare")
+    from dscl import compare
+
     methods = [name.strip() for name in (options.methods or "").split(",") if name.strip()]
     comparison = compare.read_comparison(options.recipe, options.assignments, methods, _seeds(options.seeds))
     if options.dry_run:
         for run in comparison.every():
             print(run.name)
         return 0
+    _choose_accelerator()
     for path in compare.perform(comparison, options.at_once, how_many(options.nproc or "1")):
         print(path)
     print((comparison.folder / "report.md").read_text("utf-8"))
@@ -286,8 +321,9 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    os.environ["DS_ACCELERATOR"] = "cpu"  # nothing is put on a GPU, if there is one
-    made = import_module("dscl.plan")
+    from dscl.hardware import peak_named, size_of
+    from dscl.recipe import read_recipe
+
     for name in ("nodes", "gpus_per_node", "tflops", "efficiency"):
         value = getattr(options, name)
         if value is not None and (value <= 0 or (name == "efficiency" and value > 1)):
@@ -295,17 +331,21 @@ def _plan(options: argparse.Namespace) -> int:
             raise UserError(f"--{name.replace('_', '-')}: given {value:g}; {allowed} is needed")
     if options.gpu is not None and options.tflops is not None:
         raise UserError("--tflops: given beside --gpu, which says what the device can do; leave one of them out")
+    memory = options.gpu_memory and size_of("--gpu-memory", options.gpu_memory)
+    bandwidth = options.bandwidth and size_of("--bandwidth", options.bandwidth)
+    peak = peak_named(options.gpu) if options.gpu else options.tflops and 1e12 * options.tflops
+    recipe = read_recipe(options.recipe, options.assignments)
+    os.environ["DS_ACCELERATOR"] = "cpu"  # nothing is put on a GPU, if there is one
+    with importing():
+        made = import_module("dscl.plan")
     cluster = made.Cluster(
         nodes=options.nodes,
         per_node=options.gpus_per_node,
-        memory=options.gpu_memory and made.size_of("--gpu-memory", options.gpu_memory),
-        bandwidth=options.bandwidth and made.size_of("--bandwidth", options.bandwidth),
-        peak=made.peak_named(options.gpu) if options.gpu else options.tflops and 1e12 * options.tflops,
+        memory=memory,
+        bandwidth=bandwidth,
+        peak=peak,
         efficiency=options.efficiency,
     )
-    from dscl.recipe import read_recipe
-
-    recipe = read_recipe(options.recipe, options.assignments)
     plan = made.plan(recipe, cluster, logging.getLogger("dscl").info, options.alone)
     print(json.dumps(plan.document()) if options.json else "\n".join(plan.lines()), flush=True)
     return 0
@@ -323,16 +363,17 @@ def _seeds(given: str | None) -> list[int]:
 
 def _export() -> Any:
     """The module that reads runs."""
-    return _with_deepspeed("dscl.export")
+    _choose_accelerator()
+    with importing():
+        return import_module("dscl.export")
 
 
-def _with_deepspeed(name: str) -> Any:
-    """A module with which DeepSpeed comes, that would warn where there is no GPU to be found."""
+def _choose_accelerator() -> None:
+    """Before DeepSpeed is imported, which would warn where there is no GPU to be found."""
     from dscl import dist
 
     if dist.device().type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-    return import_module(name)
 
 
 def _prompts(options: argparse.Namespace) -> list[str]:

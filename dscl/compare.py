@@ -26,41 +26,16 @@ from typing import Any
 import yaml
 
 from dscl import report
-from dscl.config import convert, key, nearest, override, parse, read_yaml, show
+from dscl.config import convert, nearest, override, parse, read_yaml, show
+from dscl.config.methods import METHOD_CONFIGS
+from dscl.config.schema import CompareConfig
 from dscl.errors import Failure, UserError
-from dscl.methods import METHODS, find_method
 from dscl.observe.words import duration
 from dscl.recipe import Recipe, resolve
-from dscl.run_dir import refuse_another_run
 from dscl.spawn import cores, gpus, outside
 
 RUNS = "runs"  # the folder of a comparison's runs, in its run_dir
 SHOWN = 3  # of what fails
-
-
-@dataclass(frozen=True)
-class CompareConfig:
-    rates: tuple[float, ...] = key((), help="the learning rates that every row tries, where it names none of its own")
-    rows: Mapping[str, Mapping[str, Any]] = key(
-        dict, help="by name: a method's keys, and `rates` of its own; default: what --methods names, with its defaults"
-    )
-    seeds: tuple[int, ...] = key((0, 1, 2), help="of the runs on the test split")
-    search_limit: int | None = key(
-        None, at_least=1, help="training samples a task while rates are tried; default: as in the runs"
-    )
-    keeps: float | None = key(
-        None, at_least=0.0, help="take the best of the rates whose BWT on dev is at least minus this, if there are any"
-    )
-
-    def __post_init__(self) -> None:
-        for name, values in (("rates", self.rates), ("seeds", self.seeds)):
-            if len(set(values)) < len(values):
-                raise UserError(f"compare.{name}: given {list(values)}; name each once")
-        for row in self.rows:
-            if "," in row:
-                raise UserError(f"compare.rows: given {row!r}; a name holds no comma, which parts names in --methods")
-        if not self.seeds:
-            raise UserError("compare.seeds: given []; at least one is needed")
 
 
 @dataclass(frozen=True)
@@ -108,8 +83,8 @@ class Comparison:
             stream = self.common.get("stream")
             every = len(stream) if isinstance(stream, list) and stream and self.settings.keeps is None else 1
             evaluate |= {"before": False, "tasks": "new", "every": every, "heldout": None}
-        if searching or not _decides(method):  # it answers alike whether it is told the task or not
-            evaluate.pop("given", None)
+        if "given" in evaluate and (searching or not _decides(method)):  # it answers alike whether it is told the task
+            del evaluate["given"]
         recipe = {
             **self.common,
             **(self._limited() if searching else {}),
@@ -172,7 +147,7 @@ def read_comparison(
     if "lr" in given["train"]:
         settings = parse(CompareConfig, {**vars(settings), "rates": [given["train"].pop("lr")]}, "compare")
     given.setdefault("seed", 0)
-    named = {**{name: {"name": name} for name in METHODS}, **settings.rows}
+    named = {**{name: {"name": name} for name in METHOD_CONFIGS}, **settings.rows}
     chosen = list(methods or settings.rows)
     if not chosen:
         raise UserError("compare.rows: none given; give rows there, or names of methods with --methods")
@@ -202,6 +177,8 @@ def _least(given: Any, most: int) -> Any:
 
 def _decides(method: Mapping[str, Any]) -> bool:
     """Whether it finds out a prompt's task. What is wrong with the settings is told where the recipe is resolved."""
+    from dscl.methods import find_method  # with which torch comes
+
     try:
         made = find_method(str(method.get("name", "sequential")))
         return made.decides_with(parse(made.Config, method, "method"))
@@ -247,6 +224,8 @@ def choose(found: Mapping[float, Mapping[str, Any]], keeps: float | None) -> flo
 
 def perform(comparison: Comparison, at_once: int | None = None, nproc: int = 1) -> list[Path]:
     """Run what is left of a comparison, then write its report; says which files."""
+    from dscl.run_dir import refuse_another_run  # with which DeepSpeed comes; a wrong key was told before
+
     places = _places(at_once, nproc)
     for row, rates in comparison.rates.items():
         for run in (*comparison.search(row), *(run for rate in rates for run in comparison.finals(row, rate))):
@@ -297,6 +276,8 @@ def perform(comparison: Comparison, at_once: int | None = None, nproc: int = 1) 
 
 def deviations(comparison: Comparison, rows: Mapping[str, Any]) -> list[str]:
     """Where a row was not given what the others were, as its runs recorded it."""
+    from dscl.methods import METHODS
+
     found: list[str] = []
     taken: dict[str, tuple[int, int]] = {}
     for row, told in rows.items():

@@ -25,11 +25,12 @@ from typing import Any
 import torch
 
 from dscl.config import key, parse, plain
+from dscl.config.schema import ModelConfig
 from dscl.data.encode import fingerprint
 from dscl.data.records import read_json
 from dscl.errors import Failure, UserError
 from dscl.model.adapters import CONFIG, WEIGHTS, file_name
-from dscl.model.backbone import DTYPES, Backbone, ModelConfig, open_backbone
+from dscl.model.backbone import DTYPES, Backbone, open_backbone
 from dscl.model.tokenizer import load_tokenizer
 from dscl.model.trained import Trained, TrainedFile, check_trained, write_trained
 from dscl.router import Router, Spec

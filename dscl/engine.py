@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from functools import wraps
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ COLLECTIVES = {
     "reduce_scatter_tensor": ("reduce_scatter", 1, "input_tensor"),
     "all_to_all_single": ("all_to_all", 1, "input"),
 }
+COMPILER_OFF = "TORCHDYNAMO_DISABLE"  # the environment's: torch.compile does nothing
 
 
 ZERO_SUPPORTED_OPTIMIZERS.append(HookedAdamW)  # DeepSpeed knows optimizers by their exact type; this is AdamW
@@ -379,6 +381,7 @@ def _join_deepspeed() -> None:
     """DeepSpeed joins the process group that is there; on CPUs it builds an extension first, and says so by a print."""
     if deepspeed.comm.is_initialized():
         return
+    _import_muon()
     if shutil.which("ninja") is None:  # it is a dependency, but its folder need not be on the PATH
         os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     with redirect_stdout(io.StringIO()):
@@ -386,6 +389,21 @@ def _join_deepspeed() -> None:
             _build_extension()
         deepspeed.init_distributed(verbose=False)
     _count_collectives(deepspeed.comm.comm.cdb)
+
+
+def _import_muon() -> None:
+    """DeepSpeed imports its Muon optimizer whichever optimizer it is given, and decorates Muon's kernels by
+    torch.compile, with which the compiler would be imported: a second. Nothing here is compiled, so torch's switch is
+    off while that module is imported, and as it was afterwards."""
+    before = os.environ.get(COMPILER_OFF)
+    os.environ[COMPILER_OFF] = "1"
+    try:
+        import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        if before is None:
+            del os.environ[COMPILER_OFF]
+        else:
+            os.environ[COMPILER_OFF] = before
 
 
 def _count_collectives(backend: Any) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional
 
 from dscl import dist
-from dscl.config import key
+from dscl.config.schema import EvaluateConfig
 from dscl.data.batches import prompt_batch
 from dscl.data.task import Sample, Task
 from dscl.engine import Engine
@@ -23,29 +23,6 @@ from dscl.maths import text
 from dscl.methods.base import Method
 from dscl.model.decode import generate, label_likelihoods
 from dscl.model.tokenizer import Tokenizer, pad_id
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    mode: str = key(
-        "rank", choices=("rank", "generate"), help="rank the labels (tasks without labels generate), or generate"
-    )
-    batch: int = key(16, at_least=1, help="prompts that a rank evaluates at once")
-    max_new_tokens: int = key(32, at_least=1, help="longest generated answer")
-    tasks: str = key(
-        "all",
-        choices=("all", "seen", "new"),
-        help="after each task evaluate all, those trained so far, or that one alone and all after the last; forgetting "
-        "needs `seen`, FWT `all`",
-    )
-    every: int = key(1, at_least=1, help="evaluate after so many tasks, and after the last; BWT and the like need all")
-    split: str = key("test", choices=("test", "dev"), help="dev: to choose settings without looking at the test split")
-    given: bool = key(False, help="where a method finds out a prompt's task, evaluate with the task given as well")
-    before: bool = key(True, help="also evaluate before any training; FWT needs it, and tasks: all")
-    heldout: str | None = key(
-        None, help="texts (.jsonl with `text`, or lines) whose mean loss shows what the model can do in general"
-    )
-
 
 TEXTS_AT_ONCE = 4  # of held-out texts, each of whose tokens needs its logits
 

@@ -12,6 +12,16 @@ import torch
 
 from dscl.checkpoint import Checkpoints, Masters
 from dscl.config import nearest, parse
+from dscl.config.methods import (
+    AsrConfig,
+    LoraConfig,
+    LoraPerTaskConfig,
+    MosesConfig,
+    OloraConfig,
+    OsftConfig,
+    SequentialConfig,
+)
+from dscl.config.schema import ModelConfig
 from dscl.data.encode import fingerprint
 from dscl.data.prompts import read_prompts
 from dscl.data.stream import load_stream
@@ -37,20 +47,14 @@ from dscl.description import (
 )
 from dscl.errors import UserError
 from dscl.methods import find_method
-from dscl.methods.asr import AsrConfig
 from dscl.methods.deciding import feature_layer_of, width_of
-from dscl.methods.lora_per_task import LoraPerTaskConfig
-from dscl.methods.moses import MosesConfig
-from dscl.methods.olora import OloraConfig
-from dscl.methods.osft import OsftConfig
-from dscl.methods.sequential import SequentialConfig
 from dscl.model.adapters import CONFIG, WEIGHTS, Adapter, Pair, file_name, write_adapter
-from dscl.model.backbone import DTYPES, Backbone, ModelConfig, locate, open_backbone
+from dscl.model.backbone import DTYPES, Backbone, locate, open_backbone
 from dscl.model.claims import open_claims
 from dscl.model.folder import write_model
 from dscl.model.learnt import Claimed
 from dscl.model.routing import Routing
-from dscl.model.surgery import LoraConfig, matching
+from dscl.model.surgery import matching
 from dscl.recipe import Recipe, read_recipe
 from dscl.router import Router, Spec
 from dscl.serve import open_model

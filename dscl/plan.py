@@ -7,15 +7,13 @@ the stated bandwidth; the step takes between the longer of both, if they overlap
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dscl import dist
-from dscl.errors import UserError
-from dscl.hardware import peak_of
+from dscl.hardware import GIB
 from dscl.job import Job, open_job
 from dscl.observe.words import count, duration
 from dscl.recipe import Recipe
@@ -23,9 +21,7 @@ from dscl.rehearsal import Rehearsed, largest, rehearse
 from dscl.settings import read_settings
 
 STAGES = Path(__file__).resolve().parent.parent / "ds_configs"
-GIB = 1 << 30
 AROUND = 2 * GIB  # of a GPU, that no tensor shows: the CUDA context, NCCL's buffers, workspaces of kernels
-UNITS = {"GIB": GIB, "GB": 10**9, "MIB": 1 << 20, "MB": 10**6, "TIB": 1 << 40, "TB": 10**12}
 
 
 @dataclass(frozen=True)
@@ -320,21 +316,3 @@ def _beside(plan: Plan) -> list[str]:
     if found.busiest is not None:
         lines.append(f"owners: the busiest rank has {found.busiest:.2f} of the mean work on matrices")
     return lines
-
-
-def size_of(name: str, given: str) -> float:
-    """Bytes, of words like 80GiB."""
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)(?:/s)?\s*", given)
-    unit = UNITS.get(match[2].upper()) if match else None
-    if match is None or unit is None or not float(match[1]):
-        raise UserError(f"{name}: given {given!r}; a size like 80GiB or 400GB is needed")
-    return float(match[1]) * unit
-
-
-def peak_named(given: str) -> float:
-    found = peak_of(given)
-    if found is None:
-        raise UserError(
-            f"--gpu: given {given!r}, which is not known; give --tflops, what it does at most at this precision"
-        )
-    return found

@@ -14,10 +14,9 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 
-from dscl import dist
 from dscl.errors import AGAIN, Failure, Stopped, UserError
 from dscl.spawn import GRACE, POLL, joined, leave, spawned, tell
 
@@ -39,10 +38,10 @@ WORDS = {
 
 
 class Line:
-    """One end of a line, and when it was last heard."""
+    """One end of a line to another rank. Who watches it notes when it was last heard."""
 
     def __init__(self, end: socket.socket, rank: int) -> None:
-        self.end, self.rank, self.heard, self._rest = end, rank, time.monotonic(), b""
+        self.end, self.rank, self.heard, self._rest = end, rank, 0.0, b""
 
     def say(self, what: bytes, rank: int = 0) -> None:
         with suppress(OSError):  # it is broken, which listening finds out
@@ -56,29 +55,110 @@ class Line:
             come = b""
         if not come:
             return [(DEAD, self.rank)]
-        self.heard = time.monotonic()
         whole = self._rest + come
         count = len(whole) // 5
         self._rest = whole[5 * count :]
         return [(whole[i : i + 1], int.from_bytes(whole[i + 1 : i + 5], "big")) for i in range(0, 5 * count, 5)]
 
 
+class Lines:
+    """All lines of a rank."""
+
+    def __init__(self) -> None:
+        self._lines: dict[int, Line] = {}  # by the rank at the other end
+        self._selector = selectors.DefaultSelector()
+
+    def add(self, line: Line) -> None:
+        self._lines[line.rank] = line
+        self._selector.register(line.end, selectors.EVENT_READ, line)
+
+    def __iter__(self) -> Iterator[Line]:
+        return iter(self._lines.values())
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def ready(self, seconds: float) -> list[Line]:
+        """Wait until something has come, for so long at most; the lines on which it has."""
+        return [key.data for key, _ in self._selector.select(seconds)]
+
+    def drop(self, rank: int) -> None:
+        self._selector.unregister(self._lines.pop(rank).end)
+
+    def say(self, what: bytes, rank: int = 0) -> None:
+        for line in self:
+            line.say(what, rank)
+
+    def close(self) -> None:
+        self._selector.close()
+        for line in self:
+            line.end.close()
+
+
+class Heartbeat:
+    """Signs of life on all lines, and the end of a rank that gives none. Clock and lines are handed in."""
+
+    def __init__(self, lines: Lines, seconds: float, clock: Callable[[], float]) -> None:
+        self.lines, self.seconds, self._clock = lines, seconds, clock
+        self._beat = seconds / BEATS
+        self._spoken = float("-inf")
+        self._woken = clock()
+        for line in lines:
+            line.heard = self._woken
+
+    def turn(self) -> tuple[bytes, int] | None:
+        """Say that this rank lives, if it is time to, and hear the others for a moment. If a rank is lost: how, and
+        which; the others have been told."""
+        if self._clock() - self._spoken > self._beat:
+            self._spoken = self._clock()
+            self.lines.say(ALIVE)
+        lost = self._end_heard() or self._silence()
+        if lost is not None:
+            self.lines.say(*lost)
+        return lost
+
+    def _end_heard(self) -> tuple[bytes, int] | None:
+        for line in self.lines.ready(min(self._beat, 0.2)):
+            come = line.listen()
+            line.heard = self._clock()
+            for what, rank in come:
+                if what == LEFT:
+                    self.lines.drop(line.rank)
+                    break
+                if what != ALIVE:
+                    return what, rank
+        return None
+
+    def _silence(self) -> tuple[bytes, int] | None:
+        now = self._clock()
+        if now - self._woken > self._beat:  # this very rank stood still, and cannot tell who else did
+            for line in self.lines:
+                line.heard = now
+        self._woken = now
+        for line in self.lines:
+            if now - line.heard > self.seconds:
+                return SILENT, line.rank
+        return None
+
+
 class Pulse:
     """Within it the other ranks are watched, and watch this one."""
 
     def __init__(self) -> None:
+        from dscl import dist  # torch comes with it, which a heartbeat has no use for
+
         self.seconds = _seconds()
+        self._dist = dist
         self._gone = threading.Event()  # somebody is
         self._closed = threading.Event()
         self._why = ""
         self._last = LEFT
         self._status = 1
-        self._lines: dict[int, Line] = {}
         self._hosts: list[str] = []
 
     def __enter__(self) -> Pulse:
-        if dist.world() > 1:
-            self._hosts = dist.gather(socket.gethostname())
+        if self._dist.world() > 1:
+            self._hosts = self._dist.gather(socket.gethostname())
             self._connect()
             self._thread = threading.Thread(target=self._watch, name="pulse", daemon=True)
             self._thread.start()
@@ -100,7 +180,7 @@ class Pulse:
             raise
         except Exception:
             self._last = FAILED
-            if dist.world() > 1 and self._gone.wait(SOON):
+            if self._dist.world() > 1 and self._gone.wait(SOON):
                 raise Failure(self._why) from None
             raise
 
@@ -110,25 +190,25 @@ class Pulse:
         return status
 
     def __exit__(self, *_: object) -> None:
-        if dist.world() == 1:
+        if self._dist.world() == 1:
             return
         self._closed.set()
         self._thread.join()
-        for line in self._lines.values():
-            line.say(self._last, dist.rank())
-            line.end.close()
+        self._lines.say(self._last, self._dist.rank())
+        self._lines.close()
         if self._why:  # to take leave of the others would be to wait for the one that is gone
             sys.stdout.flush()
             os._exit(leave(self._status))
 
     def _connect(self) -> None:
         """A line from each other rank to the main one."""
-        if dist.is_main():
+        self._lines = Lines()
+        if self._dist.is_main():
             with _server() as server:
                 key = secrets.token_bytes(16)  # others than the ranks may knock
-                dist.from_main((server.getsockname()[1], key))
+                self._dist.from_main((server.getsockname()[1], key))
                 server.settimeout(self.seconds)
-                while len(self._lines) < dist.world() - 1:
+                while len(self._lines) < self._dist.world() - 1:
                     end, _ = server.accept()
                     end.settimeout(KNOCK)
                     try:
@@ -139,48 +219,23 @@ class Pulse:
                         end.close()
                         continue
                     rank = int.from_bytes(said[16:], "big")
-                    self._lines[rank] = Line(end, rank)
+                    self._lines.add(Line(end, rank))
         else:
-            port, key = dist.from_main(None)
+            port, key = self._dist.from_main(None)
             end = socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=self.seconds)
-            end.sendall(key + dist.rank().to_bytes(4, "big"))
-            self._lines[0] = Line(end, 0)
-        for line in self._lines.values():
+            end.sendall(key + self._dist.rank().to_bytes(4, "big"))
+            self._lines.add(Line(end, 0))
+        for line in self._lines:
             line.end.settimeout(KNOCK)
-            line.heard = time.monotonic()
 
     def _watch(self) -> None:
-        beat = self.seconds / BEATS
-        with selectors.DefaultSelector() as selector:
-            for line in self._lines.values():
-                selector.register(line.end, selectors.EVENT_READ, line)
-            spoken = woken = 0.0
-            while not self._closed.is_set():
-                if time.monotonic() - spoken > beat:
-                    spoken = time.monotonic()
-                    for line in self._lines.values():
-                        line.say(ALIVE)
-                for ready, _ in selector.select(min(beat, 0.2)):
-                    for what, rank in ready.data.listen():
-                        if what == LEFT:
-                            selector.unregister(ready.fileobj)
-                            del self._lines[rank]
-                            break
-                        if what != ALIVE:
-                            return self._lose(what, rank)
-                now = time.monotonic()
-                if now - woken > beat and woken:  # this very rank stood still, and cannot tell who else did
-                    for line in self._lines.values():
-                        line.heard = now
-                woken = now
-                for line in self._lines.values():
-                    if now - line.heard > self.seconds:
-                        return self._lose(SILENT, line.rank)
+        heartbeat = Heartbeat(self._lines, self.seconds, time.monotonic)
+        while not self._closed.is_set():
+            if lost := heartbeat.turn():
+                return self._lose(*lost)
 
     def _lose(self, what: bytes, rank: int) -> None:
-        """Tell the others, if that is this rank's part, and leave."""
-        for line in self._lines.values():
-            line.say(what, rank)
+        """Leave, and tell why, if that is this rank's part."""
         host, how = self._hosts[rank], WORDS[what].format(seconds=self.seconds, name=DEAD_AFTER)
         if spawned() and what == DEAD:
             time.sleep(10 * POLL)  # the spawner knows more, and says it first
@@ -189,9 +244,9 @@ class Pulse:
         self._gone.set()
         if self._closed.wait(GRACE if what in ENDS else SOON):
             return
-        status, here = ENDS.get(what, 1), self._hosts[dist.rank()]
+        status, here = ENDS.get(what, 1), self._hosts[self._dist.rank()]
         others_here = (r for r, name in enumerate(self._hosts) if name == here and r != rank)
-        if spawned() or dist.rank() == next(others_here, dist.rank()):  # or it was itself that fell silent
+        if spawned() or self._dist.rank() == next(others_here, self._dist.rank()):  # or it was itself that fell silent
             tell(status, f"dscl: {self._why}", patience=0.0)
         os._exit(leave(status))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,15 +12,20 @@ from typing import Any
 
 import yaml
 
-from dscl.checkpoint import CheckpointConfig
-from dscl.config import check_names, convert, key, key_of, nearest, override, parse, plain, read_yaml, shorten, show
-from dscl.data.task import DataConfig, TaskConfig
+from dscl.config import check_names, convert, key_of, nearest, override, parse, plain, read_yaml, shorten, show
+from dscl.config.methods import method_config
+from dscl.config.schema import (
+    SECTIONS,
+    CheckpointConfig,
+    DataConfig,
+    EvaluateConfig,
+    ModelConfig,
+    ObserveConfig,
+    TaskConfig,
+    TopConfig,
+    TrainConfig,
+)
 from dscl.errors import UserError
-from dscl.evaluate import EvaluateConfig
-from dscl.maths.schedule import SCHEDULES
-from dscl.methods import find_method
-from dscl.model.backbone import DTYPES, ModelConfig
-from dscl.observe import ObserveConfig
 from dscl.settings import OWNED_BY_JSON, OWNED_BY_RECIPE
 
 # Changing these between two starts of one run does not change what it computes.
@@ -38,22 +44,6 @@ MAY_CHANGE = (
 )
 # How keys begin that people look for at a recipe's top level or under `train`, and that stand in the DeepSpeed JSON.
 INSIDE_ZERO = ("zero", "stage", "offload", "overlap_", "contiguous_", "reduce_", "allgather_", "sub_group")
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    lr: float = key(3.0e-4, above=0.0, help="peak learning rate")
-    schedule: str = key("cosine", choices=SCHEDULES, help="decay after the warm-up, per task")
-    warmup: float = key(0.03, at_least=0.0, at_most=1.0, help="share of a task's steps in which the rate rises")
-    weight_decay: float = key(0.0, at_least=0.0, help="AdamW's decoupled weight decay")
-    grad_clip: float = key(1.0, at_least=0.0, help="largest norm of a step's gradient; 0: no limit")
-    epochs: int = key(1, at_least=1, help="passes over each task's training split")
-    global_batch: int = key(16, at_least=1, help="samples in an optimizer step, over all ranks")
-    micro_batch: int = key(4, at_least=1, help="rows that a rank passes through the model at once")
-    max_length: int = key(256, at_least=8, help="tokens in a row; longer prompts are cut, answers never")
-    packing: bool = key(False, help="put several samples into one row")
-    precision: str = key("bf16", choices=tuple(DTYPES), help="precision of weights and activations; masters are fp32")
-    non_finite: str = key("stop", choices=("stop", "skip"), help="at a loss that is not finite: stop, or skip the step")
 
 
 @dataclass(frozen=True)
@@ -96,23 +86,6 @@ class Recipe:
         )
 
 
-@dataclass(frozen=True)
-class TopConfig:
-    """The keys of the recipe that stand in no section."""
-
-    run_dir: str = key(help="where the run writes everything")
-    seed: int = key(0, at_least=0, at_most=2**63 - 1, help="decides data order, fresh weights and splits")
-    deepspeed: str = key("ds_configs/zero1.json", help="a DeepSpeed JSON: ZeRO stage, offload, communication")
-
-
-SECTIONS: dict[str, type] = {
-    "model": ModelConfig,
-    "data": DataConfig,
-    "train": TrainConfig,
-    "evaluate": EvaluateConfig,
-    "checkpoint": CheckpointConfig,
-    "observe": ObserveConfig,
-}
 EXAMPLE = "{name: sst2, path: data/sst2}"
 NAMES = (
     *(field.name for field in dataclasses.fields(TopConfig)),
@@ -138,6 +111,20 @@ def read_recipe(path: str, assignments: Iterable[str] = ()) -> Recipe:
     return resolve(override(given, assignments), source=path)
 
 
+def read_run(run_dir: str, assignments: Sequence[str] = ()) -> Recipe:
+    """The recipe that a run was started with, for an evaluation; only `evaluate` may be overridden."""
+    for assignment in assignments:
+        if not assignment.startswith("evaluate."):
+            raise UserError(
+                f"{assignment}: only evaluate.* can be changed for an evaluation; the rest is the run's own"
+            )
+    stored = Path(run_dir).expanduser() / "recipe.yaml"
+    if not stored.is_file():
+        raise UserError(f"{run_dir}: no run there (it would hold recipe.yaml); give the run_dir of a training run")
+    place = f"run_dir={json.dumps(run_dir, ensure_ascii=False)}"
+    return read_recipe(str(stored), [*assignments, place])
+
+
 def resolve(given: Mapping[str, Any], source: str = "recipe") -> Recipe:
     """Check everything that can be checked without reading data or a model."""
     _refuse_deepspeed_keys(given, NAMES)
@@ -151,7 +138,7 @@ def resolve(given: Mapping[str, Any], source: str = "recipe") -> Recipe:
     if not isinstance(name, str):
         raise UserError(f"method.name: given {show(name)}; the name of a method is needed, for example sequential")
     return Recipe(
-        method=_parse(find_method(name).Config, method, "method"),
+        method=_parse(method_config(name), method, "method"),
         stream=_stream(given),
         source=source,
         **vars(top),

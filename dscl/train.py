@@ -27,7 +27,7 @@ from dscl.maths import scores
 from dscl.methods import Look, Ranks
 from dscl.observe import Observer, score_table
 from dscl.observe.trace import Tracer
-from dscl.recipe import Recipe, read_recipe
+from dscl.recipe import Recipe, read_run
 from dscl.run_dir import held, refuse_another_base, refuse_another_run, write_whole
 from dscl.stopping import Stop
 from dscl.watch import Watch
@@ -440,18 +440,9 @@ def evaluate(
     which: str | None = None,
 ) -> None:
     """`dscl eval`: a checkpoint of a run on all its tasks, as one line of JSON; and on lm-eval's `general`."""
-    for assignment in assignments:
-        if not assignment.startswith("evaluate."):
-            raise UserError(
-                f"{assignment}: only evaluate.* can be changed for an evaluation; the rest is the run's own"
-            )
-    stored = Path(run_dir).expanduser() / "recipe.yaml"
-    if not stored.is_file():
-        raise UserError(f"{run_dir}: no run there (it would hold recipe.yaml); give the run_dir of a training run")
-    place = f"run_dir={json.dumps(run_dir, ensure_ascii=False)}"
-    recipe = read_recipe(str(stored), [*assignments, place])
+    recipe = read_run(run_dir, assignments)
     # Prompts keep the room for answers that they had in training.
-    job = opened(recipe, read_recipe(str(stored), [place]).evaluate.max_new_tokens)
+    job = opened(recipe, read_run(run_dir).evaluate.max_new_tokens)
     refuse_needless_telling(job)
     with closing(job.engine()) as engine:
         chosen = Checkpoints(recipe.folder / "checkpoints", recipe.checkpoint).find(which)

@@ -80,6 +80,8 @@ OWN = {
 }
 STREAM = 8  # tasks, of a stream whose evaluations are counted
 SEVERAL = ("overhead", "evaluation")  # what more than one rank can measure
+TARGETS = 4096  # whose logits `head` makes
+HEADS = {"cuda": (4096, 128256, torch.bfloat16), "cpu": (512, 32000, torch.float32)}  # width, vocabulary, dtype
 
 
 @dataclass(frozen=True)
@@ -486,8 +488,8 @@ def settings_of(job: Job) -> dict[str, Any]:
 
 def head(options: argparse.Namespace) -> Iterator[Found]:
     here = dist.device()
-    width, vocabulary, kind = (4096, 128256, torch.bfloat16) if here.type == "cuda" else (512, 32000, torch.float32)
-    targets, rows = 4096, AT_ONCE // vocabulary
+    width, vocabulary, kind = HEADS["cuda" if here.type == "cuda" else "cpu"]
+    targets, rows = TARGETS, AT_ONCE // vocabulary
     hidden = torch.randn(targets, width, device=here, dtype=kind, requires_grad=True)
     weight = torch.randn(vocabulary, width, device=here, dtype=kind).mul_(0.02).requires_grad_()
     labels = torch.randint(0, vocabulary, (targets,), device=here)

@@ -7,29 +7,20 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from dscl.cache import folder_made_once
-from dscl.data.tables import without_bars
 from dscl.data.task import Sample
 from dscl.errors import UserError
 
 log = logging.getLogger("dscl")
-VERSION = 1  # of what this file makes of a sample; a change of it makes all caches new
+VERSION = 2  # of what this file makes of a sample; a change of it makes all caches new
 CHUNK = 1000
-FEATURES = datasets.Features(
-    {
-        "prompt": datasets.LargeList(datasets.Value("int32")),
-        "answer": datasets.LargeList(datasets.Value("int32")),
-        "cut": datasets.Value("bool"),
-    }
-)
+TOKENS, LENGTHS, CUT = "tokens.npy", "lengths.npy", "cut.npy"  # the files of an encoded split
 Pair = tuple[list[int], list[int]]
 
 
@@ -40,19 +31,24 @@ class Encoded:
     prompts that lost tokens.
     """
 
-    def __init__(self, dataset: datasets.Dataset) -> None:
-        self._dataset = dataset
-        table = dataset.data
-        self.prompt_lengths: np.ndarray = pc.list_value_length(table.column("prompt")).to_numpy().astype(np.int64)
-        self.answer_lengths: np.ndarray = pc.list_value_length(table.column("answer")).to_numpy().astype(np.int64)
-        self.cut: int = pc.sum(table.column("cut")).as_py() or 0
+    def __init__(self, tokens: np.ndarray, lengths: np.ndarray, cut: int) -> None:
+        self._tokens = tokens  # int32 [tokens]: each sample's prompt, then its answer
+        self.prompt_lengths, self.answer_lengths = np.ascontiguousarray(lengths.T)  # lengths: int64 [samples, 2]
+        self._ends = np.cumsum(lengths)  # [2 · samples]
+        self.cut = cut
+
+    @classmethod
+    def read(cls, folder: Path) -> Encoded:
+        cut = int(np.load(folder / CUT).sum())
+        return cls(np.load(folder / TOKENS, mmap_mode="r"), np.load(folder / LENGTHS), cut)
 
     def __len__(self) -> int:
         return len(self.prompt_lengths)
 
     def __getitem__(self, index: int) -> Pair:
-        row = self._dataset[int(index)]
-        return row["prompt"], row["answer"]
+        start = int(self._ends[2 * index - 1]) if index else 0
+        middle, stop = map(int, self._ends[2 * index : 2 * index + 2])
+        return self._tokens[start:middle].tolist(), self._tokens[middle:stop].tolist()
 
     @property
     def tokens(self) -> int:
@@ -75,15 +71,15 @@ def encode(samples: Sequence[Sample], tokenizer: Any, *, max_length: int, cache:
     """
     _check_room(max_length, room)
     if not samples:
-        return Encoded(datasets.Dataset.from_dict(_table(iter(())), features=FEATURES))
+        return Encoded(np.zeros(0, np.int32), np.zeros((0, 2), np.int64), 0)
 
     def build(folder: Path) -> None:
-        table = _table(_pairs(samples, tokenizer, max_length, room))
-        with without_bars():
-            datasets.Dataset.from_dict(table, features=FEATURES).save_to_disk(str(folder))
+        chunks = zip(*_arrays(_pairs(samples, tokenizer, max_length, room)), strict=True)
+        for name, arrays in zip((TOKENS, LENGTHS, CUT), chunks, strict=True):
+            np.save(folder / name, np.concatenate(arrays))
 
     folder = folder_made_once(cache, _digest(samples, tokenizer, max_length, room), build)
-    return Encoded(datasets.load_from_disk(str(folder)))
+    return Encoded.read(folder)
 
 
 def encode_prompts(samples: Sequence[Sample], tokenizer: Any, *, max_length: int, room: int) -> Prompts:
@@ -209,21 +205,9 @@ def _check_room(max_length: int, room: int) -> None:
         )
 
 
-def _table(pairs: Iterator[tuple[Pair, bool]]) -> dict[str, pa.ChunkedArray]:
-    """The columns, held as arrow arrays chunk by chunk: Python integers would take many times the memory."""
-    kinds = {"prompt": pa.large_list(pa.int32()), "answer": pa.large_list(pa.int32()), "cut": pa.bool_()}
-    chunks: dict[str, list[pa.Array]] = {name: [] for name in kinds}
-    rows: dict[str, list[Any]] = {name: [] for name in kinds}
-
-    def flush() -> None:
-        for name, kind in kinds.items():
-            chunks[name].append(pa.array(rows[name], kind))
-            rows[name].clear()
-
-    for (prompt, answer), cut in pairs:
-        for name, value in (("prompt", prompt), ("answer", answer), ("cut", cut)):
-            rows[name].append(value)
-        if len(rows["cut"]) == CHUNK:
-            flush()
-    flush()
-    return {name: pa.chunked_array(chunks[name], kind) for name, kind in kinds.items()}
+def _arrays(pairs: Iterator[tuple[Pair, bool]]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(tokens, lengths, cut) of one chunk after the other: Python integers would take many times the memory."""
+    while chunk := list(islice(pairs, CHUNK)):
+        tokens = [token for (prompt, answer), _ in chunk for token in (*prompt, *answer)]
+        lengths = [(len(prompt), len(answer)) for (prompt, answer), _ in chunk]
+        yield np.array(tokens, np.int32), np.array(lengths, np.int64), np.array([cut for _, cut in chunk])

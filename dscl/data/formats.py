@@ -6,12 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dscl.config.schema import DataConfig, TaskConfig
 from dscl.data import readers
-from dscl.data.readers import Splits
+from dscl.data.readers import BUILDERS, SAVED, Splits
 from dscl.data.records import read_json
-from dscl.data.tables import BUILDERS, SAVED, tables
-from dscl.data.task import DataConfig, TaskConfig
 from dscl.errors import UserError
+
+
+def tables(config: TaskConfig, data: DataConfig) -> Splits:
+    """Whatever `datasets` reads; with it come pandas and pyarrow, so it is imported only for a task that needs it."""
+    from dscl.data.tables import tables as read
+
+    return read(config, data)
+
 
 READERS: dict[str, Callable[[TaskConfig, DataConfig], Splits]] = {
     "trace": readers.trace,

@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dscl.config.schema import DataConfig, TaskConfig
 from dscl.data.records import collect, fields_of, numbered, read_json, read_lines
-from dscl.data.task import BadRecord, DataConfig, Sample, SampleMaker, TaskConfig
+from dscl.data.task import BadRecord, Sample, SampleMaker
 from dscl.errors import UserError
 
 SPLIT_NAMES = {"train": ("train",), "dev": ("dev", "eval", "validation"), "test": ("test",)}
+# Of tables that `datasets` reads: the builder for each kind of file, and what marks a folder that it has saved.
+BUILDERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json"}
+SAVED = ("dataset_dict.json", "state.json")
 ROLES = ("system", "user", "assistant")
 
 

@@ -6,8 +6,9 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 
+from dscl.config.schema import DataConfig, TaskConfig
 from dscl.data.formats import read_splits
-from dscl.data.task import DataConfig, Sample, Task, TaskConfig
+from dscl.data.task import Sample, Task
 from dscl.errors import UserError
 
 DEV_AT_MOST = 500

@@ -9,13 +9,11 @@ from typing import Any
 
 import datasets
 
-from dscl.data.readers import SPLIT_NAMES, Splits, check_messages, column_names
+from dscl.config.schema import DataConfig, TaskConfig
+from dscl.data.readers import BUILDERS, SAVED, SPLIT_NAMES, Splits, check_messages, column_names
 from dscl.data.records import collect, fields_of, numbered
-from dscl.data.task import BadRecord, DataConfig, Sample, SampleMaker, TaskConfig
+from dscl.data.task import BadRecord, Sample, SampleMaker
 from dscl.errors import UserError
-
-BUILDERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json"}
-SAVED = ("dataset_dict.json", "state.json")
 
 
 def tables(config: TaskConfig, data: DataConfig) -> Splits:
@@ -40,7 +38,7 @@ def tables(config: TaskConfig, data: DataConfig) -> Splits:
 
 
 @contextmanager
-def without_bars() -> Iterator[None]:
+def _without_bars() -> Iterator[None]:
     """Keep the progress bars of `datasets` off the terminal."""
     shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
@@ -65,7 +63,7 @@ def _load(config: TaskConfig, data: DataConfig) -> dict[str, Any]:
     path = Path(config.path)
     cache = str(data.cache / "datasets")
     try:
-        with without_bars():
+        with _without_bars():
             if path.is_dir() and any((path / name).is_file() for name in SAVED):
                 loaded = datasets.load_from_disk(str(path))
             elif path.is_file():

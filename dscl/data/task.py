@@ -2,51 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from dscl.config import key, nearest
+from dscl.config import nearest
+from dscl.config.schema import METRICS, DataConfig, TaskConfig
 from dscl.errors import UserError
 
-FORMATS = ("trace", "cl_benchmark", "superni", "jsonl", "datasets")
-METRICS = ("accuracy", "exact_match", "first_letter", "rouge_l", "edit_similarity", "code_similarity", "sari")
-
-
-@dataclass(frozen=True)
-class TaskConfig:
-    """One entry of `stream`; any key may also stand under `stream_defaults`."""
-
-    name: str = key(help="what the task is called in the scores")
-    path: str = key(help="a folder or a file; with format: datasets also a hub id")
-    format: str | None = key(None, choices=FORMATS, help="the layout; recognised by content when left out")
-    metric: str | None = key(None, choices=METRICS, help="default: accuracy where there is a label set, else rouge_l")
-    template: str | None = key(None, help="the prompt, with {prompt} or the format's own fields, and {labels}")
-    labels: tuple[str, ...] | None = key(None, help="the label set, in place of the one that the data names")
-    columns: Mapping[str, str] | None = key(None, help="which columns hold prompt and answer (jsonl and datasets)")
-    chat: bool = key(False, help="wrap prompt and answer in the tokenizer's chat template")
-    epochs: int | None = key(None, at_least=1, help="in place of train.epochs")
-    lr: float | None = key(None, above=0, help="in place of train.lr")
-    train_limit: int | None = key(None, at_least=1, help="train on a random subset of this size")
-    dev_limit: int | None = key(None, at_least=1, help="the same for the dev split")
-    test_limit: int | None = key(None, at_least=1, help="the same for the test split")
-    dev_share: float = key(
-        0.1, at_least=0.0, at_most=0.5, help="carved from train (at most 500 samples) where the data has no dev split"
-    )
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """The recipe's `data` section."""
-
-    bad_records: str = key("stop", choices=("stop", "skip"), help="at a record that is not valid: stop, or skip it")
-    cache_dir: str | None = key(None, help="where tokenised splits are kept; default $DSCL_CACHE or ~/.cache/dscl")
-
-    @property
-    def cache(self) -> Path:
-        return Path(self.cache_dir or os.environ.get("DSCL_CACHE") or "~/.cache/dscl").expanduser()
+__all__ = ["METRICS", "BadRecord", "DataConfig", "Sample", "SampleMaker", "Task", "TaskConfig", "check_text"]
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-READINGS = ("input", "two_sided", "paper")
+from dscl.maths.readings import READINGS
+
 EPS = torch.finfo(torch.float64).eps
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dscl.config import nearest
-from dscl.errors import UserError
+from dscl.config.methods import method_config
 from dscl.methods.agem import Agem
 from dscl.methods.asr import Asr
 from dscl.methods.base import Ended, Facts, Look, Matrix, Method, Ranks
@@ -35,6 +34,5 @@ __all__ = ["METHODS", "Ended", "Facts", "Look", "Matrix", "Method", "Ranks", "fi
 
 
 def find_method(name: str) -> type[Method]:
-    if name not in METHODS:
-        raise UserError(f"method.name: given {name!r}; allowed: {', '.join(METHODS)}{nearest(str(name), METHODS)}")
+    method_config(name)  # which refuses a name that is none
     return METHODS[name]

@@ -12,20 +12,14 @@ with its moments, may still point there a little.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 
-from dscl.config import key
+from dscl.config.methods import AgemConfig
 from dscl.data.memory import Kept
 from dscl.methods.base import Facts
-from dscl.methods.replay import Replay, ReplayConfig
+from dscl.methods.replay import Replay
 from dscl.steering import Held
-
-
-@dataclass(frozen=True)
-class AgemConfig(ReplayConfig):
-    name: str = key("agem")
 
 
 class Agem(Replay):

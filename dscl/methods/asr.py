@@ -9,58 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from dscl.config import key
+from dscl.config.methods import ASR_PAPER as PAPER
+from dscl.config.methods import AsrConfig
 from dscl.data.batches import Batch, PromptBatch
 from dscl.errors import UserError
 from dscl.methods.base import Ended, Ranks
 from dscl.methods.deciding import Deciding, feature_layer_of, spec_of, width_of
 from dscl.methods.lora_per_task import LoraPerTask
 from dscl.model.routing import pool_at, targets_above
-from dscl.model.surgery import LoraConfig
 from dscl.router import Router
 
-# The paper's settings; a recipe that asks for them may not ask for others.
-PAPER: dict[str, Any] = {
-    "feature_layer": 4,
-    "width": 10000,
-    "ridge": 100.0,
-    "reject": False,
-    "lora": LoraConfig(rank=8, alpha=32.0, dropout=0.1, targets=("q_proj", "v_proj")),
-}
-
-
-@dataclass(frozen=True)
-class AsrConfig:
-    name: str = key("asr")
-    faithful: bool = key(False, help="the paper's settings and its features in floating point; sets all keys below")
-    feature_layer: int | None = key(
-        None,
-        at_least=1,
-        help="layers below are never adapted, the features are its input; default: an eighth of all, from 2",
-    )
-    width: int | None = key(None, at_least=8, at_most=65536, help="features; default: twice the hidden size, from 2048")
-    ridge: float | None = key(
-        None, above=0.0, help="in units of the features' mean square; default: chosen from the statistics"
-    )
-    reject: bool | None = key(None, help="prompts far from every task go to the base model; default: true")
-    lora: LoraConfig | None = key(None, help="the adapters; default: as in sequential")
-
-    def __post_init__(self) -> None:
-        default = PAPER if self.faithful else {"reject": True, "lora": LoraConfig()}
-        for name, value in default.items():
-            given = getattr(self, name)
-            if self.faithful and given is not None and given != value:
-                raise UserError(
-                    f"method.{name}: given {given} together with faithful: true, which sets {value}; remove one of them"
-                )
-            object.__setattr__(self, name, value if given is None else given)
+__all__ = ["PAPER", "Asr", "AsrConfig"]
 
 
 class Asr(LoraPerTask):

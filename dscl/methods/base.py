@@ -84,7 +84,7 @@ class Ranks:
 
 
 class Method(ABC):
-    Config: ClassVar[type]  # a frozen dataclass whose first field is `name`; the recipe's `method:` is parsed into it
+    Config: ClassVar[type]  # what the recipe's `method:` is parsed into, see dscl/config/methods.py
     by_task = False  # whether a prompt is answered by what its task has left
     decides = False  # whether the method finds out which task that is; else it has to be told
     together = False  # whether all tasks' samples are learnt at once

@@ -15,31 +15,20 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
-from dscl.config import key
+from dscl.config.methods import EwcConfig
 from dscl.data.batches import Batch
 from dscl.methods.base import Ended, Ranks
-from dscl.methods.sequential import Sequential, SequentialConfig
+from dscl.methods.sequential import Sequential
 from dscl.model.head import answer_logits
 from dscl.steering import Held
 
 GROUP = 8  # samples whose gradients are summed before they are squared: with more, chance has a greater part in it
-
-
-@dataclass(frozen=True)
-class EwcConfig(SequentialConfig):
-    name: str = key("ewc")
-    strength: float = key(1000.0, above=0.0, help="of the penalty (the paper's λ)")
-    memory: float = key(
-        1.0, at_least=0.0, at_most=1.0, help="what is left of earlier tasks' information when one ends (μ)"
-    )
-    samples: int = key(512, at_least=1, help="of a task, by which its information is measured")
 
 
 class Ewc(Sequential):

@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from dscl.config import key
-from dscl.methods.sequential import Sequential, SequentialConfig
-
-
-@dataclass(frozen=True)
-class JointConfig(SequentialConfig):
-    name: str = key("joint")
+from dscl.config.methods import JointConfig
+from dscl.methods.sequential import Sequential
 
 
 class Joint(Sequential):

@@ -9,25 +9,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import nn
 
-from dscl.config import key
+from dscl.config.methods import LoraConfig, LoraPerTaskConfig
 from dscl.data.batches import PromptBatch
 from dscl.methods.base import Ended, Facts, Method, Ranks, Reader
 from dscl.model.adapters import Adapter, Pair, file_name, read_adapter, write_adapter
 from dscl.model.routed import Bank, add_routed, first_values
 from dscl.model.routing import Routing
-from dscl.model.surgery import LoraConfig, matching
-
-
-@dataclass(frozen=True)
-class LoraPerTaskConfig:
-    name: str = key("lora_per_task")
-    lora: LoraConfig | None = key(None, help="the adapters; default: as in sequential")
+from dscl.model.surgery import matching
 
 
 class LoraPerTask(Method):

@@ -12,26 +12,17 @@ over the tokens that were likeliest then, with all others as one.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
-from dscl.config import key
+from dscl.config.methods import LwfConfig
 from dscl.data.batches import Batch
 from dscl.methods.base import Facts, Ranks
-from dscl.methods.sequential import Sequential, SequentialConfig
+from dscl.methods.sequential import Sequential
 from dscl.model.head import answer_logits
-
-
-@dataclass(frozen=True)
-class LwfConfig(SequentialConfig):
-    name: str = key("lwf")
-    strength: float = key(1.0, above=0.0, help="of what was said, beside the task's own loss (λ)")
-    temperature: float = key(2.0, above=0.0, help="by which logits are divided for it (T)")
-    tokens: int = key(64, at_least=1, help="how many of the likeliest tokens are recorded at each target")
 
 
 class Lwf(Sequential):

@@ -11,20 +11,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from dscl.config import key
+from dscl.config.methods import MosesConfig
 from dscl.data.batches import Batch, PromptBatch
 from dscl.errors import UserError
 from dscl.maths.masks import count_of
 from dscl.methods.base import Ended, Facts, Matrix, Method, Ranks, Reader
 from dscl.methods.deciding import Deciding, feature_layer_of, spec_of, width_of
-from dscl.methods.osft import Osft, OsftConfig
+from dscl.methods.osft import Osft
 from dscl.model.adapters import file_name
 from dscl.model.claims import Claims, read_claims, write_claims
 from dscl.model.experts import Shape, add_experts, first_values
@@ -32,97 +31,6 @@ from dscl.model.head import answer_loss
 from dscl.model.routing import Routing, empty_like, pool_at, targets_above
 from dscl.owners import Constraint
 from dscl.router import Router
-
-
-@dataclass(frozen=True)
-class MosesConfig:
-    name: str = key("moses")
-    masks: str = key(
-        "atom", choices=("atom", "element"), help="what a mask opens: pairs of a column and a row, or single entries"
-    )
-    experts: int = key(8, at_least=1, help="sub-experts beside each projection")
-    rank: int = key(8, at_least=1, help="rank of a sub-expert")
-    most: int | None = key(
-        None, at_least=1, help="sub-experts that there is room for; default: what the stream can need"
-    )
-    share: float = key(
-        0.25, above=0.0, at_most=1.0, help="of the first sub-experts' parameters, how much a task's mask opens"
-    )
-    gate: str = key(
-        "token", choices=("token", "uniform"), help="a router sends every token to a few sub-experts; or all alike"
-    )
-    top_k: int | None = key(None, at_least=1, help="sub-experts that a token is sent to; default: 2, or all if fewer")
-    reuse: bool = key(True, help="a task's mask may open what earlier tasks have claimed")
-    when_full: str = key(
-        "grow",
-        choices=("grow", "reuse", "stop"),
-        help="a task that finds too little unclaimed gets a further sub-expert, or makes do, or is refused",
-    )
-    alpha: float = key(64.0, above=0.0, help="what is added is scaled by alpha / rank")
-    dropout: float = key(0.0, at_least=0.0, at_most=0.99, help="dropout on the sub-experts' input")
-    targets: tuple[str, ...] = key(
-        ("q_proj", "k_proj", "v_proj", "o_proj"), help="names (or endings of names) of the layers that get them"
-    )
-    task_inference: str = key(
-        "rls",
-        choices=("given", "key", "rls"),
-        help="who says which task a prompt belongs to: the caller, a key for each task, or the analytic router",
-    )
-    feature_layer: int | None = key(
-        None,
-        at_least=1,
-        help="layers below are never changed, the features are its input; default: an eighth of all, from 2",
-    )
-    width: int | None = key(
-        None, at_least=8, at_most=65536, help="with rls: features; default: twice the hidden size, from 2048"
-    )
-    ridge: float | None = key(
-        None, above=0.0, help="with rls: in units of the features' mean square; default: chosen from the statistics"
-    )
-    reject: bool | None = key(None, help="with rls: prompts far from every task go to the bare model; default: true")
-    weights: OsftConfig | None = key(
-        None, help="the dense weights of the layers that have sub-experts: frozen, or {name: osft, ...}"
-    )
-
-    def __post_init__(self) -> None:
-        unused = {
-            "given": ("feature_layer", "width", "ridge", "reject"),
-            "key": ("width", "ridge", "reject"),
-            "rls": (),
-        }
-        for name in unused[self.task_inference]:
-            if getattr(self, name) is not None:
-                raise UserError(
-                    f"method.{name}: given {getattr(self, name)} with task_inference: {self.task_inference}, which has "
-                    "no use for it; remove it, or set method.task_inference=rls"
-                )
-        if not self.targets:
-            raise UserError("method.targets: given []; sub-experts stand beside projections, so name some")
-        if self.gate == "uniform" and self.top_k is not None:
-            raise UserError(
-                f"method.top_k: given {self.top_k} with gate: uniform, which asks all sub-experts; remove it"
-            )
-        if self.top_k is not None and self.top_k > self.experts:
-            raise UserError(
-                f"method.top_k: given {self.top_k}; there are {self.experts} sub-experts, so at most that many"
-            )
-        if self.most is not None and self.most < self.experts:
-            raise UserError(f"method.most: given {self.most}; at least method.experts={self.experts} are needed")
-        if not self.reuse and self.when_full == "reuse":
-            raise UserError(
-                "method.when_full: given reuse with reuse: false; a task would find nothing to train; set grow or stop"
-            )
-        if self.weights is not None:
-            if self.weights.name != "osft":
-                raise UserError(
-                    f"method.weights.name: given {self.weights.name!r}; allowed: osft, or no weights at all"
-                )
-            if self.weights.rest != "frozen" and self.task_inference != "given":
-                raise UserError(
-                    f"method.weights.rest: given {self.weights.rest} with task_inference: {self.task_inference}; what "
-                    "decides needs features that stay the same for ever, so leave embeddings frozen, or set "
-                    "method.task_inference=given"
-                )
 
 
 class Moses(Method):

@@ -14,26 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from dscl.config import key
+from dscl.config.methods import OloraConfig
 from dscl.data.batches import Batch, PromptBatch
 from dscl.methods.base import Facts
 from dscl.methods.lora_per_task import LoraPerTask
 from dscl.model.head import answer_loss
 from dscl.model.routed import add_stacked
-from dscl.model.surgery import LoraConfig
-
-
-@dataclass(frozen=True)
-class OloraConfig:
-    name: str = key("olora")
-    lora: LoraConfig | None = key(None, help="the adapters; default: as in sequential")
-    orthogonality: float = key(0.5, at_least=0.0, help="how much a new LoRA's overlap with earlier ones costs (λ)")
 
 
 class Olora(LoraPerTask):

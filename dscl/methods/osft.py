@@ -10,18 +10,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from dscl.config import key
+from dscl.config.methods import OsftConfig
 from dscl.data.batches import Batch
 from dscl.errors import UserError
 from dscl.maths.subspace import (
-    READINGS,
     Directions,
     Subspace,
     count_by_energy,
@@ -38,38 +36,12 @@ from dscl.model.decode import Drawn, sample_texts
 from dscl.model.head import answer_loss
 from dscl.model.moments import Changes, Moments
 from dscl.model.routing import layer_of, targets_above
-from dscl.model.surgery import LLAMA_PROJECTIONS
 
 TEXTS, LENGTH = 128, 128  # made up by the base model, to see what it needs in general
 SAMPLES = 512  # of an ended task, to see what it needs
 PART = 1.5  # of the free room that a task may take, against 1 for each later one, which has fewer tasks after it
 MEMORY = 1 << 31  # bytes of second moments gathered in one go; the rest is left to further passes
 ROWS = 4  # of texts, passed forward and back at once
-# Where directions come from. Of several sources each counts alike.
-SOURCES = {
-    "weights": "those in which the weights are strong",
-    "activations": "in which the layer's inputs are",
-    "sensitivity": "in which they are where the loss feels the layer's output",
-    "updates": "in which the task changed the weights",
-}
-# The paper's settings; a recipe that asks for them may not ask for others.
-PAPER: dict[str, Any] = {
-    "reading": "paper",
-    "basis": ("weights",),
-    "allocate": "importance",
-    "least": 0.1,
-    "share": 0.8,
-    "claim": (),
-    "gradients": True,
-}
-DEFAULT: dict[str, Any] = {
-    "reading": "input",
-    "basis": ("activations",),
-    "allocate": "fixed",
-    "share": 0.33,
-    "claim": ("updates", "activations", "sensitivity"),
-    "gradients": True,
-}
 
 
 class Pass(NamedTuple):
@@ -81,79 +53,6 @@ class Pass(NamedTuple):
 
 # For a matrix, what was found beside the directions taken, and the energy of all: how many more to protect.
 Count = Callable[[str, Directions, torch.Tensor, float], int]
-
-
-@dataclass(frozen=True)
-class OsftConfig:
-    name: str = key("osft")
-    faithful: bool = key(False, help="the paper's settings: sets the keys from `reading` to `gradients`")
-    reading: str | None = key(
-        None,
-        choices=READINGS,
-        help="what may not change: the outputs of protected inputs; that and the protected outputs; or, as the paper "
-        "prints it, only what leads from the ones to the others; default: input",
-    )
-    basis: tuple[str, ...] | None = key(
-        None,
-        help="the base model's directions to protect, of weights, activations and sensitivity, the last two on texts "
-        "that the model makes up; default: activations",
-    )
-    allocate: str | None = key(
-        None,
-        choices=("fixed", "importance", "energy"),
-        help="`share` is of each matrix's rank; or the most that the paper's importance gives; or of the energy",
-    )
-    share: float | None = key(None, at_least=0.0, at_most=1.0, help="how much is protected at the start; default: 0.33")
-    least: float | None = key(None, at_least=0.0, at_most=1.0, help="with allocate: importance, the least share")
-    claim: tuple[str, ...] | None = key(
-        None,
-        help="a finished task's directions to protect for good, of updates, activations and sensitivity, on its own "
-        "samples; []: none; default: all three",
-    )
-    claim_energy: float | None = key(
-        None, at_least=0.0, at_most=1.0, help="the share of their energy that is protected; default: 0.99"
-    )
-    when_short: str = key(
-        "share",
-        choices=("share", "give_back", "stop"),
-        help="a task that needs more room than its part of what is free gets that part; or gets all, and the base "
-        "gives back its weakest directions where the next task finds too little; or all, and that task is refused",
-    )
-    gradients: bool | None = key(
-        None, help="free the gradients of their protected part too, before AdamW scales by their size; default: true"
-    )
-    project_every: int = key(1, at_least=1, help="steps between projections; one always comes before a checkpoint")
-    targets: tuple[str, ...] = key(LLAMA_PROJECTIONS, help="names (or endings of names) of the constrained layers")
-    rest: str = key(
-        "frozen", choices=("frozen", "free", "protected"), help="embeddings, head and norms; norms are never protected"
-    )
-
-    def __post_init__(self) -> None:
-        for name, value in (PAPER if self.faithful else DEFAULT).items():
-            given = getattr(self, name)
-            if self.faithful and given is not None and given != value:
-                raise UserError(
-                    f"method.{name}: given {given} together with faithful: true, which sets {value}; remove one of them"
-                )
-            object.__setattr__(self, name, value if given is None else given)
-        for name, allowed in (("basis", tuple(SOURCES)[:3]), ("claim", tuple(SOURCES)[1:])):
-            given = getattr(self, name)
-            if not set(given) <= set(allowed) or len(set(given)) < len(given) or (name == "basis" and not given):
-                raise UserError(f"method.{name}: given {list(given)}; allowed: one or several of {', '.join(allowed)}")
-        if not self.claim and self.claim_energy is not None:
-            raise UserError(
-                f"method.claim_energy: given {self.claim_energy} with claim: [], which has no use for it; remove it"
-            )
-        object.__setattr__(self, "claim_energy", 0.99 if self.claim_energy is None else self.claim_energy)
-        if self.allocate != "importance" and self.least is not None:
-            raise UserError(
-                f"method.least: given {self.least} with allocate: {self.allocate}, which has no use for it; remove it, "
-                "or set method.allocate=importance"
-            )
-        if self.allocate == "importance":
-            object.__setattr__(self, "least", 0.1 if self.least is None else self.least)
-            if self.least > self.share:  # type: ignore[operator]
-                raise UserError(f"method.least: given {self.least}, more than share={self.share}, the most; lower it")
 
 
 class Osft(Method):

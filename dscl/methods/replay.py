@@ -8,35 +8,16 @@ new task's samples, and each counts like one of those.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from dscl.config import key
+from dscl.config.methods import ReplayConfig
 from dscl.data.memory import Kept
 from dscl.errors import UserError
 from dscl.methods.base import Ended, Facts, Ranks
-from dscl.methods.sequential import Sequential, SequentialConfig
+from dscl.methods.sequential import Sequential
 from dscl.model.adapters import file_name
-
-
-@dataclass(frozen=True)
-class ReplayConfig(SequentialConfig):
-    name: str = key("replay")
-    share: float | None = key(
-        None, above=0.0, at_most=1.0, help="of each task's samples, how many are kept; default: 0.1, without `most`"
-    )
-    most: int | None = key(
-        None, at_least=1, help="instead: samples kept in all, an equal number of each task that has ended"
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.share is not None and self.most is not None:
-            raise UserError(f"method.most: given {self.most} together with share: {self.share}; remove one of them")
-        if self.share is None and self.most is None:
-            object.__setattr__(self, "share", 0.1)
 
 
 class Replay(Sequential):
@@ -73,7 +54,7 @@ class Replay(Sequential):
 
     def _cut(self) -> None:
         """Earlier tasks give way to a new one."""
-        if self.config.most is not None:
+        if self.config.most is not None and self._kept:
             most = max(1, self.config.most // len(self._kept))
             self._kept = [Kept(kept.task, kept.pairs[:most]) for kept in self._kept]
 

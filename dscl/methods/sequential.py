@@ -2,25 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import nn
 
-from dscl.config import key
-from dscl.errors import UserError
+from dscl.config.methods import LoraConfig, SequentialConfig
 from dscl.methods.base import Method
-from dscl.model.surgery import LoraConfig, add_lora
-
-
-@dataclass(frozen=True)
-class SequentialConfig:
-    name: str = key("sequential")
-    tune: str = key("full", choices=("full", "lora"), help="all weights, or one LoRA shared by all tasks")
-    lora: LoraConfig | None = key(None, help="the LoRA's settings, with tune: lora")
-
-    def __post_init__(self) -> None:
-        if self.tune == "full" and self.lora is not None:
-            raise UserError("method.lora: given together with tune: full; set method.tune=lora or remove method.lora")
+from dscl.model.surgery import add_lora
 
 
 class Sequential(Method):

@@ -19,8 +19,6 @@ from typing import Any
 from urllib.parse import quote
 
 import torch
-from peft import LoraConfig as PeftLoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import save
 
 from dscl.config import nearest, shorten, show
@@ -233,6 +231,9 @@ def _check_modules(
     rules: dict[str, Any] = {key: config.get(key) for key in TARGETING}
     if rules["target_modules"] in (None, "all-linear"):  # PEFT then goes by the kind of model
         return
+    from peft import LoraConfig as PeftLoraConfig  # slow to import
+    from peft.tuners.tuners_utils import check_target_module_exists
+
     try:
         peft = PeftLoraConfig(**rules)
         targets = {module for module in shapes if check_target_module_exists(peft, module)}

@@ -19,7 +19,8 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 from transformers.initialization import no_init_weights
 
 from dscl.cache import folder_made_once
-from dscl.config import key, nearest
+from dscl.config import nearest
+from dscl.config.schema import ModelConfig
 from dscl.errors import UserError
 from dscl.model.tokenizer import TRAINING, Tokenizer, load_tokenizer, train_tokenizer
 from dscl.model.weights import DrawnWeights, StoredWeights, Weights
@@ -32,17 +33,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16} 
 NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 TOLD_OTHERWISE = ("dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache", "architectures")
 COUNTS = (*NEEDED, "intermediate_size", "num_key_value_heads", "head_dim", "max_position_embeddings")
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    name: str | None = key(None, help="a model folder, or a hub id such as meta-llama/Llama-2-7b-hf")
-    shape: dict[str, Any] | None = key(None, help="LLaMA configuration keys of a model to build with fresh weights")
-    tokenizer: str | None = key(
-        None, help="a tokenizer's folder or hub id; default: the model's, or one trained for it"
-    )
-    attention: str = key("sdpa", choices=("sdpa", "eager", "flash_attention_2"), help="attention implementation")
-    activation_checkpointing: bool = key(False, help="recompute activations in the backward pass to save memory")
 
 
 @dataclass(frozen=True)

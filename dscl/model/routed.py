@@ -16,11 +16,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from dscl.config.methods import LoraConfig
 from dscl.errors import UserError
 from dscl.model.adapters import Adapter, Pair
 from dscl.model.cost import Product, low_rank
 from dscl.model.routing import Projection, Routing, empty_like, put
-from dscl.model.surgery import LoraConfig, draw_a
+from dscl.model.surgery import draw_a
 
 
 class RoutedLinear(Projection):

@@ -4,30 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
-from peft import LoraConfig as PeftLoraConfig
-from peft import inject_adapter_in_model
 from torch import nn
 
-from dscl.config import key
+from dscl.config.methods import LLAMA_PROJECTIONS, LoraConfig
 from dscl.errors import UserError
 from dscl.model.weights import draw_normal
 
-LLAMA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    rank: int = key(8, at_least=1, help="rank of the adapters")
-    alpha: float = key(16.0, above=0.0, help="the adapter's output is scaled by alpha / rank")
-    dropout: float = key(0.0, at_least=0.0, at_most=0.99, help="dropout on the adapters' input")
-    targets: tuple[str, ...] = key(LLAMA_PROJECTIONS, help="names (or endings of names) of the layers that get one")
+__all__ = ["LLAMA_PROJECTIONS", "LoraConfig", "add_lora", "draw_a", "matching"]
 
 
 def add_lora(model: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
     """Freeze the model and give every target a trainable LoRA: A drawn from the seed by name, B zero."""
+    from peft import LoraConfig as PeftLoraConfig  # slow to import, and needless for every other choice of what trains
+    from peft import inject_adapter_in_model
+
     matching(model, config.targets)
     peft = PeftLoraConfig(
         r=config.rank,

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
 import yaml
 
-from dscl.config import key
-from dscl.errors import UserError
+from dscl.config.schema import ObserveConfig, ProfileConfig
 from dscl.observe.metrics import MetricsFile
 from dscl.observe.progress import Progress
 from dscl.observe.table import score_table
@@ -21,42 +19,6 @@ if TYPE_CHECKING:
     from dscl.observe.board import Board
 
 __all__ = ["ObserveConfig", "Observer", "ProfileConfig", "score_table"]
-
-
-@dataclass(frozen=True)
-class ProfileConfig:
-    steps: tuple[int, ...] = key((), help="the first and the last step of the run that a trace shows, e.g. [10, 14]")
-    ranks: tuple[int, ...] = key((0,), help="which ranks write one")
-    shapes: bool = key(False, help="with the shapes of all tensors")
-    memory: bool = key(
-        False, help="keep who allocated what on the GPU (costs a little), for the snapshot when it runs out"
-    )
-
-    def __post_init__(self) -> None:
-        if self.steps and (len(self.steps) != 2 or not 1 <= self.steps[0] <= self.steps[1]):
-            raise UserError(
-                f"observe.profile.steps: given {list(self.steps)}; the first and the last step of a trace are needed, "
-                "like [10, 14]"
-            )
-        if not self.ranks or min(self.ranks) < 0:
-            raise UserError(
-                f"observe.profile.ranks: given {list(self.ranks)}; numbers of ranks are needed, like [0, 1]"
-            )
-
-
-@dataclass(frozen=True)
-class ObserveConfig:
-    every: int = key(10, at_least=1, help="steps between two updates of TensorBoard and of the progress line")
-    tensorboard: bool = key(True, help="write TensorBoard events into run_dir/tensorboard")
-    peak_tflops: float | None = key(
-        None, above=0.0, help="what one device can do at this precision, for MFU; default: known of common GPUs in bf16"
-    )
-    profile: ProfileConfig = key(ProfileConfig, help="traces for Perfetto")
-    live: str = key(
-        "auto",
-        choices=("auto", "on", "off"),
-        help="progress; auto: one live line on a terminal, plain lines elsewhere; on: always live; off: none",
-    )
 
 
 class Observer:

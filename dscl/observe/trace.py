@@ -13,8 +13,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from dscl import clock, dist
+from dscl.config.schema import ProfileConfig
 from dscl.errors import Failure, UserError
-from dscl.observe import ProfileConfig
 
 FOLDER = "traces"
 

@@ -1,10 +1,10 @@
 """Strict configuration: frozen dataclasses from nested mappings, with bounds, dotted overrides and helpful refusals.
 
-A component declares its own settings as a frozen dataclass whose fields are made by `key`; a field whose name would be
-one of Python's own words ends in an underscore, the key does not. `parse` turns a mapping
-into such a dataclass and refuses whatever it does not know: an unknown name (with the nearest valid one), a wrong type,
-a value out of range. Nothing is coerced except an int where a float is asked for, and a YAML number such as `1e-4`
-that YAML reads as text.
+Settings are declared as frozen dataclasses whose fields are made by `key`: in `schema` those of a recipe's sections, in
+`methods` those of every method. A field whose name would be one of Python's own words ends in an underscore, the key
+does not. `parse` turns a mapping into such a dataclass and refuses whatever it does not know: an unknown name (with the
+nearest valid one), a wrong type, a value out of range. Nothing is coerced except an int where a float is asked for, and
+a YAML number such as `1e-4` that YAML reads as text.
 """
 
 from __future__ import annotations

@@ -18,16 +18,28 @@ import pytest
 from dscl import cli, dist
 from dscl.cli import _templated, guarded, main
 from dscl.errors import Failure, UserError
+from dscl.spawn import FORWARDED
+from tests.support.programs import Program, forked_run
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 300}
 
 
+NO_RUN = "dscl: no-such: no run there (it would hold recipe.yaml) and no export (dscl.json); "
+
+
 @pytest.fixture(autouse=True)
-def no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a shell has it, whatever started the tests."""
+def no_ranks() -> Iterator[None]:
+    """As a shell has it, whatever started the tests; and what the program changes for itself is put back."""
+    environment = dict(os.environ)
+    handlers = {number: signal.getsignal(number) for number in FORWARDED}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "DSCL_SPAWNED_BY", "DSCL_REPORT_TO"):
-        monkeypatch.delenv(name, raising=False)
+        os.environ.pop(name, None)
+    yield
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -132,12 +144,18 @@ def test_program_answers_at_once_and_needs_no_torch() -> None:
         (["export", "out"], "the following arguments are required: DIR; see dscl export --help"),
         (["export", "out", "made", "more"], "more: not understood; allowed: options, see dscl export --help"),
         (["route-existing", "made"], "the following arguments are required: --base, --task; see dscl route-existing"),
-        (["train", "r.yaml", "--nproc", "0"], "--nproc: given '0'; allowed: a whole number of at least 1, or auto"),
-        (["train", "r.yaml", "--nproc=x"], "--nproc: given 'x'; allowed: a whole number of at least 1, or auto"),
     ],
 )
 def test_wrong_words_are_told_in_one_line(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert told in refusal(capsys, *words)
+
+
+@pytest.mark.parametrize(("words", "given"), [(["--nproc", "0"], "0"), (["--nproc=x"], "x")])
+def test_a_wrong_number_of_ranks_is_told(
+    project: Path, words: list[str], given: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = refusal(capsys, "train", str(project / "r.yaml"), *words)
+    assert told == f"--nproc: given '{given}'; allowed: a whole number of at least 1, or auto"
 
 
 def test_nproc_within_another_launcher(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,28 +171,45 @@ def test_verbs_of_one_process_within_a_launcher(
     assert f"{words[0]}: runs in one process; start it without a launcher" in refusal(capsys, *words)
 
 
-@pytest.mark.parametrize("words", [["generate", "no-such", "--prompt", "x"], ["export", "no-such", "made"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["generate", "no-such", "--prompt", "x"],
+        pytest.param(["export", "no-such", "made"], marks=pytest.mark.exhaustive),
+    ],
+)
 def test_no_run_to_serve(words: list[str]) -> None:
     done = dscl(*words, DS_ACCELERATOR="cuda")  # DeepSpeed is told where there is none, and has nothing to say
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("dscl: no-such: no run there (it would hold recipe.yaml) and no export (dscl.json); ")
+    assert done.stderr.startswith(NO_RUN)
     assert done.stderr.count("\n") == 1
+
+
+def test_no_run_to_export() -> None:
+    program = Program(["export", "no-such", "made"])
+    out, err = program.communicate(timeout=60)
+    assert (program.returncode, out) == (2, "")
+    assert err.startswith(NO_RUN)
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
     "words",
     [
-        ["train", "r.yaml", "a=1", "b=2", "--nproc", "2"],
-        ["train", "r.yaml", "--nproc", "2", "a=1", "b=2"],
-        ["train", "r.yaml", "a=1", "--nproc=2", "b=2"],
-        ["train", "--nproc", "2", "r.yaml", "a=1", "b=2"],
-        ["train", "--nproc", "2", "--", "r.yaml", "a=1", "b=2"],
+        ["train", "r.yaml", "seed=1", "train.lr=2", "--nproc", "2"],
+        ["train", "r.yaml", "--nproc", "2", "seed=1", "train.lr=2"],
+        ["train", "r.yaml", "seed=1", "--nproc=2", "train.lr=2"],
+        ["train", "--nproc", "2", "r.yaml", "seed=1", "train.lr=2"],
+        ["train", "--nproc", "2", "--", "r.yaml", "seed=1", "train.lr=2"],
     ],
 )
-def test_words_may_stand_before_and_after_options(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_words_may_stand_before_and_after_options(
+    words: list[str], project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project)
     options = cli._read(words)
     assert (options.recipe, options.nproc, options.dry_run) == ("r.yaml", "2", False)
-    assert options.assignments == ["a=1", "b=2"]
+    assert options.assignments == ["seed=1", "train.lr=2"]
     spawned: list[Any] = []
 
     def spawn(*given: Any) -> int:
@@ -187,13 +222,14 @@ def test_words_may_stand_before_and_after_options(words: list[str], monkeypatch:
     assert spawned == [(2, words)]
 
 
-def test_spawned_rank_runs_although_its_words_say_nproc(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spawned_rank_runs_although_its_words_say_nproc(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project)
     ran: list[Any] = []
     monkeypatch.setenv("DSCL_SPAWNED_BY", str(os.getppid()))
     monkeypatch.setattr(cli, "die_with_parent", lambda: None)  # the tests are to live on
     monkeypatch.setattr(cli, "spawn", lambda *_: pytest.fail("spawned again"))
 
-    def run(options: Any) -> int:
+    def run(options: Any, *_: Any) -> int:
         ran.append(options.recipe)
         return 0
 
@@ -239,23 +275,35 @@ def test_rank_tells_its_mistake_before_it_leaves_the_others(monkeypatch: pytest.
         yield
         events.append("left")
 
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(dist, "session", session)
     monkeypatch.setattr(cli, "tell", lambda status, text, **_: events.append(text))
     assert main(["train", "no-such.yaml"]) == 2
     assert events == ["dscl: no-such.yaml: no such recipe; give the path of a YAML file", "left"]
 
 
-def test_two_ranks_tell_a_mistake_once(project: Path) -> None:
-    done = dscl("train", str(project / "r.yaml"), "--nproc", "2", "train.lr=-1", "--dry-run")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "dscl: train.lr: given -1.0; it must be above 0.0\n"
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ("train.lr=-1", "dscl: train.lr: given -1.0; it must be above 0.0\n"),
+        ("stream.1.path=nowhere", "dscl: task 'sound': nowhere: no such file or folder; "),  # which the ranks find out
+    ],
+)
+def test_two_ranks_tell_a_mistake_once(project: Path, wrong: str, told: str) -> None:
+    done = Program(["train", str(project / "r.yaml"), "--nproc", "2", wrong, "--dry-run"])
+    out, err = done.communicate(timeout=60)
+    assert (done.returncode, out) == (2, "")
+    assert err.startswith(told)
+    assert err.count("\n") == 1
     assert not (project / "out").exists()
 
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_dry_run_checks_everything_and_writes_no_run(project: Path, count: int) -> None:
-    settings = f"deepspeed=ds_configs/zero{2 * count - 1}.json"
-    done = dscl("train", str(project / "r.yaml"), "--dry-run", f"--nproc={count}", settings)
+    """On two ranks as a user starts it, from an interpreter that has imported nothing yet."""
+    words = ["train", str(project / "r.yaml"), "--dry-run", f"--nproc={count}"]
+    words.append(f"deepspeed=ds_configs/zero{2 * count - 1}.json")
+    done = dscl(*words) if count == 2 else forked_run([sys.executable, "-m", "dscl", *words])
     assert done.returncode == 0, done.stderr
     assert not (project / "out").exists()
     hidden, pieces, wide = 32, 300, 128  # the intermediate size's default: 8/3 of the hidden size, in steps of 64

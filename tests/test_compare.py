@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +16,7 @@ from dscl import compare
 from dscl.compare import Crew, Run, choose, perform, read_comparison
 from dscl.errors import Failure, UserError
 from dscl.recipe import resolve
+from tests.support.programs import Program
 from tests.support.runs import recipe_of, write_tasks
 
 COMPARE = {"rates": [1e-3, 1e-2], "rows": {"plain": {"name": "sequential"}, "one LoRA": {"tune": "lora"}}}
@@ -298,37 +296,33 @@ def test_a_real_comparison_that_is_killed_goes_on(tmp_path: Path) -> None:
     """With SIGKILL: its runs end with it; given again, what is complete stands as it was."""
     write_tasks(tmp_path)
     rows = {"plain": {}, "one LoRA": {"tune": "lora", "lora": {"rank": 2}}}
-    path = written(tmp_path, {"rates": [1e-3], "rows": rows, "seeds": [0]})
-    command = [sys.executable, "-m", "dscl", "compare", path, "--at-once", "1"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    assert line.startswith("1 of 2 runs: plain: seed 0, rate 0.001: OP 0."), line
+    words = ["compare", written(tmp_path, {"rates": [1e-3], "rows": rows, "seeds": [0]}), "--at-once", "1"]
+    program = Program(words)
+    program.until(lambda: program.output()[0].startswith("1 of 2 runs: plain: seed 0, rate 0.001: OP 0."))
     first = tmp_path / "out" / "runs" / "plain" / "seed-0-0.001"
     before = {p: p.stat().st_mtime_ns for p in first.rglob("*") if p.is_file()}
     second = tmp_path / "out" / "runs" / "one-LoRA" / "seed-0-0.001"
-    while not (second / "recipe.yaml").exists():
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    program.until((second / "recipe.yaml").exists)
+    run = program.run()
+    program.kill()
+    assert program.wait() == -signal.SIGKILL
     deadline = time.monotonic() + 20
-    while _alive(str(second)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not _alive(str(second))
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    while _alive(run) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not _alive(run)
+    scores = second / "scores.json"  # the run was ended; it did not come to its end
+    assert not scores.exists() or not json.loads(scores.read_text())["complete"]
+    again = Program(words)
+    out, err = again.communicate(timeout=100)
+    assert again.returncode == 0, err
     assert {p: p.stat().st_mtime_ns for p in first.rglob("*") if p.is_file()} == before
-    assert json.loads((second / "scores.json").read_text())["complete"]
-    assert "one LoRA" in done.stdout
+    assert json.loads(scores.read_text())["complete"]
+    assert "one LoRA" in out
     assert (tmp_path / "out" / "report.html").is_file()
 
 
-def _alive(word: str) -> bool:
-    for process in Path("/proc").iterdir():
-        if process.name.isdecimal() and int(process.name) != os.getpid():
-            try:
-                if word in (process / "cmdline").read_bytes().decode(errors="replace"):
-                    return True
-            except OSError:
-                continue
-    return False
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

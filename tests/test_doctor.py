@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from dscl import dist, doctor, train
 from dscl.doctor import divided, enough, measured
 from dscl.errors import UserError
 from dscl.recipe import resolve
+from tests.support.programs import Program
 from tests.support.runs import recipe_of, write_tasks
 
 
@@ -101,10 +103,28 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def plan(tasks: Path) -> dict[str, Any]:
+    """What `dscl plan` foresees for the recipe of these tests on two ranks, as the doctor asks for it."""
+    document = relative(tasks, "planned")
+    (tasks / "planned.yaml").write_text(yaml.safe_dump(document))
+    settings = f"deepspeed={Path(document['deepspeed']).absolute()}"
+    words = ["plan", "planned.yaml", settings, "--alone", "--json", "--gpus-per-node", "2"]
+    out, err = Program(words, cwd=tasks).communicate(timeout=100)
+    assert out, err
+    found: dict[str, Any] = json.loads(out.splitlines()[-1])
+    return found
+
+
 def looked(
-    document: dict[str, Any], places: list[str], trouble: str, fully: bool, strict: bool = True
+    document: dict[str, Any],
+    places: list[str],
+    trouble: str,
+    fully: bool,
+    strict: bool = True,
+    plan: dict[str, Any] | None = None,
 ) -> tuple[list[str], str]:
-    """What a rank, standing in a place of its own, is shown and told at the end."""
+    """What a rank, standing in a place of its own, is shown and told at the end. `plan` is not made anew."""
     before = os.getcwd(), time.time, socket.gethostname
     os.chdir(places[dist.rank()])
     socket.gethostname = lambda: f"node{dist.rank()}"
@@ -125,7 +145,9 @@ def looked(
                 "data": {"cache_dir": "elsewhere"},
                 "observe": {**document["observe"], "live": "on"},
             }
-    room = doctor._free_host, doctor._free_disk
+    room = doctor._free_host, doctor._free_disk, doctor._plan
+    if plan is not None:
+        doctor._plan = lambda job: (plan, "")
     if trouble == "full":
         doctor._free_host = lambda: 1e6 if dist.rank() else 1e12
         doctor._free_disk = lambda folder: 1e4
@@ -153,7 +175,7 @@ def looked(
         os.chdir(before[0])
         time.time, socket.gethostname = before[1:]
         doctor._sources, doctor.SEEN_WITHIN, torch.version.cuda, fcntl.flock = sources, sight, cuda, flock
-        doctor._free_host, doctor._free_disk = room
+        doctor._free_host, doctor._free_disk, doctor._plan = room
     return shown, told
 
 
@@ -228,10 +250,12 @@ def test_a_rank_that_reads_other_data_is_refused(ranks: Any, tasks: Path, tmp_pa
         assert told.endswith("on node1; copy the same files everywhere")
 
 
-def test_wrong_clocks_and_folders_that_are_not_shared_are_named(ranks: Any, tasks: Path, tmp_path: Path) -> None:
+def test_wrong_clocks_and_folders_that_are_not_shared_are_named(
+    ranks: Any, tasks: Path, plan: dict[str, Any], tmp_path: Path
+) -> None:
     shutil.copytree(tasks, tmp_path / "apart")
     places = [str(tasks), str(tmp_path / "apart")]
-    (shown, told), _ = ranks(2)(looked, relative(tasks, "apart"), places, "clock", True)
+    (shown, told), _ = ranks(2)(looked, relative(tasks, "apart"), places, "clock", True, True, plan)
     bad = [line for line in shown if line.startswith("BAD")]
     assert len(bad) == 2
     assert bad[0].startswith("BAD  clocks: node0 is 30.")
@@ -241,21 +265,23 @@ def test_wrong_clocks_and_folders_that_are_not_shared_are_named(ranks: Any, task
 
 
 @pytest.mark.parametrize(("trouble", "where"), [("own locks", "node1"), ("no locks", "node0")])
-def test_locks_that_do_not_reach_other_hosts_are_told(ranks: Any, tasks: Path, trouble: str, where: str) -> None:
+def test_locks_that_do_not_reach_other_hosts_are_told(
+    ranks: Any, tasks: Path, plan: dict[str, Any], trouble: str, where: str
+) -> None:
     """A doctor calls it unfit; a run that is the only one there goes on."""
     for strict in (True, False):
-        (shown, told), _ = ranks(2)(looked, relative(tasks, "loose"), [str(tasks)] * 2, trouble, True, strict)
+        (shown, told), _ = ranks(2)(looked, relative(tasks, "loose"), [str(tasks)] * 2, trouble, True, strict, plan)
         (bad,) = (line for line in shown if line.startswith("BAD"))
         assert bad.startswith("BAD  locks: one in runs/loose does not keep ")
         assert f"{where} out, so a second job there would not be refused; " in bad
         assert told == ("not fit for a run: locks (see above); mend that, or leave these hosts out" if strict else "")
 
 
-def test_too_little_room_for_what_is_foreseen_is_told(ranks: Any, tasks: Path) -> None:
+def test_too_little_room_for_what_is_foreseen_is_told(ranks: Any, tasks: Path, plan: dict[str, Any]) -> None:
     """A doctor calls it unfit; a run that may yet find room is only told, and not again once it has saved."""
     document = relative(tasks, "full")
     for strict in (True, False):
-        (shown, told), _ = ranks(2)(looked, document, [str(tasks)] * 2, "full", True, strict)
+        (shown, told), _ = ranks(2)(looked, document, [str(tasks)] * 2, "full", True, strict, plan)
         bad = [line for line in shown if line.startswith("BAD")]
         assert bad[0].startswith("BAD  memory of hosts: node1 has 1.0 MiB free and needs ")
         assert bad[1].startswith("BAD  disk for checkpoints: run_dir has 0.0 MiB free and needs ")
@@ -263,7 +289,7 @@ def test_too_little_room_for_what_is_foreseen_is_told(ranks: Any, tasks: Path) -
         assert told.startswith("not fit for a run: memory of hosts, disk for checkpoints" if strict else "")
         assert bool(told) == strict
     (tasks / "runs" / "full" / "checkpoints" / "step-00000003").mkdir(parents=True)
-    (shown, told), _ = ranks(2)(looked, document, [str(tasks)] * 2, "full", True, False)
+    (shown, told), _ = ranks(2)(looked, document, [str(tasks)] * 2, "full", True, False, plan)
     assert told == ""
     assert not any(line.startswith("BAD") for line in shown)
 

@@ -23,7 +23,7 @@ from dscl.model.adapters import Adapter, Pair, file_name, write_adapter
 from dscl.recipe import resolve
 from dscl.router import save_task
 from tests.support.runs import make_easy, recipe_of, run, write_tasks
-from tests.test_serve import (
+from tests.support.serving import (
     ABOVE,
     MIXED,
     NEW,
@@ -355,14 +355,18 @@ def test_wrong_words_for_generate(more: list[str], told: str, ran: Path, capsys:
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("named", [False, True])
-def test_a_whole_run_is_served_as_it_was_evaluated(ranks: Any, base: Path, tmp_path: Path, named: bool) -> None:
-    """Trained on two ranks, with a base and a tokenizer of its own, or with a base from a folder."""
+@pytest.mark.parametrize(
+    ("named", "world"), [(False, 2), (True, 1), pytest.param(True, 2, marks=pytest.mark.exhaustive)]
+)
+def test_a_whole_run_is_served_as_it_was_evaluated(
+    ranks: Any, base: Path, tmp_path: Path, named: bool, world: int
+) -> None:
+    """With a base and a tokenizer of its own, or with a base from a folder; on two ranks each holds a half."""
     write_tasks(tmp_path)
     for task in ("colour", "animal"):
         make_easy(tmp_path, task)
     recipe = recipe_of(
-        tmp_path, "out", 3, train__lr=1e-2, train__epochs=16, checkpoint={"every": 1000},
+        tmp_path, "out", 3 if world == 2 else 0, train__lr=3e-2, train__epochs=4, checkpoint={"every": 1000},
         method={"name": "asr", "width": 128, "feature_layer": 1, "lora": {"rank": 8}},
         evaluate={"mode": "generate", "max_new_tokens": 8, "before": False},
     )  # fmt: skip
@@ -370,7 +374,7 @@ def test_a_whole_run_is_served_as_it_was_evaluated(ranks: Any, base: Path, tmp_p
         recipe["model"] = {"name": str(base)}
     else:
         recipe["model"]["shape"]["initializer_range"] = 0.1
-    ranks(2)(run, recipe)
+    ranks(world)(run, recipe)
     made = tmp_path / "made"
     export.export(tmp_path / "out", made)
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())

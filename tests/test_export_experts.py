@@ -22,7 +22,7 @@ from dscl.description import open_base, part_of
 from dscl.engine import fill
 from tests.support.osft_runs import checkpoints, quick, stored
 from tests.support.runs import make_easy, recipe_of, run, write_tasks
-from tests.test_serve_experts import logits_of
+from tests.support.serving import logits_of
 
 TASKS = ("colour", "animal")
 Answers = dict[tuple[int, ...], list[int]]  # of a prompt's tokens

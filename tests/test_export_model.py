@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -23,6 +21,9 @@ from dscl.errors import UserError
 from dscl.model import folder as model_folder
 from dscl.model.weights import INDEX
 from dscl.recipe import resolve
+from tests.support.memory import Peak
+from tests.support.osft_runs import quick
+from tests.support.pool import Pool
 from tests.support.runs import recipe_of, run, write_tasks
 
 IDS = [[1, 5, 9, 200, 13, 27], [1, 7, 7, 30, 2, 11]]
@@ -42,10 +43,13 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trained(ranks: Any, tasks: Path, method: str, precision: str = "fp32") -> dict[str, Any]:
-    document = recipe_of(tasks, f"{method} {precision}", 2, method={"name": method, **METHODS[method]})
+    document = recipe_of(
+        tasks, f"{method} {precision}", 2, method={"name": method, **METHODS[method]}, evaluate={"before": False}
+    )
+    document["stream_defaults"] = {"test_limit": 2}
     document["train"]["precision"] = precision
     if not Path(document["run_dir"]).exists():
-        ranks(2)(run, document)
+        ranks(2)(quick, run, document)
     return document
 
 
@@ -128,46 +132,28 @@ def test_what_is_no_such_export_is_not_overwritten(ranks: Any, tasks: Path, tmp_
     export.export(Path(document["run_dir"]), tmp_path / "model")  # its own kind it replaces
 
 
-PEAK = """
-import sys, threading, time
-from pathlib import Path
-from dscl import export
-most, done = 0, False
-def anonymous():
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
-def watch():
-    global most
-    while not done:
-        most = max(most, anonymous())
-        time.sleep(0.0005)
-before = anonymous()
-watcher = threading.Thread(target=watch); watcher.start()
-export.export(Path(sys.argv[1]), Path(sys.argv[2]))
-done = True; watcher.join()
-print("kilobytes", most - before)
-"""
+def peak_of_export(run_dir: str, folder: Path) -> int:
+    """Bytes that an export takes beyond what the process had before."""
+    with Peak() as peak:
+        export.export(Path(run_dir), folder)
+    return peak.growth
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is measured through /proc")
 def test_no_more_than_a_tensor_is_held(ranks: Any, tasks: Path, tmp_path: Path) -> None:
     """A model of 80 MB in 60 tensors, none above 4 MB, whose masters lie in a checkpoint of 240 MB."""
-    if not Path("/proc/self/status").exists():
-        pytest.skip("memory is read from /proc")
     document = recipe_of(tasks, "large", 2)
     document["model"]["shape"] |= {"hidden_size": 384, "num_hidden_layers": 8, "intermediate_size": 1600}
-    document["train"] |= {"epochs": 1, "global_batch": 37}
+    document["train"] |= {"epochs": 1, "global_batch": 8}
+    document["stream"] = [{**document["stream"][0], "train_limit": 8, "test_limit": 1}]
     document["checkpoint"] = {"every": 100, "keep": 1}
+    document["evaluate"] = {"before": False}
     ranks(2)(run, document)
     size = sum(p.numel() * 4 for p in train.open_job(resolve(document)).backbone.build().parameters())
     assert size > 70e6
-    done = subprocess.run(
-        [sys.executable, "-c", PEAK, document["run_dir"], str(tmp_path / "model")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[-1]) * 1024 < size / 3
+    with closing(Pool(1)) as fresh:  # in which no earlier test has left memory
+        (peak,) = fresh(peak_of_export, document["run_dir"], tmp_path / "model")
+    assert peak < size / 3
     shutil.rmtree(document["run_dir"])
 
 

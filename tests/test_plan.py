@@ -17,9 +17,11 @@ import pytest
 from dscl import plan
 from dscl.data.batches import Schedule
 from dscl.errors import UserError
+from dscl.hardware import peak_named, size_of
 from dscl.maths.subspace import READINGS, Subspace, room_of
-from dscl.plan import AROUND, GIB, Cluster, Stage, peak_named, size_of, wire
+from dscl.plan import AROUND, GIB, Cluster, Stage, wire
 from dscl.rehearsal import Rehearsed
+from tests.support.programs import Program
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -147,35 +149,42 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
-def dscl(recipe: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    }
-    return subprocess.run(
-        [sys.executable, "-m", "dscl", "plan", str(recipe), *words],
-        cwd=recipe.parent, env={**environment, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True,
-    )  # fmt: skip
+@pytest.fixture(autouse=True)
+def shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def planned(recipe: Path, *words: str) -> str:
+    """What `dscl plan` prints."""
+    program = Program(["plan", str(recipe), *words], cwd=recipe.parent)
+    out, err = program.communicate(timeout=100)
+    assert program.returncode == 0, err
+    return out
 
 
 def test_a_plan_names_stages_what_fits_and_how_sure_it_is(recipe: Path) -> None:
     words = ["--nodes", "2", "--gpus-per-node", "2", "--gpu-memory", "80GiB", "--tflops", "1", "--bandwidth", "1GB"]
-    done = dscl(recipe, *words)
-    assert done.returncode == 0, done.stderr
-    assert "4 ranks (2 x 2); a step of 16 samples is 2 micro-batches of up to 2 rows on each" in done.stdout
+    out = planned(recipe, *words)
+    assert "4 ranks (2 x 2); a step of 16 samples is 2 micro-batches of up to 2 rows on each" in out
     peaks = {}
     for name, *parts, peak in re.findall(
-        r"(zero\d)\.json.*?" + r"\s+([\d.]+)" * 6 + r"  up to 4", done.stdout
+        r"(zero\d)\.json.*?" + r"\s+([\d.]+)" * 6 + r"  up to 4", out
     ):  # what is held and what passes is the peak
         assert sum(map(float, parts)) == pytest.approx(float(peak), abs=0.35)
         peaks[name] = float(peak)
     assert sorted(peaks) == ["zero0", "zero1", "zero2", "zero3"]
     for said in ("all_to_all", "owners: the busiest", "s a step", "lowest stage", "how sure", "when all are protected"):
-        assert said in done.stdout, said
+        assert said in out, said
     assert not (recipe.parent / "run").exists()
 
 
 def test_a_plan_for_programs_is_one_object(recipe: Path) -> None:
-    done = dscl(recipe, "--alone", "--json", "--gpus-per-node", "2", "train.precision=fp16")
+    words = ["--alone", "--json", "--gpus-per-node", "2", "train.precision=fp16"]
+    done = subprocess.run(
+        [sys.executable, "-m", "dscl", "plan", str(recipe), *words],
+        cwd=recipe.parent, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     stage = found["stages"][found["recipe"]]
@@ -189,9 +198,7 @@ def test_a_plan_for_programs_is_one_object(recipe: Path) -> None:
 def test_a_plan_for_programs_has_times_and_the_balance_of_owners(recipe: Path) -> None:
     """Two matrices of one size have two owners; of four ranks these have twice the mean each."""
     words = ["--alone", "--json", "--gpus-per-node", "4", "--tflops", "1", "--bandwidth", "1GB", "--efficiency", "0.5"]
-    done = dscl(recipe, *words, "method.targets=[q_proj]")
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = json.loads(planned(recipe, *words, "method.targets=[q_proj]"))
     step = found["step"]
     computing, sending = step["operations"] / 0.5e12, step["sent"] / 1e9
     assert step["seconds"] == pytest.approx([max(computing, sending), computing + sending])
@@ -201,9 +208,7 @@ def test_a_plan_for_programs_has_times_and_the_balance_of_owners(recipe: Path) -
 
 def test_a_router_that_is_solved_counts(recipe: Path) -> None:
     """Wide features take more than a step of a small model does: seven matrices of them in fp64."""
-    done = dscl(recipe, "--alone", "--json", "method.name=asr", "method.width=4096")
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = json.loads(planned(recipe, "--alone", "--json", "method.name=asr", "method.width=4096"))
     stage = found["stages"][found["recipe"]]
     assert stage["ending"] == 7 * 8 * 4096**2
     assert stage["device"] == stage["peak"] - stage["passing"] + stage["ending"] > stage["peak"]

@@ -3,91 +3,52 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 import dscl
 from dscl import serve
 from dscl.data.batches import collate
 from dscl.data.encode import bos_id, encode_prompts, fingerprint
 from dscl.data.task import Sample
-from dscl.description import Description, Training
 from dscl.errors import Failure, UserError
 from dscl.maths.rls import gather
 from dscl.model.backbone import ModelConfig, open_backbone
 from dscl.model.tokenizer import load_tokenizer, pad_id, train_tokenizer
-from dscl.router import Router, Spec
 from dscl.serve import Model
-from tests.model.conftest import PIECES, SHAPE, TEXT, WORDS
+from tests.support.serving import (
+    ABOVE,
+    LIMIT,
+    MIXED,
+    NEW,
+    OWN,
+    TASKS,
+    WHOLE,
+    alike,
+    described,
+    description_of,
+    empty,
+    everything,
+    flip,
+    prompts_of,
+    reference,
+    spec_of,
+    write_base,
+    write_peft,
+)
+from tests.support.small_models import PIECES, TEXT
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-TASKS = ("birds", "hills", "rain")
-LAYER, LIMIT, NEW = 1, 20, 8
-ABOVE: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1, 2, 3]}
-WHOLE: dict[str, Any] = {"target_modules": ["k_proj", "down_proj"]}  # from the first layer on
-
-
-def prompts_of(task: str, count: int, seed: int = 0) -> list[str]:
-    """Of words that the other tasks do not have, and of all lengths, also beyond LIMIT."""
-    number = TASKS.index(task)
-    generator = random.Random(f"{task} {seed}")
-    return [" ".join(generator.choices(WORDS[number::4], k=generator.randint(2, 14))) for _ in range(count)]
-
-
-def write_base(folder: Path, seed: int = 5) -> Path:
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(
-        LlamaConfig(**{**SHAPE, "num_hidden_layers": 4, "initializer_range": 0.1, "bos_token_id": 1, "eos_token_id": 2})
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model.save_pretrained(folder)
-    train_tokenizer(TEXT, PIECES, folder)
-    return folder
-
-
-def write_peft(folder: Path, base: Path, seed: int, rank: int = 4, **options: Any) -> Path:
-    """An adapter as others make them, strong enough to change what is answered."""
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=rank, lora_alpha=2 * rank, **options)
-    )
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(0.0, 0.2)
-    model.save_pretrained(folder)
-    return folder
-
-
-def spec_of(base: Path, **changes: Any) -> Spec:
-    backbone = open_backbone(ModelConfig(str(base)), seed=0, dtype=torch.float32, cache=Path(), texts=lambda: ())
-    values: dict[str, Any] = {
-        "kind": "exact", "layer": LAYER, "dim": 64, "width": 128, "seed": 3, "model": backbone.fingerprint(),
-        "tokenizer": fingerprint(backbone.tokenizer), "prompt_limit": LIMIT, "precision": "fp32",
-    }  # fmt: skip
-    return Spec(**{**values, **changes})
-
-
-def empty(base: Path, slots: int = 3) -> Model:
-    return serve.open_model(description_of(base, spec_of(base)), slots=slots)
-
-
-def description_of(base: Path, spec: Spec, tokenizer: Path | None = None) -> Description:
-    model = ModelConfig(str(base), tokenizer=str(tokenizer or base))
-    return Description(model, 0, {}, Training.of(spec), Router(spec))
 
 
 @pytest.fixture(scope="module")
@@ -118,28 +79,6 @@ def exported(base: Path, adapters: dict[str, Path], tmp_path_factory: pytest.Tem
 def export(exported: Path, tmp_path: Path) -> Path:
     """One to spoil."""
     return Path(shutil.copytree(exported, tmp_path / "export"))
-
-
-MIXED = [prompt for some in zip(*(prompts_of(task, 5, seed=1) for task in TASKS), strict=True) for prompt in some]
-OWN = [*TASKS] * 5
-
-
-@torch.no_grad()
-def reference(base: Path, adapter: Path | None, prompt: str) -> str:
-    """Greedy decoding by PEFT and transformers: one prompt, its last tokens, all of it anew for each token."""
-    model: Any = AutoModelForCausalLM.from_pretrained(base).eval()
-    if adapter is not None:
-        model = PeftModel.from_pretrained(model, adapter)
-    tokenizer = load_tokenizer(base)
-    bos, *ids = tokenizer(prompt)["input_ids"]
-    ids = [bos, *ids[-(LIMIT - 1) :]]
-    answer: list[int] = []
-    for _ in range(NEW):
-        token = int(model(input_ids=torch.tensor([ids + answer])).logits[0, -1].argmax())
-        if token == tokenizer.eos_token_id:
-            break
-        answer.append(token)
-    return str(tokenizer.decode(answer, skip_special_tokens=True).strip())
 
 
 @pytest.mark.parametrize("below", [None, "whole", "thin"])
@@ -244,15 +183,6 @@ def test_features_are_those_of_training(base: Path, exported: Path) -> None:
     for trained in rows:
         assert int((served != trained).sum()) <= 2  # of 960; a value may lie at the edge between two integers
     assert gather(served, spec.expansion()).count == 15
-
-
-def everything(model: Model) -> list[tuple[Any, ...]]:
-    return [(answer.text, answer.task, (answer.margin, answer.distance)) for answer in model.generate(MIXED, NEW)]
-
-
-def alike(answers: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """Equal to the same answers: the libraries that solve the router may round the last bits otherwise each time."""
-    return [(text, task, pytest.approx(numbers, rel=1e-9)) for text, task, numbers in answers]
 
 
 def test_a_task_added_and_removed_leaves_no_trace(adapters: dict[str, Path], exported: Path) -> None:
@@ -418,19 +348,6 @@ def test_the_base_model_may_lie_elsewhere(
     assert everything(model) == alike(expected)
     model.save(tmp_path / "other")
     assert everything(dscl.load(tmp_path / "other")) == alike(expected)  # it remembers the place
-
-
-def described(export: Path, change: Callable[[Any], Any]) -> None:
-    path = export / "dscl.json"
-    document = json.loads(path.read_text())
-    change(document)
-    path.write_text(json.dumps(document))
-
-
-def flip(path: Path, share: float) -> None:
-    content = bytearray(path.read_bytes())
-    content[int(len(content) * share)] ^= 4
-    path.write_bytes(content)
 
 
 def cut(path: Path) -> None:

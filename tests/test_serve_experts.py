@@ -31,7 +31,7 @@ from dscl.model.learnt import Claimed
 from dscl.model.routing import Routing, empty_like, targets_above
 from dscl.model.tokenizer import load_tokenizer, pad_id
 from dscl.router import Router
-from tests.test_serve import (
+from tests.support.serving import (
     LAYER,
     LIMIT,
     MIXED,
@@ -43,6 +43,7 @@ from tests.test_serve import (
     empty,
     everything,
     flip,
+    logits_of,
     prompts_of,
     reference,
     spec_of,
@@ -158,16 +159,6 @@ def test_a_mixed_batch_answers_as_each_task_alone(
     hills = model.generate(MIXED, NEW, task="hills")
     assert [answer.text for answer in hills] == [made.answer(prompt, "hills") for prompt in MIXED]
     assert [route.task for route in model.route(MIXED)] == OWN
-
-
-def logits_of(model: Any, prompts: Sequence[str], **options: Any) -> torch.Tensor:
-    """Of each prompt's first new token."""
-    seen: list[torch.Tensor] = []
-    hook = model._module.register_forward_hook(lambda _m, _a, out: seen.append(out.logits[:, -1]))
-    for prompt in prompts:
-        model.generate([prompt], 1, **options)
-    hook.remove()
-    return torch.cat(seen)
 
 
 def test_logits_of_a_mixed_batch_equal_those_of_single_tasks(exported: Path) -> None:

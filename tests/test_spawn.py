@@ -45,11 +45,10 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
     return put
 
 
-def no_children() -> bool:
-    try:
-        return os.waitpid(-1, os.WNOHANG) == (0, 0)
-    except ChildProcessError:
-        return True
+def children() -> set[str]:
+    """Processes that this one has started and not yet waited for."""
+    tasks = Path("/proc/self/task").iterdir()
+    return {child for task in tasks for child in (task / "children").read_text().split()}
 
 
 def alive(pid: int) -> bool:
@@ -80,13 +79,14 @@ def test_every_rank_knows_its_place(
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
     program(f"(here / f'out.{{rank}}').write_text(' '.join([*(os.environ[n] for n in {names}), *sys.argv[1:]]))")
+    before = children()
     assert spawn(2, ["a=b", "c d"]) == 0
     first, second = ((tmp_path / f"out.{rank}").read_text().split(" ") for rank in range(2))
     assert (first[:5], second[:5]) == (["0", "0", "2", "2", "127.0.0.1"], ["1", "1", "2", "2", "127.0.0.1"])
     assert first[5:] == second[5:]
     assert first[6] == str(max(1, len(os.sched_getaffinity(0)) // 2))
     assert first[7:] == ["a=b", "c", "d"]
-    assert no_children()
+    assert children() <= before
 
 
 @pytest.mark.parametrize("culprit", [0, 1])
@@ -134,11 +134,11 @@ def test_ranks_that_hang_are_ended_after_the_grace(
 ) -> None:
     monkeypatch.setattr(spawning, "GRACE", 0.5)
     program("mark('up')\nif rank == 0: time.sleep(60)\nawait_mark('up.0')\ntell(2, 'dscl: wrong'); sys.exit(2)")
-    start = time.monotonic()
+    start, before = time.monotonic(), children()
     assert spawn(2, []) == 2
     assert 0.5 < time.monotonic() - start < 8
     assert not any(map(alive, pids(tmp_path, "up", 2)))
-    assert no_children()
+    assert children() <= before
     assert capfd.readouterr().err == "dscl: wrong\n"
 
 
@@ -149,7 +149,18 @@ def test_ranks_may_end_by_themselves_within_the_grace(program: Callable[[str], P
 
 
 def test_rank_ended_by_a_signal_is_named(program: Callable[[str], Path], capfd: pytest.CaptureFixture[str]) -> None:
-    program("if rank == 1: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(0.4); tell(1, 'it follows'); sys.exit(3)")
+    program(
+        """
+if rank == 1:
+    mark("up")
+    os.kill(os.getpid(), signal.SIGKILL)
+await_mark("up.1")
+while not (pid := (here / "up.1").read_text()) or Path(f"/proc/{pid}").exists(): time.sleep(0.01)
+time.sleep(0.4)
+tell(1, "it follows")
+sys.exit(3)
+"""
+    )
     assert spawn(2, []) == 1
     assert (
         capfd.readouterr().err == "dscl: rank 1 was ended by signal 9 (Killed); run the same command again to resume\n"
@@ -201,10 +212,12 @@ sys.exit(75 if len(got) == 1 else 9)
 
 
 def test_second_interrupt_ends_ranks_that_do_not_listen(program: Callable[[str], Path], tmp_path: Path) -> None:
-    process = spawner(program("signal.signal(signal.SIGINT, signal.SIG_IGN); mark('up'); time.sleep(60)"))
+    process = spawner(
+        program("signal.signal(signal.SIGINT, lambda *_: mark('heard')); mark('up')\nwhile True: time.sleep(60)")
+    )
     ranks = pids(tmp_path, "up", 2)
     process.send_signal(signal.SIGINT)
-    time.sleep(0.3)
+    pids(tmp_path, "heard", 2)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     assert process.wait(10) == 1

@@ -17,20 +17,30 @@ from dscl.methods.asr import PAPER, Asr
 from dscl.model import decode
 from dscl.model.routing import Routing
 from dscl.recipe import resolve
-from tests.support.five_tasks import NAMES, SIZES, left, recipe, scores, statistics
+from tests.support.five_tasks import NAMES, SIZES, left, scores, statistics, tasks
+from tests.support.five_tasks import recipe as recipe_of_tasks
 from tests.support.runs import failing, metrics, outcome, run, run_until
+
+__all__ = ["tasks"]  # the fixture
+EVALUATE_LAST: dict[str, Any] = {"evaluate": {"before": False, "every": 2}}  # of two tasks
+
+
+def recipe(*arguments: Any, **changes: Any) -> Any:
+    """With two layers above the feature layer."""
+    return recipe_of_tasks(*arguments, **{"layers": 3, **changes})
 
 
 def test_task_orders_leave_the_same_bytes(ranks: Any, tasks: Path) -> None:
     """Adapters, statistics and final scores; dropout is on, and would show any dependence on earlier steps."""
     dropout = {"lora": {"rank": 4, "dropout": 0.2}}
-    orders = [NAMES, NAMES[::-1], (*NAMES[2:], *NAMES[:2])]
+    four = NAMES[:4]
+    orders = [four, four[::-1], (*four[2:], *four[:2])]
+    evaluate, train = {"before": False, "every": len(four)}, {"epochs": 1}
     for number, names in enumerate(orders):
-        document = recipe(tasks, f"order{number}", 2, names, asr=dropout, evaluate={"before": False, "tasks": "seen"})
-        ranks(2)(run, document)
+        ranks(2)(run, recipe(tasks, f"order{number}", 2, names, asr=dropout, evaluate=evaluate, train=train))
     whole = left(tasks / "order0")
-    assert len(whole) == 3 * len(NAMES)
-    assert len(set(whole.values())) > len(NAMES)
+    assert len(whole) == 3 * len(four)
+    assert len(set(whole.values())) > len(four)
     for number in (1, 2):
         assert left(tasks / f"order{number}") == whole
         first, other = (dict(zip(s["tasks"], s["matrix"][-1], strict=True)) for s in
@@ -38,13 +48,14 @@ def test_task_orders_leave_the_same_bytes(ranks: Any, tasks: Path) -> None:
         assert first == other
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_ranks_and_stages_change_at_most_few_entries(ranks: Any, tasks: Path, world: int) -> None:
+@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.exhaustive)])
+def test_ranks_and_stages_change_at_most_few_entries(ranks: Any, undisturbed: Any, tasks: Path, world: int) -> None:
     """Batches of another shape may move a hidden state's last bit; rounding absorbs nearly all of it."""
+    short: dict[str, Any] = {"evaluate": {"before": False}, "train": {"epochs": 1}}
     for stage in (0, 3):
-        ranks(world)(run, recipe(tasks, f"world{world}-{stage}", stage))
-    ranks(1)(run, recipe(tasks, f"reference{world}", 1))
-    expected, losses = statistics(tasks / f"reference{world}"), metrics(tasks / f"reference{world}")
+        ranks(world)(run, recipe(tasks, f"world{world}-{stage}", stage, **short))
+    reference = undisturbed(recipe(tasks, "reference", 1, **short), 1)
+    expected, losses = statistics(reference), metrics(reference)
     for stage in (0, 3):
         run_dir = tasks / f"world{world}-{stage}"
         got = statistics(run_dir)
@@ -57,8 +68,8 @@ def test_ranks_and_stages_change_at_most_few_entries(ranks: Any, tasks: Path, wo
             assert differing == 0
         seen = metrics(run_dir)
         assert [r["loss"] for r in seen] == pytest.approx([r["loss"] for r in losses], rel=1e-4)
-        assert scores(run_dir)["routed"] == scores(tasks / f"reference{world}")["routed"]
-        assert scores(run_dir)["confusion"] == scores(tasks / f"reference{world}")["confusion"]
+        assert scores(run_dir)["routed"] == scores(reference)["routed"]
+        assert scores(run_dir)["confusion"] == scores(reference)["confusion"]
     confusion = scores(run_dir)["confusion"]
     assert (confusion["tasks"], confusion["answered_by"]) == (list(NAMES[:2]), [*NAMES[:2], None])
     assert [sum(row) for row in confusion["shares"]] == pytest.approx([1.0, 1.0])
@@ -73,6 +84,7 @@ DEATHS = [
 ]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("stage", [0, 3])
 def test_a_run_that_died_counts_no_sample_twice(ranks: Any, tasks: Path, stage: int) -> None:
     ranks(2)(run, recipe(tasks, f"whole{stage}", stage))
@@ -101,6 +113,7 @@ def died_while_ending(document: dict[str, Any], at: str) -> None:
         setattr(Asr, at, original)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("at", ["end_task", "leave"])
 def test_a_run_that_died_while_a_task_ended(ranks: Any, tasks: Path, at: str) -> None:
     ranks(1)(run, recipe(tasks, f"ending-whole-{at}"))
@@ -112,9 +125,10 @@ def test_a_run_that_died_while_a_task_ended(ranks: Any, tasks: Path, at: str) ->
 
 
 def test_each_sample_counts_once_whatever_epochs_and_recomputation(ranks: Any, tasks: Path) -> None:
-    plain = recipe(tasks, "once", 1, train={"epochs": 1})
+    plain = recipe(tasks, "once", 1, train={"epochs": 1}, **EVALUATE_LAST)
     ranks(2)(run, plain)
-    much = recipe(tasks, "thrice", 1, train={"epochs": 3}, model={"activation_checkpointing": True})
+    again = {"activation_checkpointing": True}
+    much = recipe(tasks, "thrice", 1, train={"epochs": 3}, model=again, **EVALUATE_LAST)
     ranks(2)(run, much)
     first, second = statistics(tasks / "once"), statistics(tasks / "thrice")
     counts = [value for name, value in first.items() if name.endswith("count")]
@@ -227,9 +241,11 @@ def start_of(batch: Any, row: int) -> int:
     return int(batch.attention_mask.shape[1] - batch.attention_mask[row].sum())
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, *(pytest.param(s, marks=pytest.mark.exhaustive) for s in (1, 2)), 3])
 def test_a_batch_of_five_tasks_equals_five_batches(ranks: Any, tasks: Path, stage: int) -> None:
-    for left_error, right_error, effect, different in ranks(2)(mixed, recipe(tasks, "mixed", stage, NAMES)):
+    few = {"train_limit": 20}
+    document = recipe(tasks, "mixed", stage, NAMES, train={"epochs": 1}, stream_defaults=few)
+    for left_error, right_error, effect, different in ranks(2)(mixed, document):
         assert left_error <= 1e-5
         assert right_error <= 1e-5
         assert effect > 1e-3  # the adapters do something
@@ -271,7 +287,8 @@ def likelihoods(document: dict[str, Any]) -> list[tuple[str, list[str | None], t
 def test_nothing_is_forgotten_to_the_last_bit(ranks: Any, tasks: Path) -> None:
     """Where a prompt's route is the same after later tasks, so is every bit of what the model says to it."""
     names = NAMES[:3]
-    document = recipe(tasks, "bits", 3, names, evaluate={"before": False, "batch": 64}, asr={"reject": False})
+    evaluate, train = {"before": False, "batch": 64}, {"epochs": 1}
+    document = recipe(tasks, "bits", 3, names, evaluate=evaluate, asr={"reject": False}, train=train)
     compared = 0
     for seen in ranks(2)(likelihoods, document):
         assert len(seen) == len(names) ** 2
@@ -296,21 +313,25 @@ def damage(run_dir: Path) -> None:
     (run_dir / "scores.json").unlink()
 
 
-def test_a_damaged_task_is_learnt_again_where_a_checkpoint_of_before_is_there(ranks: Any, tasks: Path) -> None:
+def test_a_damaged_task_is_learnt_again_where_a_checkpoint_of_before_is_there(
+    ranks: Any, undisturbed: Any, tasks: Path
+) -> None:
     """What an ended task left belongs to the checkpoints: damaged, the run goes back to before that task's end."""
-    ranks(1)(run, recipe(tasks, "intact"))
-    kept = recipe(tasks, "damaged", checkpoint={"every": 3, "keep": 99})
+    intact = undisturbed(recipe(tasks, "intact", **EVALUATE_LAST), 1)
+    kept = recipe(tasks, "damaged", checkpoint={"every": 3, "keep": 99}, **EVALUATE_LAST)
     ranks(1)(run, kept)
     damage(tasks / "damaged")
+    assert left(tasks / "damaged") != left(intact)
     ranks(1)(run, kept)
-    assert left(tasks / "damaged") == left(tasks / "intact")
+    assert left(tasks / "damaged") == left(intact)
     assert scores(tasks / "damaged")["complete"]
 
 
 def test_without_a_whole_checkpoint_nothing_is_trained_anew_unasked(ranks: Any, tasks: Path) -> None:
-    ranks(2)(run, recipe(tasks, "lost"))
+    document = recipe(tasks, "lost", train={"epochs": 1}, **EVALUATE_LAST)
+    ranks(2)(run, document)
     damage(tasks / "lost")
-    for kind, told in ranks(2)(failing, recipe(tasks, "lost")):
+    for kind, told in ranks(2)(failing, document):
         assert kind == "Failure"
         assert "router/animal.safetensors does not match its checksum" in told
         assert "restore that file, or remove the run's folder" in told
@@ -318,13 +339,17 @@ def test_without_a_whole_checkpoint_nothing_is_trained_anew_unasked(ranks: Any, 
 
 def test_a_ridge_that_fails_loses_nothing(ranks: Any, tasks: Path) -> None:
     """The task is saved before the router is needed, and the ridge may be given anew."""
-    document = recipe(tasks, "ridge", asr={"ridge": 1e-18}, evaluate={"before": False})
+
+    def with_ridge(name: str, ridge: float) -> Any:
+        return recipe(tasks, name, asr={"ridge": ridge}, evaluate={"before": False}, train={"epochs": 1})
+
+    document = with_ridge("ridge", 1e-18)
     for kind, told in ranks(2)(failing, document):
         assert kind == "UserError"
         assert "give a larger ridge" in told
     assert len(list((tasks / "ridge" / "checkpoints").glob("*-learned"))) == 1
-    ranks(2)(run, recipe(tasks, "ridge", asr={"ridge": 0.1}, evaluate={"before": False}))
-    ranks(2)(run, recipe(tasks, "ridge-whole", asr={"ridge": 0.1}, evaluate={"before": False}))
+    ranks(2)(run, with_ridge("ridge", 0.1))
+    ranks(2)(run, with_ridge("ridge-whole", 0.1))
     assert left(tasks / "ridge") == left(tasks / "ridge-whole")
     assert scores(tasks / "ridge") == scores(tasks / "ridge-whole")
 
@@ -348,10 +373,10 @@ def spoilt(document: dict[str, Any], at: int) -> None:
         Routing.at_feature_layer = original  # type: ignore[method-assign]
 
 
-def test_a_prompt_whose_state_is_not_finite_does_not_count(ranks: Any, tasks: Path) -> None:
-    ranks(1)(run, recipe(tasks, "finite"))
-    ranks(1)(spoilt, recipe(tasks, "spoilt", train={"non_finite": "skip"}), 2)
-    whole, fewer = statistics(tasks / "finite"), statistics(tasks / "spoilt")
+def test_a_prompt_whose_state_is_not_finite_does_not_count(ranks: Any, undisturbed: Any, tasks: Path) -> None:
+    finite = undisturbed(recipe(tasks, "intact", **EVALUATE_LAST), 1)
+    ranks(1)(spoilt, recipe(tasks, "spoilt", train={"non_finite": "skip"}, **EVALUATE_LAST), 2)
+    whole, fewer = statistics(finite), statistics(tasks / "spoilt")
     for task, lost in (("colour", 1), ("animal", 0)):
         assert int(whole[f"{task}: 0.count"]) - int(fewer[f"{task}: 0.count"]) == lost
         assert all(torch.isfinite(value).all() for value in fewer.values())
@@ -393,7 +418,8 @@ PAPER_AS_IT_IS = dict(PAPER)
 
 def test_faithful_is_the_papers_equation(ranks: Any, tasks: Path) -> None:
     """W = (ΦᵀΦ + 100 I)⁻¹ ΦᵀY in fp64, from every prompt alone, unpadded; P is drawn from the seed."""
-    document = recipe(tasks, "paper", 0, NAMES[:3])
+    evaluate, train = {"before": False, "every": 3}, {"epochs": 1}
+    document = recipe(tasks, "paper", 0, NAMES[:3], evaluate=evaluate, train=train)
     document["model"]["shape"].update(num_hidden_layers=6)
     document["method"] = {"name": "asr", "faithful": True}
     for weights, states, labels in ranks(2)(faithful, document):

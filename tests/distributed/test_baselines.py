@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from dscl.data.batches import Batch, collate
 from dscl.data.memory import Joined, Kept
-from dscl.engine import fill
+from dscl.engine import Engine, fill
 from dscl.job import Job, Lesson, open_job
 from dscl.methods import ewc
 from dscl.methods.ewc import chances, signed_loss
@@ -32,6 +32,9 @@ __all__ = ["tasks"]  # the fixture
 COUNT = 3  # tasks
 RATES = {"agem": 2e-2}  # at which what a task learns stands against the ones before it
 CLIP = 1.0
+# AdamW's eps where steps are compared with plain torch. With the default of 1e-8 the first step of an entry is the sign
+# of its gradient, and where the gradient is nearly zero, rounding decides the sign.
+EPS = 1e-3
 METHODS: dict[str, dict[str, Any]] = {
     "ewc": {"strength": 300.0, "memory": 0.5, "samples": 20},
     "agem": {"share": 0.03},
@@ -40,8 +43,9 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def document(folder: Path, name: str, method: str, stage: int = 0, **changes: Any) -> Any:
-    made = recipe(folder, name, stage, NAMES[:COUNT], evaluate={"before": False, "tasks": "seen"}, **changes)
+def document(folder: Path, name: str, method: str, stage: int = 0, every: int = COUNT) -> Any:
+    evaluate = {"before": False, "tasks": "seen", "every": every}
+    made = recipe(folder, name, stage, NAMES[:COUNT], evaluate=evaluate, checkpoint={"every": 6}, layers=2)
     made["train"] |= {"lr": RATES.get(method, 3e-3), "grad_clip": CLIP, "micro_batch": 2, "global_batch": 8}
     made["stream_defaults"] = {"dev_share": 0}
     return made | {"method": {"name": method, **METHODS[method]}}
@@ -98,7 +102,7 @@ class Plain:
         found = []
         for lesson in self.job.lessons:
             self.begin(lesson)
-            optimizer = torch.optim.AdamW(self.trained(), lr=0.0, weight_decay=0.0)
+            optimizer = torch.optim.AdamW(self.trained(), lr=0.0, weight_decay=0.0, eps=EPS)
             for number in range(lesson.steps):
                 plan = lesson.schedule.step(number)
                 optimizer.param_groups[0]["lr"] = lesson.learning_rate(number)
@@ -250,56 +254,103 @@ class PlainOlora(Plain):
 PLAIN: dict[str, type[Plain]] = {"ewc": PlainEwc, "agem": PlainAgem, "lwf": PlainLwf, "olora": PlainOlora}
 
 
-def reference(made: dict[str, Any]) -> tuple[list[float], Plain]:
+def run_with_eps(made: dict[str, Any]) -> None:
+    """On a rank: run with the eps of the plain computation."""
+    original = Engine.__init__
+
+    def building(self: Engine, *arguments: Any, **more: Any) -> None:
+        original(self, *arguments, **more)
+        for group in self.optimizer.param_groups:
+            group["eps"] = EPS
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "__init__", building)
+        run(made)
+
+
+def plain_losses(made: dict[str, Any]) -> tuple[list[float], Plain]:
     plain = PLAIN[made["method"]["name"]](open_job(resolve(made)))
     if isinstance(plain, PlainAgem):
         plain.run_dir = Path(made["run_dir"])
     return plain.losses(), plain
 
 
-@pytest.mark.parametrize("method", list(METHODS))
-@pytest.mark.parametrize(("stage", "world"), [(0, 1), (1, 2), (2, 2), (3, 2)])
-def test_every_step_equals_plain_torch(ranks: Any, tasks: Path, method: str, stage: int, world: int) -> None:
+@pytest.fixture(scope="module")
+def reference() -> Callable[[dict[str, Any]], tuple[list[float], Plain]]:
+    """The losses of plain torch in fp32: one computation for each method, since they depend on no rank or stage."""
+    found: dict[str, tuple[list[float], Plain]] = {}
+
+    def get(made: dict[str, Any]) -> tuple[list[float], Plain]:
+        method = made["method"]["name"]
+        if method not in found:
+            found[method] = plain_losses(document(Path(made["run_dir"]).parent, Path(made["run_dir"]).name, method))
+        return found[method]
+
+    return get
+
+
+STAGES_AND_RANKS = [(0, 1), (1, 2), (2, 2), (3, 2)]
+FAST_STAGES = {"ewc": (0, 3), "agem": (0, 1), "lwf": (0, 2), "olora": (0, 3)}
+
+
+@pytest.mark.parametrize(
+    ("stage", "world", "method"),
+    [
+        pytest.param(*place, method, marks=[] if place[0] in FAST_STAGES[method] else [pytest.mark.exhaustive])
+        for place in STAGES_AND_RANKS
+        for method in METHODS
+    ],
+)
+def test_every_step_equals_plain_torch(
+    ranks: Any, reference: Any, tasks: Path, method: str, stage: int, world: int
+) -> None:
     made = document(tasks, f"{method}{stage}{world}", method, stage)
-    ranks(world)(run, made)
+    ranks(world)(run_with_eps, made)
     losses, plain = reference(made)
     assert len(losses) == sum(steps for _, steps in plain.job.steps()) > 20
-    assert [record["loss"] for record in metrics(tasks / f"{method}{stage}{world}")] == pytest.approx(losses, rel=2e-4)
+    assert [record["loss"] for record in metrics(tasks / f"{method}{stage}{world}")] == pytest.approx(losses, rel=1e-5)
     if isinstance(plain, PlainAgem):
         assert plain.turned > 2
 
 
-@pytest.mark.parametrize("method", ["ewc", "agem"])
-@pytest.mark.parametrize("stage", [2, 3])
-def test_offload_changes_nothing(ranks: Any, tasks: Path, method: str, stage: int) -> None:
+@pytest.mark.parametrize(
+    ("stage", "method"),
+    [
+        (2, "ewc"),
+        (3, "agem"),
+        *(pytest.param(*place, marks=pytest.mark.exhaustive) for place in ((2, "agem"), (3, "ewc"))),
+    ],
+)
+def test_offload_changes_nothing(ranks: Any, reference: Any, tasks: Path, method: str, stage: int) -> None:
     (tasks / "offload").mkdir(exist_ok=True)
     path = tasks / "offload" / f"zero{stage}.json"
     zero = {"stage": stage, "offload_optimizer": {"device": "cpu"}}
     path.write_text(json.dumps({"zero_optimization": zero}))
     made = document(tasks, f"offload {method}{stage}", method, stage)
-    ranks(2)(run, made | {"deepspeed": str(path)})
+    ranks(2)(run_with_eps, made | {"deepspeed": str(path)})
     losses, _ = reference(made)
-    assert [record["loss"] for record in metrics(Path(made["run_dir"]))] == pytest.approx(losses, rel=2e-4)
+    assert [record["loss"] for record in metrics(Path(made["run_dir"]))] == pytest.approx(losses, rel=1e-5)
 
 
 DEATHS = [("step", 9), ("take", 2), ("step", 4), ("save", 1), ("step", 2)]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("method", list(METHODS))
 @pytest.mark.parametrize("stage", [0, 3])
 def test_a_run_that_died_ends_as_one_that_did_not(ranks: Any, tasks: Path, method: str, stage: int) -> None:
-    ranks(2)(run, document(tasks, f"whole {method}{stage}", method, stage))
-    ranks(2)(run_until, document(tasks, f"died {method}{stage}", method, stage), DEATHS)
+    ranks(2)(run, document(tasks, f"whole {method}{stage}", method, stage, every=1))
+    ranks(2)(run_until, document(tasks, f"died {method}{stage}", method, stage, every=1), DEATHS)
     assert outcome(tasks / f"died {method}{stage}") == outcome(tasks / f"whole {method}{stage}")
 
 
 def run_one_by_one(made: dict[str, Any]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ewc, "GROUP", 1)
-        run(made)
+        run_with_eps(made)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [*(pytest.param(s, marks=pytest.mark.exhaustive) for s in (0, 1, 2)), 3])
 def test_information_is_the_mean_of_squared_gradients(ranks: Any, tasks: Path, stage: int) -> None:
     """With a sample a group it is exact; what is kept of it stands in the checkpoint, sharded as the masters are."""
     made = document(tasks, f"fisher{stage}", "ewc", stage)
@@ -307,7 +358,7 @@ def test_information_is_the_mean_of_squared_gradients(ranks: Any, tasks: Path, s
     ranks(1)(run_one_by_one, made)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PlainEwc, "group", 1)
-        _, plain = reference(made)
+        _, plain = plain_losses(made)
     assert isinstance(plain, PlainEwc)
     assert plain.fisher is not None
     (newest,) = sorted((tasks / f"fisher{stage}" / "checkpoints").iterdir())[-1:]
@@ -365,27 +416,35 @@ def test_tokens_that_are_not_recorded_count_as_one() -> None:
     assert float(apart(then[:, :3], then, torch.arange(3).expand(5, 3))) == pytest.approx(0.0, abs=1e-12)
 
 
-def test_steps_one_group_after_the_other_are_refused_where_all_have_to_be_seen(ranks: Any, tasks: Path) -> None:
+def test_steps_one_group_after_the_other_are_refused_where_all_have_to_be_seen(
+    ranks: Any, reference: Any, tasks: Path
+) -> None:
     path = tasks / "groups.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 3, "sub_group_size": 4000}}))
     made = document(tasks, "groups", "agem", 3) | {"deepspeed": str(path)}
     with pytest.raises(AssertionError, match=r"sub_group_size: given a size that steps \d+ groups .* set it to \d+ or"):
         ranks(2)(run, made)
     made = document(tasks, "groups, ewc", "ewc", 3)
-    ranks(2)(run, made | {"deepspeed": str(path)})
+    ranks(2)(run_with_eps, made | {"deepspeed": str(path)})
     losses, _ = reference(made)
-    assert [record["loss"] for record in metrics(tasks / "groups, ewc")] == pytest.approx(losses, rel=2e-4)
+    assert [record["loss"] for record in metrics(tasks / "groups, ewc")] == pytest.approx(losses, rel=1e-5)
 
 
-@pytest.mark.parametrize("method", list(METHODS))
-def test_bf16_follows_fp32(ranks: Any, tasks: Path, method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "stage"),
+    [
+        pytest.param(
+            method, stage, marks=[] if (method, stage) in (("ewc", 1), ("agem", 3)) else [pytest.mark.exhaustive]
+        )
+        for method in METHODS
+        for stage in (1, 3)
+    ],
+)
+def test_bf16_follows_fp32(ranks: Any, reference: Any, tasks: Path, method: str, stage: int) -> None:
     """What steers acts on the fp32 masters, from which every step makes the 16-bit weights anew."""
-    found = {}
-    for precision, stage in (("fp32", 0), ("bf16", 1), ("bf16", 3)):
-        made = document(tasks, f"{precision} {method}{stage}", method, stage)
-        made["train"]["precision"] = precision
-        ranks(2)(run, made)
-        found[precision, stage] = torch.tensor([record["loss"] for record in metrics(Path(made["run_dir"]))])
-    for stage in (1, 3):
-        difference = (found["bf16", stage] - found["fp32", 0]).norm() / found["fp32", 0].norm()
-        assert float(difference) < 0.1
+    made = document(tasks, f"bf16 {method}{stage}", method, stage)
+    made["train"]["precision"] = "bf16"
+    ranks(2)(run_with_eps, made)
+    found = torch.tensor([record["loss"] for record in metrics(Path(made["run_dir"]))])
+    expected = torch.tensor(reference(made)[0])
+    assert float((found - expected).norm() / expected.norm()) < 0.1

@@ -75,11 +75,22 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize(("stage", "zero"), SETTINGS)
-@pytest.mark.parametrize("accumulation", [1, 4])
+def rarely(*case: Any, fast: bool) -> Any:
+    """A case of a grid that runs in the fast suite, or only in the exhaustive one."""
+    return pytest.param(*case, marks=() if fast else pytest.mark.exhaustive)
+
+
+@pytest.mark.parametrize(
+    ("stage", "zero", "world", "accumulation"),
+    [  # all pairs of settings, ranks and accumulation
+        rarely(*setting, world, accumulation, fast=(number + world + accumulation) % 2 == 0)
+        for number, setting in enumerate(SETTINGS)
+        for world in (1, 2)
+        for accumulation in (1, 4)
+    ],
+)
 def test_steps_equal_plain_torch(
-    ranks: Any, expected: Any, world: int, stage: int, zero: Any, accumulation: int
+    ranks: Any, expected: Any, stage: int, zero: Any, world: int, accumulation: int
 ) -> None:
     losses, norms, weights = expected
     results = ranks(world)(train_at, stage, accumulation, zero)
@@ -113,8 +124,11 @@ def sensing(stage: int, zero: dict[str, Any], precision: str) -> tuple[list[floa
 
 @pytest.mark.parametrize(
     ("stage", "zero", "precision"),
-    [*((*setting, "fp32") for setting in SETTINGS), (0, {}, "bf16"), (2, {}, "bf16"), (3, {}, "bf16")],
-)
+    [  # every stage, offload, small buckets, and both precisions where masters are the weights and where they are not
+        *(rarely(*setting, "fp32", fast=number in (1, 3, 5, 7)) for number, setting in enumerate(SETTINGS)),
+        (0, {}, "bf16"), rarely(2, {}, "bf16", fast=False), rarely(3, {}, "bf16", fast=False),
+    ],
+)  # fmt: skip
 def test_a_gradient_is_shown_whole_and_changes_nothing(ranks: Any, stage: int, zero: Any, precision: str) -> None:
     """As plain torch's at the weights that the engine has come to, not clipped; training goes on as without looking."""
     results = ranks(2)(sensing, stage, zero, precision)
@@ -232,8 +246,14 @@ def after_reset(stage: int, precision: str) -> bool:
     return first == again and steps == STEPS
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    [
+        rarely(stage, precision, fast=precision == ("bf16", "fp32", "bf16", "fp32")[stage])
+        for stage in (0, 1, 2, 3)
+        for precision in ("fp32", "bf16")
+    ],
+)
 def test_reset_equals_a_fresh_engine_bitwise(ranks: Any, stage: int, precision: str) -> None:
     assert ranks(2)(after_reset, stage, precision) == [True, True]
 
@@ -334,9 +354,15 @@ def skipped_step(stage: int, precision: str, wrong: Any) -> tuple[bool, bool, bo
     return same, moved, all(value == value for value in losses)
 
 
-@pytest.mark.parametrize("wrong", [infinite_loss, endless_slope])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("stage", "precision", "wrong"),
+    [  # all pairs
+        rarely(stage, precision, wrong, fast=(stage + bits + slope) % 2 == 0)
+        for stage in (0, 1, 2, 3)
+        for bits, precision in enumerate(("fp32", "bf16"))
+        for slope, wrong in enumerate((infinite_loss, endless_slope))
+    ],
+)
 def test_a_step_can_be_skipped(ranks: Any, stage: int, precision: str, wrong: Any) -> None:
     assert ranks(2)(skipped_step, stage, precision, wrong) == [(True, True, True)] * 2
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from tests.support.programs import Program
 from tests.support.runs import recipe_of
 
 WORD = "qUetZalcOatl"  # in every prompt, answer and text
@@ -54,11 +52,6 @@ def write_task(folder: Path, layout: str, bad: list[Any]) -> None:
             (folder / f"{split}.json").write_text(json.dumps({"Definition": [WORD], "Instances": bad + good}))
 
 
-def dscl(*words: str) -> subprocess.CompletedProcess[bytes]:
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-    return subprocess.run([sys.executable, "-m", "dscl", *words], env=environment, capture_output=True, check=False)
-
-
 def recipe(folder: Path, **changes: Any) -> str:
     document = recipe_of(folder, "run", **changes)
     document["stream"] = [{"name": layout, "path": str(folder / layout)} for layout in BAD]
@@ -79,11 +72,11 @@ def test_no_prompt_and_no_answer_lands_in_what_a_run_says(tmp_path: Path) -> Non
         train__epochs=1,
         train__max_length=96,
     )
-    done = dscl("train", document, "--nproc", "2")
-    said = done.stdout + done.stderr
-    assert done.returncode == 0, said.decode()
-    assert said.count(b"skipped") == 2 * len(BAD)  # of both splits: else nothing was put to the test
-    assert WORD.encode() not in said
+    program = Program(["train", document, "--nproc", "2"])
+    said = "".join(program.communicate(120))
+    assert program.returncode == 0, said
+    assert said.count("skipped") == 2 * len(BAD)  # of both splits: else nothing was put to the test
+    assert WORD not in said
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file() and "checkpoints" not in path.parts]
     assert {"metrics.jsonl", "scores.json", "recipe.yaml", "tensorboard"} <= {
         part for path in files for part in path.relative_to(tmp_path / "run").parts

@@ -17,12 +17,13 @@ __all__ = ["tasks"]  # the fixture
 METHOD = {"name": "lora_per_task", "lora": {"rank": 4, "dropout": 0.2}}
 
 
-def isolated(folder: Path, name: str, stage: int, names: tuple[str, ...]) -> Any:
-    document = recipe(folder, name, stage, names, evaluate={"before": False})
+def isolated(folder: Path, name: str, stage: int, names: tuple[str, ...], every: int = 1) -> Any:
+    evaluate = {"before": False, "every": every}
+    document = recipe(folder, name, stage, names, evaluate=evaluate, train={"epochs": 1}, layers=2)
     return document | {"method": METHOD}
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, *(pytest.param(s, marks=pytest.mark.exhaustive) for s in (1, 2)), 3])
 def test_a_task_leaves_the_same_wherever_it_comes(ranks: Any, tasks: Path, stage: int) -> None:
     """To the last bit, with dropout on; and told the task, every score stays."""
     names = NAMES[:3]
@@ -30,7 +31,7 @@ def test_a_task_leaves_the_same_wherever_it_comes(ranks: Any, tasks: Path, stage
     found = left(tasks / f"all{stage}")
     assert len(found) == 2 * len(names)
     assert len(set(found.values())) == len(names) + 1  # of adapters; their settings are alike
-    ranks(2)(run, isolated(tasks, f"back{stage}", stage, names[::-1]))
+    ranks(2)(run, isolated(tasks, f"back{stage}", stage, names[::-1], len(names)))
     assert left(tasks / f"back{stage}") == found
     matrix = scores(tasks / f"all{stage}")["matrix"]
     for task in range(len(names)):
@@ -40,7 +41,7 @@ def test_a_task_leaves_the_same_wherever_it_comes(ranks: Any, tasks: Path, stage
 
 def test_stages_agree(ranks: Any, tasks: Path) -> None:
     for stage in (0, 3):
-        ranks(1)(run, isolated(tasks, f"one{stage}", stage, NAMES[:2]))
+        ranks(1)(run, isolated(tasks, f"one{stage}", stage, NAMES[:2], 2))
     files = sorted((tasks / "one0" / "adapters").rglob("*.safetensors"))
     assert len(files) == 2
     for path in files:
@@ -50,6 +51,7 @@ def test_stages_agree(ranks: Any, tasks: Path) -> None:
             assert float((tensor - other[name]).norm()) <= 1e-4 * float(tensor.norm())
 
 
+@pytest.mark.exhaustive
 def test_a_run_that_died_ends_as_one_that_did_not(ranks: Any, tasks: Path) -> None:
     ranks(2)(run, isolated(tasks, "whole", 2, NAMES[:2]))
     ranks(2)(run_until, isolated(tasks, "died", 2, NAMES[:2]), [("step", 2), ("take", 1), ("step", 1), ("save", 1)])

@@ -42,7 +42,7 @@ from dscl.recipe import resolve
 from tests.support.five_tasks import LABELS, words_of
 from tests.support.osft_runs import excess, of_matrices, quick, stored
 from tests.support.runs import failing, killed_after, metrics, outcome, recipe_of, run, run_until, run_until_killed
-from tests.support.toy_model import VOCABULARY, Toy, assemble, backbone, join, masters, summed_loss, targets
+from tests.support.toy_model import OFFLOAD, VOCABULARY, Toy, assemble, backbone, join, masters, summed_loss, targets
 from tests.support.toy_model import whole as gathered
 
 Tensors = dict[str, torch.Tensor]
@@ -50,6 +50,10 @@ Stretches = dict[str, list[tuple[int, torch.Tensor]]]
 TASKS = ("first", "second", "third")
 STEPS = 3
 SMALL = {"sub_group_size": 5000, "stage3_param_persistence_threshold": 100}
+# AdamW's eps in the comparison with plain torch. With the default of 1e-8 the first step of an entry is the sign of its
+# gradient, and where the gradient is nearly zero, rounding decides the sign. With an eps of the gradients' own size the
+# step is proportional to the gradient, so that a wrong scale of a gradient is noticed as well.
+EPS = 1e-4
 MARK = 1.0  # how far the embeddings of the tokens' two halves are apart, to either side
 
 
@@ -268,12 +272,12 @@ def reference(kind: Kind) -> Result:
             layer.open = most
         for name, p in trained.items():
             p.data = starting(task, name, p.shape)
-        optimizer = torch.optim.AdamW(trained.values(), lr=0.0, weight_decay=0.1)
+        optimizer = torch.optim.AdamW(trained.values(), lr=0.0, weight_decay=0.1, eps=EPS)
         found.losses.append([])
         for step in range(STEPS):
             batch = halved(10 * index + step)
             optimizer.param_groups[0]["lr"] = rate(step)
-            loss = sum((summed_loss(model, toy) for toy in batch), torch.zeros(())) / targets(batch)
+            loss = summed_loss(model, join(batch)) / targets(batch)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(trained.values(), 1.0)
@@ -299,6 +303,8 @@ def stepped(kind: Kind, stage: int, zero: dict[str, Any], accumulation: int) -> 
         return shares, few
 
     engine, method = begun(kind, stage, zero)
+    for group in engine.optimizer.param_groups:
+        group["eps"] = EPS
     for name, layer in method.experts.layers.items():
         layer.register_forward_pre_hook(lambda *_, name=name: running.__setitem__(0, name))
     with pytest.MonkeyPatch.context() as patch:
@@ -326,18 +332,21 @@ def check_parity(results: list[Result], expected: Result) -> None:
             assert sorted(ours) == sorted(theirs)
             for name, values in theirs.items():
                 assert torch.equal(ours[name] != 0, values != 0), name  # the same is frozen
-                assert (ours[name] - values).norm() <= 1e-4 * values.norm(), name
+                assert (ours[name] - values).norm() <= 1e-5 * values.norm(), name
     for index, weights in enumerate(expected.trained):
         found = assemble([result.trained[index] for result in results])
         assert sorted(found) == sorted(weights)
         for name, values in found.items():
-            assert (values - weights[name].flatten()).norm() <= 1e-4 * weights[name].norm(), name
+            assert (values - weights[name].flatten()).norm() <= 1e-5 * weights[name].norm(), name
         got, wanted = (torch.cat([of[name].flatten() for name in sorted(found)]) for of in (found, weights))
-        assert (got - wanted).norm() <= 1e-5 * wanted.norm()
+        assert (got - wanted).norm() <= 1e-6 * wanted.norm()
 
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ELEMENT = Kind(masks="element")
+
+
+EXHAUSTIVE = pytest.mark.exhaustive
 
 
 @pytest.mark.parametrize(
@@ -346,7 +355,7 @@ ELEMENT = Kind(masks="element")
         (1, 0, {}, Kind(top=2, targets=ALL)),
         (1, 3, SMALL, Kind("element", 3, ALL)),
         (2, 1, {}, Kind(top=2, targets=ALL, reuse=False)),
-        (2, 3, SMALL, Kind(top=2, sort=True)),
+        (2, 3, {**OFFLOAD, **SMALL}, Kind(top=2, sort=True)),
         (2, 2, {}, Kind("element", 4, ALL, reuse=False)),
     ],
 )
@@ -357,18 +366,27 @@ def test_tasks_equal_a_loop_over_experts(ranks: Any, world: int, stage: int, zer
     assert expected.open[-1] > expected.open[0] == 4
 
 
-@pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize(
-    ("stage", "zero", "kind"),
+    ("stage", "zero", "kind", "accumulation"),
     [
-        (0, {}, Kind()),
-        (1, {}, ELEMENT),
-        (1, {}, Kind()),
-        (2, {}, Kind()),
-        (2, {}, ELEMENT),
-        (2, {}, Kind(sort=True)),
-        (3, SMALL, Kind()),
-        (3, SMALL, Kind("element", again=True)),
+        (0, {}, Kind(), 4),
+        (1, {}, ELEMENT, 1),
+        (2, OFFLOAD, Kind(sort=True), 4),
+        (3, SMALL, Kind("element", again=True), 1),
+        *(
+            pytest.param(stage, zero, kind, accumulation, marks=EXHAUSTIVE)
+            for stage, zero, kind, accumulations in (
+                (0, {}, Kind(), (1,)),
+                (1, {}, ELEMENT, (4,)),
+                (1, {}, Kind(), (1, 4)),
+                (2, {}, Kind(), (1, 4)),
+                (2, {}, ELEMENT, (1, 4)),
+                (2, {}, Kind(sort=True), (1, 4)),
+                (3, SMALL, Kind(), (1, 4)),
+                (3, SMALL, Kind("element", again=True), (4,)),
+            )
+            for accumulation in accumulations
+        ),
     ],
 )
 def test_ranks_that_choose_different_experts_learn_as_one(
@@ -445,15 +463,22 @@ def remembered(
 @pytest.mark.parametrize(
     ("stage", "precision", "kind"),
     [
-        (0, "fp32", Kind(top=2, targets=ALL)),
-        (1, "fp32", Kind("element", targets=ALL)),
-        (2, "fp32", Kind(top=3, targets=ALL, reuse=False)),
-        (3, "fp32", Kind(targets=ALL)),
-        (3, "fp32", Kind("element", 2)),
         (0, "bf16", Kind(top=2)),
-        (1, "bf16", Kind("element")),
-        (2, "bf16", Kind(top=2)),
-        (3, "bf16", Kind(top=2)),
+        (1, "fp32", Kind("element", targets=ALL)),
+        (2, "fp32", Kind(top=3, reuse=False)),
+        (3, "bf16", Kind("element", 2)),
+        *(
+            pytest.param(*case, marks=EXHAUSTIVE)
+            for case in (
+                (0, "fp32", Kind(top=2, targets=ALL)),
+                (2, "fp32", Kind(top=3, targets=ALL, reuse=False)),
+                (3, "fp32", Kind(targets=ALL)),
+                (3, "fp32", Kind("element", 2)),
+                (1, "bf16", Kind("element")),
+                (2, "bf16", Kind(top=2)),
+                (3, "bf16", Kind(top=2)),
+            )
+        ),
     ],
 )
 def test_no_bit_of_an_earlier_task_moves(ranks: Any, stage: int, precision: str, kind: Kind) -> None:
@@ -590,7 +615,8 @@ def mixed(document: dict[str, Any], inferred: bool) -> tuple[float, float, int, 
 
 
 @pytest.mark.parametrize(
-    ("stage", "masks", "inference"), [(0, "element", KEY), (1, "atom", {}), (2, "element", GIVEN), (3, "atom", KEY)]
+    ("stage", "masks", "inference"),
+    [pytest.param(0, "element", KEY, marks=EXHAUSTIVE), (1, "atom", {}), (2, "element", GIVEN), (3, "atom", KEY)],
 )
 def test_a_batch_of_all_tasks_equals_a_batch_of_each(
     ranks: Any, tasks: Path, stage: int, masks: str, inference: dict[str, Any]
@@ -629,6 +655,7 @@ BETWEEN = [("ended", 1), ("write", 1), ("claim", 1), ("write", 1), ("save", 1), 
 ANYWHERE = [("step", 2), ("take", 1), ("shares", 2), ("save", 2), ("gather", 2)]
 
 
+@EXHAUSTIVE
 @pytest.mark.parametrize(
     ("world", "stage", "method", "killed", "deaths"),
     [
@@ -702,12 +729,15 @@ def shown(run_dir: Path) -> tuple[dict[int, float], list[int]]:
     return curve, sorted({event.step for event in events.Images(picture)})
 
 
-@pytest.mark.parametrize(("before", "after", "masks"), [(2, 1, "atom"), (1, 2, "element")])
+@pytest.mark.parametrize(
+    ("before", "after", "masks"), [pytest.param(2, 1, "atom", marks=EXHAUSTIVE), (1, 2, "element")]
+)
 def test_another_number_of_ranks_goes_on(ranks: Any, tasks: Path, before: int, after: int, masks: str) -> None:
     whole, moved = (recipe(tasks, f"{kind}{before}{after}", 1, masks=masks) for kind in ("size", "moved"))
     for document in (whole, moved):
         document["train"]["lr"] = 5e-3
         document["checkpoint"]["every"] = 2
+        document["evaluate"]["every"] = len(SIZES)
     ranks(before)(run, whole)
     ranks(before)(run_until_killed, moved, 7)  # the second task's last step, after a checkpoint within it
     ranks(after)(run, moved)
@@ -731,15 +761,16 @@ def damage(path: Path) -> None:
 
 
 def test_a_damaged_task_is_learnt_again_where_a_checkpoint_of_before_is_there(ranks: Any, tasks: Path) -> None:
-    ranks(2)(run, recipe(tasks, "intact"))
-    kept = recipe(tasks, "damaged")
+    lost, kept = (recipe(tasks, name) for name in ("intact", "damaged"))
+    for document in (lost, kept):
+        document["evaluate"]["every"] = len(SIZES)
+    ranks(2)(run, lost)
     kept["checkpoint"]["keep"] = 99
     ranks(2)(run, kept)
     damage(tasks / "damaged" / "experts" / "animal.safetensors")
     (tasks / "damaged" / "scores.json").unlink()
     ranks(2)(run, kept)
     assert left(tasks / "damaged") == left(tasks / "intact")
-    lost = recipe(tasks, "intact")
     (tasks / "intact" / "experts" / "weather.safetensors").unlink()
     (tasks / "intact" / "scores.json").unlink()
     damage(tasks / "intact" / "experts" / "colour.safetensors")
@@ -767,11 +798,13 @@ def status(document: dict[str, Any]) -> tuple[int, str]:
     return code, "".join(said)
 
 
-@pytest.mark.parametrize("masks", ["atom", "element"])
-def test_a_task_without_room_is_refused_and_another_policy_goes_on(ranks: Any, tasks: Path, masks: str) -> None:
+@pytest.mark.parametrize(("masks", "world"), [("atom", 2), ("element", 1)])
+def test_a_task_without_room_is_refused_and_another_policy_goes_on(
+    ranks: Any, tasks: Path, masks: str, world: int
+) -> None:
     name = f"full-{masks}"
     document = recipe(tasks, name, masks=masks, when_full="stop")
-    for code, told in ranks(2)(status, document):
+    for code, told in ranks(world)(status, document):
         assert code == 2
         assert "task animal opens" in told
         assert "method.when_full=reuse" in told
@@ -781,8 +814,8 @@ def test_a_task_without_room_is_refused_and_another_policy_goes_on(ranks: Any, t
     for policy in ("reuse", "grow"):
         there = Path(shutil.copytree(tasks / name, tasks / f"{name}-{policy}"))
         going_on = recipe(tasks, there.name, masks=masks, when_full=policy)
-        ranks(2)(run, going_on)
-        ranks(2)(run, recipe(tasks, f"{there.name}-whole", masks=masks, when_full=policy))
+        ranks(world)(run, going_on)
+        ranks(world)(run, recipe(tasks, f"{there.name}-whole", masks=masks, when_full=policy))
         assert outcome(there) == outcome(tasks / f"{there.name}-whole")
         assert left(there) == left(tasks / f"{there.name}-whole")
     used = [record["capacity_share"] for record in metrics(tasks / f"{name}-reuse") if "capacity_share" in record]
@@ -861,7 +894,7 @@ def dense(name: str) -> bool:
     return name.startswith("model.layers.1.") and name.endswith("_proj.weight")
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=EXHAUSTIVE), 3])
 def test_with_dense_weights_the_constraint_holds_and_features_stay(ranks: Any, tasks: Path, stage: int) -> None:
     document = recipe(tasks, f"dense{stage}", stage, **DENSE)
     document["checkpoint"]["keep"] = 99
@@ -886,10 +919,15 @@ def test_with_dense_weights_the_constraint_holds_and_features_stay(ranks: Any, t
     assert any(later[name].shape != tensor.shape for name, tensor in owned.items())  # tasks protect what they use
 
 
-def test_with_dense_weights_a_run_that_died_ends_as_one_that_did_not(ranks: Any, tasks: Path) -> None:
-    whole, died = (recipe(tasks, f"dense-{kind}", 3, True, **DENSE) for kind in ("whole", "died"))
+@pytest.mark.parametrize(
+    ("stage", "method"), [(0, {"masks": "element", "top_k": 1, "gate": "token", **KEY}), (3, {"dropout": 0.2})]
+)
+def test_with_dense_weights_a_run_that_died_ends_as_one_that_did_not(
+    ranks: Any, tasks: Path, stage: int, method: dict[str, Any]
+) -> None:
+    whole, died = (recipe(tasks, f"dense-{kind}{stage}", stage, True, **method, **DENSE) for kind in ("whole", "died"))
     ranks(2)(quick, run, whole)
-    deaths = [("begin", 1), ("step", 2), ("claim", 1), ("end", 1), ("left", 2), ("step", 1)]
+    deaths = [("begin", 1), ("claim", 1), ("end", 1), ("left", 2), ("step", 1)]
     ranks(2)(quick, killed_around, died, deaths)
     first, second = Path(whole["run_dir"]), Path(died["run_dir"])
     assert outcome(second) == outcome(first)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from dscl.model.moments import Moments
 from dscl.model.weights import DrawnWeights
 from dscl.owners import deal
 from dscl.recipe import resolve
-from tests.model.test_moments import felt_moments
+from tests.support.moments import felt_moments
 from tests.support.osft_runs import (
     SEVEN,
     Stretches,
@@ -53,12 +55,15 @@ from tests.support.runs import (
     run_until_killed,
     write_tasks,
 )
-from tests.support.toy_model import OFFLOAD, assemble, backbone, masters, micro_batches, summed_loss, targets
+from tests.support.toy_model import OFFLOAD, assemble, backbone, join, masters, micro_batches, summed_loss, targets
 from tests.support.toy_model import rows as samples
 from tests.support.toy_model import whole as gathered
 
 STEPS = 6
 SHARE = 0.5
+# AdamW's eps, in plain torch and in the engine. With the default of 1e-8 the first step of an entry is the sign of its
+# gradient, and where the gradient is nearly zero, rounding decides the sign.
+EPS = 1e-4
 PLAIN = {"basis": ("weights",), "allocate": "fixed", "share": SHARE, "claim": (), "gradients": False, "rest": "free"}
 
 
@@ -99,12 +104,12 @@ def reference(reading: str, gradients: bool = False) -> tuple[list[float], Tenso
     model = built.build()
     fill(model, built.weights.read)
     constrained = {p: Dense.of(p.detach()) for name, p in model.named_parameters() if is_target(name)}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.1, eps=EPS)
     losses = []
     for step in range(STEPS):
         batch = samples(step)
         optimizer.param_groups[0]["lr"] = rate(step)
-        loss = sum((summed_loss(model, toy) for toy in batch), torch.zeros(())) / targets(batch)
+        loss = summed_loss(model, join(batch)) / targets(batch)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -141,6 +146,8 @@ def begun(stage: int, zero: dict[str, Any], precision: str = "fp32", **keys: Any
         weight_decay=0.1,
         grad_clip=1.0,
     )
+    for group in engine.optimizer.param_groups:
+        group["eps"] = EPS
     ranks = train.ranks_of(engine, None, "", Silent(), train.Position())  # type: ignore[arg-type]
     engine.start_over(method.begin_task(0, "first", ranks))
     return engine, method
@@ -210,17 +217,27 @@ def check_parity(results: list[Result], losses: list[float], weights: Tensors) -
     found = assemble([result.weights for result in results])
     assert sorted(found) == sorted(weights)
     for name, values in found.items():
-        assert (values - weights[name].flatten()).norm() <= 1e-4 * weights[name].norm(), name
+        assert (values - weights[name].flatten()).norm() <= 1e-5 * weights[name].norm(), name
     got, expected = (torch.cat([of[name].flatten() for name in sorted(found)]) for of in (found, weights))
-    assert (got - expected).norm() <= 1e-5 * expected.norm()
+    assert (got - expected).norm() <= 2e-6 * expected.norm()
 
 
 SMALL = {"sub_group_size": 5000, "stage3_param_persistence_threshold": 100}
+EXHAUSTIVE = pytest.mark.exhaustive
 SETTINGS = [
-    *((2, stage, {}, 4 - 3 * (stage % 2), reading) for stage in range(4) for reading in READINGS),
-    (1, 0, {}, 1, "paper"), (1, 1, OFFLOAD, 4, "input"), (1, 2, {}, 1, "two_sided"), (1, 3, SMALL, 4, "input"),
-    (2, 1, OFFLOAD, 4, "two_sided"), (2, 2, OFFLOAD, 1, "input"), (2, 3, {**OFFLOAD, **SMALL}, 4, "paper"),
-    (4, 0, {}, 1, "two_sided"), (4, 1, {}, 4, "input"), (4, 2, {}, 1, "paper"), (4, 3, SMALL, 1, "two_sided"),
+    (1, 0, {}, 1, "paper"), (1, 2, {}, 1, "two_sided"), (1, 3, SMALL, 4, "input"),
+    (2, 0, {}, 4, "input"), (2, 1, OFFLOAD, 4, "two_sided"), (2, 2, OFFLOAD, 1, "input"),
+    (2, 3, {**OFFLOAD, **SMALL}, 4, "paper"), (4, 1, {}, 4, "input"), (4, 3, SMALL, 1, "two_sided"),
+    *(
+        pytest.param(2, stage, {}, 4 - 3 * (stage % 2), reading, marks=EXHAUSTIVE)
+        for stage in range(4)
+        for reading in READINGS
+        if (stage, reading) != (0, "input")
+    ),
+    *(
+        pytest.param(*setting, marks=EXHAUSTIVE)
+        for setting in ((1, 1, OFFLOAD, 4, "input"), (4, 0, {}, 1, "two_sided"), (4, 2, {}, 1, "paper"))
+    ),
 ]  # fmt: skip
 
 
@@ -239,10 +256,11 @@ def test_steps_equal_plain_torch_with_dense_projectors(
     [
         (0, {}, "input"),
         (1, {}, "paper"),
-        (1, OFFLOAD, "input"),
-        *((2, OFFLOAD, reading) for reading in READINGS),
-        (3, SMALL, "two_sided"),
+        (2, OFFLOAD, "two_sided"),
         (3, {**OFFLOAD, **SMALL}, "input"),
+        pytest.param(1, OFFLOAD, "input", marks=EXHAUSTIVE),
+        *(pytest.param(2, OFFLOAD, reading, marks=EXHAUSTIVE) for reading in READINGS if reading != "two_sided"),
+        pytest.param(3, SMALL, "two_sided", marks=EXHAUSTIVE),
     ],
 )
 def test_the_optimizer_keeps_nothing_of_projected_gradients(
@@ -255,7 +273,13 @@ def test_the_optimizer_keeps_nothing_of_projected_gradients(
 
 
 @pytest.mark.parametrize(
-    ("stage", "zero", "reading"), [(0, {}, "paper"), *((2, {}, reading) for reading in READINGS), (3, SMALL, "input")]
+    ("stage", "zero", "reading"),
+    [
+        (0, {}, "paper"),
+        (2, {}, "two_sided"),
+        (3, SMALL, "input"),
+        *(pytest.param(2, {}, reading, marks=EXHAUSTIVE) for reading in READINGS if reading != "two_sided"),
+    ],
 )
 def test_without_the_projection_it_would_be_noticed(ranks: Any, stage: int, zero: dict[str, Any], reading: str) -> None:
     """Projected gradients alone are no constraint: AdamW's scaling and weight decay leave the subspace."""
@@ -294,7 +318,7 @@ def left_out(stage: int, zero: dict[str, Any]) -> tuple[Stretches, Stretches, Te
     return start, end, owned
 
 
-@pytest.mark.parametrize(("stage", "zero"), [(0, {}), (1, {}), (3, SMALL)])
+@pytest.mark.parametrize(("stage", "zero"), [pytest.param(0, {}, marks=EXHAUSTIVE), (1, {}), (3, SMALL)])
 def test_a_step_that_is_left_out_still_brings_the_weights_back(ranks: Any, stage: int, zero: dict[str, Any]) -> None:
     results = ranks(2)(left_out, stage, zero)
     before, after = assemble([r[0] for r in results]), assemble([r[1] for r in results])
@@ -313,7 +337,7 @@ def test_bf16_weights_are_the_rounded_masters(ranks: Any, stage: int, zero: dict
     assert max(of for of, _ in leaks("input", [result for _, result in told]).values()) <= 1e-6
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=EXHAUSTIVE)])
 def test_each_rank_keeps_its_own_bases_alone(ranks: Any, world: int) -> None:
     results = ranks(world)(trained, 3, {}, "two_sided", 1, True, False)
     owned = bases(results)
@@ -356,6 +380,21 @@ def recipe(folder: Path, name: str, stage: int, keep: int = 2, every: int = 3, *
     return document
 
 
+@pytest.fixture(scope="module")
+def completed_run(ranks: Any) -> Callable[[dict[str, Any]], Path]:
+    """The folder of a run of this recipe on two ranks. Tests with the same recipe share it and may not write to it."""
+    folders: dict[str, Path] = {}
+
+    def get(document: dict[str, Any]) -> Path:
+        key = json.dumps({name: value for name, value in document.items() if name != "run_dir"}, sort_keys=True)
+        if key not in folders:
+            ranks(2)(quick, run, document)
+            folders[key] = Path(document["run_dir"])
+        return folders[key]
+
+    return get
+
+
 CHOICES: list[dict[str, Any]] = [
     {"reading": "input"},
     {
@@ -377,12 +416,14 @@ CHOICES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("stage", "choice"), [(0, 0), (2, 0), (2, 1), (2, 2), (2, 3), (3, 1), (3, 3)])
-def test_what_was_protected_once_stays_so(ranks: Any, tasks: Path, stage: int, choice: int) -> None:
+@pytest.mark.parametrize(
+    ("stage", "choice"),
+    [(0, 0), (1, 2), (2, 1), (3, 3), *(pytest.param(*c, marks=EXHAUSTIVE) for c in ((2, 0), (2, 2), (2, 3), (3, 1)))],
+)
+def test_what_was_protected_once_stays_so(completed_run: Any, tasks: Path, stage: int, choice: int) -> None:
     reading = CHOICES[choice]["reading"]
-    document = recipe(tasks, f"nested{stage}-{choice}", stage, keep=99, **CHOICES[choice])
-    ranks(2)(quick, run, document)
-    learned = [stored(path) for path in checkpoints(Path(document["run_dir"])) if path.name.endswith("-learned")]
+    run_dir = completed_run(recipe(tasks, f"nested{stage}-{choice}", stage, keep=99, **CHOICES[choice]))
+    learned = [stored(path) for path in checkpoints(run_dir) if path.name.endswith("-learned")]
     assert len(learned) == 3
     final = learned[-1][0]
     grown = 0
@@ -420,10 +461,9 @@ def outputs(document: dict[str, Any], weights: list[Tensors], owned: Tensors) ->
     return protected, whole
 
 
-def test_protected_inputs_get_the_same_answers_after_later_tasks(ranks: Any, tasks: Path) -> None:
-    document = recipe(tasks, "answers", 2, keep=99, share=0.5)
-    ranks(2)(quick, run, document)
-    learned = [stored(path) for path in checkpoints(tasks / "answers") if path.name.endswith("-learned")]
+def test_protected_inputs_get_the_same_answers_after_later_tasks(completed_run: Any, tasks: Path) -> None:
+    document = recipe(tasks, "answers", 0, keep=99, **CHOICES[0])
+    learned = [stored(path) for path in checkpoints(completed_run(document)) if path.name.endswith("-learned")]
     protected, whole = outputs(document, [weights for weights, _ in learned], learned[0][1])
     assert protected <= 1e-6
     assert whole > 1e-3
@@ -471,7 +511,7 @@ def watched(document: dict[str, Any]) -> list[tuple[str, float]]:
     return seen
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(2, marks=EXHAUSTIVE), 3])
 def test_between_projections_it_may_be_off_but_never_where_it_counts(ranks: Any, tasks: Path, stage: int) -> None:
     document = recipe(tasks, f"seldom{stage}", stage, keep=99, every=3, project_every=4)
     results = ranks(2)(quick, watched, document)
@@ -510,6 +550,7 @@ WITHIN_FEW = killed_around, [("visit", 1), ("visit", 2), ("visit", 1), ("visit",
 SHORT = {"when_short": "give_back", "share": 0.75, "claim_energy": 0.9}
 
 
+@EXHAUSTIVE
 @pytest.mark.parametrize(
     ("stage", "keys", "ways"),
     [
@@ -536,7 +577,10 @@ def slower(document: dict[str, Any]) -> dict[str, Any]:
     return document
 
 
-@pytest.mark.parametrize(("before", "after", "stage"), [(2, 1, 1), (1, 2, 2), (2, 4, 3), (4, 1, 0)])
+@pytest.mark.parametrize(
+    ("before", "after", "stage"),
+    [(1, 2, 2), *(pytest.param(*sizes, marks=EXHAUSTIVE) for sizes in ((2, 1, 1), (2, 4, 3), (4, 1, 0)))],
+)
 def test_another_number_of_ranks_deals_the_owners_anew(
     ranks: Any, tasks: Path, before: int, after: int, stage: int
 ) -> None:
@@ -554,18 +598,19 @@ def test_another_number_of_ranks_deals_the_owners_anew(
     assert worst("input", *stored(newest)) <= 1e-6
 
 
-def test_damage_to_what_an_owner_kept_is_noticed(ranks: Any, tasks: Path) -> None:
-    ranks(2)(quick, run, recipe(tasks, "sound", 0))
-    ranks(2)(quick, run_until_killed, recipe(tasks, "damaged", 0), 8)
-    older, newer = checkpoints(tasks / "damaged")
+def test_damage_to_what_an_owner_kept_is_noticed(ranks: Any, completed_run: Any, tasks: Path) -> None:
+    sound = completed_run(recipe(tasks, "sound", 0, keep=99, **CHOICES[0]))
+    damaged = recipe(tasks, "damaged", 0, keep=99, **CHOICES[0])
+    ranks(2)(quick, run_until_killed, damaged, 8)
+    older, newer = checkpoints(tasks / "damaged")[-2:]
     path = newer / "owned-00001.safetensors"
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
     path.write_bytes(content)
-    lines = ranks(2)(quick, run_listening, recipe(tasks, "damaged", 0))[0]
+    lines = ranks(2)(quick, run_listening, damaged)[0]
     assert any(f"{newer.name} is damaged (owned-00001.safetensors does not match its checksum)" in x for x in lines)
     assert any(f"resumed from {older.name}" in line for line in lines)
-    assert outcome(tasks / "damaged") == outcome(tasks / "sound")
+    assert outcome(tasks / "damaged") == outcome(sound)
 
 
 # ---- at the edges
@@ -621,8 +666,14 @@ def exploded(document: dict[str, Any], matrix: str, at: int) -> tuple[str, str]:
         return failing(document)
 
 
-@pytest.mark.parametrize("basis", ["weights", "activations"])
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize(
+    ("stage", "basis"),
+    [
+        (0, "weights"),
+        (3, "activations"),
+        *(pytest.param(*place, marks=EXHAUSTIVE) for place in ((0, "activations"), (3, "weights"))),
+    ],
+)
 def test_a_weight_that_is_not_finite_is_told_in_one_line(ranks: Any, tasks: Path, stage: int, basis: str) -> None:
     matrix = "model.layers.1.mlp.up_proj.weight"
     document = recipe(tasks, f"spoilt{stage}{basis}", stage, basis=[basis])
@@ -650,10 +701,17 @@ def sampled(stage: int, texts: int, length: int) -> list[torch.Tensor]:
     return [ids[:counting] for ids, counting in blocks]
 
 
-def test_the_models_texts_do_not_depend_on_ranks_or_stages(ranks: Any) -> None:
+@pytest.mark.parametrize(
+    "places",
+    [
+        ((1, 0), (2, 0), (2, 3), (4, 3)),
+        pytest.param(((1, 0), (1, 3), (2, 0), (2, 3), (4, 0), (4, 3)), marks=EXHAUSTIVE),
+    ],
+)
+def test_the_models_texts_do_not_depend_on_ranks_or_stages(ranks: Any, places: Any) -> None:
     texts = 3 * BLOCK + 5
     expected: torch.Tensor | None = None
-    for world, stage in ((1, 0), (1, 3), (2, 0), (2, 3), (4, 0), (4, 3)):
+    for world, stage in places:
         blocks = ranks(world)(sampled, stage, texts, 9)
         assert len({len(of_rank) for of_rank in blocks}) == 1  # equally many passes
         got = torch.cat([of_rank[number] for number in range(len(blocks[0])) for of_rank in blocks])
@@ -701,7 +759,13 @@ def probed(stage: int, zero: dict[str, Any], accumulation: int) -> tuple[list[fl
 
 
 @pytest.mark.parametrize(
-    ("world", "stage", "zero"), [(1, 3, {}), (2, 0, {}), (2, 1, {}), (2, 2, OFFLOAD), (2, 3, SMALL), (4, 3, {})]
+    ("world", "stage", "zero"),
+    [
+        (2, 0, {}),
+        (2, 2, OFFLOAD),
+        (2, 3, SMALL),
+        *(pytest.param(*place, marks=EXHAUSTIVE) for place in ((1, 3, {}), (2, 1, {}), (4, 3, {}))),
+    ],
 )
 def test_a_probe_feels_the_loss_and_leaves_nothing_behind(
     ranks: Any, world: int, stage: int, zero: dict[str, Any]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,54 @@ from dscl import train
 from dscl.errors import Stopped
 from dscl.methods import METHODS
 from dscl.recipe import resolve
-from tests.distributed.test_stages import document
-from tests.support.five_tasks import scores, tasks
+from tests.support.every_method import document
+from tests.support.five_tasks import NAMES, scores, tasks
 from tests.support.runs import Told, metrics, run
 
 __all__ = ["tasks"]  # the fixture
-# Ranks and stage of each start; every one goes on from the one before, the last to the end.
-GROWING = ((1, 3), (2, 0), (4, 2), (1, 1))
-CHANGING = ((2, 3), (4, 3), (1, 0), (2, 2))
-SHARDED = ((2, 1), (4, 3), (1, 2))
+Chain = tuple[tuple[int, str], ...]
+# Ranks and settings (of ds_configs) of each start of a run; every one goes on from the one before, the last to the end.
+# Within each of the four a task ends and another one begins, which is where methods differ.
+TABLE: dict[str, Chain] = {
+    "sequential": ((1, "zero3"), (2, "zero0"), (4, "zero2_offload"), (1, "zero1")),
+    "joint": ((4, "zero0"), (2, "zero3_offload_all"), (1, "zero1"), (2, "zero2")),
+    "replay": ((1, "zero2"), (4, "zero1"), (2, "zero3_offload"), (1, "zero0")),
+    "agem": ((2, "zero1"), (1, "zero2_offload"), (2, "zero0"), (4, "zero3")),
+    "ewc": ((2, "zero3_offload_all"), (4, "zero0"), (1, "zero1"), (2, "zero2")),
+    "lwf": ((2, "zero2_offload"), (1, "zero3"), (4, "zero1"), (2, "zero0")),
+    "olora": ((1, "zero0"), (4, "zero3_offload_all"), (1, "zero2"), (2, "zero1")),
+    "lora_per_task": ((1, "zero1"), (2, "zero0"), (1, "zero3_offload_all"), (4, "zero2")),
+    "asr": ((2, "zero3"), (1, "zero1"), (4, "zero2_offload"), (2, "zero0")),
+    "osft": ((2, "zero3_offload"), (4, "zero0"), (1, "zero2_offload"), (2, "zero1")),
+    "moses": ((4, "zero3_offload"), (2, "zero2"), (1, "zero1"), (2, "zero0")),
+}
+GROWING: Chain = ((1, "zero3"), (2, "zero0"), (4, "zero2"), (1, "zero1"))
+CHANGING: Chain = ((2, "zero3"), (4, "zero3"), (1, "zero0"), (2, "zero2"))
+SHARDED: Chain = ((2, "zero1"), (4, "zero3"), (1, "zero2"))
+# At which of the places at which a run asks it stops: after a step of the second task (whose second epoch is left) and
+# of the third, and within the evaluation after the fourth.
+PLACES = (5, 4, 5)
+
+
+def test_the_table_covers_all_pairs() -> None:
+    """Of method, ZeRO stage, offload and ranks; and every stage goes on from every other, and so does every size."""
+    stages, sizes = ("zero0", "zero1", "zero2", "zero3"), (1, 2, 4)
+    offloads = {"zero0": [""], "zero1": [""], "zero2": ["", "_offload"], "zero3": ["", "_offload", "_offload_all"]}
+    starts = [
+        (method, settings[:5], settings[5:], world) for method, chain in TABLE.items() for world, settings in chain
+    ]
+    found = [{(start[a], start[b]) for start in starts} for a, b in itertools.combinations(range(4), 2)]
+    by_stage = {(stage, offload) for stage in stages for offload in offloads[stage]}
+    kinds = ("", "_offload", "_offload_all")
+    assert found[0] == set(itertools.product(METHODS, stages))
+    assert {(method, bool(offload)) for method, offload in found[1]} == set(itertools.product(METHODS, (False, True)))
+    assert found[2] == set(itertools.product(METHODS, sizes))
+    assert found[3] == by_stage
+    assert found[4] == set(itertools.product(stages, sizes))
+    assert found[5] == set(itertools.product(kinds, sizes))
+    steps = [pair for chain in TABLE.values() for pair in itertools.pairwise(chain)]
+    assert {(a[:5], b[:5]) for (_, a), (_, b) in steps} == set(itertools.permutations(stages, 2))
+    assert {(a, b) for (a, _), (b, _) in steps} == set(itertools.permutations(sizes, 2))
 
 
 def run_for(changed: Any, places: int) -> None:
@@ -28,26 +68,39 @@ def run_for(changed: Any, places: int) -> None:
         train.train(resolve(changed), Told(places))
 
 
+def five_tasks(folder: Path, method: str, name: str) -> Any:
+    """Of two steps each, the second one of four."""
+    made = document(folder, method, f"of five {name}")
+    made["model"]["shape"]["num_hidden_layers"] = 2
+    made["stream"] = [
+        {"name": task, "path": str(folder / task), "epochs": 2 if task == NAMES[1] else 1} for task in NAMES
+    ]
+    made["stream_defaults"] |= {"train_limit": 11, "test_limit": 5}
+    made["evaluate"] = {"before": False, "tasks": "new"}
+    return made
+
+
 @pytest.mark.parametrize(
     ("method", "chain"),
     [
-        *((method, chain) for method in METHODS for chain in (GROWING, SHARDED)),
-        *((method, CHANGING) for method in ("sequential", "osft", "moses")),
+        *(pytest.param(method, chain, id=method) for method, chain in TABLE.items()),
+        *(
+            pytest.param(method, chain, id=f"{method}-{name}", marks=pytest.mark.exhaustive)
+            for name, chain in (("growing", GROWING), ("sharded", SHARDED), ("changing", CHANGING))
+            for method in (METHODS if name != "changing" else ("sequential", "osft", "moses"))
+        ),
     ],
 )
-def test_a_run_goes_on_at_other_sizes(ranks: Any, tasks: Path, method: str, chain: Any) -> None:
-    whole = document(tasks, method, "zero0", 1) | {"run_dir": str(tasks / f"{method} whole")}
-    whole["train"]["epochs"] = 3
-    if not Path(whole["run_dir"]).exists():
-        ranks(1)(run, whole)
-    changing = whole | {"run_dir": str(tasks / f"{method} {chain}")}
-    for number, (world, stage) in enumerate(chain):
-        changing = changing | {"deepspeed": f"ds_configs/zero{stage}.json"}
+def test_a_run_goes_on_at_other_sizes(ranks: Any, undisturbed: Any, tasks: Path, method: str, chain: Chain) -> None:
+    expected = metrics(undisturbed(five_tasks(tasks, method, "whole"), 1))
+    changing = five_tasks(tasks, method, str(chain))
+    for number, (world, settings) in enumerate(chain):
+        changing = changing | {"deepspeed": f"ds_configs/{settings}.json"}
         if number + 1 < len(chain):
-            ranks(world)(run_for, changing, (3, 4, 5)[number])
+            ranks(world)(run_for, changing, PLACES[number])
         else:
             ranks(world)(run, changing)
-    expected, found = metrics(Path(whole["run_dir"])), metrics(Path(changing["run_dir"]))
+    found = metrics(Path(changing["run_dir"]))
     for what in ("step", "task", "tokens", "targets"):  # no sample twice, and none lost
         assert [record.get(what) for record in found] == [record.get(what) for record in expected]
     assert [record["loss"] for record in found] == pytest.approx([record["loss"] for record in expected], rel=1e-4)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
-import subprocess
-import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +17,19 @@ import yaml
 from dscl import checkpoint
 from dscl.checkpoint import MARKER
 from dscl.observe import metrics
-from tests.support.runs import failing, outcome, recipe_of, run, run_listening, run_until_killed, write_tasks
+from tests.support import programs
+from tests.support.pool import forked
+from tests.support.runs import (
+    copy,
+    failing,
+    outcome,
+    recipe_of,
+    run,
+    run_listening,
+    run_until_killed,
+    whole,
+    write_tasks,
+)
 
 FULL = "No space left on device"
 
@@ -27,6 +39,14 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("storage")
     write_tasks(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def killed(ranks: Any, tasks: Path) -> Path:
+    """A run that was killed in its seventh step, to be copied."""
+    document = recipe_of(tasks, "killed")
+    ranks(1)(run_until_killed, document, 7)
+    return Path(document["run_dir"])
 
 
 @contextmanager
@@ -52,10 +72,11 @@ def on_a_full_disk(document: dict[str, Any], name: str) -> tuple[str, str]:
 
 @pytest.mark.parametrize("name", ["state.json", MARKER, "metrics.jsonl", "scores.json"])
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here, which stands for a full disk")
-def test_a_full_disk_is_told_whichever_file_it_hits(ranks: Any, tasks: Path, name: str) -> None:
+def test_a_full_disk_is_told_whichever_file_it_hits(
+    ranks: Any, undisturbed: Any, killed: Path, tasks: Path, name: str
+) -> None:
     document = recipe_of(tasks, f"full {name}")
-    folder = Path(document["run_dir"])
-    ranks(1)(run_until_killed, document, 7)
+    folder = copy(killed, f"full {name}")
     before = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert before == ["step-00000003", "step-00000006"]
     partial = folder / "scores.json.partial"
@@ -73,8 +94,7 @@ def test_a_full_disk_is_told_whichever_file_it_hits(ranks: Any, tasks: Path, nam
     partial.unlink(missing_ok=True)
     (line,) = [line for line in ranks(1)(run_listening, document)[0] if "resumed" in line]
     assert f"resumed from {there[-1]}" in line
-    ranks(1)(run, recipe_of(tasks, "full, whole"))
-    assert outcome(folder) == outcome(tasks / "full, whole")
+    assert outcome(folder) == outcome(undisturbed(*whole(tasks, world=1)))
 
 
 def on_a_failing_disk(document: dict[str, Any], name: str) -> list[str]:
@@ -90,69 +110,82 @@ def on_a_failing_disk(document: dict[str, Any], name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["state.json", "rank-00000.safetensors"])
-def test_a_file_that_cannot_be_read_is_damage(ranks: Any, tasks: Path, name: str) -> None:
+def test_a_file_that_cannot_be_read_is_damage(ranks: Any, killed: Path, tasks: Path, name: str) -> None:
     document = recipe_of(tasks, f"failing {name}")
-    ranks(1)(run_until_killed, document, 7)
+    copy(killed, f"failing {name}")
     lines = ranks(1)(on_a_failing_disk, document, name)[0]
     assert f"checkpoint step-00000006 is damaged ({name} cannot be read (Input/output error)); going back" in lines[0]
     assert "resumed from step-00000003" in lines[1]
 
 
-# As root the permissions of files count for nothing, so what is read-only has to be mounted so.
-READ_ONLY = """
-mount --bind "$1" "$1" && mount -o remount,bind,ro "$1" || exit 99
-shift
-exec "$@"
-"""
+# From <sched.h> and <sys/mount.h>.
+NEW_USER, NEW_MOUNTS = 0x10000000, 0x00020000
+READ_ONLY, REMOUNT, BIND = 1, 32, 4096
+NOT_HERE = 99  # the status of a program for which nothing could be mounted
 
 
-def read_only(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """Run dscl where this folder is mounted read-only."""
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-    unshare = ["unshare", "--user", "--map-root-user", "--mount", "bash", "-c", READ_ONLY, "-"]
+def on_read_only(folder: str, words: list[str], files: list[str]) -> None:
+    """In a process of its own: `dscl` where this folder is mounted read-only, for that process alone."""
+    libc, user, group = ctypes.CDLL(None, use_errno=True), os.geteuid(), os.getegid()
     try:
-        done = subprocess.run(
-            [*unshare, str(folder), sys.executable, "-m", "dscl", *words],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    except FileNotFoundError:
-        pytest.skip("unshare is not here")
-    if done.returncode in (1, 99) and ("unshare:" in done.stderr or "mount:" in done.stderr):
-        pytest.skip(f"nothing can be mounted here: {done.stderr.splitlines()[0]}")
-    return done
+        _checked(libc.unshare(NEW_USER | NEW_MOUNTS))
+        for name, line in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
+            Path("/proc/self", name).write_text(line)
+        place = folder.encode()
+        _checked(libc.mount(place, place, None, BIND, None))
+        _checked(libc.mount(None, place, None, REMOUNT | BIND | READ_ONLY, None))
+    except OSError as error:
+        Path(files[1]).write_text(str(error))
+        os._exit(NOT_HERE)
+    programs._program(words, os.getcwd(), False, dict(os.environ), files)
 
 
-def test_a_run_directory_that_is_read_only_is_told_in_one_line(ranks: Any, tasks: Path) -> None:
+def _checked(status: int) -> None:
+    if status:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def read_only(folder: Path, *words: str) -> tuple[int, str]:
+    """Run dscl where this folder is mounted read-only, since to root permissions of files mean nothing: its status, and
+    what it wrote to stderr."""
+    with tempfile.TemporaryDirectory() as place:
+        files = [str(Path(place, name)) for name in ("out", "err")]
+        process: Any = forked().Process(target=on_read_only, args=(str(folder), list(words), files))  # type: ignore[attr-defined]
+        process.start()
+        process.join(120)
+        told = Path(files[1]).read_text()
+    if process.exitcode == NOT_HERE:
+        pytest.skip(f"nothing can be mounted here: {told}")
+    return process.exitcode, told
+
+
+def test_a_run_directory_that_is_read_only_is_told_in_one_line(ranks: Any, undisturbed: Any, tasks: Path) -> None:
     """A new one and one that has checkpoints alike; and nothing is lost."""
     document = recipe_of(tasks, "locked/run")
     (tasks / "locked").mkdir()
     path = tasks / "locked.yaml"
     path.write_text(yaml.safe_dump(document))
     for _ in range(2):
-        done = read_only(tasks / "locked", "train", str(path))
-        assert done.returncode == 2
-        (line,) = done.stderr.splitlines()
+        status, told = read_only(tasks / "locked", "train", str(path))
+        assert status == 2, told
+        (line,) = told.splitlines()
         assert line == f"dscl: run_dir: {document['run_dir']} cannot be written (Read-only file system); choose another"
         ranks(1)(run_until_killed, document, 5)
     ranks(1)(run, document)
-    ranks(1)(run, recipe_of(tasks, "locked, whole"))
-    assert outcome(tasks / "locked" / "run") == outcome(tasks / "locked, whole")
+    assert outcome(tasks / "locked" / "run") == outcome(undisturbed(*whole(tasks, world=1)))
 
 
 def test_a_cache_that_is_read_only_serves(ranks: Any, tasks: Path) -> None:
     """What is complete in it; else it is told that it cannot be written."""
-    document = recipe_of(tasks, "cached", data={"cache_dir": str(tasks / "another cache")})
+    document = recipe_of(tasks, "cached", data={"cache_dir": str(tasks / "another cache")}, train__epochs=1)
     path = tasks / "cached.yaml"
     path.write_text(yaml.safe_dump(document))
     (tasks / "another cache").mkdir()
-    done = read_only(tasks / "another cache", "train", str(path))
-    assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
+    status, told = read_only(tasks / "another cache", "train", str(path))
+    assert status == 1, told
+    (line,) = told.splitlines()
     assert "the cache cannot be written (Read-only file system); see data.cache_dir" in line
-    ranks(1)(run, recipe_of(tasks, "fills it", data=document["data"]))
-    done = read_only(tasks / "another cache", "train", str(path))
-    assert done.returncode == 0, done.stderr
+    ranks(1)(run, recipe_of(tasks, "fills it", data=document["data"], train__epochs=1))
+    status, told = read_only(tasks / "another cache", "train", str(path))
+    assert status == 0, told
     assert json.loads((tasks / "cached" / "scores.json").read_text())["complete"]

@@ -51,7 +51,8 @@ def sent(trained: int, stage: int) -> dict[str, float]:
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_parts_fit_into_the_step_and_bytes_are_those_of_the_stage(ranks: Any, tasks: Path, stage: int) -> None:
-    document = recipe_of(tasks, f"stage-{stage}", stage, train__micro_batch=4, observe__peak_tflops=1e-3)
+    changes = {"train__micro_batch": 4, "observe__peak_tflops": 1e-3, "train__epochs": 1}
+    document = recipe_of(tasks, f"stage-{stage}", stage, **changes)
     ranks(WORLD)(run, document)
     found = records(document)
     trained = found[-1]["trainable_parameters"]
@@ -75,7 +76,7 @@ def test_parts_fit_into_the_step_and_bytes_are_those_of_the_stage(ranks: Any, ta
 
 def test_every_evaluation_is_timed_and_the_first_one_shown(ranks: Any, tasks: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    document = recipe_of(tasks, "timed", 1, observe__tensorboard=True)
+    document = recipe_of(tasks, "timed", 1, observe__tensorboard=True, train__epochs=1)
     ranks(WORLD)(run, document)
     found = records(document)
     second = [record["step"] for record in found if record["task"] == "animal"]
@@ -117,7 +118,7 @@ def slowly(document: dict[str, Any], slow: int, seconds: float) -> None:
 
 def test_a_slow_rank_is_named_once_a_task(ranks: Any, tasks: Path, tmp_path: Path) -> None:
     heard = tmp_path / "said"
-    document = recipe_of(tasks, "slow", 1, observe__live="auto")
+    document = recipe_of(tasks, "slow", 1, observe__live="auto", observe__every=1, train__epochs=1)
     ranks(WORLD)(listening, document, str(heard))
     lines = [line for line in heard.read_text().splitlines() if "is slow" in line]
     assert [line.split(":")[0] for line in lines] == ["task colour", "task animal"], heard.read_text()
@@ -167,7 +168,7 @@ def test_when_memory_runs_out_the_engine_is_still_in_the_snapshot(ranks: Any, ta
 
 
 def test_traces_are_written_by_the_ranks_that_were_asked(ranks: Any, tasks: Path) -> None:
-    document = recipe_of(tasks, "traced", 2, observe__profile={"steps": [2, 3], "ranks": [1]})
+    document = recipe_of(tasks, "traced", 2, observe__profile={"steps": [2, 3], "ranks": [1]}, train__epochs=1)
     ranks(WORLD)(run, document)
     (path,) = (Path(document["run_dir"]) / "traces").iterdir()
     assert path.name == "rank-1-steps-2-3.json.gz"
@@ -181,7 +182,8 @@ def test_a_router_is_shown_at_every_evaluation_that_is_asked_for(ranks: Any, tas
     """A task that is not followed by one leaves nothing behind that could not be shown."""
     names = ("colour", "animal", "hue", "beast")
     stream = [
-        {"name": name, "path": str(tasks / place)} for name, place in zip(names, ("colour", "animal") * 2, strict=True)
+        {"name": name, "path": str(tasks / place), "train_limit": 8}
+        for name, place in zip(names, ("colour", "animal") * 2, strict=True)
     ]
     document = recipe_of(
         tasks, "seldom", 1, stream=stream, method={"name": "asr", "width": 64}, evaluate={"every": 2, "tasks": "seen"}

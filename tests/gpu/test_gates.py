@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dscl.maths import gates
-from tests.maths.test_gates import SIZES, check, drawn, passed
+from tests.support.gates import SIZES, check, drawn, passed
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no GPU here (torch.cuda.is_available() is false)"

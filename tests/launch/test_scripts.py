@@ -8,25 +8,22 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.support.hosts import REPOSITORY
+from tests.support.hosts import REPOSITORY, bare
 from tests.support.runs import recipe_of, write_tasks
 
 LAUNCH = REPOSITORY / "launch"
 
 
 def script(name: str, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    bare = {
-        key: value
-        for key, value in os.environ.items()
-        if not key.startswith(("MASTER_", "PET_", "SLURM_", "RANK", "WORLD", "RDZV_", "DSCL_"))
-    }
     return subprocess.run(
-        [str(LAUNCH / name), *words], env={**bare, **environment}, capture_output=True, text=True, check=False
+        [str(LAUNCH / name), *words], env={**bare(), **environment}, capture_output=True, text=True, check=False
     )
 
 
@@ -106,12 +103,17 @@ def fakes(folder: Path, **programs: str) -> dict[str, str]:
 
 
 IN_A_JOB = {"DSCL_JOB": "1", "SLURM_JOB_ID": "7", "DSCL_HOME": str(REPOSITORY)}
+# For a program that a script has started: wait until the script waits for it.
+WAITED_FOR = 'until [ "$(cut -d " " -f 3 "/proc/$PPID/stat")" = S ]; do sleep 0.01; done'
 # The shell that runs the job hears that the job will end; the ranks end with these statuses, one start after another.
-SRUN = """
+SRUN = f"""
 echo "started" >>"$HERE/log"
-trap 'echo heard >>"$HERE/log"' USR1
-[ -z "${ANNOUNCED:-}" ] || kill -USR1 "$PPID"
-sleep 0.5
+if [ -n "${{ANNOUNCED:-}}" ]; then
+    trap 'echo heard >>"$HERE/log"' USR1
+    {WAITED_FOR}
+    kill -USR1 "$PPID"
+    until grep -q heard "$HERE/log"; do sleep 0.01; done
+fi
 read -r status rest <"$HERE/ends"
 echo "$rest" >"$HERE/ends"
 exit "$status"
@@ -157,7 +159,12 @@ def test_what_ssh_takes_along_is_removed_at_the_end(tmp_path: Path) -> None:
     (tmp_path / "tmp").mkdir()
     python = f"""
 case "$*" in
-*deepspeed.launcher.runner*) grep -q NCCL_MINE=1 "$DS_ENV_FILE" || exit 3; kill "-$SIGNAL" "$PPID"; sleep 1 ;;
+*deepspeed.launcher.runner*)
+    grep -q NCCL_MINE=1 "$DS_ENV_FILE" || exit 3
+    {WAITED_FOR}
+    kill "-$SIGNAL" "$PPID"
+    [ "$SIGNAL" != TERM ] || sleep 60
+    ;;
 *) exec {sys.executable} "$@" ;;
 esac"""
     found = fakes(tmp_path, python=python)
@@ -236,29 +243,58 @@ sys.exit(max(abs(rank.wait()) for rank in ranks))
 """
 
 
-def supervised(folder: Path, rank: str, restarts: int = 0) -> subprocess.Popen[str]:
-    """supervise.sh over a launcher whose ranks run this program."""
-    (folder / "rank.py").write_text("import os, signal, sys, time\nfrom pathlib import Path\n" + rank)
-    (folder / "launcher.py").write_text(LAUNCHER)
-    body = f'source {LAUNCH}/supervise.sh; launch {restarts} {sys.executable} "$@"'
-    return subprocess.Popen(
-        ["bash", "-euo", "pipefail", "-c", body, "script", str(folder / "launcher.py"), str(folder / "rank.py")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell ignores it for what it starts by `&`
-    )
-
-
+# What every rank begins with; its process can be found, and ended.
+RANK = """
+import os, signal, sys, time
+from pathlib import Path
+here = Path(__file__).parent
+(here / f"{os.getpid()}.pid").touch()
+"""
 LISTENING = """
 def heard(number, frame):
     os.write(1, f"heard {signal.Signals(number).name}\\n".encode())  # in one piece, beside another rank's
     Path(os.environ["DSCL_STATUS_TO"]).write_text("75")
+    (here / "heard").touch()
     sys.exit(0)
-signal.signal(signal.SIGTERM, heard); signal.signal(signal.SIGUSR1, heard); signal.signal(signal.SIGINT, heard)
+for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT): signal.signal(number, heard)
 os.write(1, b"ready\\n")
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
 time.sleep(60)
 """
+
+Supervised = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def supervised(tmp_path: Path) -> Iterator[Supervised]:
+    """`supervised(rank, restarts)`: supervise.sh over a launcher whose ranks run this program."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(rank: str, restarts: int = 0, launcher: str = LAUNCHER) -> subprocess.Popen[str]:
+        sources = [tmp_path / "launcher.py", tmp_path / "rank.py"]
+        sources[0].write_text(launcher)
+        sources[1].write_text(RANK + rank)
+        body = f'source {LAUNCH}/supervise.sh; launch {restarts} {sys.executable} "$@"'
+        process = subprocess.Popen(
+            ["bash", "-euo", "pipefail", "-c", body, "script", *map(str, sources)],
+            env=bare(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in what a shell starts by `&`
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+    for rank in tmp_path.glob("*.pid"):
+        with suppress(OSError):
+            if str(tmp_path).encode() in Path(f"/proc/{rank.stem}/cmdline").read_bytes():
+                os.kill(int(rank.stem), signal.SIGKILL)
+    for process in started:
+        process.communicate()
 
 
 def wait_for(process: subprocess.Popen[str], word: str, times: int) -> None:
@@ -270,8 +306,8 @@ def wait_for(process: subprocess.Popen[str], word: str, times: int) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_goes_to_the_ranks_and_their_status_comes_back(tmp_path: Path, number: signal.Signals) -> None:
-    process = supervised(tmp_path, LISTENING)
+def test_a_signal_goes_to_the_ranks_and_their_status_comes_back(supervised: Supervised, number: signal.Signals) -> None:
+    process = supervised(LISTENING)
     wait_for(process, "ready", 2)
     process.send_signal(number)
     out, err = process.communicate(timeout=30)
@@ -279,32 +315,49 @@ def test_a_signal_goes_to_the_ranks_and_their_status_comes_back(tmp_path: Path, 
     assert [line for line in out.splitlines() if line != "up"] == [f"heard {number.name}"] * 2
 
 
-def test_ranks_that_come_up_after_the_signal_are_told_too(tmp_path: Path) -> None:
+def test_ranks_that_come_up_after_the_signal_are_told_too(supervised: Supervised) -> None:
+    """As one that its launcher starts anew, because the signal has killed it in its cradle."""
     late = """
-here = Path(__file__).parent
-if os.environ["LOCAL_RANK"] == "1":
-    del os.environ["LOCAL_RANK"]  # of the one that starts it, which is no rank
-    print("ready", flush=True)
-    time.sleep(1)
-    os.execve(sys.executable, [sys.executable, __file__], {**os.environ, "LOCAL_RANK": "late"})
+env = dict(os.environ)
+if env.get("LOCAL_RANK") == "1":
+    del env["LOCAL_RANK"]  # this becomes no rank, as seen from outside
+    os.execve(sys.executable, [sys.executable, __file__], env)
+if "LOCAL_RANK" not in env:
+    os.write(1, b"ready\\n")
+    while not (here / "heard").exists(): time.sleep(0.01)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # until the rank listens
+    os.execve(sys.executable, [sys.executable, __file__], {**env, "LOCAL_RANK": "late"})
 """
-    process = supervised(tmp_path, late + LISTENING)
-    wait_for(process, "ready", 3)
+    process = supervised(late + LISTENING)
+    wait_for(process, "ready", 2)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 75
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 75, err
+    assert out.splitlines().count("heard SIGTERM") == 2
 
 
-def test_a_second_signal_ends_the_launcher_too(tmp_path: Path) -> None:
-    deaf = "signal.signal(signal.SIGTERM, lambda *a: print('heard', flush=True))\nprint('ready', flush=True)\n"
-    process = supervised(tmp_path, deaf + "while True: time.sleep(0.1)")
+def test_a_second_signal_ends_the_launcher_too(supervised: Supervised) -> None:
+    deaf = "signal.signal(signal.SIGTERM, lambda *a: os.write(1, b'heard\\n'))\nos.write(1, b'ready\\n')\n"
+    process = supervised(deaf + "while True: time.sleep(0.1)")
     wait_for(process, "ready", 2)
     process.send_signal(signal.SIGTERM)
     wait_for(process, "heard", 2)
-    time.sleep(1)  # in the moments in which bash passes one on, it loses the next
+    deadline = time.monotonic() + 30
+    while "sleep" not in children(process.pid):  # it has passed the signal on: while it does so, it may lose the next
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     wait_for(process, "heard", 2)
     assert process.wait(30) == 128 + signal.SIGTERM
-    subprocess.run(["pkill", "-KILL", "-f", str(tmp_path / "rank.py")], check=False)
+
+
+def children(pid: int) -> list[str]:
+    """The programs that a process has started, by name."""
+    names = []
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        with suppress(OSError):
+            names.append(Path(f"/proc/{child}/comm").read_text().strip())
+    return names
 
 
 @pytest.mark.parametrize(
@@ -312,18 +365,18 @@ def test_a_second_signal_ends_the_launcher_too(tmp_path: Path) -> None:
     [("[0]", 3, 0, 1), ("[1, 1, 0]", 3, 0, 3), ("[1, 1, 1]", 1, 1, 2), ("[2]", 3, 2, 1), ("[75]", 3, 75, 1)],
 )
 def test_what_failed_is_started_again_as_often_as_asked(
-    tmp_path: Path, ends: str, restarts: int, status: int, starts: int
+    supervised: Supervised, tmp_path: Path, ends: str, restarts: int, status: int, starts: int
 ) -> None:
     """A wrong recipe and a stop on purpose are not: the ranks leave those in a file, whatever the launcher says."""
     rank = f"""
-here = Path(__file__).parent / os.environ["LOCAL_RANK"]
-count = len(here.read_text()) if here.exists() else 0
-here.write_text("x" * (count + 1))
+mine = here / os.environ["LOCAL_RANK"]
+count = len(mine.read_text()) if mine.exists() else 0
+mine.write_text("x" * (count + 1))
 end = {ends}[count]
 if end in (2, 75): Path(os.environ["DSCL_STATUS_TO"]).write_text(str(end)); end = 0
 sys.exit(end)
 """
-    process = supervised(tmp_path, rank, restarts)
+    process = supervised(rank, restarts)
     _, err = process.communicate(timeout=60)
     assert process.returncode == status, err
     assert (tmp_path / "0").read_text() == "x" * starts
@@ -332,10 +385,8 @@ sys.exit(end)
         assert f"ended with status 1; starting again (then {restarts - 1} times more)" in err
 
 
-def test_a_signal_before_there_are_ranks_ends_the_launcher(tmp_path: Path) -> None:
-    (tmp_path / "launcher.py").write_text("import time\nprint('up', flush=True)\ntime.sleep(60)\n")
-    body = f"source {LAUNCH}/supervise.sh; launch 3 {sys.executable} {tmp_path}/launcher.py"
-    process = subprocess.Popen(["bash", "-euo", "pipefail", "-c", body], stdout=subprocess.PIPE, text=True)
+def test_a_signal_before_there_are_ranks_ends_the_launcher(supervised: Supervised) -> None:
+    process = supervised("", 3, "import time\nprint('up', flush=True)\ntime.sleep(60)\n")
     wait_for(process, "up", 1)
     start = time.monotonic()
     process.send_signal(signal.SIGTERM)

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from tests.support.hosts import REPOSITORY, Missing
-from tests.support.runs import outcome, recipe_of, write_tasks
+from tests.support.runs import outcome, recipe_of, whole, write_tasks
 from tests.support.slurm import Slurm
 
 
@@ -64,7 +64,7 @@ def until(there: Callable[[], bool], log: Path, seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not there():
         assert time.monotonic() < deadline, log.read_text() if log.exists() else "no output"
-        time.sleep(0.2)
+        time.sleep(0.1)
 
 
 def steps(folder: Path, name: str) -> int:
@@ -72,17 +72,12 @@ def steps(folder: Path, name: str) -> int:
     return len(lines.read_text().splitlines()) if lines.exists() else 0
 
 
-@pytest.fixture(scope="module")
-def calm(slurm: Slurm, tasks: Path) -> Path:
-    """A run that nothing happened to."""
-    job, log = submitted(slurm, recipe_of(tasks, "calm", 2, train__epochs=8, checkpoint__every=1000), tasks)
-    until(lambda: slurm.state(job) == "COMPLETED", log)
-    assert "OP" in log.read_text()
-    return tasks / "calm"
+CHANGES: dict[str, Any] = {"train__epochs": 4, "checkpoint__every": 1000}
 
 
-def test_a_preempted_job_goes_on_as_if_nothing_had_been(slurm: Slurm, tasks: Path, calm: Path) -> None:
-    told = recipe_of(tasks, "told", 2, train__epochs=8, checkpoint__every=1000)
+def test_a_preempted_job_goes_on_as_if_nothing_had_been(slurm: Slurm, undisturbed: Any, tasks: Path) -> None:
+    calm = undisturbed(*whole(tasks, 2, **CHANGES))
+    told = recipe_of(tasks, "told", 2, **CHANGES)
     job, log = submitted(slurm, told, tasks)
     until(lambda: steps(tasks, "told") > 6, log)
     slurm.ask("scancel", "--signal=USR1", job)  # to the ranks, as a preemption does
@@ -93,6 +88,7 @@ def test_a_preempted_job_goes_on_as_if_nothing_had_been(slurm: Slurm, tasks: Pat
     assert outcome(tasks / "told") == outcome(calm)
 
 
+@pytest.mark.exhaustive
 def test_a_job_that_does_not_save_in_time_goes_back_into_the_queue(slurm: Slurm, tasks: Path) -> None:
     """Its end was announced, so that another start within the job would be cut off, with nothing to requeue it."""
     late = recipe_of(tasks, "late", 2, train__epochs=60, checkpoint__every=3, checkpoint__grace=1e-9)
@@ -105,6 +101,7 @@ def test_a_job_that_does_not_save_in_time_goes_back_into_the_queue(slurm: Slurm,
     slurm.ask("scancel", job)
 
 
+@pytest.mark.exhaustive
 def test_a_job_whose_time_ends_is_told_and_goes_back_into_the_queue(slurm: Slurm, tasks: Path) -> None:
     """By what the script itself asks for; of six minutes, 300 s before the end is about the first Slurm can do."""
     long = recipe_of(tasks, "long", 2, train__epochs=600, checkpoint__every=100000)
@@ -114,9 +111,11 @@ def test_a_job_whose_time_ends_is_told_and_goes_back_into_the_queue(slurm: Slurm
     slurm.ask("scancel", job)
 
 
-def test_a_cancelled_job_has_saved_and_can_be_submitted_again(slurm: Slurm, tasks: Path, calm: Path) -> None:
+@pytest.mark.exhaustive
+def test_a_cancelled_job_has_saved_and_can_be_submitted_again(slurm: Slurm, undisturbed: Any, tasks: Path) -> None:
     """Slurm says SIGTERM to all of it, and some time (KillWait) later SIGKILL."""
-    gone = recipe_of(tasks, "gone", 2, train__epochs=8, checkpoint__every=1000)
+    calm = undisturbed(*whole(tasks, 2, **CHANGES))
+    gone = recipe_of(tasks, "gone", 2, **CHANGES)
     job, log = submitted(slurm, gone, tasks)
     until(lambda: steps(tasks, "gone") > 6, log)
     slurm.ask("scancel", job)
@@ -133,20 +132,24 @@ def shown(slurm: Slurm, job: str) -> str:
     return slurm.ask("scontrol", "show", "job", job)
 
 
-def test_a_dead_rank_brings_a_restart_within_the_job(slurm: Slurm, tasks: Path) -> None:
-    alive, dead = (recipe_of(tasks, name, 3, train__epochs=8, checkpoint__every=4) for name in ("alive", "dead"))
-    job, log = submitted(slurm, alive, tasks)
-    until(lambda: slurm.state(job) == "COMPLETED", log)
+@pytest.mark.exhaustive
+def test_a_dead_rank_brings_a_restart_within_the_job(slurm: Slurm, undisturbed: Any, tasks: Path) -> None:
+    changes: dict[str, Any] = {"train__epochs": 8, "checkpoint__every": 4}
+    alive = undisturbed(*whole(tasks, 3, **changes))
+    dead = recipe_of(tasks, "dead", 3, **changes)
     job, log = submitted(slurm, dead, tasks)
     until(lambda: steps(tasks, "dead") > 8, log)
     slurm.ask("scancel", "--signal=KILL", f"{job}.0")  # kills the ranks, not the job
     until(lambda: slurm.state(job) == "COMPLETED", log)
     assert re.search(r"slurm.sh: ended with status \d+; starting again", log.read_text())
-    assert outcome(tasks / "dead") == outcome(tasks / "alive")
+    assert outcome(tasks / "dead") == outcome(alive)
 
 
-def test_a_wrong_recipe_is_not_tried_again(slurm: Slurm, tasks: Path) -> None:
-    job, log = submitted(slurm, recipe_of(tasks, "wrong", 2, train__lr=-1.0), tasks)
+@pytest.mark.parametrize("count", ["1", pytest.param("2", marks=pytest.mark.exhaustive)])
+def test_a_wrong_recipe_is_not_tried_again(slurm: Slurm, tasks: Path, count: str) -> None:
+    """Of several ranks, those that do not speak wait for the one that does."""
+    document = recipe_of(tasks, f"wrong{count}", 2, train__lr=-1.0)
+    job, log = submitted(slurm, document, tasks, NPROC_PER_NODE=count)
     until(lambda: slurm.state(job) == "FAILED", log)
     assert "train.lr" in log.read_text()
     assert "starting again" not in log.read_text()

@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import multiprocessing
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,28 +14,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from dscl.maths import gates
+from tests.support.gates import SIZES, check, drawn, passed
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed here")
-SIZES = [  # tokens, experts, rank, top
-    (5, 8, 8, 2), (70, 8, 8, 8), (130, 4, 4, 1), (33, 3, 5, 2), (1, 1, 8, 1), (9, 20, 3, 7), (3, 64, 64, 2),
-    (7, 2, 1, 1),
-]  # fmt: skip
-Way = Callable[..., torch.Tensor]
-
-
-def drawn(tokens: int, experts: int, rank: int, kind: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is read, with logits that differ in every kind, and a gradient."""
-    generator = torch.Generator().manual_seed(tokens)
-    low, toward = (torch.randn(tokens, experts * rank, generator=generator, dtype=torch.float64) for _ in range(2))
-    unlike = torch.rand(tokens, experts, generator=generator).argsort(1) / 16 - 1
-    return torch.cat([low, unlike], 1).to(kind), toward.to(kind)
-
-
-def passed(way: Way, read: torch.Tensor, toward: torch.Tensor, *sizes: Any) -> list[torch.Tensor]:
-    """What comes out, and the gradient of what went in."""
-    leaf = read.clone().requires_grad_()
-    weighed = way(leaf, *sizes)
-    return [weighed.detach(), *torch.autograd.grad(weighed, leaf, toward)]
 
 
 def expert_by_expert(read: torch.Tensor, experts: int, top: int, factor: float) -> torch.Tensor:
@@ -83,19 +64,19 @@ def by_the_kernel(read: torch.Tensor, toward: torch.Tensor, *sizes: Any) -> list
     return found
 
 
-def check(found: list[torch.Tensor], read: torch.Tensor, toward: torch.Tensor, *sizes: Any, more: float = 0) -> None:
-    """As near to what is exact as the torch form is, or so much further off."""
-    torchs = passed(gates.by_steps, read, toward, *sizes)
-    exact = passed(gates.by_steps, read.double(), toward.double(), *sizes)
-    for ours, theirs, wanted in zip(found, torchs, exact, strict=True):
-        assert ours.dtype == read.dtype
-        off, may_be = ((tensor.double() - wanted).norm() for tensor in (ours, theirs))
-        assert off <= 1.1 * may_be + (1e-7 + more) * wanted.norm()
+SIZES_OF_KINDS = [
+    pytest.param(
+        kind, size, id=f"kind{turn}-size{row}",
+        # In the fast suite fp32 has every size, and each of the other two types has every second one.
+        marks=[] if turn == 0 or (row + turn) % 2 == 0 else [pytest.mark.exhaustive],
+    )
+    for turn, kind in enumerate((torch.float32, torch.bfloat16, torch.float16))
+    for row, size in enumerate(SIZES)
+]  # fmt: skip
 
 
 @needs_triton
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("kind", "size"), SIZES_OF_KINDS)
 def test_the_kernel_equals_the_torch_form(interpreter: Any, size: tuple[int, ...], kind: torch.dtype) -> None:
     tokens, experts, rank, top = size
     read, toward = drawn(tokens, experts, rank, kind)
@@ -172,12 +153,21 @@ def test_it_can_be_tried_in_a_layer_that_is_computed_again(interpreter: Any) -> 
         assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+GPU_BUILDS = [
+    pytest.param(
+        name, kind, size, arch, id=f"{name}-{kind}-size{row}-{arch}",
+        marks=[] if (row + place + turn) % 2 == 0 else [pytest.mark.exhaustive],  # each pair is in the fast half
+    )
+    for turn, name in enumerate(("weigh", "weigh_back"))
+    for row, (kind, size) in enumerate(
+        [("bf16", (8, 8, 2)), ("fp16", (3, 5, 2)), ("fp32", (64, 64, 2)), ("bf16", (256, 16, 8))]
+    )
+    for place, arch in enumerate((80, 90))
+]  # fmt: skip
+
+
 @needs_triton
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize(
-    ("kind", "size"), [("bf16", (8, 8, 2)), ("fp16", (3, 5, 2)), ("fp32", (64, 64, 2)), ("bf16", (256, 16, 8))]
-)
-@pytest.mark.parametrize("name", ["weigh", "weigh_back"])
+@pytest.mark.parametrize(("name", "kind", "size", "arch"), GPU_BUILDS)
 def test_it_can_be_built_for_gpus(name: str, arch: int, kind: str, size: tuple[int, int, int]) -> None:
     """To machine code, by the assembler that Triton brings."""
     import triton

@@ -16,7 +16,7 @@ from dscl.config import parse
 from dscl.data.batches import Batch, collate
 from dscl.errors import UserError
 from dscl.maths.subspace import Subspace
-from dscl.methods import Facts, Ranks
+from dscl.methods import Facts, Ranks, osft
 from dscl.methods.osft import Osft, OsftConfig
 
 TASKS = ("one", "two", "three", "four")
@@ -25,6 +25,13 @@ SHAPE = LlamaConfig(
     vocab_size=50, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
 TARGETS = 7 * SHAPE.num_hidden_layers
+
+
+@pytest.fixture(autouse=True)
+def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the model's own, and short; of tokens still many more than a matrix has columns."""
+    monkeypatch.setattr(osft, "TEXTS", 40)
+    monkeypatch.setattr(osft, "LENGTH", 16)
 
 
 def tiny() -> LlamaForCausalLM:

@@ -15,7 +15,7 @@ from torch import nn
 from dscl.engine import fill
 from dscl.errors import UserError
 from dscl.model.backbone import Backbone, ModelConfig, open_backbone
-from tests.model.conftest import PIECES, SHAPE, TEXT
+from tests.support.small_models import PIECES, SHAPE, TEXT
 
 NEEDED = {"vocab_size": PIECES, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 

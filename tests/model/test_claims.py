@@ -18,7 +18,7 @@ from dscl.errors import Failure, UserError
 from dscl.model.claims import KIND, Claims, open_claims, read_claims, write_claims
 from dscl.model.experts import Experts, Shape, add_experts
 from dscl.model.routing import Routing
-from tests.model.test_experts import IN, OUT, scramble, shape_of
+from tests.support.sub_experts import IN, OUT, scramble, shape_of
 
 NAMES = ("one", "two", "three")
 

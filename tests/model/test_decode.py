@@ -9,28 +9,11 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM
 
 from dscl.data.batches import prompt_batch
-from dscl.engine import fill
 from dscl.model.decode import TOKENS_AT_ONCE, generate, label_likelihoods
-from tests.support.toy_model import VOCABULARY, backbone
+from tests.support.decoding import EOS, LABELS, PAD, PROMPTS, alone
+from tests.support.toy_model import VOCABULARY, model
 
-EOS, PAD = 2, 0
-LABELS = [[11, EOS], [11, 12, EOS], [13, 14, 15, EOS]]
-PROMPTS = [[1, 20, 21, 22], [1, 30], [1, 40, 41, 42, 43, 44, 45], [1, 50, 51], [1, 60, 20, 33, 34]]
 BATCH = prompt_batch(PROMPTS, PAD)
-
-
-def model() -> Any:
-    built = backbone()
-    made = built.build()
-    fill(made, built.weights.read)
-    return made.eval()
-
-
-def alone(module: Any, prompt: list[int], label: list[int]) -> float:
-    """log p(label | prompt) from one plain forward pass over the two together."""
-    with torch.no_grad():
-        logits = module(input_ids=torch.tensor([prompt + label]), use_cache=False).logits[0].double().log_softmax(-1)
-    return sum(float(logits[len(prompt) - 1 + i, token]) for i, token in enumerate(label))
 
 
 def expected(module: Any, labels: list[list[int]]) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -15,13 +14,7 @@ from dscl.maths.masks import unpack
 from dscl.model import experts as module
 from dscl.model.experts import Experts, Shape, SubExperts, add_experts, first_values
 from dscl.model.routing import Routing
-
-IN, OUT, TASKS = 24, 16, 3  # rows of whole 16 bytes in bf16 too, as sorting asks for
-
-
-def shape_of(atoms: bool = True, **changes: Any) -> Shape:
-    given = {"experts": 4, "rank": 3, "top": 2, "share": 0.5, "scale": 1.5, "atoms": atoms, **changes}
-    return Shape(**{"most": given["experts"], **given})
+from tests.support.sub_experts import IN, OUT, TASKS, scramble, shape_of
 
 
 def layer(shape: Shape, dtype: torch.dtype = torch.float64, seed: int = 0) -> SubExperts:
@@ -32,15 +25,6 @@ def layer(shape: Shape, dtype: torch.dtype = torch.float64, seed: int = 0) -> Su
     made.prepare(shape.experts, reuse=True)
     scramble(made, seed)
     return made
-
-
-@torch.no_grad()
-def scramble(made: SubExperts, seed: int) -> None:
-    """As after a task's training."""
-    draw = torch.Generator().manual_seed(seed)
-    for name in made.trained:
-        parameter = getattr(made, name)
-        parameter.copy_(torch.randn(parameter.shape, generator=draw, dtype=torch.float64) / math.sqrt(IN))
 
 
 def claim(made: SubExperts, slot: int) -> dict[str, torch.Tensor]:

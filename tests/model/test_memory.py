@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ from torch import nn
 
 from dscl.engine import Engine
 from dscl.model.backbone import ModelConfig, open_backbone
+from tests.support.memory import Peak
 from tests.support.pool import Pool
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is measured through /proc")
@@ -28,36 +26,6 @@ SHAPE: dict[str, Any] = {
 
 class Placed(Exception):
     """The weights are in place: the end of what is measured."""
-
-
-class Peak:
-    """The highest anonymous memory of this process, beyond what it had at first; mapped files are not counted."""
-
-    def __enter__(self) -> Peak:
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # freed memory that is not returned would hide what comes next
-        self._first = self._highest = self._now()
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._over.set()
-        self._thread.join()
-
-    @property
-    def growth(self) -> int:
-        return self._highest - self._first
-
-    def _watch(self) -> None:
-        while not self._over.wait(0.002):
-            self._highest = max(self._highest, self._now())
-
-    @staticmethod
-    def _now() -> int:
-        status = Path("/proc/self/status").read_text()
-        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon"))
 
 
 def growth(config: ModelConfig, stage: int, cache: Path) -> tuple[int, int]:
@@ -80,11 +48,8 @@ def growth(config: ModelConfig, stage: int, cache: Path) -> tuple[int, int]:
 
 @pytest.fixture(scope="module")
 def fresh_ranks() -> Iterator[Pool]:
-    """Processes in which no earlier test has left memory, and which give freed tensors back at once: what they have is
-    what they hold (glibc otherwise keeps what was freed between what was not, at random up to half a model)."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MALLOC_MMAP_THRESHOLD_", "500000")
-        pool = Pool(WORLD)
+    """Processes in which no earlier test has left memory."""
+    pool = Pool(WORLD)
     yield pool
     pool.close()
 

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 import torch
 
 from dscl import dist
-from dscl.engine import fill
 from dscl.model.moments import Changes, Moments
 from dscl.model.surgery import LLAMA_PROJECTIONS, matching
-from tests.support.toy_model import VOCABULARY, Toy, backbone, rows, summed_loss
+from tests.support.moments import felt_moments, second_moment, watching
+from tests.support.toy_model import VOCABULARY, model, rows, summed_loss
 
 ROWS, LENGTH = 3, 10
 SITES = {"q_proj": "q_proj", "k_proj": "q_proj", "v_proj": "q_proj", "gate_proj": "gate_proj", "up_proj": "gate_proj"}
-
-
-def model() -> Any:
-    built = backbone()
-    made = built.build()
-    fill(made, built.weights.read)
-    return made.eval()
 
 
 def block(number: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -31,25 +24,6 @@ def block(number: int) -> tuple[torch.Tensor, torch.Tensor]:
     draw = torch.Generator().manual_seed(number)
     ids = torch.randint(0, VOCABULARY, (ROWS, LENGTH), generator=draw)
     return ids, torch.randint(0, 4, ids.shape, generator=draw).double() / 2
-
-
-@contextmanager
-def watching(module: Any) -> Iterator[dict[str, tuple[torch.Tensor, torch.Tensor]]]:
-    """What every constrained layer is given and answers in the last pass, by plain hooks."""
-    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    with ExitStack() as stack:
-        for name in matching(module, LLAMA_PROJECTIONS):
-
-            def hook(_: Any, given: Any, output: torch.Tensor, name: str = name) -> None:
-                seen[name] = given[0], output
-
-            stack.callback(module.get_submodule(name).register_forward_hook(hook).remove)
-        yield seen
-
-
-def second_moment(given: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    exact = given.detach().double().flatten(0, 1)
-    return torch.einsum("t,ti,tj->ij", weights.double().flatten(), exact, exact)
 
 
 def gathered(numbers: Iterable[int]) -> Moments:
@@ -133,19 +107,6 @@ def test_sums_do_not_depend_on_the_ranks(ranks: Any) -> None:
     for found in ranks(2)(of_my_blocks, 4):
         assert sorted(found) == sorted(expected)
         assert all(close(found[layer], expected[layer], 1e-12) for layer in expected)
-
-
-def felt_moments(toys: list[Toy]) -> dict[str, torch.Tensor]:
-    """Σ |∂loss/∂y|² xxᵀ over the inputs x and outputs y of every constrained layer, by autograd."""
-    module, sums = model(), dict[str, torch.Tensor]()
-    for toy in toys:
-        with watching(module) as seen:
-            loss = summed_loss(module, toy)
-        gradients = torch.autograd.grad(loss, [output for _, output in seen.values()])
-        for (layer, (given, _)), gradient in zip(seen.items(), gradients, strict=True):
-            part = second_moment(given, gradient.double().square().sum(-1))
-            sums[layer] = sums[layer] + part if layer in sums else part
-    return sums
 
 
 def test_what_the_loss_feels_is_its_gradient() -> None:

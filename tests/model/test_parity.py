@@ -12,7 +12,7 @@ from torch import nn
 
 from dscl.engine import Engine, fill
 from dscl.model.backbone import Backbone, ModelConfig, open_backbone
-from tests.model.conftest import PIECES, SHAPE
+from tests.support.small_models import PIECES, SHAPE
 
 KINDS = ("llama", "mistral", "qwen2", "qwen3")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -15,7 +15,7 @@ from dscl.model.adapters import Adapter, Pair
 from dscl.model.routed import Bank, RoutedLinear, add_routed, first_values
 from dscl.model.routing import Routing, layer_of, pool, pool_at, targets_above
 from dscl.model.surgery import LLAMA_PROJECTIONS, LoraConfig
-from tests.model.conftest import PIECES, SHAPE
+from tests.support.small_models import PIECES, SHAPE
 
 IDS = torch.randint(0, PIECES, (4, 9), generator=torch.Generator().manual_seed(0))
 SPANS = [(row, 1 + row, 9 - row) for row in range(4)]

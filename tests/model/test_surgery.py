@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dscl.errors import UserError
 from dscl.model.surgery import LLAMA_PROJECTIONS, LoraConfig, add_lora
-from tests.model.conftest import PIECES, SHAPE
+from tests.support.small_models import PIECES, SHAPE
 
 IDS = torch.randint(0, PIECES, (2, 9), generator=torch.Generator().manual_seed(0))
 

@@ -14,7 +14,7 @@ import sentencepiece
 
 from dscl.errors import UserError
 from dscl.model.tokenizer import load_tokenizer, pad_id, train_tokenizer
-from tests.model.conftest import PIECES, TEXT
+from tests.support.small_models import PIECES, TEXT
 
 PLAIN = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 TEXTS = [

@@ -45,7 +45,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe(folder: Path, name: str, stage: int = 0, names: tuple[str, ...] = NAMES[:2], **changes: Any) -> Any:
     document = recipe_of(folder, name, stage)
-    document["model"]["shape"]["num_hidden_layers"] = 4
+    document["model"]["shape"]["num_hidden_layers"] = changes.pop("layers", 4)
     document["method"] = {
         "name": "asr",
         "width": 128,

@@ -8,9 +8,18 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+RANKS = ("DSCL_", "LOCAL_", "MASTER_", "PET_", "RANK", "RDZV_", "SBATCH_", "SLURM_", "WORLD_")
+
+
+def bare() -> dict[str, str]:
+    """An environment in which nothing is said of ranks."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(RANKS)}
 
 
 class Missing(Exception):
@@ -47,7 +56,7 @@ class Hosts:
             ["ip", "netns", "exec", self._names[number], *words],
             cwd=REPOSITORY,
             env={
-                **{k: v for k, v in os.environ.items() if not k.startswith(("DSCL_", "MASTER_"))},
+                **bare(),
                 "PYTHON": sys.executable,
                 "OMP_NUM_THREADS": "1",
                 "DS_ACCELERATOR": "cpu",
@@ -67,9 +76,12 @@ class Hosts:
         self._ip("-n", self._bridge, "link", "set", f"port{number}", "up" if up else "down")
 
     def close(self) -> None:
+        for name in self._names:  # launchers and ranks stand in process groups of their own
+            there = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=False)
+            for pid in map(int, there.stdout.split()):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         for process in self._started:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         for name in (*self._names, self._bridge):
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)

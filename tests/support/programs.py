@@ -1,23 +1,28 @@
 """The program `dscl` for tests that signal or kill it: forked from a process that has imported everything.
 
-`dscl ...` started anew imports for seconds. Here its process, and those of the ranks that its `--nproc` starts, are
-forks, with the arguments, the environment and the signals of a program that was started from a shell.
+`dscl ...` started anew imports for seconds. Here its process, those of the ranks that its `--nproc` starts and those of
+the runs that `dscl compare` starts are forks, with the arguments, the environment and the signals of a program that was
+started from a shell.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 from tests.support.pool import forked
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Program:
@@ -30,9 +35,13 @@ class Program:
         self._files = [Path(self._folder.name, name) for name in ("out", "err")]
         whole = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **os.environ, **environment}
         work = (list(arguments), str(cwd or Path.cwd()), session, whole, [str(path) for path in self._files])
-        self._process: Any = forked().Process(target=_program, args=work)  # type: ignore[attr-defined]
+        self._process: Any = forked().Process(target=self._target(), args=work)  # type: ignore[attr-defined]
         self._process.start()
         self.pid: int = self._process.pid
+        _STARTED.add(self)
+
+    def _target(self) -> Callable[..., None]:
+        return _program
 
     @property
     def returncode(self) -> int | None:
@@ -77,15 +86,45 @@ class Program:
 
     def rank(self, number: int) -> int:
         """The process of a rank that its `--nproc` started."""
-        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        return self._child(f"rank-{number}")
+
+    def run(self) -> int:
+        """The process of the run that `dscl compare` has started."""
+        return self._child("run")
+
+    def _child(self, name: str) -> int:
+        threads = Path(f"/proc/{self.pid}/task").iterdir()
+        children = [child for thread in threads for child in (thread / "children").read_text().split()]
         for child in children:
-            if Path(f"/proc/{child}/comm").read_text().strip() == f"rank-{number}":
+            if Path(f"/proc/{child}/comm").read_text().strip() == name:
                 return int(child)
-        raise AssertionError(f"no rank {number} among {children}")
+        raise AssertionError(f"no {name} among {children}")
+
+
+_STARTED: weakref.WeakSet[Program] = weakref.WeakSet()
+
+
+@atexit.register
+def _end() -> None:
+    """End what a test that failed has left running: this process would wait for it."""
+    for program in _STARTED:
+        program.kill()
+
+
+def forked_run(
+    words: Sequence[str], cwd: str | Path | None = None, capture_output: bool = True, text: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """In the place of the subprocess.run with which a tool starts `python -m dscl`."""
+    assert list(words[:3]) == [sys.executable, "-m", "dscl"], words
+    assert capture_output
+    assert text
+    program = Program(words[3:], Path(cwd) if cwd is not None else None)
+    out, err = program.communicate(timeout=100)
+    return subprocess.CompletedProcess(words, program.wait(), out, err)
 
 
 class ForkedRank:
-    """In the place of the subprocess.Popen with which `--nproc` starts a rank."""
+    """In the place of the subprocess.Popen with which `--nproc` starts a rank, and `dscl compare` a run."""
 
     def __init__(
         self,
@@ -93,13 +132,21 @@ class ForkedRank:
         env: Mapping[str, str],
         pass_fds: Sequence[int] = (),
         start_new_session: bool = False,
+        stdout: IO[bytes] | None = None,
+        stderr: int | None = None,
     ) -> None:
-        assert list(words[1:3]) == ["-m", "dscl"], words
+        assert list(words[:3]) == [sys.executable, "-m", "dscl"], words
+        assert (stdout is None) == (stderr is None)
         self.returncode: int | None = None
+        # Not to be heard by the parent's handlers in a child that has not its own yet; `refresh` lets them come.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         self.pid = os.fork()
         if self.pid == 0:
-            Path("/proc/self/comm").write_text(f"rank-{env['RANK']}")
+            Path("/proc/self/comm").write_text(f"rank-{env['RANK']}" if "RANK" in env else "run")
+            for number in (1, 2) if stdout is not None else ():
+                os.dup2(stdout.fileno(), number)
             _become(words[3:], env, start_new_session)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def poll(self) -> int | None:
         return self._wait(os.WNOHANG)
@@ -110,6 +157,9 @@ class ForkedRank:
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
             os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
@@ -124,28 +174,44 @@ class ForkedRank:
 
 def _program(arguments: list[str], cwd: str, session: bool, environment: dict[str, str], files: list[str]) -> None:
     """In the forked process: what the shell and the interpreter's start would have done."""
+    attach(cwd, files)
+    _become(arguments, environment, session)
+
+
+def attach(cwd: str, files: list[str]) -> None:
+    """Write standard output and standard error to these files, read nothing, work in this folder."""
     for number, path in enumerate(files, start=1):
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.chdir(cwd)
-    _become(arguments, environment, session)
 
 
 def _become(arguments: Sequence[str], environment: Mapping[str, str], session: bool) -> NoReturn:
+    refresh(["dscl", *arguments], environment, session)
+
+    from dscl import cli, compare, spawn
+
+    spawn.subprocess = SimpleNamespace(Popen=ForkedRank)  # type: ignore[assignment]
+    compare.subprocess = SimpleNamespace(Popen=ForkedRank, STDOUT=subprocess.STDOUT)  # type: ignore[assignment]
+    cli.program()
+
+
+def refresh(words: Sequence[str], environment: Mapping[str, str], session: bool) -> None:
+    """Set arguments, environment, signals, streams and threads as a new interpreter would have them."""
     if session:
         os.setsid()
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     os.environ.clear()
     os.environ.update(environment)
-    sys.argv = ["dscl", *arguments]
-    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(fd, mode, closefd=False) for fd, mode in enumerate("rww"))
+    sys.argv = list(words)
+    sys.stdin, sys.stdout, sys.stderr = (
+        os.fdopen(fd, mode, buffering, closefd=False)
+        for fd, (mode, buffering) in enumerate((("r", -1), ("w", -1), ("w", 1)))
+    )
 
     import torch
 
-    from dscl import cli, spawn
-
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", "1")))
-    spawn.subprocess = SimpleNamespace(Popen=ForkedRank)  # type: ignore[assignment]
-    cli.program()

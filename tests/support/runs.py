@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,17 @@ def outcome(run: Path) -> tuple[Any, ...]:
     newest = sorted(p for p in (run / "checkpoints").iterdir())[-1]
     files = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in newest.iterdir()}
     return metrics(run), json.loads((run / "scores.json").read_text()), newest.name, files
+
+
+def whole(folder: Path, stage: int = 0, world: int = 2, **changes: Any) -> tuple[dict[str, Any], int]:
+    """Arguments of `undisturbed`: a run with which others are compared."""
+    name = hashlib.sha256(json.dumps([stage, world, changes], sort_keys=True).encode()).hexdigest()[:12]
+    return recipe_of(folder, f"whole-{name}", stage, **changes), world
+
+
+def copy(folder: Path, name: str) -> Path:
+    """Of a run, beside it, to go on from."""
+    return Path(shutil.copytree(folder, folder.parent / name))
 
 
 def run(document: dict[str, Any]) -> None:

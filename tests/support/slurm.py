@@ -11,17 +11,18 @@ import subprocess
 import time
 from pathlib import Path
 
-from tests.support.hosts import Missing
+from tests.support.hosts import Missing, bare
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scancel", "scontrol", "squeue")
-# A requeued job waits until its credential has expired, two minutes unless cred_expire says otherwise. No job may be
+# A requeued job waits until its credential has expired, two minutes unless cred_expire says otherwise (5 s at least),
+# and for the next turn of the scheduler, which comes once a minute unless sched_interval says otherwise. No job may be
 # requeued that does not say so itself.
 CONFIGURATION = """
 ClusterName=dscl
 SlurmctldHost={host}
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket,cred_expire=20
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 SlurmctldPort={controller}
 SlurmdPort={node}
 StateSaveLocation={folder}/state
@@ -31,6 +32,8 @@ SlurmdPidFile={folder}/slurmd.pid
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/linear
+SchedulerType=sched/builtin
+SchedulerParameters=sched_interval=1,batch_sched_delay=0
 ReturnToService=2
 MpiDefault=none
 KillWait=60
@@ -65,7 +68,7 @@ class Slurm:
             )
         )
         self.environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))},
+            **bare(),
             "SLURM_CONF": str(folder / "slurm.conf"),
         }
         munge = {name: f"--{name}-file={folder}/munge/{name}" for name in ("key", "pid", "log", "seed")}
@@ -80,7 +83,7 @@ class Slurm:
                 logs = {path.name: path.read_text()[-2000:] for path in folder.glob("*.log")}
                 self.close()
                 raise Missing(f"Slurm does not come up here: {logs}")
-            time.sleep(0.5)
+            time.sleep(0.1)
 
     def ask(self, *words: str) -> str:
         """What a command of Slurm's says."""

@@ -12,7 +12,7 @@ from torch.nn import functional
 from transformers import LlamaConfig
 
 from dscl import dist
-from dscl.engine import Engine
+from dscl.engine import Engine, fill
 from dscl.model.backbone import Backbone, ModelConfig
 from dscl.model.weights import DrawnWeights
 
@@ -48,6 +48,14 @@ def backbone(dtype: torch.dtype = torch.float32) -> Backbone:
         intermediate_size=80, vocab_size=VOCABULARY, tie_word_embeddings=True,
     )  # fmt: skip
     return Backbone(ModelConfig(shape={}), shape, None, DrawnWeights(0, 0.05), dtype)
+
+
+def model() -> Any:
+    """The small LLaMA outside an engine, with its weights drawn, in eval mode."""
+    built = backbone()
+    made = built.build()
+    fill(made, built.weights.read)
+    return made.eval()
 
 
 def rows(step: int) -> list[Toy]:

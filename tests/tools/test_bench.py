@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from tests.support.tools import SUBPROCESS, Tool
 from tools import bench
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -20,21 +25,46 @@ OWN = {
     "bench_asr.py": "--section step mixed --hidden 64 --layers 2 --rounds 1",
     "bench_router.py": "--width 64 --rows 64 --dim 16",
 }
-SMALL = ["--rounds", "1", "--hidden", "64", "--layers", "1"]
+SMALL = ["--rounds", "1", "--hidden", "64", "--layers", "1", "--json"]
+SCRIPT = str(REPOSITORY / "tools" / "bench.py")
+SMALLER = {
+    "BLOCK": 4, "TARGETS": 1024, "HEADS": {"cpu": (64, 8000, torch.float32)}, "AT_ONCE": 128 * 8000,
+}  # fmt: skip
+ANEW = pytest.param(True, id="anew", marks=pytest.mark.exhaustive)
 
 
-def run(*words: str) -> list[dict[str, str]]:
+def started_anew(*words: str) -> list[dict[str, str]]:
     done = subprocess.run(
-        [sys.executable, *words, *SMALL, "--json"], cwd=REPOSITORY, capture_output=True, text=True,
+        [sys.executable, *words, *SMALL], cwd=REPOSITORY, capture_output=True, text=True,
         env={**bench.outside(), "PYTHONPATH": str(REPOSITORY)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return rows_of(done.stdout)
 
 
-def test_the_quick_sections_find_figures() -> None:
-    sections = ["overhead", "trainer", "head", "evaluation", "start"]
-    found = run(str(REPOSITORY / "tools" / "bench.py"), "--section", *sections)
+def forked(*words: str, **environment: str) -> Tool:
+    return Tool([SCRIPT, *words, *SMALL], SMALLER, environment)
+
+
+def told(tool: Tool) -> list[dict[str, str]]:
+    out, err = tool.communicate(timeout=100)
+    assert tool.returncode == 0, err[-2000:]
+    return rows_of(out)
+
+
+def rows_of(output: str) -> list[dict[str, str]]:
+    return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+
+
+@pytest.mark.parametrize("anew", [False, ANEW])
+def test_the_quick_sections_find_figures(monkeypatch: pytest.MonkeyPatch, anew: bool) -> None:
+    words = ["--section", "overhead", "trainer", "head", "evaluation"]
+    if anew:
+        found = started_anew(SCRIPT, *words, "start")
+    else:
+        monkeypatch.setattr(bench, "subprocess", SUBPROCESS)
+        options = argparse.Namespace(rounds=1, hidden=64, layers=1, deepspeed=str(REPOSITORY / "ds_configs/zero2.json"))
+        found = [*told(forked(*words)), *map(dataclasses.asdict, bench.start(options))]
     whats = [row["what"].split(":")[0] for row in found]
     short = "LoRA, short samples of unlike lengths, which we pack"
     peers = ["full fine-tuning", "LoRA", short, "head", "the same"]
@@ -50,9 +80,19 @@ def test_the_quick_sections_find_figures() -> None:
     assert {"imports", "model and DeepSpeed", "evaluation before training", "first step"} <= set(parts)
 
 
-def test_two_ranks_measure_together() -> None:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    found = run(*launcher, str(REPOSITORY / "tools" / "bench.py"), "--section", "overhead", "evaluation")
+@pytest.mark.parametrize("anew", [False, ANEW])
+def test_two_ranks_measure_together(anew: bool) -> None:
+    words = ["--section", "overhead", "evaluation"]
+    if anew:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        found = started_anew(*launcher, SCRIPT, *words)
+    else:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": "2"}
+        first, second = (forked(*words, **place, RANK=rank, LOCAL_RANK=rank) for rank in "01")
+        found = told(first)
+        assert told(second) == []
     assert [row["what"].rpartition(", ")[2] for row in found] == ["on 2 ranks"] * 3
 
 
@@ -70,8 +110,11 @@ def test_rows_of_another_script_join_the_table_and_its_failure_is_told(tmp_path:
     assert capfd.readouterr() == ("", "words\n")
 
 
-def test_bars_of_the_methods_are_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("anew", [False, ANEW])
+def test_bars_of_the_methods_are_rows(monkeypatch: pytest.MonkeyPatch, anew: bool) -> None:
     """Of OSFT's step and set-up, routed layers, mixed batches and the router; with targets where there are any."""
+    if not anew:
+        monkeypatch.setattr(bench, "subprocess", SUBPROCESS)
     monkeypatch.chdir(REPOSITORY)
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     monkeypatch.setattr(bench, "OWN", {name: words.split() for name, words in OWN.items()})

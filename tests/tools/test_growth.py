@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
+from tests.support.programs import forked_run
 from tools import growth
 
 
-def test_what_is_counted_grows_as_the_formulas_say(capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = "--ranks 2 4 --widths 64 128 --prompts 64 --hidden 512 --layers 2"
+@pytest.mark.parametrize("ranks", ["4", pytest.param("2 4", marks=pytest.mark.exhaustive)])
+def test_what_is_counted_grows_as_the_formulas_say(
+    ranks: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(growth, "subprocess", SimpleNamespace(run=forked_run))
+    sizes = f"--ranks {ranks} --widths 64 128 --prompts 64 --hidden 512 --layers 2"
     growth.main(sizes.split(" "))
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
     assert {row[0].split(":")[0] for row in rows} >= {"weights, bytes", "OSFT", "ASR", "router", "operations of a step"}

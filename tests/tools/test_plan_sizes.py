@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from dscl.model.tokenizer import train_tokenizer
+from tests.support.programs import forked_run
 from tools import plan_sizes as sizes
 
 TINY = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -18,6 +20,7 @@ def test_a_row_says_what_the_plan_says(
     train_tokenizer((str(number) for number in range(1000)), 300, tmp_path / "tokenizer")
     monkeypatch.setitem(sizes.SIZES, "tiny", TINY)
     monkeypatch.setattr(sizes, "LENGTH", 128)
+    monkeypatch.setattr(sizes, "subprocess", SimpleNamespace(run=forked_run))
     sizes.main(["--tokenizer", str(tmp_path / "tokenizer"), "--sizes", "tiny", "--gpus", "2"])
     head, _, row = ([cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines())
     found = dict(zip(head, row, strict=True))

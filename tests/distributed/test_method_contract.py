@@ -1,0 +1,414 @@
+"""The contract of a method, one suite for all of them: its state and its task artifacts are restored by fresh objects,
+also on another number of ranks, and a run that is killed around a task ends as an undisturbed run.
+
+Each method trains one reference run of two short tasks; all tests of the method start from what was recorded there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from dscl import train
+from dscl.checkpoint import Checkpoints
+from dscl.data.batches import prompt_batch
+from dscl.engine import Engine
+from dscl.job import Job, open_job
+from dscl.methods import METHODS, Ranks, find_method
+from dscl.recipe import resolve
+from tests.support.five_tasks import NAMES, recipe, tasks
+from tests.support.osft_runs import quick
+from tests.support.runs import Killed, outcome, run
+from tests.support.toy_model import assemble
+
+__all__ = ["tasks"]  # the fixture
+Tensors = dict[str, torch.Tensor]
+MID_TASK, FINAL = "step-00000004", "step-00000006-scored"  # checkpoints: in the second task, and of the complete run
+ARTIFACTS = ("adapters", "router", "experts", "samples")  # folders of a run for the artifacts of ended tasks
+LORA = {"rank": 4, "dropout": 0.2}
+
+
+class Case(NamedTuple):
+    """A method under settings that give it much state, where it runs, and which state that is."""
+
+    settings: dict[str, Any]
+    world: int
+    deepspeed: str
+    state: tuple[str, ...] = ()  # in the second task, on every rank, besides the trained tensors
+    artifacts: tuple[str, ...] = ()
+
+
+CASES = {
+    "sequential": Case({}, 1, "zero1"),
+    "joint": Case({"tune": "lora", "lora": LORA}, 1, "zero0"),
+    "replay": Case({"most": 3, "tune": "lora", "lora": LORA}, 2, "zero0", ("samples",), ("samples",)),
+    "agem": Case({"share": 0.2}, 2, "zero2_offload", ("samples",), ("samples",)),
+    "ewc": Case({"strength": 300.0, "memory": 0.5, "samples": 16}, 2, "zero3_offload_all", ("fisher", "anchor")),
+    "lwf": Case({"tokens": 50}, 1, "zero1", ("state",)),
+    "olora": Case({"lora": LORA}, 1, "zero0", (), ("adapters",)),
+    "lora_per_task": Case({"lora": LORA}, 1, "zero2", (), ("adapters",)),
+    "asr": Case(
+        {"lora": LORA, "width": 64, "feature_layer": 1, "reject": False},
+        2, "zero1", ("rows",), ("adapters", "router"),
+    ),
+    "osft": Case(
+        {
+            "reading": "two_sided", "basis": ["weights", "activations"], "allocate": "energy", "share": 0.3,
+            "claim": ["updates", "sensitivity"], "claim_energy": 0.9, "when_short": "give_back", "project_every": 2,
+        },
+        2, "zero2", ("owned",),
+    ),
+    "moses": Case(
+        {
+            "experts": 2, "rank": 2, "share": 0.75, "masks": "element", "dropout": 0.2, "width": 64,
+            "feature_layer": 1, "reject": False,
+        },
+        2, "zero3", ("state", "rows"), ("experts", "router"),
+    ),
+}  # fmt: skip
+
+
+def test_every_method_has_a_case() -> None:
+    assert list(CASES) == list(METHODS)
+
+
+def document(folder: Path, method: str, name: str) -> Any:
+    """Two tasks of three steps each (six at once for joint training); all checkpoints are kept."""
+    made = recipe(folder, f"{method} {name}", 0, NAMES[:2], checkpoint={"every": 4, "keep": 99}, layers=2)
+    made["train"] |= {"lr": 1e-2, "epochs": 1, "weight_decay": 0.1}
+    made["stream_defaults"] = {"dev_share": 0, "train_limit": 21, "test_limit": 5}
+    made["evaluate"] = {"before": False, "tasks": "seen"}
+    made["deepspeed"] = f"ds_configs/{CASES[method].deepspeed}.json"
+    return made | {"method": {"name": method, **CASES[method].settings}}
+
+
+# ---- snapshots of a method and its engine
+
+
+@dataclass
+class Snapshot:
+    """Everything that a method and its engine hold on one rank."""
+
+    shards: dict[str, list[tuple[int, torch.Tensor]]]  # by kind and parameter: first element, values
+    optimizer_steps: int
+    state: Tensors
+    rows: Tensors
+    owned: Tensors
+    samples: list[Any]  # of ended tasks, for replay or as reference batches
+    buffers: Tensors  # of the model; they hold the frozen parameters of ended tasks
+    answers: dict[str | None, Any]  # logits and routing decisions, with each task id given and with none
+
+
+def take_snapshot(engine: Engine, job: Job) -> Snapshot:
+    method = job.method
+    shards: dict[str, list[tuple[int, torch.Tensor]]] = {}
+    for share in engine.shards.shares():
+        for kind, values in share.tensors().items():
+            shards.setdefault(f"{kind} {share.name}", []).append((share.start, values.clone()))
+    return Snapshot(
+        shards=shards,
+        optimizer_steps=engine.shards.steps(),
+        state=copied(method.state()),
+        rows=copied(method.rows()),
+        owned=copied(method.owned()),
+        samples=[(kept.task, kept.pairs) for kept in (*method.mixed_in(), *method.reviews())],
+        buffers=copied(dict(engine.module.named_buffers())),
+        answers=answers(engine, job),
+    )
+
+
+def copied(tensors: Tensors) -> Tensors:
+    return {name: values.clone() for name, values in tensors.items()}
+
+
+@torch.no_grad()
+def answers(engine: Engine, job: Job) -> dict[str | None, Any]:
+    found: dict[str | None, Any] = {}
+    prompts = [lesson.exam.prompts[i] for i in range(3) for lesson in job.lessons]
+    batch = prompt_batch(prompts, job.lessons[0].pad, job.lessons[0].bos)
+    training = engine.module.training
+    engine.module.eval()
+    for task in (None, *(lesson.task.name for lesson in job.lessons)):
+        with job.method.answering(batch, task) as routes:
+            logits = engine.module(batch.input_ids, batch.attention_mask, batch.position_ids).logits
+        found[task] = logits, list(routes or ())
+    engine.module.train(training)
+    return found
+
+
+def restored_snapshot(made: dict[str, Any], checkpoint: str) -> Snapshot:
+    """Of a fresh job and engine that were brought to a checkpoint of the run."""
+    job = open_job(resolve(made))
+    engine = job.engine()
+    train.restore(Path(made["run_dir"]) / "checkpoints" / checkpoint, engine, job)
+    snapshot = take_snapshot(engine, job)
+    engine.close()
+    return snapshot
+
+
+def assert_identical(found: Any, expected: Any, where: str = "") -> None:
+    """Bit for bit, whatever the structure."""
+    if dataclasses.is_dataclass(expected):
+        found, expected = vars(found), vars(expected)
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for name, value in expected.items():
+            assert_identical(found[name], value, f"{where} {name}")
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected), where
+        for number, value in enumerate(expected):
+            assert_identical(found[number], value, f"{where} {number}")
+    elif isinstance(expected, torch.Tensor):
+        assert (found.dtype, found.shape) == (expected.dtype, expected.shape), where
+        assert found.contiguous().numpy().tobytes() == expected.contiguous().numpy().tobytes(), where
+    else:
+        assert found == expected, where
+
+
+# ---- the reference run
+
+
+Requests = dict[tuple[str, int], int]  # by phase ("begin_task", "end_task") and task: how many requests to the ranks
+REQUESTS = ("probe", "batches", "whole", "visit", "sum_", "samples", "stretches", "groups", "sense")
+
+
+class ReferenceRun(NamedTuple):
+    folder: Path
+    mid_task: list[Snapshot]  # rank by rank
+    final: list[Snapshot]
+    requests: Requests
+
+
+def recorded(made: dict[str, Any]) -> tuple[Snapshot, Snapshot, Requests]:
+    """Run undisturbed; on this rank, the snapshots at both checkpoints, and the requests around each task."""
+    snapshots: dict[str, Snapshot] = {}
+    requests: Requests = {}
+    jobs: list[Job] = []
+    save = Checkpoints.save
+
+    def opening(*arguments: Any) -> Job:
+        jobs.append(open_job(*arguments))
+        return jobs[-1]
+
+    def saving(self: Checkpoints, name: str, position: Any, engine: Engine, method: Any) -> None:
+        save(self, name, position, engine, method)
+        if name in (MID_TASK, FINAL):
+            snapshots[name] = take_snapshot(engine, jobs[-1])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "open_job", opening)
+        patch.setattr(Checkpoints, "save", saving)
+        for phase in ("begin_task", "end_task"):
+            count_requests(patch, find_method(made["method"]["name"]), phase, requests)
+        run(made)
+    return snapshots[MID_TASK], snapshots[FINAL], requests
+
+
+def count_requests(patch: pytest.MonkeyPatch, method: type, phase: str, requests: Requests) -> None:
+    original = getattr(method, phase)
+
+    def counting(self: Any, index: int, name: str, ranks: Ranks) -> Any:
+        def count() -> None:
+            requests[phase, index] += 1
+
+        requests[phase, index] = 0
+        return original(self, index, name, with_callback(ranks, count))
+
+    patch.setattr(method, phase, counting)
+
+
+def with_callback(ranks: Ranks, callback: Callable[[], None]) -> Ranks:
+    """The same ranks; `callback` is called after each request."""
+
+    def wrapped(request: Callable[..., Any]) -> Callable[..., Any]:
+        def requesting(*arguments: Any) -> Any:
+            result = request(*arguments)
+            callback()
+            return result
+
+        return requesting
+
+    return dataclasses.replace(ranks, **{name: wrapped(getattr(ranks, name)) for name in REQUESTS})
+
+
+@pytest.fixture(scope="module")
+def reference(ranks: Any, tasks: Path) -> Callable[[str], ReferenceRun]:
+    """A method's reference run. It is made once; nobody may write into its folder."""
+    runs: dict[str, ReferenceRun] = {}
+
+    def get(method: str) -> ReferenceRun:
+        if method not in runs:
+            made = document(tasks, method, "reference")
+            mid_task, final, requests = zip(*ranks(CASES[method].world)(quick, recorded, made), strict=True)
+            assert all(counts == requests[0] for counts in requests)  # every rank makes the same requests
+            runs[method] = ReferenceRun(Path(made["run_dir"]), list(mid_task), list(final), requests[0])
+        return runs[method]
+
+    return get
+
+
+# ---- state and artifacts
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_state_is_restored_in_a_fresh_object(ranks: Any, tasks: Path, reference: Any, method: str) -> None:
+    """In the middle of the second task: weights, moments, state, rows, owned tensors, samples and buffers."""
+    case, expected = CASES[method], reference(method).mid_task
+    for snapshot in expected:
+        state = {name for name in ("state", "rows", "owned", "samples") if getattr(snapshot, name)}
+        state |= {name.partition(" ")[0] for name in snapshot.shards} - {"master", "exp_avg", "exp_avg_sq"}
+        assert state == set(case.state)
+        assert snapshot.optimizer_steps == (4 if method == "joint" else 1)
+    found = ranks(case.world)(quick, restored_snapshot, document(tasks, method, "reference"), MID_TASK)
+    assert rows(found) == rows(expected)  # any rank may get any row
+    assert_identical(*([dataclasses.replace(snapshot, rows={}) for snapshot in each] for each in (found, expected)))
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_task_artifacts_are_restored_in_a_fresh_object(ranks: Any, tasks: Path, reference: Any, method: str) -> None:
+    """After the last task: the frozen parameters and every answer. A method that answers by task has two answers."""
+    case, made = CASES[method], reference(method)
+    assert {path.relative_to(made.folder).parts[0] for path in artifacts(made.folder)} == set(case.artifacts)
+    for snapshot in made.final:
+        first, second = (snapshot.answers[task][0] for task in NAMES[:2])
+        assert torch.equal(first, second) != METHODS[method].by_task
+    found = ranks(case.world)(quick, restored_snapshot, document(tasks, method, "reference"), FINAL)
+    assert_identical(found, made.final)
+
+
+def rows(snapshots: list[Snapshot]) -> list[Any]:
+    """Of all ranks, in an order of their own."""
+    return sorted(
+        tuple(values[row].numpy().tobytes() for values in snapshot.rows.values())
+        for snapshot in snapshots
+        for row in range(len(next(iter(snapshot.rows.values()), ())))
+    )
+
+
+def artifacts(folder: Path) -> list[Path]:
+    return sorted(path for name in ARTIFACTS for path in (folder / name).rglob("*") if path.is_file())
+
+
+# ---- another number of ranks
+
+
+def merged(snapshots: list[Snapshot]) -> dict[str, Any]:
+    """The state of all ranks together, however it is divided among them."""
+    first, *others = snapshots
+    for other in others:
+        for name in ("state", "samples", "buffers", "optimizer_steps"):
+            assert_identical(getattr(other, name), getattr(first, name), name)
+    owned: Tensors = {}
+    for snapshot in snapshots:
+        assert not owned.keys() & snapshot.owned.keys()  # each matrix has one owner
+        owned |= snapshot.owned
+    shards = assemble([snapshot.shards for snapshot in snapshots])
+    return {**vars(first), "owned": owned, "rows": rows(snapshots), "shards": shards, "answers": None}
+
+
+@pytest.mark.parametrize(
+    ("method", "world"),
+    [
+        *((method, 3 - CASES[method].world) for method in METHODS),
+        *(pytest.param(method, 4, marks=[] if method == "osft" else [pytest.mark.exhaustive]) for method in METHODS),
+    ],
+)
+def test_another_number_of_ranks_restores_the_same_state(
+    ranks: Any, tasks: Path, reference: Any, method: str, world: int
+) -> None:
+    """Matrices get other owners; rows and shards are divided anew."""
+    found = ranks(world)(quick, restored_snapshot, document(tasks, method, "reference"), MID_TASK)
+    assert_identical(merged(found), merged(reference(method).mid_task))
+    if "owned" in CASES[method].state:
+        assert all(snapshot.owned for snapshot in found)
+
+
+# ---- kills
+
+
+# A call, and its number in the process that dies after it; for begin_task and end_task the task in which it dies.
+# "leave" dies between end_task and the task's artifacts, "left" after they are written; "marker" when all files of a
+# checkpoint are written but its marker.
+KILLS = (
+    ("begin_task", 0), ("step", 2), ("end_task", 0), ("leave", 1), ("left", 1),
+    ("begin_task", 1), ("step", 2), ("end_task", 1), ("leave", 1), ("marker", 3),
+)  # fmt: skip
+KILLS_OF_ONE_TASK = (("begin_task", 0), ("step", 2), ("step", 5), ("end_task", 0), ("leave", 1), ("left", 1))
+
+
+def die_within(patch: pytest.MonkeyPatch, method: type, phase: str, task: int, request: int) -> None:
+    """While a task begins or ends: after that request to the ranks; where there is none, when the phase is over."""
+    original = getattr(method, phase)
+
+    def dying(self: Any, index: int, name: str, ranks: Ranks) -> Any:
+        if index != task:
+            return original(self, index, name, ranks)
+        calls = [0]
+
+        def count() -> None:
+            calls[0] += 1
+            if calls[0] == request:
+                raise Killed
+
+        original(self, index, name, with_callback(ranks, count))
+        assert request == 0
+        raise Killed
+
+    patch.setattr(method, phase, dying)
+
+
+def die_at(patch: pytest.MonkeyPatch, owner: type, name: str, number: int, before: bool = False) -> None:
+    """Before or after a call of a function."""
+    original, calls = getattr(owner, name), [0]
+
+    def dying(*arguments: Any, **more: Any) -> Any:
+        calls[0] += 1
+        if before and calls[0] == number:
+            raise Killed
+        result = original(*arguments, **more)
+        if calls[0] == number:
+            raise Killed
+        return result
+
+    patch.setattr(owner, name, dying)
+
+
+def run_with_kills(made: dict[str, Any], kills: Iterable[tuple[str, int]], requests: Requests) -> None:
+    """Run and die again and again, each time with fresh objects; then run to the end."""
+    method = find_method(made["method"]["name"])
+    for place, number in kills:
+        with pytest.MonkeyPatch.context() as patch:
+            if place in ("begin_task", "end_task"):
+                die_within(patch, method, place, number, -(-requests[place, number] // 2))
+            elif place == "step":
+                die_at(patch, Engine, "step", number)
+            elif place == "marker":
+                die_at(patch, Checkpoints, "settle", number, before=True)
+            else:
+                die_at(patch, Checkpoints, "leave", number, before=place == "leave")
+            with pytest.raises(Killed):
+                run(made)
+    run(made)
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """Of every checkpoint's files and of all task artifacts."""
+    files = [path for path in sorted((folder / "checkpoints").rglob("*")) if path.is_file()] + artifacts(folder)
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_a_killed_run_ends_as_an_undisturbed_run(ranks: Any, tasks: Path, reference: Any, method: str) -> None:
+    """Killed while a task begins and ends, between steps, and around the writing of artifacts and checkpoints."""
+    made, undisturbed = document(tasks, method, "killed"), reference(method)
+    kills = KILLS_OF_ONE_TASK if METHODS[method].together else KILLS
+    ranks(CASES[method].world)(quick, run_with_kills, made, kills, undisturbed.requests)
+    assert outcome(Path(made["run_dir"])) == outcome(undisturbed.folder)
+    assert checksums(Path(made["run_dir"])) == checksums(undisturbed.folder)

@@ -1,0 +1,141 @@
+"""A small base model, PEFT adapters and three tasks to serve; what PEFT alone answers."""
+
+from __future__ import annotations
+
+import functools
+import json
+import random
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from dscl import serve
+from dscl.data.encode import fingerprint
+from dscl.description import Description, Training
+from dscl.model.backbone import ModelConfig, open_backbone
+from dscl.model.tokenizer import load_tokenizer, train_tokenizer
+from dscl.router import Router, Spec
+from dscl.serve import Model
+from tests.support.small_models import PIECES, SHAPE, TEXT, WORDS
+
+TASKS = ("birds", "hills", "rain")
+LAYER, LIMIT, NEW = 1, 20, 8
+ABOVE: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1, 2, 3]}
+WHOLE: dict[str, Any] = {"target_modules": ["k_proj", "down_proj"]}  # from the first layer on
+
+
+def prompts_of(task: str, count: int, seed: int = 0) -> list[str]:
+    """Of words that the other tasks do not have, and of all lengths, also beyond LIMIT."""
+    number = TASKS.index(task)
+    generator = random.Random(f"{task} {seed}")
+    return [" ".join(generator.choices(WORDS[number::4], k=generator.randint(2, 14))) for _ in range(count)]
+
+
+def write_base(folder: Path, seed: int = 5) -> Path:
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(
+        LlamaConfig(**{**SHAPE, "num_hidden_layers": 4, "initializer_range": 0.1, "bos_token_id": 1, "eos_token_id": 2})
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(folder)
+    train_tokenizer(TEXT, PIECES, folder)
+    return folder
+
+
+def write_peft(folder: Path, base: Path, seed: int, rank: int = 4, **options: Any) -> Path:
+    """An adapter as others make them, strong enough to change what is answered."""
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=rank, lora_alpha=2 * rank, **options)
+    )
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0.0, 0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+def spec_of(base: Path, **changes: Any) -> Spec:
+    backbone = open_backbone(ModelConfig(str(base)), seed=0, dtype=torch.float32, cache=Path(), texts=lambda: ())
+    values: dict[str, Any] = {
+        "kind": "exact", "layer": LAYER, "dim": 64, "width": 128, "seed": 3, "model": backbone.fingerprint(),
+        "tokenizer": fingerprint(backbone.tokenizer), "prompt_limit": LIMIT, "precision": "fp32",
+    }  # fmt: skip
+    return Spec(**{**values, **changes})
+
+
+def empty(base: Path, slots: int = 3) -> Model:
+    return serve.open_model(description_of(base, spec_of(base)), slots=slots)
+
+
+def description_of(base: Path, spec: Spec, tokenizer: Path | None = None) -> Description:
+    model = ModelConfig(str(base), tokenizer=str(tokenizer or base))
+    return Description(model, 0, {}, Training.of(spec), Router(spec))
+
+
+MIXED = [prompt for some in zip(*(prompts_of(task, 5, seed=1) for task in TASKS), strict=True) for prompt in some]
+OWN = [*TASKS] * 5
+
+
+@functools.cache
+def peft_model(base: Path, adapter: Path | None) -> Any:
+    """A model as PEFT loads it, to be read from files that stay as they are."""
+    model: Any = AutoModelForCausalLM.from_pretrained(base).eval()
+    return model if adapter is None else PeftModel.from_pretrained(model, adapter).eval()
+
+
+@functools.cache
+@torch.no_grad()
+def reference(base: Path, adapter: Path | None, prompt: str) -> str:
+    """Greedy decoding by PEFT and transformers: one prompt, its last tokens, all of it anew for each token."""
+    model = peft_model(base, adapter)
+    tokenizer = load_tokenizer(base)
+    bos, *ids = tokenizer(prompt)["input_ids"]
+    ids = [bos, *ids[-(LIMIT - 1) :]]
+    answer: list[int] = []
+    for _ in range(NEW):
+        token = int(model(input_ids=torch.tensor([ids + answer])).logits[0, -1].argmax())
+        if token == tokenizer.eos_token_id:
+            break
+        answer.append(token)
+    return str(tokenizer.decode(answer, skip_special_tokens=True).strip())
+
+
+def everything(model: Model) -> list[tuple[Any, ...]]:
+    return [(answer.text, answer.task, (answer.margin, answer.distance)) for answer in model.generate(MIXED, NEW)]
+
+
+def alike(answers: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """Equal to the same answers: the libraries that solve the router may round the last bits otherwise each time."""
+    return [(text, task, pytest.approx(numbers, rel=1e-9)) for text, task, numbers in answers]
+
+
+def described(export: Path, change: Callable[[Any], Any]) -> None:
+    path = export / "dscl.json"
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+
+
+def flip(path: Path, share: float) -> None:
+    content = bytearray(path.read_bytes())
+    content[int(len(content) * share)] ^= 4
+    path.write_bytes(content)
+
+
+def logits_of(model: Any, prompts: Sequence[str], **options: Any) -> torch.Tensor:
+    """Of each prompt's first new token."""
+    seen: list[torch.Tensor] = []
+    hook = model._module.register_forward_hook(lambda _m, _a, out: seen.append(out.logits[:, -1]))
+    for prompt in prompts:
+        model.generate([prompt], 1, **options)
+    hook.remove()
+    return torch.cat(seen)

@@ -1,0 +1,26 @@
+"""The shape and the values of a sub-expert layer in tests."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from dscl.model.experts import Shape, SubExperts
+
+IN, OUT, TASKS = 24, 16, 3  # rows of whole 16 bytes in bf16 too, as sorting asks for
+
+
+def shape_of(atoms: bool = True, **changes: Any) -> Shape:
+    given = {"experts": 4, "rank": 3, "top": 2, "share": 0.5, "scale": 1.5, "atoms": atoms, **changes}
+    return Shape(**{"most": given["experts"], **given})
+
+
+@torch.no_grad()
+def scramble(made: SubExperts, seed: int) -> None:
+    """As after a task's training."""
+    draw = torch.Generator().manual_seed(seed)
+    for name in made.trained:
+        parameter = getattr(made, name)
+        parameter.copy_(torch.randn(parameter.shape, generator=draw, dtype=torch.float64) / math.sqrt(IN))

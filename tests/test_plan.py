@@ -155,7 +155,7 @@ def shell(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def planned(recipe: Path, *words: str) -> str:
+def run_plan(recipe: Path, *words: str) -> str:
     """What `dscl plan` prints."""
     program = Program(["plan", str(recipe), *words], cwd=recipe.parent)
     out, err = program.communicate(timeout=100)
@@ -165,7 +165,7 @@ def planned(recipe: Path, *words: str) -> str:
 
 def test_a_plan_names_stages_what_fits_and_how_sure_it_is(recipe: Path) -> None:
     words = ["--nodes", "2", "--gpus-per-node", "2", "--gpu-memory", "80GiB", "--tflops", "1", "--bandwidth", "1GB"]
-    out = planned(recipe, *words)
+    out = run_plan(recipe, *words)
     assert "4 ranks (2 x 2); a step of 16 samples is 2 micro-batches of up to 2 rows on each" in out
     peaks = {}
     for name, *parts, peak in re.findall(
@@ -198,7 +198,7 @@ def test_a_plan_for_programs_is_one_object(recipe: Path) -> None:
 def test_a_plan_for_programs_has_times_and_the_balance_of_owners(recipe: Path) -> None:
     """Two matrices of one size have two owners; of four ranks these have twice the mean each."""
     words = ["--alone", "--json", "--gpus-per-node", "4", "--tflops", "1", "--bandwidth", "1GB", "--efficiency", "0.5"]
-    found = json.loads(planned(recipe, *words, "method.targets=[q_proj]"))
+    found = json.loads(run_plan(recipe, *words, "method.targets=[q_proj]"))
     step = found["step"]
     computing, sending = step["operations"] / 0.5e12, step["sent"] / 1e9
     assert step["seconds"] == pytest.approx([max(computing, sending), computing + sending])
@@ -208,7 +208,7 @@ def test_a_plan_for_programs_has_times_and_the_balance_of_owners(recipe: Path) -
 
 def test_a_router_that_is_solved_counts(recipe: Path) -> None:
     """Wide features take more than a step of a small model does: seven matrices of them in fp64."""
-    found = json.loads(planned(recipe, "--alone", "--json", "method.name=asr", "method.width=4096"))
+    found = json.loads(run_plan(recipe, "--alone", "--json", "method.name=asr", "method.width=4096"))
     stage = found["stages"][found["recipe"]]
     assert stage["ending"] == 7 * 8 * 4096**2
     assert stage["device"] == stage["peak"] - stage["passing"] + stage["ending"] > stage["peak"]

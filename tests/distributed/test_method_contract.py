@@ -80,8 +80,8 @@ def test_every_method_has_a_case() -> None:
 
 
 def document(folder: Path, method: str, name: str) -> Any:
-    """Two tasks of three steps each (six at once for joint training); all checkpoints are kept."""
-    made = recipe(folder, f"{method} {name}", 0, NAMES[:2], checkpoint={"every": 4, "keep": 99}, layers=2)
+    """Two tasks of three steps each (for joint training six steps at once), with a checkpoint within each."""
+    made = recipe(folder, f"{method} {name}", 0, NAMES[:2], checkpoint={"every": 2, "keep": 99}, layers=2)
     made["train"] |= {"lr": 1e-2, "epochs": 1, "weight_decay": 0.1}
     made["stream_defaults"] = {"dev_share": 0, "train_limit": 21, "test_limit": 5}
     made["evaluate"] = {"before": False, "tasks": "seen"}
@@ -337,10 +337,10 @@ def test_another_number_of_ranks_restores_the_same_state(
 # "leave" dies between end_task and the task's artifacts, "left" after they are written; "marker" when all files of a
 # checkpoint are written but its marker.
 KILLS = (
-    ("begin_task", 0), ("step", 2), ("end_task", 0), ("leave", 1), ("left", 1),
+    ("begin_task", 0), ("step", 3), ("end_task", 0), ("leave", 1), ("left", 1),
     ("begin_task", 1), ("step", 2), ("end_task", 1), ("leave", 1), ("marker", 3),
 )  # fmt: skip
-KILLS_OF_ONE_TASK = (("begin_task", 0), ("step", 2), ("step", 5), ("end_task", 0), ("leave", 1), ("left", 1))
+KILLS_OF_ONE_TASK = (("begin_task", 0), ("step", 3), ("step", 3), ("end_task", 0), ("leave", 1), ("left", 1))
 
 
 def die_within(patch: pytest.MonkeyPatch, method: type, phase: str, task: int, request: int) -> None:

@@ -523,11 +523,11 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe(folder: Path, name: str, stage: int = 0, tensorboard: bool = False, **method: Any) -> dict[str, Any]:
-    """Of 4, 3 and 3 steps. `None` leaves a setting of the method out."""
+    """Of 4, 3 and 3 steps, evaluated at the end. `None` leaves a setting of the method out."""
     document = recipe_of(folder, name, stage, train__epochs=1, train__lr=2e-2, train__weight_decay=0.1)
     document["method"] = {key: value for key, value in {**SETTINGS, **method}.items() if value is not None}
     document["stream"] = [{"name": task, "path": str(folder / task)} for task in SIZES]
-    document["evaluate"] = {"before": False, "tasks": "seen", "batch": 9}
+    document["evaluate"] = {"before": False, "tasks": "seen", "batch": 9, "every": len(SIZES)}
     document["observe"]["tensorboard"] = tensorboard
     return document
 
@@ -551,7 +551,7 @@ def scores(run_dir: Path) -> Any:
 @pytest.mark.parametrize(("stage", "masks"), [(3, "atom"), (0, "element")])
 def test_told_the_task_every_score_stays(ranks: Any, tasks: Path, stage: int, masks: str) -> None:
     document = recipe(tasks, f"given{stage}", stage, masks=masks)
-    document["evaluate"]["given"] = True
+    document["evaluate"] |= {"given": True, "every": 1}
     ranks(2)(run, document)
     found = scores(tasks / f"given{stage}")["given"]
     for task in range(len(SIZES)):
@@ -671,7 +671,7 @@ def test_a_run_that_died_ends_as_one_that_did_not(
     """The same metrics, scores, checkpoint and files, so that nothing is claimed twice; experts are added meanwhile."""
     whole, died = (recipe(tasks, f"{kind}{world}{stage}", stage, True, **method) for kind in ("whole", "died"))
     for document in (whole, died):
-        document["evaluate"]["given"] = method.get("task_inference") != "given"
+        document["evaluate"] |= {"given": method.get("task_inference") != "given", "every": 1}
         if not document["evaluate"]["given"]:
             del document["evaluate"]["given"]
     ranks(world)(run, whole)
@@ -737,7 +737,6 @@ def test_another_number_of_ranks_goes_on(ranks: Any, tasks: Path, before: int, a
     for document in (whole, moved):
         document["train"]["lr"] = 5e-3
         document["checkpoint"]["every"] = 2
-        document["evaluate"]["every"] = len(SIZES)
     ranks(before)(run, whole)
     ranks(before)(run_until_killed, moved, 7)  # the second task's last step, after a checkpoint within it
     ranks(after)(run, moved)
@@ -762,8 +761,6 @@ def damage(path: Path) -> None:
 
 def test_a_damaged_task_is_learnt_again_where_a_checkpoint_of_before_is_there(ranks: Any, tasks: Path) -> None:
     lost, kept = (recipe(tasks, name) for name in ("intact", "damaged"))
-    for document in (lost, kept):
-        document["evaluate"]["every"] = len(SIZES)
     ranks(2)(run, lost)
     kept["checkpoint"]["keep"] = 99
     ranks(2)(run, kept)
@@ -920,7 +917,8 @@ def test_with_dense_weights_the_constraint_holds_and_features_stay(ranks: Any, t
 
 
 @pytest.mark.parametrize(
-    ("stage", "method"), [(0, {"masks": "element", "top_k": 1, "gate": "token", **KEY}), (3, {"dropout": 0.2})]
+    ("stage", "method"),
+    [(0, {"masks": "element", "top_k": 1, **KEY}), (3, {"gate": "uniform", "dropout": 0.2})],
 )
 def test_with_dense_weights_a_run_that_died_ends_as_one_that_did_not(
     ranks: Any, tasks: Path, stage: int, method: dict[str, Any]

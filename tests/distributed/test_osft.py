@@ -370,13 +370,13 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def recipe(folder: Path, name: str, stage: int, keep: int = 2, every: int = 3, **keys: Any) -> dict[str, Any]:
-    """Of 5, 4 and 5 steps."""
+def recipe(folder: Path, name: str, stage: int, keep: int = 2, evaluate: int = 3, **keys: Any) -> dict[str, Any]:
+    """Of 5, 4 and 5 steps; evaluated after every third task, the last."""
     document = recipe_of(folder, name, stage, train__epochs=1, train__lr=2e-2, train__weight_decay=0.1)
     document["method"] = {**BASIC, **keys}
     document["stream"] = [{"name": name, "path": str(folder / path)} for name, path in NAMES.items()]
-    document["checkpoint"] = {"every": every, "keep": keep}
-    document["evaluate"] = {"before": False, "tasks": "seen"}
+    document["checkpoint"] = {"every": 3, "keep": keep}
+    document["evaluate"] = {"before": False, "tasks": "seen", "every": evaluate}
     return document
 
 
@@ -513,7 +513,7 @@ def watched(document: dict[str, Any]) -> list[tuple[str, float]]:
 
 @pytest.mark.parametrize("stage", [0, pytest.param(2, marks=EXHAUSTIVE), 3])
 def test_between_projections_it_may_be_off_but_never_where_it_counts(ranks: Any, tasks: Path, stage: int) -> None:
-    document = recipe(tasks, f"seldom{stage}", stage, keep=99, every=3, project_every=4)
+    document = recipe(tasks, f"seldom{stage}", stage, keep=99, evaluate=1, project_every=4)
     results = ranks(2)(quick, watched, document)
     steps = torch.tensor([[off for where, off in seen if where == "step"] for seen in results]).amax(0).tolist()
     # Tasks of 5, 4 and 5 steps; checkpoints after steps 3, 6 and 12 of all, and after every task.
@@ -562,12 +562,12 @@ SHORT = {"when_short": "give_back", "share": 0.75, "claim_energy": 0.9}
 def test_a_run_that_died_ends_as_one_that_did_not(
     ranks: Any, tasks: Path, stage: int, keys: dict[str, Any], ways: list[Any]
 ) -> None:
-    ranks(2)(quick, run, recipe(tasks, f"whole{stage}", stage, **keys))
+    ranks(2)(quick, run, recipe(tasks, f"whole{stage}", stage, evaluate=1, **keys))
     expected = outcome(tasks / f"whole{stage}")
     assert {"owned-00000.safetensors", "owned-00001.safetensors"} <= set(expected[-1])
     for number, (killed, deaths) in enumerate(ways):
         name = f"died{stage}-{number}"
-        ranks(2)(quick, killed, recipe(tasks, name, stage, **keys), deaths)
+        ranks(2)(quick, killed, recipe(tasks, name, stage, evaluate=1, **keys), deaths)
         assert outcome(tasks / name) == expected, deaths
 
 

@@ -18,6 +18,7 @@ from dscl import clock, dist
 from dscl.checkpoint import CheckpointConfig, Checkpoints
 from dscl.job import open_job
 from dscl.observe import ObserveConfig, Observer
+from dscl.observe.quiet import quiet
 from dscl.recipe import resolve
 from dscl.rehearsal import Storages, largest, rehearse
 from dscl.train import Position, ranks_of
@@ -101,6 +102,7 @@ def foreseen() -> Iterator[Callable[[Any], Any]]:
 
 
 def begin_to_foresee() -> None:
+    quiet()
     dist.pretend(WORLD)
     torch.set_num_threads(1)
     gc.freeze()

@@ -103,5 +103,7 @@ def test_a_run_goes_on_at_other_sizes(ranks: Any, undisturbed: Any, tasks: Path,
     found = metrics(Path(changing["run_dir"]))
     for what in ("step", "task", "tokens", "targets"):  # no sample twice, and none lost
         assert [record.get(what) for record in found] == [record.get(what) for record in expected]
-    assert [record["loss"] for record in found] == pytest.approx([record["loss"] for record in expected], rel=1e-4)
+    # AdamW's first steps are as large for what rounding leaves of a gradient where OSFT takes it out.
+    near = 5e-4 if method == "osft" else 1e-4
+    assert [record["loss"] for record in found] == pytest.approx([record["loss"] for record in expected], rel=near)
     assert scores(Path(changing["run_dir"]))["complete"]

@@ -42,7 +42,7 @@ def hosts() -> Iterator[Hosts]:
 
 
 def launched(
-    hosts: Hosts, script: str, count: int, document: dict[str, Any], folder: Path, **environment: str
+    hosts: Hosts, script: str, count: int, document: dict[str, Any], folder: Path, *options: str, **environment: str
 ) -> list[subprocess.Popen[str]]:
     """The script on each of the first hosts, as an administrator would give it there."""
     path = folder / f"{Path(document['run_dir']).name}.yaml"
@@ -52,7 +52,7 @@ def launched(
     return [
         hosts.start(
             number,
-            [str(REPOSITORY / "launch" / script), str(path)],
+            [str(REPOSITORY / "launch" / script), str(path), *options],
             NNODES=str(count),
             NODE_RANK=str(number),
             MASTER_ADDR=hosts.addresses[0],
@@ -96,10 +96,10 @@ def test_a_signal_on_one_host_stops_all_of_them(
     hosts: Hosts, ranks: Any, undisturbed: Any, tasks: Path, script: str, next_start: str
 ) -> None:
     """To its script, as a scheduler does it. All end with status 75, nobody waits, and the next start goes on."""
-    changes: dict[str, Any] = {"train__epochs": 6, "checkpoint__every": 1000}
+    changes: dict[str, Any] = {"train__epochs": 4, "checkpoint__every": 1000}
     calm = undisturbed(*whole(tasks, 2, **changes))
     told = recipe_of(tasks, f"{script} {next_start} told", 2, **changes)
-    processes = launched(hosts, script, 2, told, tasks)
+    processes = launched(hosts, script, 2, told, tasks, "--no-doctor")
     wait_for_steps(Path(told["run_dir"]), 6, processes)
     processes[1].send_signal(signal.SIGTERM)
     start = time.monotonic()
@@ -119,7 +119,7 @@ def test_a_dead_rank_is_named_and_all_start_again(hosts: Hosts, undisturbed: Any
     changes: dict[str, Any] = {"train__epochs": 4, "checkpoint__every": 3}
     alive = undisturbed(*whole(tasks, 3, **changes))
     dead = recipe_of(tasks, f"{script} dead", 3, **changes)
-    processes = launched(hosts, script, 2, dead, tasks, MAX_RESTARTS="1")
+    processes = launched(hosts, script, 2, dead, tasks, "--no-doctor", MAX_RESTARTS="1")
     wait_for_steps(Path(dead["run_dir"]), 8, processes)
     (rank,) = ranks_below(processes[1].pid)
     os.kill(rank, signal.SIGKILL)

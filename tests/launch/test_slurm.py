@@ -35,13 +35,15 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     cluster.close()
 
 
-def submitted(slurm: Slurm, document: dict[str, Any], folder: Path, **environment: str) -> tuple[str, Path]:
+def submitted(
+    slurm: Slurm, document: dict[str, Any], folder: Path, *options: str, **environment: str
+) -> tuple[str, Path]:
     """The job's number, and where its output goes."""
     name = Path(document["run_dir"]).name
     path, log = folder / f"{name}.yaml", folder / f"{name}.log"
     path.write_text(yaml.safe_dump(document))
     done = subprocess.run(
-        [str(REPOSITORY / "launch" / "slurm.sh"), str(path)],
+        [str(REPOSITORY / "launch" / "slurm.sh"), str(path), *options],
         cwd=folder,
         env={
             **slurm.environment,
@@ -78,7 +80,7 @@ CHANGES: dict[str, Any] = {"train__epochs": 4, "checkpoint__every": 1000}
 def test_a_preempted_job_goes_on_as_if_nothing_had_been(slurm: Slurm, undisturbed: Any, tasks: Path) -> None:
     calm = undisturbed(*whole(tasks, 2, **CHANGES))
     told = recipe_of(tasks, "told", 2, **CHANGES)
-    job, log = submitted(slurm, told, tasks)
+    job, log = submitted(slurm, told, tasks, "--no-doctor")
     until(lambda: steps(tasks, "told") > 6, log)
     slurm.ask("scancel", "--signal=USR1", job)  # to the ranks, as a preemption does
     until(lambda: "with everything saved" in log.read_text() or "everything was saved" in log.read_text(), log)

@@ -33,26 +33,26 @@ SMALLER = {
 ANEW = pytest.param(True, id="anew", marks=pytest.mark.exhaustive)
 
 
-def started_anew(*words: str) -> list[dict[str, str]]:
+def run_anew(*words: str) -> list[dict[str, str]]:
     done = subprocess.run(
         [sys.executable, *words, *SMALL], cwd=REPOSITORY, capture_output=True, text=True,
         env={**bench.outside(), "PYTHONPATH": str(REPOSITORY)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    return rows_of(done.stdout)
+    return parse_rows(done.stdout)
 
 
-def forked(*words: str, **environment: str) -> Tool:
+def start_forked(*words: str, **environment: str) -> Tool:
     return Tool([SCRIPT, *words, *SMALL], SMALLER, environment)
 
 
-def told(tool: Tool) -> list[dict[str, str]]:
+def read_rows(tool: Tool) -> list[dict[str, str]]:
     out, err = tool.communicate(timeout=100)
     assert tool.returncode == 0, err[-2000:]
-    return rows_of(out)
+    return parse_rows(out)
 
 
-def rows_of(output: str) -> list[dict[str, str]]:
+def parse_rows(output: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
 
 
@@ -60,16 +60,16 @@ def rows_of(output: str) -> list[dict[str, str]]:
 def test_the_quick_sections_find_figures(monkeypatch: pytest.MonkeyPatch, anew: bool) -> None:
     words = ["--section", "overhead", "trainer", "head", "evaluation"]
     if anew:
-        found = started_anew(SCRIPT, *words, "start")
+        found = run_anew(SCRIPT, *words, "start")
     else:
         monkeypatch.setattr(bench, "subprocess", SUBPROCESS)
         options = argparse.Namespace(rounds=1, hidden=64, layers=1, deepspeed=str(REPOSITORY / "ds_configs/zero2.json"))
-        found = [*told(forked(*words)), *map(dataclasses.asdict, bench.start(options))]
+        found = [*read_rows(start_forked(*words)), *map(dataclasses.asdict, bench.start(options))]
     whats = [row["what"].split(":")[0] for row in found]
     short = "LoRA, short samples of unlike lengths, which we pack"
     peers = ["full fine-tuning", "LoRA", short, "head", "the same"]
     assert whats[:8] == ["trainer", "watching", *peers, "evaluation"]
-    assert float(found[6]["figure"]) < 0.5  # of the memory
+    assert float(found[6]["figure"]) < (0.5 if anew else 0.2)  # of the memory; here the logits have eight parts
     assert all(float(row["figure"].split(" ")[0]) > 0 for row in found)
     shares = {row["what"].split(": ")[1]: row["figure"] for row in found if " tasks: " in row["what"]}
     # Of 64: all seen so far, with all after the last; the newest, and all after the last; all twice.
@@ -85,14 +85,14 @@ def test_two_ranks_measure_together(anew: bool) -> None:
     words = ["--section", "overhead", "evaluation"]
     if anew:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        found = started_anew(*launcher, SCRIPT, *words)
+        found = run_anew(*launcher, SCRIPT, *words)
     else:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": "2"}
-        first, second = (forked(*words, **place, RANK=rank, LOCAL_RANK=rank) for rank in "01")
-        found = told(first)
-        assert told(second) == []
+        first, second = (start_forked(*words, **place, RANK=rank, LOCAL_RANK=rank) for rank in "01")
+        found = read_rows(first)
+        assert read_rows(second) == []
     assert [row["what"].rpartition(", ")[2] for row in found] == ["on 2 ranks"] * 3
 
 

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -167,23 +167,37 @@ sys.exit(3)
     )
 
 
-def spawner(program: Path) -> subprocess.Popen[str]:
-    """A process of its own that spawns two ranks of the program."""
+@pytest.fixture
+def spawner(program: Callable[[str], Path]) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
+    """spawner(source): a process of its own that spawns two ranks of the program."""
     code = (
         "import sys; from dscl import spawn as s; s.PROGRAM = (sys.argv[1],); s.GRACE = 5.0; sys.exit(s.spawn(2, []))"
     )
-    return subprocess.Popen(
-        [sys.executable, "-c", code, str(program)],
-        cwd=REPOSITORY,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    started: list[subprocess.Popen[str]] = []
+
+    def start(source: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, str(program(source))],
+            cwd=REPOSITORY,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+Spawner = Callable[[str], subprocess.Popen[str]]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a process that its parent died")
-def test_ranks_die_with_the_spawner(program: Callable[[str], Path], tmp_path: Path) -> None:
-    process = spawner(program("mark('up'); time.sleep(60)"))
+def test_ranks_die_with_the_spawner(spawner: Spawner, tmp_path: Path) -> None:
+    process = spawner("mark('up'); time.sleep(60)")
     ranks = pids(tmp_path, "up", 2)
     assert all(map(alive, ranks))
     process.kill()
@@ -192,10 +206,9 @@ def test_ranks_die_with_the_spawner(program: Callable[[str], Path], tmp_path: Pa
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_signals_are_forwarded_once(program: Callable[[str], Path], tmp_path: Path, number: signal.Signals) -> None:
+def test_signals_are_forwarded_once(spawner: Spawner, tmp_path: Path, number: signal.Signals) -> None:
     process = spawner(
-        program(
-            f"""
+        f"""
 got = []
 signal.signal({int(number)}, lambda *_: got.append(1))
 mark("up")
@@ -203,7 +216,6 @@ while not got: time.sleep(0.01)
 time.sleep(0.3)
 sys.exit(75 if len(got) == 1 else 9)
 """
-        )
     )
     pids(tmp_path, "up", 2)
     os.killpg(process.pid, number)  # as a terminal sends it: to all that are in the spawner's process group
@@ -211,10 +223,8 @@ sys.exit(75 if len(got) == 1 else 9)
     process.communicate()
 
 
-def test_second_interrupt_ends_ranks_that_do_not_listen(program: Callable[[str], Path], tmp_path: Path) -> None:
-    process = spawner(
-        program("signal.signal(signal.SIGINT, lambda *_: mark('heard')); mark('up')\nwhile True: time.sleep(60)")
-    )
+def test_second_interrupt_ends_ranks_that_do_not_listen(spawner: Spawner, tmp_path: Path) -> None:
+    process = spawner("signal.signal(signal.SIGINT, lambda *_: mark('heard')); mark('up')\nwhile True: time.sleep(60)")
     ranks = pids(tmp_path, "up", 2)
     process.send_signal(signal.SIGINT)
     pids(tmp_path, "heard", 2)

@@ -43,7 +43,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora_per_task": {"lora": {"rank": 4}},
     "asr": {"width": 128, "feature_layer": 1, "lora": {"rank": 4}},
     "osft": {},
-    "moses": {"experts": 4, "top_k": 2, "rank": 2},
+    "moses": {"experts": 4, "top_k": 2, "rank": 2, "width": 128},
 }
 # The most calls that a kill waits for, by moment: few happen seldom.
 MOMENTS = {

@@ -14,7 +14,7 @@ from tests.support.five_tasks import NAMES, left, recipe, scores, tasks
 from tests.support.runs import outcome, run, run_until
 
 __all__ = ["tasks"]  # the fixture
-METHOD = {"name": "lora_per_task", "lora": {"rank": 4, "dropout": 0.2}}
+METHOD = {"name": "lora_per_task", "lora": {"rank": 4, "dropout": 0.2, "targets": ["v_proj", "down_proj"]}}
 
 
 def isolated(folder: Path, name: str, stage: int, names: tuple[str, ...], every: int = 1) -> Any:

@@ -63,14 +63,14 @@ CASES = {
             "reading": "two_sided", "basis": ["weights", "activations"], "allocate": "energy", "share": 0.3,
             "claim": ["updates", "sensitivity"], "claim_energy": 0.9, "when_short": "give_back", "project_every": 2,
         },
-        2, "zero2", ("owned",),
+        2, "zero1", ("owned",),
     ),
     "moses": Case(
         {
             "experts": 2, "rank": 2, "share": 0.75, "masks": "element", "dropout": 0.2, "width": 64,
             "feature_layer": 1, "reject": False,
         },
-        2, "zero3", ("state", "rows"), ("experts", "router"),
+        2, "zero2", ("state", "rows"), ("experts", "router"),
     ),
 }  # fmt: skip
 

@@ -74,7 +74,7 @@ def steps(folder: Path, name: str) -> int:
     return len(lines.read_text().splitlines()) if lines.exists() else 0
 
 
-CHANGES: dict[str, Any] = {"train__epochs": 4, "checkpoint__every": 1000}
+CHANGES: dict[str, Any] = {"train__epochs": 2, "checkpoint__every": 1000}
 
 
 def test_a_preempted_job_goes_on_as_if_nothing_had_been(slurm: Slurm, undisturbed: Any, tasks: Path) -> None:

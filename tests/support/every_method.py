@@ -12,7 +12,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "asr": {"width": 128, "feature_layer": 1, "lora": {"rank": 4}},
     "ewc": {"strength": 100.0, "samples": 16},
     "lora_per_task": {"lora": {"rank": 4}},
-    "moses": {"experts": 4, "top_k": 2, "rank": 2},
+    "moses": {"experts": 4, "top_k": 2, "rank": 2, "width": 128},
     "olora": {"lora": {"rank": 4}},
     "replay": {"share": 0.3},
 }

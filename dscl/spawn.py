@@ -25,7 +25,7 @@ from dscl.errors import AGAIN, Stopped, UserError
 
 PROGRAM = ("-m", "dscl")
 GRACE = 20.0  # seconds that the other ranks get to end by themselves once one has failed
-PATIENCE = 10.0  # seconds after which a rank doubts that another launcher's first rank has told the same mistake
+PATIENCE = 3.0  # seconds after which a rank doubts that another launcher's first rank has told the same mistake
 POLL = 0.05
 LONGEST = 16_000  # characters of one report; it travels as one datagram
 PARENT, CHANNEL = "DSCL_SPAWNED_BY", "DSCL_REPORT_TO"

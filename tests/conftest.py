@@ -85,15 +85,15 @@ def undisturbed(ranks: Any) -> Callable[..., Path]:
     """`undisturbed(recipe, ranks)`: the folder of that recipe's run, to which nothing happens.
 
     Tests with the same recipe share one run. It is made where the first of them would have made it; nobody may write
-    into it.
+    into it. `run`: another function that runs a recipe.
     """
-    from tests.support.runs import run  # imports torch and DeepSpeed, which not every test needs
+    from tests.support import runs  # imports torch and DeepSpeed, which not every test needs
 
     folders: dict[str, Path] = {}
 
-    def get(document: dict[str, Any], world: int = 2) -> Path:
+    def get(document: dict[str, Any], world: int = 2, run: Callable[[dict[str, Any]], None] = runs.run) -> Path:
         rest = {name: value for name, value in document.items() if name != "run_dir"}
-        key = json.dumps([rest, world], sort_keys=True)
+        key = json.dumps([rest, world, run.__qualname__], sort_keys=True)
         if key not in folders:
             ranks(world)(run, document)
             folders[key] = Path(document["run_dir"])

@@ -17,7 +17,7 @@ import pytest
 
 from dscl import cli, dist
 from dscl.cli import _templated, guarded, main
-from dscl.errors import Failure, UserError
+from dscl.errors import Failure, Stopped, UserError
 from dscl.spawn import FORWARDED
 from tests.support.programs import Program, forked_run
 
@@ -245,11 +245,22 @@ def failing(error: BaseException) -> Any:
     return work
 
 
+@pytest.mark.parametrize("words", [[], ["--doctor"]])
+def test_a_run_looks_first_where_that_is_asked_for(
+    project: Path, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[bool] = []
+    monkeypatch.setattr("dscl.train.train", lambda recipe, stop, thorough: looked.append(thorough))
+    assert main(["train", str(project / "r.yaml"), *words]) == 0
+    assert looked == [bool(words)]
+
+
 @pytest.mark.parametrize(
     ("error", "status", "told"),
     [
         (UserError("x: given 1;\nallowed: 2"), 2, "dscl: x: given 1; allowed: 2\n"),
         (Failure("the disk is full"), 1, "dscl: the disk is full\n"),
+        (Stopped("stopped after step 3"), 75, "dscl: stopped after step 3\n"),
         (KeyboardInterrupt(), 1, "dscl: interrupted; run the same command again to resume\n"),
     ],
 )
@@ -298,12 +309,13 @@ def test_two_ranks_tell_a_mistake_once(project: Path, wrong: str, told: str) -> 
     assert not (project / "out").exists()
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_dry_run_checks_everything_and_writes_no_run(project: Path, count: int) -> None:
-    """On two ranks as a user starts it, from an interpreter that has imported nothing yet."""
+@pytest.mark.parametrize(
+    ("count", "forked"), [(1, True), (2, True), pytest.param(2, False, marks=pytest.mark.exhaustive)]
+)
+def test_dry_run_checks_everything_and_writes_no_run(project: Path, count: int, forked: bool) -> None:
     words = ["train", str(project / "r.yaml"), "--dry-run", f"--nproc={count}"]
     words.append(f"deepspeed=ds_configs/zero{2 * count - 1}.json")
-    done = dscl(*words) if count == 2 else forked_run([sys.executable, "-m", "dscl", *words])
+    done = forked_run([sys.executable, "-m", "dscl", *words]) if forked else dscl(*words)
     assert done.returncode == 0, done.stderr
     assert not (project / "out").exists()
     hidden, pieces, wide = 32, 300, 128  # the intermediate size's default: 8/3 of the hidden size, in steps of 64

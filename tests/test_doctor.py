@@ -21,7 +21,7 @@ from dscl.doctor import divided, enough, measured
 from dscl.errors import UserError
 from dscl.recipe import resolve
 from tests.support.programs import Program
-from tests.support.runs import recipe_of, write_tasks
+from tests.support.runs import recipe_of, run_listening, write_tasks
 
 
 @pytest.mark.parametrize(
@@ -295,14 +295,34 @@ def test_too_little_room_for_what_is_foreseen_is_told(ranks: Any, tasks: Path, p
 
 
 def test_training_refuses_what_does_not_agree(ranks: Any, tasks: Path) -> None:
+    """Also where the recipe alone differs, and no data by it."""
     results = ranks(2)(trained, recipe_of(tasks, "refused", 2))
-    assert all("recipe: " in told and "has another seed" in told for told in results)
+    assert all(told.startswith("recipe: ") and "has another train.lr" in told for told in results)
     assert not (tasks / "refused").exists()
+
+
+def thorough(document: dict[str, Any], plan: dict[str, Any]) -> list[str]:
+    """What a run that looks first is told by the doctor."""
+    original, doctor._plan = doctor._plan, lambda job: (plan, "")
+    try:
+        return run_listening(document, thorough=True)
+    finally:
+        doctor._plan = original
+
+
+def test_a_run_that_looks_first_is_shown_what_was_found(ranks: Any, tasks: Path, plan: dict[str, Any]) -> None:
+    """As the launch scripts ask for it; and it trains then."""
+    stream = [{"name": "colour", "path": str(tasks / "colour"), "train_limit": 8, "test_limit": 1}]
+    for lines in ranks(2)(thorough, recipe_of(tasks, "thorough", 2, stream=stream, train__epochs=1), plan):
+        found = [line for line in lines if line.startswith("ok ")]
+        assert any(line.startswith("ok   memory of hosts: ") for line in found)
+        assert any(line.startswith("ok   run_dir: ") for line in found)
+    assert json.loads((tasks / "thorough" / "scores.json").read_text())["complete"]
 
 
 def trained(document: dict[str, Any]) -> str:
     try:
-        train.train(resolve({**document, "seed": dist.rank()}))
+        train.train(resolve({**document, "train": {**document["train"], "lr": 1e-3 * (1 + dist.rank())}}))
     except UserError as error:
         return str(error)
     return ""

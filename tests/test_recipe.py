@@ -24,11 +24,12 @@ stream:
   - {name: agnews, path: data/agnews, metric: accuracy, epochs: 2, train_limit: 1000, test_limit: 300}
   - {name: sst2, path: data/sst2}
 train: {lr: 3.0e-4, schedule: cosine, warmup: 0.03, weight_decay: 0.0, grad_clip: 1.0, epochs: 1,
-        global_batch: 16, micro_batch: 4, max_length: 256, packing: false, precision: bf16}
-evaluate: {mode: rank, batch: 16, max_new_tokens: 32}
+        global_batch: 16, micro_batch: 4, max_length: 256, packing: false, precision: bf16, non_finite: stop}
+evaluate: {mode: rank, batch: 16, max_new_tokens: 32, tasks: all, every: 1, split: test, given: false, before: true,
+           heldout: null}
 deepspeed: ds_configs/zero3.json
-checkpoint: {every: 200, keep: 2}
-observe: {every: 10}
+checkpoint: {every: 200, keep: 2, grace: 120.0, async: false, best: null}
+observe: {every: 10, tensorboard: true, peak_tflops: null, live: auto, profile: {}}
 """
 
 OWNED = {name.partition(".")[0] for name in OWNED_BY_RECIPE}
@@ -60,6 +61,8 @@ def test_contract_is_a_complete_recipe_and_states_the_defaults(contract: str) ->
     assert (recipe.stream[0].epochs, recipe.stream[1].epochs) == (2, None)
     bare = resolve({**yaml.safe_load(CONTRACT), "train": None, "evaluate": {}, "checkpoint": {}, "observe": None})
     assert bare == dataclasses.replace(recipe, source=bare.source)
+    for section in ("train", "evaluate", "checkpoint", "observe"):
+        assert yaml.safe_load(CONTRACT)[section].keys() == {key_of(f) for f in dataclasses.fields(SECTIONS[section])}
 
 
 def test_resolved_recipe_reads_back_as_itself(tmp_path: Path, contract: str) -> None:

@@ -358,7 +358,7 @@ FILES = (
         "torch.cat(values)[dist.rank() :: dist.world()]",
         "torch.cat(values)",
         "after a restart each prompt counts once for every rank in the router's sums",
-        ("tests/distributed/test_asr.py::test_a_run_that_died_counts_no_sample_twice",),
+        ("tests/distributed/test_method_contract.py::test_state_is_restored_in_a_fresh_object[asr]",),
     ),
     Breakage(
         "dscl/checkpoint.py",
@@ -424,7 +424,7 @@ ENGINE = (
         '{"master": self.master, **self.moments, **self.kept}',
         '{"master": self.master, **self.moments}',
         "checkpoints lack EWC's Fisher information and anchors: after a restart earlier tasks are forgotten",
-        ("tests/distributed/test_baselines.py::test_a_run_that_died_ends_as_one_that_did_not[0-ewc]",),
+        ("tests/distributed/test_method_contract.py::test_state_is_restored_in_a_fresh_object[ewc]",),
     ),
     Breakage(
         "dscl/adamw.py",
@@ -439,7 +439,7 @@ ENGINE = (
         "own = sum(int((batch.labels != -100).sum()) for batch in micro_batches)\n"
         "                self.deepspeed.backward(value / max(1, own), scale_wrt_gas=False)",
         "each rank averages over its own tokens and the averages are averaged, so long answers count too little",
-        ("tests/distributed/test_baselines.py::test_every_step_equals_plain_torch[1-2-lwf]",),
+        ("tests/distributed/test_baselines.py::test_every_step_equals_plain_torch[2-2-lwf]",),
     ),
     Breakage(
         "dscl/engine.py",
@@ -533,7 +533,7 @@ ENGINE = (
         "            dist.sum_(tensor.view(torch.int32))",
         "            pass",
         "an adapter that a task leaves holds one rank's part and zeros elsewhere",
-        ("tests/distributed/test_lora_per_task.py::test_a_task_leaves_the_same_wherever_it_comes",),
+        ("tests/distributed/test_engine.py::test_whole_tensors_are_put_together_of_all_ranks_parts",),
     ),
     Breakage(
         "dscl/shards.py",
@@ -930,7 +930,7 @@ METHODS = (
         '{"said": ranks.sum_(said), "tokens": ranks.sum_(tokens), "starts": starts}',
         '{"said": said, "tokens": tokens, "starts": starts}',
         "LwF's targets of samples that another rank recorded are zeros",
-        ("tests/distributed/test_baselines.py::test_every_step_equals_plain_torch[1-2-lwf]",),
+        ("tests/distributed/test_method_contract.py::test_another_number_of_ranks_restores_the_same_state[lwf-1]",),
     ),
     Breakage(
         "dscl/methods/lwf.py",
@@ -959,7 +959,9 @@ METHODS = (
         "        return self.routing.using([slot], self.bank.like)",
         "        return self.routing.using([0], self.bank.like)",
         "every prompt is answered by the adapter of one and the same task",
-        ("tests/distributed/test_lora_per_task.py::test_a_task_leaves_the_same_wherever_it_comes",),
+        (
+            "tests/distributed/test_method_contract.py::test_task_artifacts_are_restored_in_a_fresh_object[lora_per_task]",
+        ),
     ),
     Breakage(
         "dscl/methods/asr.py",
@@ -973,7 +975,7 @@ METHODS = (
         "            self.deciding.recall(folder, name)\n",
         "            pass\n",
         "after a restart the router does not know the tasks that had ended",
-        ("tests/distributed/test_asr.py::test_a_run_that_died_counts_no_sample_twice",),
+        ("tests/distributed/test_method_contract.py::test_task_artifacts_are_restored_in_a_fresh_object[asr]",),
     ),
     Breakage(
         "dscl/methods/deciding.py",
@@ -1036,7 +1038,7 @@ METHODS = (
         "                    ranks.sum_(moments.sums[layer])\n",
         "                    pass\n",
         "what is protected is decided by one rank's samples",
-        ("tests/distributed/test_stages.py::test_a_method_at_every_stage[osft]",),
+        ("tests/distributed/test_sizes.py::test_a_run_goes_on_at_other_sizes[osft]",),
     ),
     Breakage(
         "dscl/methods/osft.py",
@@ -1811,6 +1813,7 @@ TESTS_OF: dict[str, tuple[str, ...]] = {
         "tests/distributed/test_engine.py",
         "tests/distributed/test_osft.py",
         "tests/distributed/test_baselines.py",
+        "tests/distributed/test_method_contract.py",
     ),
     "dscl/cache.py": ("tests/test_cache.py", "tests/distributed/test_storage.py"),
     "dscl/checkpoint.py": (
@@ -1819,6 +1822,7 @@ TESTS_OF: dict[str, tuple[str, ...]] = {
         "tests/distributed/test_run.py",
         "tests/distributed/test_asr.py",
         "tests/distributed/test_osft.py",
+        "tests/distributed/test_method_contract.py",
     ),
     "dscl/cli.py": (
         "tests/test_cli.py",
@@ -1878,6 +1882,7 @@ TESTS_OF: dict[str, tuple[str, ...]] = {
         "tests/distributed/test_run.py",
         "tests/distributed/test_baselines.py",
         "tests/distributed/test_plan.py",
+        "tests/distributed/test_method_contract.py",
     ),
     "dscl/spawn.py": ("tests/test_spawn.py", "tests/test_cli.py", "tests/distributed/test_pulse.py"),
     "dscl/stamped.py": ("tests/test_router.py", "tests/model/test_claims.py"),
@@ -1906,22 +1911,55 @@ TESTS_OF: dict[str, tuple[str, ...]] = {
     "dscl/maths/subspace.py": ("tests/maths/test_subspace.py", "tests/methods/test_osft.py", "tests/test_plan.py"),
     "dscl/maths/text.py": ("tests/maths/test_text.py",),
     "dscl/methods/": ("tests/methods", "tests/distributed/test_baselines.py"),
-    "dscl/methods/agem.py": ("tests/distributed/test_baselines.py", "tests/distributed/test_mixed_in.py"),
-    "dscl/methods/asr.py": ("tests/distributed/test_asr.py", "tests/test_export.py"),
+    "dscl/methods/agem.py": (
+        "tests/distributed/test_baselines.py",
+        "tests/distributed/test_mixed_in.py",
+        "tests/distributed/test_method_contract.py",
+    ),
+    "dscl/methods/asr.py": (
+        "tests/distributed/test_asr.py",
+        "tests/test_export.py",
+        "tests/distributed/test_method_contract.py",
+    ),
     "dscl/methods/deciding.py": (
         "tests/methods/test_moses.py",
         "tests/test_export.py",
         "tests/distributed/test_asr.py",
         "tests/test_plan.py",
+        "tests/distributed/test_method_contract.py",
     ),
-    "dscl/methods/ewc.py": ("tests/distributed/test_baselines.py",),
+    "dscl/methods/ewc.py": (
+        "tests/distributed/test_baselines.py",
+        "tests/distributed/test_method_contract.py",
+    ),
     "dscl/methods/joint.py": ("tests/distributed/test_mixed_in.py",),
-    "dscl/methods/lora_per_task.py": ("tests/distributed/test_lora_per_task.py", "tests/distributed/test_asr.py"),
-    "dscl/methods/lwf.py": ("tests/distributed/test_baselines.py",),
-    "dscl/methods/moses.py": ("tests/methods/test_moses.py", "tests/distributed/test_moses.py"),
-    "dscl/methods/olora.py": ("tests/distributed/test_baselines.py",),
-    "dscl/methods/osft.py": ("tests/methods/test_osft.py", "tests/distributed/test_osft.py"),
-    "dscl/methods/replay.py": ("tests/distributed/test_mixed_in.py",),
+    "dscl/methods/lora_per_task.py": (
+        "tests/distributed/test_lora_per_task.py",
+        "tests/distributed/test_asr.py",
+        "tests/distributed/test_method_contract.py",
+    ),
+    "dscl/methods/lwf.py": (
+        "tests/distributed/test_baselines.py",
+        "tests/distributed/test_method_contract.py",
+    ),
+    "dscl/methods/moses.py": (
+        "tests/methods/test_moses.py",
+        "tests/distributed/test_moses.py",
+        "tests/distributed/test_method_contract.py",
+    ),
+    "dscl/methods/olora.py": (
+        "tests/distributed/test_baselines.py",
+        "tests/distributed/test_method_contract.py",
+    ),
+    "dscl/methods/osft.py": (
+        "tests/methods/test_osft.py",
+        "tests/distributed/test_osft.py",
+        "tests/distributed/test_method_contract.py",
+    ),
+    "dscl/methods/replay.py": (
+        "tests/distributed/test_mixed_in.py",
+        "tests/distributed/test_method_contract.py",
+    ),
     "dscl/methods/sequential.py": ("tests/test_export_model.py", "tests/distributed/test_run.py"),
     "dscl/model/": ("tests/model",),
     "dscl/model/adapters.py": ("tests/model/test_adapters.py", "tests/test_export.py"),

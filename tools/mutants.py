@@ -4,6 +4,7 @@
     python tools/mutants.py --only shards         those with this word in file, harm or tests
     python tools/mutants.py --drawn 100 --seed 0  breakages drawn by chance over all modules
     python tools/mutants.py --tests all           exhaustive tests run too, not the fast suite alone
+    python tools/mutants.py --part 1/2            the first half, beside which another process may do the other one
 
 Each breakage is made in a copy of the repository, where the tests that should notice it run. It is caught if one of
 them fails, or does not end in time. Before that, the same tests have to pass without it. Verdicts are kept in a file,
@@ -324,9 +325,10 @@ class Copy:
         self._writes = 0
 
     def digest(self) -> str:
-        """Of all production code and tests."""
+        """Of all production code and of what several test files use."""
         found = hashlib.sha256()
-        for path in sorted(path for part in ("dscl", "tests") for path in (self.tree / part).rglob("*.py")):
+        tests = [path for path in (self.tree / "tests").rglob("*.py") if not path.name.startswith("test_")]
+        for path in sorted([*(self.tree / "dscl").rglob("*.py"), *tests]):
             found.update(str(path.relative_to(self.tree)).encode() + path.read_bytes())
         return found.hexdigest()
 
@@ -492,7 +494,8 @@ class Judge:
 
     def _unbroken(self, test: str) -> dict[str, Any]:
         """Whether these tests pass as long as nothing is broken, and how long that takes."""
-        key = hashlib.sha256(f"{self._whole}|{self.suite}|{test}".encode()).hexdigest()
+        own = self._content(self.copy.tree / test.partition("::")[0])
+        key = hashlib.sha256(f"{self._whole}|{own}|{self.suite}|{test}".encode()).hexdigest()
         if key in self.verdicts.known:
             return self.verdicts.known[key]
         outcome = self.copy.run([*self.words, test], self.limit)
@@ -528,6 +531,8 @@ def main() -> int:
     else:
         mutants = list(named_mutants(root, listed.BREAKAGES))
     mutants = [m for m in mutants if options.only in " ".join((m.name, m.file, m.harm, *m.tests))]
+    part, parts = options.part
+    mutants = mutants[len(mutants) * (part - 1) // parts : len(mutants) * part // parts]
     if options.list:
         for mutant in mutants:
             print(f"{mutant.name} {mutant.file}:{mutant.line}: {mutant.harm}".lstrip())
@@ -572,6 +577,13 @@ def _summary(judged: Sequence[tuple[Mutant, Mapping[str, Any]]], harmless: Mappi
     return int(any(mutant.name not in harmless for mutant in survivors))
 
 
+def _part(word: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", word)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise argparse.ArgumentTypeError(f"given {word!r}; allowed: I/N with I from 1 to N, such as 1/2")
+    return int(match[1]), int(match[2])
+
+
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--check", action="store_true", help="only see whether the list is up to date; run no test")
@@ -579,6 +591,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--only", default="", metavar="TEXT", help="those with this in file, harm, tests or name")
     parser.add_argument("--drawn", type=int, default=0, metavar="N", help="N breakages by chance, instead of the list")
     parser.add_argument("--seed", type=int, default=0, help="which ones (default: 0)")
+    parser.add_argument("--part", type=_part, default=(1, 1), metavar="I/N", help="the I-th of N equal parts of them")
     parser.add_argument("--tests", choices=("fast", "all"), default="fast", help="all: exhaustive tests too")
     parser.add_argument("--results", type=Path, metavar="FILE", help="where verdicts are kept (out/mutants.jsonl)")
     parser.add_argument("--limit", type=float, default=600.0, metavar="S", help="seconds for one run of tests, at most")

@@ -14,7 +14,7 @@ from dscl.errors import UserError
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("a.txt", "one\n\n  two \r\nthree", ["one", "  two ", "three"]),
+        ("a.txt", "one\n\n \t\n  two \r\nthree", ["one", "  two ", "three"]),
         ("a.txt", "\ufeffone\n", ["one"]),
         ("a.json", '["one", {"prompt": "two\\nlines", "answer": "x"}]', ["one", "two\nlines"]),
         ("a.jsonl", '{"prompt": "one"}\n\n"two"\n', ["one", "two"]),

@@ -42,6 +42,14 @@ def test_dev_is_carved_from_train_by_seed(folder: Path, read: Read) -> None:
     assert read(folder, dev_share=0).dev == ()
 
 
+def test_a_carved_test_split_is_the_same_for_all_seeds(write: Write, read: Read) -> None:
+    """What was chosen with one seed is tested on samples that it has not seen."""
+    path = write("all.jsonl", records("sample", 60))
+    tests = [prompts(read(path, seed=seed).test) for seed in range(3)]
+    assert len(tests[0]) == 6
+    assert tests == [tests[0]] * 3
+
+
 def test_carved_dev_has_at_most_500(write: Write, read: Read, folder: Path) -> None:
     write("task/train.json", records("train", 6000))
     task = read(folder)

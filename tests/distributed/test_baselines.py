@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from dscl.data.batches import Batch, collate
 from dscl.data.memory import Joined, Kept
-from dscl.engine import Engine, fill
+from dscl.engine import fill
 from dscl.job import Job, Lesson, open_job
 from dscl.methods import ewc
 from dscl.methods.ewc import chances, signed_loss
@@ -26,15 +26,12 @@ from dscl.methods.lwf import apart
 from dscl.model.routed import first_values
 from dscl.recipe import resolve
 from tests.support.five_tasks import NAMES, recipe, tasks
-from tests.support.runs import metrics, outcome, run, run_until
+from tests.support.runs import EPS, metrics, outcome, run, run_until, run_with_eps
 
 __all__ = ["tasks"]  # the fixture
 COUNT = 3  # tasks
 RATES = {"agem": 2e-2}  # at which what a task learns stands against the ones before it
 CLIP = 1.0
-# AdamW's eps where steps are compared with plain torch. With the default of 1e-8 the first step of an entry is the sign
-# of its gradient, and where the gradient is nearly zero, rounding decides the sign.
-EPS = 1e-3
 METHODS: dict[str, dict[str, Any]] = {
     "ewc": {"strength": 300.0, "memory": 0.5, "samples": 20},
     "agem": {"share": 0.03},
@@ -252,20 +249,6 @@ class PlainOlora(Plain):
 
 
 PLAIN: dict[str, type[Plain]] = {"ewc": PlainEwc, "agem": PlainAgem, "lwf": PlainLwf, "olora": PlainOlora}
-
-
-def run_with_eps(made: dict[str, Any]) -> None:
-    """On a rank: run with the eps of the plain computation."""
-    original = Engine.__init__
-
-    def building(self: Engine, *arguments: Any, **more: Any) -> None:
-        original(self, *arguments, **more)
-        for group in self.optimizer.param_groups:
-            group["eps"] = EPS
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Engine, "__init__", building)
-        run(made)
 
 
 def plain_losses(made: dict[str, Any]) -> tuple[list[float], Plain]:

@@ -299,9 +299,9 @@ def test_bf16_weights_are_the_rounded_masters(ranks: Any, stage: int) -> None:
     assert min(ranks(2)(low_precision_copies, stage)) > 0.0  # masters do hold more than bf16
 
 
-def changed_then_stepped(stage: int) -> tuple[float, float]:
+def changed_then_stepped(stage: int) -> tuple[float, float, float]:
     """What a method writes between tasks, in bf16, and a step of rate zero after it: how far the weights are from what
-    was written, and how far that is from what was there."""
+    was written, before and after that step, and how far that is from what was there."""
     engine = make(stage, "bf16")
     go(engine, last=2)
     name = "model.layers.1.mlp.up_proj.weight"
@@ -310,23 +310,43 @@ def changed_then_stepped(stage: int) -> tuple[float, float]:
     with whole(parameter):
         before = parameter.detach().flatten().float().clone()
     engine.start_over(lambda tensor, _, start, stop: drawn[start:stop] if tensor == name else None)
+    with whole(parameter):
+        at_once = parameter.detach().flatten().float().clone()
     batches, count = micro_batches(2, 1)
     engine.step(summed_loss, batches, targets=count, lr=0.0)
     with whole(parameter):
         after = parameter.detach().flatten().float().clone()
     engine.close()
-    return float((after - drawn).abs().max()), float((before - drawn).abs().max())
+    return tuple(float((weights - drawn).abs().max()) for weights in (at_once, after, before))  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_what_is_written_between_tasks_is_not_undone_by_the_next_step(ranks: Any, stage: int) -> None:
-    for left, moved in ranks(2)(changed_then_stepped, stage):
-        assert left == 0.0
+    for at_once, left, moved in ranks(2)(changed_then_stepped, stage):
+        assert at_once == left == 0.0
         assert moved > 1.0
 
 
+def whole_and_parts(stage: int) -> tuple[dict[str, torch.Tensor], Any]:
+    engine = make(stage)
+    go(engine, last=2)
+    found = engine.shards.whole(), masters(engine)
+    engine.close()
+    return found
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_whole_tensors_are_put_together_of_all_ranks_parts(ranks: Any, stage: int) -> None:
+    results = ranks(2)(whole_and_parts, stage)
+    expected = assemble([parts for _, parts in results])
+    for tensors, _ in results:
+        assert tensors.keys() == expected.keys()
+        assert all(torch.equal(tensors[name].flatten(), values) for name, values in expected.items())
+
+
 def infinite_loss(model: Any, toy: Toy) -> torch.Tensor:
-    return summed_loss(model, toy) * float("inf")
+    """With the gradient of the sound loss."""
+    return summed_loss(model, toy) + float("inf")
 
 
 def endless_slope(model: Any, toy: Toy) -> torch.Tensor:

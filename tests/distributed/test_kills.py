@@ -68,7 +68,7 @@ def rich(folder: Path) -> dict[str, Any]:
     return {
         "method": {"name": "replay", "most": 9, "tune": "lora", "lora": {"dropout": 0.2}},
         "train__packing": True,
-        "evaluate": {"heldout": str(folder / "warm.txt")},
+        "evaluate": {"heldout": str(folder / "warm.txt"), "before": False},
         "checkpoint": {"every": 3, "best": "heldout", "async": True},
     }
 

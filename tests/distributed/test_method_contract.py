@@ -51,7 +51,7 @@ CASES = {
     "replay": Case({"most": 3, "tune": "lora", "lora": LORA}, 2, "zero0", ("samples",), ("samples",)),
     "agem": Case({"share": 0.2}, 2, "zero2_offload", ("samples",), ("samples",)),
     "ewc": Case({"strength": 300.0, "memory": 0.5, "samples": 16}, 2, "zero3_offload_all", ("fisher", "anchor")),
-    "lwf": Case({"tokens": 50}, 1, "zero1", ("state",)),
+    "lwf": Case({"tokens": 50}, 2, "zero1", ("state",)),
     "olora": Case({"lora": LORA}, 1, "zero0", (), ("adapters",)),
     "lora_per_task": Case({"lora": LORA}, 1, "zero2", (), ("adapters",)),
     "asr": Case(

@@ -306,29 +306,34 @@ def low_precision(stage: int, zero: dict[str, Any]) -> tuple[bool, Result]:
     return same, result
 
 
-def left_out(stage: int, zero: dict[str, Any]) -> tuple[Stretches, Stretches, Tensors]:
-    """Steps without a projection, and then one that should make it but is left out, its loss being no number."""
+def left_out(stage: int, zero: dict[str, Any]) -> tuple[Stretches, Stretches, Stretches, Tensors]:
+    """Steps without a projection, and then one that should make it but is left out, its loss being no number: the
+    weights at the start, before the last step and after it."""
     engine, method = begun(stage, zero, reading="two_sided")
     start = masters(engine)
     for step, hold in enumerate((False, False, True)):
         batches, count = micro_batches(step, 1)
         loss = (lambda m, t: summed_loss(m, t) * math.nan) if hold else summed_loss
+        if hold:
+            off = {name: [(at, values.clone()) for at, values in of] for name, of in masters(engine).items()}
         engine.step(loss, batches, targets=count, lr=rate(step), skip_non_finite=True, hold=hold)
     end, owned = masters(engine), method.owned()
     engine.close()
-    return start, end, owned
+    return start, off, end, owned
 
 
 @pytest.mark.parametrize(("stage", "zero"), [pytest.param(0, {}, marks=EXHAUSTIVE), (1, {}), (3, SMALL)])
 def test_a_step_that_is_left_out_still_brings_the_weights_back(ranks: Any, stage: int, zero: dict[str, Any]) -> None:
     results = ranks(2)(left_out, stage, zero)
-    before, after = assemble([r[0] for r in results]), assemble([r[1] for r in results])
+    before, off, after = (assemble([result[place] for result in results]) for place in range(3))
     owned = {name: tensor for *_, kept in results for name, tensor in kept.items()}
     for name in filter(is_target, before):
         right, left = owned[f"{name}|right"], owned[f"{name}|left"]
         change = (after[name] - before[name]).view(len(left), len(right))
         assert change.norm() > 1e-2 * after[name].norm()
         assert leak("two_sided", change, right, left) <= 1e-6 * float(after[name].norm())
+        loose = (off[name] - before[name]).view(len(left), len(right))
+        assert leak("two_sided", loose, right, left) > 1e-4 * float(after[name].norm())
 
 
 @pytest.mark.parametrize(("stage", "zero"), [(0, {}), (1, {}), (2, OFFLOAD), (3, SMALL)])

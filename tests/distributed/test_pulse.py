@@ -249,7 +249,7 @@ def killed(dead: int, busy: str, *marks: pytest.MarkDecorator) -> Any:
 )
 def test_a_killed_rank_is_named_and_the_others_leave(start: Start, dead: int, busy: str) -> None:
     """Whether the others wait for it in a collective (which fails, or not) or are busy with something else."""
-    ranks = start(3, f"if dist.rank() == {dead}: time.sleep(600)\n{busy}", HURRY if "barrier" not in busy else "")
+    ranks = start(3, f"if dist.rank() == {dead}: time.sleep(600)\n{busy}", "pulses.SOON = 1.5")
     ranks[dead].kill()
     results = ended(ranks, 20)
     assert [status for status, _ in results] == [-9 if rank == dead else 1 for rank in range(3)]

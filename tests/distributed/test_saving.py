@@ -176,6 +176,8 @@ def test_a_run_that_stops_waits_for_what_is_being_written(ranks: Any, tasks: Pat
     for names in ranks(2)(stop_at, document, 5):
         assert not [name for name in names if name.endswith(".partial")]
         assert names == ["step-00000000", "step-00000004"]  # before training, and where it stopped
+    marker = json.loads((tasks / "stops" / "checkpoints" / names[-1] / MARKER).read_text())
+    assert set(marker["files"]) == {"method.safetensors", "state.json", *(f"rank-{r:05d}.safetensors" for r in (0, 1))}
 
 
 def die_while_writing(document: dict[str, Any]) -> list[str]:

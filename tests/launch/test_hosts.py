@@ -116,7 +116,7 @@ def test_a_signal_on_one_host_stops_all_of_them(
 @first("torchrun.sh", "deepspeed.sh")
 def test_a_dead_rank_is_named_and_all_start_again(hosts: Hosts, undisturbed: Any, tasks: Path, script: str) -> None:
     """SIGKILL to a rank: those on the other host say which, all are started again, from the newest checkpoint."""
-    changes: dict[str, Any] = {"train__epochs": 4, "checkpoint__every": 3}
+    changes: dict[str, Any] = {"train__epochs": 2, "checkpoint__every": 3}
     alive = undisturbed(*whole(tasks, 3, **changes))
     dead = recipe_of(tasks, f"{script} dead", 3, **changes)
     processes = launched(hosts, script, 2, dead, tasks, "--no-doctor", MAX_RESTARTS="1")

@@ -74,6 +74,21 @@ def steps(folder: Path, name: str) -> int:
     return len(lines.read_text().splitlines()) if lines.exists() else 0
 
 
+def shown(slurm: Slurm, job: str) -> str:
+    return slurm.ask("scontrol", "show", "job", job)
+
+
+@pytest.mark.parametrize("count", ["1", pytest.param("2", marks=pytest.mark.exhaustive)])
+def test_a_wrong_recipe_is_not_tried_again(slurm: Slurm, tasks: Path, count: str) -> None:
+    """Of several ranks, those that do not speak wait for the one that does."""
+    document = recipe_of(tasks, f"wrong{count}", 2, train__lr=-1.0)
+    job, log = submitted(slurm, document, tasks, NPROC_PER_NODE=count)
+    until(lambda: slurm.state(job) == "FAILED", log)
+    assert "train.lr" in log.read_text()
+    assert "starting again" not in log.read_text()
+    assert "ExitCode=2:0" in shown(slurm, job)
+
+
 CHANGES: dict[str, Any] = {"train__epochs": 2, "checkpoint__every": 1000}
 
 
@@ -130,10 +145,6 @@ def test_a_cancelled_job_has_saved_and_can_be_submitted_again(slurm: Slurm, undi
     assert outcome(tasks / "gone") == outcome(calm)
 
 
-def shown(slurm: Slurm, job: str) -> str:
-    return slurm.ask("scontrol", "show", "job", job)
-
-
 @pytest.mark.exhaustive
 def test_a_dead_rank_brings_a_restart_within_the_job(slurm: Slurm, undisturbed: Any, tasks: Path) -> None:
     changes: dict[str, Any] = {"train__epochs": 8, "checkpoint__every": 4}
@@ -145,14 +156,3 @@ def test_a_dead_rank_brings_a_restart_within_the_job(slurm: Slurm, undisturbed: 
     until(lambda: slurm.state(job) == "COMPLETED", log)
     assert re.search(r"slurm.sh: ended with status \d+; starting again", log.read_text())
     assert outcome(tasks / "dead") == outcome(alive)
-
-
-@pytest.mark.parametrize("count", ["1", pytest.param("2", marks=pytest.mark.exhaustive)])
-def test_a_wrong_recipe_is_not_tried_again(slurm: Slurm, tasks: Path, count: str) -> None:
-    """Of several ranks, those that do not speak wait for the one that does."""
-    document = recipe_of(tasks, f"wrong{count}", 2, train__lr=-1.0)
-    job, log = submitted(slurm, document, tasks, NPROC_PER_NODE=count)
-    until(lambda: slurm.state(job) == "FAILED", log)
-    assert "train.lr" in log.read_text()
-    assert "starting again" not in log.read_text()
-    assert "ExitCode=2:0" in shown(slurm, job)

@@ -131,6 +131,19 @@ def test_what_is_protected_stays_so_for_all_later_tasks(reading: str, claim: lis
     assert grown > TARGETS  # and it does grow
 
 
+def test_a_task_protects_the_strongest_directions_of_its_change() -> None:
+    """Against the singular vectors of what the task added to each weight."""
+    alone = Alone(claim_energy=0.6, claim=["updates"], share=0.25)
+    before = {name: alone.weights[name].data.clone() for name in alone.names}
+    alone.learn("one")
+    for name, space in alone.spaces().items():
+        change = (alone.weights[name].data - before[name]).double()
+        claimed = space.right[:, int(0.25 * min(change.shape)) :].double()
+        strongest = torch.linalg.svd(change).Vh[: claimed.shape[1]]
+        assert claimed.shape[1] >= 1
+        assert torch.allclose(claimed @ claimed.T, strongest.T @ strongest, atol=1e-4)
+
+
 def test_a_part_of_the_room_is_the_most_that_a_task_gets() -> None:
     alone = Alone(claim_energy=1.0, claim=["updates"], share=0.5)
     free = []

@@ -190,6 +190,9 @@ def test_a_full_bank_refuses_and_a_removed_one_makes_room() -> None:
         bank.add(adapter("b", bank, 1))
     assert torch.equal(bank.layers["model.layers.2.self_attn.q_proj"].bank_a, before)
     bank.remove("a")
+    for layer in bank.layers.values():
+        assert not layer.bank_a.any()
+        assert not layer.bank_b.any()
     bank.add(adapter("b", bank, 1))
     assert bank.names == ["b"]
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from dscl.maths.scores import build
-from dscl.observe.picture import CELL, UNMEASURED, routing_picture, score_picture
+from dscl.observe.picture import CELL, INK, UNMEASURED, routing_picture, score_picture
 
 accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 
@@ -164,10 +164,10 @@ def test_what_came_after_the_checkpoint_is_gone_after_resuming(tmp_path: Path, r
     assert scalars(events, "task/a/score") == [(0, 0.5)]
 
 
-def cell(picture: np.ndarray, row: int, column: int, tasks: int, rows: int = 0) -> tuple[int, ...]:
+def cell(picture: np.ndarray, row: int, column: int, tasks: int, rows: int = 0, inset: int = 5) -> tuple[int, ...]:
     """A corner of a cell's filling, counted from the picture's lower right."""
-    y = picture.shape[0] - 16 - CELL[1] * ((rows or tasks) - row) + 5
-    x = picture.shape[1] - 16 - CELL[0] * (tasks - column) + 5
+    y = picture.shape[0] - 16 - CELL[1] * ((rows or tasks) - row) + inset
+    x = picture.shape[1] - 16 - CELL[0] * (tasks - column) + inset
     return tuple(picture[y, x].tolist())
 
 
@@ -188,6 +188,13 @@ def test_a_cell_shows_its_score_and_no_other() -> None:
     assert len(set(colour.values())) == 5
     brightness = [sum(colour[score]) for score in sorted(colour)]
     assert brightness == sorted(brightness)
+
+
+def test_the_score_right_after_a_task_is_framed() -> None:
+    whole = score_picture(document([[0.2, 0.4, 0.6]] * 3, [0.2] * 3, ("x", "y", "z")))
+    places = [(row, column) for row in range(-1, 3) for column in range(3)]
+    framed = {place for place in places if cell(whole, *place, 3, inset=1) == INK}
+    assert framed == {(0, 0), (1, 1), (2, 2)}
 
 
 @pytest.mark.parametrize("count", [1, 5, 15])

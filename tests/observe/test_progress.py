@@ -76,7 +76,9 @@ def seconds_left(line: str) -> int:
 def test_the_line_says_where_the_run_is() -> None:
     screen = Screen()
     progress, now = make(screen)
-    run(progress, now, range(1, 61), 2.0)
+    run(progress, now, range(1, 21), 2.0)
+    assert screen.seen() == ["task 1/2 sst2 · step 20/40 · loss 0.532 · 3.4k tokens/s · 2m40s left"]  # of both tasks
+    run(progress, now, range(21, 61), 2.0)
     assert screen.seen() == ["task 2/2 agnews · step 20/60 · loss 0.532 · 3.4k tokens/s · 1m20s left"]
     progress.close()
     assert screen.seen()[1:] == [""]

@@ -46,7 +46,8 @@ def run(
     numbers: Mapping[str, float] | None = None,
     **others: Any,
 ) -> Path:
-    """A run of `steps` steps a task, 10 tokens and a second each; `numbers` stand in each task's last record."""
+    """A run of `steps` steps a task, 10 tokens and a second each; `numbers` stand in each task's last record,
+    in an earlier task's with half of the bytes."""
     folder.mkdir(parents=True)
     whole = recipe(*assignments, f"run_dir={folder}", tasks=tasks)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(whole, sort_keys=False, allow_unicode=True), "utf-8")
@@ -62,6 +63,8 @@ def run(
                 record = {"step": i * steps + k, "task": task, "loss": 1.0 / k, "tokens": 10, "seconds": 1.0}
                 if k == steps:
                     record |= numbers or {}
+                    if i + 1 < len(tasks):
+                        record |= {name: record[name] / 2 for name in record if name.endswith("_bytes")}
                 file.write(json.dumps(record) + "\n")
     return folder
 

@@ -30,7 +30,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert found.scores.heldout == (3.0, 3.1, 3.2)
     metrics = found.metrics
     assert (metrics.steps, metrics.tokens, metrics.seconds, metrics.peak, metrics.trainable) == (4, 40.0, 4.0, 7.0, 3.0)
-    assert metrics.ended["one"]["capacity_bytes"] == 100.0
+    assert [metrics.ended[task]["capacity_bytes"] for task in ("one", "two")] == [50.0, 100.0]
     assert metrics.losses == (("one", 1.0), ("one", 0.5), ("two", 1.0), ("two", 0.5))
 
 
@@ -47,6 +47,7 @@ def test_an_unfinished_run_says_how_far_it_is(tmp_path: Path, scores: tuple, row
         (lambda d: d["matrix"][0].__setitem__(0, float("inf")), "the score of one after one is inf"),
         (lambda d: d["summary"].update(OP=float("nan")), "OP is nan"),
         (lambda d: d["matrix"][1].__setitem__(1, 1.5), "scores.json is damaged: the score of two after two is 1.5"),
+        (lambda d: d["matrix"][1].__setitem__(1, -0.1), "scores.json is damaged: the score of two after two is -0.1"),
         (lambda d: d["matrix"][1].__setitem__(1, "x"), "scores.json is damaged: the score of two after two is 'x'"),
         (lambda d: d["matrix"][1].pop(), "scores.json is damaged: the row after two"),
         (lambda d: d["matrix"].pop(), "scores.json is damaged: complete, with 1 rows for 2 tasks"),

@@ -10,7 +10,7 @@ import pytest
 from dscl.report import read
 from dscl.report.averages import Figure, figure, mean_rows, smooth
 from dscl.report.published import FIFTEEN, FOUR, TRACE, published
-from dscl.report.tables import Table, notes, results, size
+from dscl.report.tables import Table, notes, published_table, results, size
 from tests.report.made import run
 
 
@@ -120,5 +120,6 @@ def test_published_figures_stand_by_their_benchmark_alone() -> None:
     assert [
         table.figures[0][1] for table in published(["BoolQA" if name == "boolq" else name for name in FIFTEEN])
     ] == [7.4]
+    assert published_table(published(TRACE)[0]).rows[0] == ("SeqFT", "0.4763", "-0.1145")  # 47.63 and -11.45 percent
     assert published(TRACE[:7]) == []
     assert published([*TRACE, "more"]) == []

@@ -14,7 +14,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "lora_per_task": {"lora": {"rank": 4}},
     "moses": {"experts": 4, "top_k": 2, "rank": 2, "width": 128},
     "olora": {"lora": {"rank": 4}},
-    "replay": {"share": 0.3},
+    "replay": {"most": 4},
 }
 
 

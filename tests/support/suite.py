@@ -25,6 +25,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 TIMES = "DSCL_TESTS_TIMES"  # a file to which conftest.py writes a line for each test
 SLOWEST = 25
 LIMIT = 30.0  # seconds that a test may take
+END = 30.0  # seconds that pytest gets to end when it is interrupted
 ROOM = 4 << 30  # bytes that must be free for temporary folders in memory
 # Files and folders whose tests start ranks or programs.
 ALONE = ("tests/distributed", "tests/launch", "tests/test_spawn.py", "tests/test_doctor.py", "tests/test_cli.py")
@@ -42,14 +43,14 @@ def main(words: Sequence[str]) -> int:
         times = Path(folder, "times.jsonl")
         times.touch()
         temporary = f"--basetemp={folder}/t"
-        if words:
-            statuses = [pytest([temporary, *words], times)]
-        else:
-            others = [f"--ignore={place}" for place in ALONE]
-            statuses = [
-                pytest([temporary, *ALONE], times),
-                pytest([f"{temporary}2", "-n2", "--dist=loadfile", *others, "tests"], times),
-            ]
+        others = [f"--ignore={place}" for place in ALONE]
+        halves = [[temporary, *ALONE], [f"{temporary}2", "-n2", "--dist=loadfile", *others, "tests"]]
+        statuses: list[int] = []
+        try:
+            for half in [[temporary, *words]] if words else halves:
+                statuses.append(pytest(half, times))
+        except KeyboardInterrupt:
+            statuses.append(1)
         counts = report([json.loads(line) for line in times.read_text().splitlines()])
     print(f"tests: {counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped", flush=True)
     return next((status for status in statuses if status), 0)
@@ -64,7 +65,12 @@ def prepare() -> None:
 
 def pytest(words: Sequence[str], times: Path) -> int:
     command = [sys.executable, "-m", "pytest", *words]
-    return subprocess.run(command, cwd=REPOSITORY, env={**os.environ, TIMES: str(times)}, check=False).returncode
+    with subprocess.Popen(command, cwd=REPOSITORY, env={**os.environ, TIMES: str(times)}) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            process.wait(END)  # it has been interrupted too, and says where
+            raise
 
 
 def report(tests: list[dict[str, object]]) -> Counter[str]:

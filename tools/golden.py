@@ -1,0 +1,224 @@
+"""Compare what a commit and the working tree compute: losses, scores and final weights, bit for bit.
+
+    python tools/golden.py HEAD~1              every method at ZeRO 0 (fp32) and ZeRO 3 (bf16), on two ranks
+    python tools/golden.py HEAD~1 --only osft  the cases with this word in their name
+
+Both trees run on this machine, with the same packages, each with its own copy of this script: the recipes below are
+written in the keys of their tree. Weights are compared by the content of all tensors that the run has saved, so that
+tensors and files may have other names. Exit status 0: everything is the same; 1: something differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import hashlib
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RANKS = 2
+METHODS: dict[str, dict[str, Any]] = {
+    "sequential": {},
+    "joint": {},
+    "replay": {"most": 9, "tune": "lora", "lora": {"rank": 4, "dropout": 0.1}},
+    "agem": {"share": 0.2},
+    "ewc": {"strength": 300.0, "samples": 16},
+    "lwf": {"tokens": 50},
+    "olora": {"lora": {"rank": 4}},
+    "lora_per_task": {"lora": {"rank": 4}},
+    "asr": {"lora": {"rank": 4}, "width": 128},
+    "osft": {"basis": ["activations"], "claim": ["updates", "sensitivity"], "share": 0.3, "when_short": "share"},
+    "moses": {"experts": 4, "top_k": 2, "rank": 2, "width": 128},
+}
+STAGES = {0: "fp32", 3: "bf16"}
+TASKS = {"colour": ["warm", "cold"], "animal": ["yes", "no", "maybe"], "weather": ["wet", "dry"]}
+WORDS = ("red", "blue", "green", "cat", "dog", "bird", "runs", "sleeps", "sings", "fast", "slow", "today", "here")
+COMPARED = ("step", "task", "loss", "grad_norm", "lr", "tokens", "targets")  # of each line of metrics.jsonl
+
+
+def cases() -> list[tuple[str, str, int]]:
+    return [(f"{method} zero{stage}", method, stage) for method in METHODS for stage in STAGES]
+
+
+def write_tasks(folder: Path) -> None:
+    """Three small tasks of random sentences; their sizes fit no batch."""
+    for number, (task, labels) in enumerate(TASKS.items()):
+        generator = random.Random(number)
+        (folder / task).mkdir(parents=True)
+        (folder / task / "labels.json").write_text(json.dumps(labels))
+        for split, size in (("train", 29 + number), ("test", 11)):
+            records = [
+                {"label": generator.choice(labels), "sentence": " ".join(generator.choices(WORDS, k=3 + index % 7))}
+                for index in range(size)
+            ]
+            (folder / task / f"{split}.json").write_text(json.dumps(records))
+
+
+def recipe(folder: Path, method: str, stage: int) -> dict[str, Any]:
+    shape = {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "intermediate_size": 48, "vocab_size": 300,
+    }  # fmt: skip
+    return {
+        "run_dir": str(folder / f"{method}-{stage}"),
+        "model": {"shape": shape},
+        "method": {"name": method, **METHODS[method]},
+        "stream": [{"name": task, "path": str(folder / "tasks" / task)} for task in TASKS],
+        "data": {"cache_dir": str(folder / "cache")},
+        "train": {
+            "lr": 3e-3, "weight_decay": 0.1, "global_batch": 8, "micro_batch": 2, "max_length": 48,
+            "precision": STAGES[stage],
+        },
+        "deepspeed": f"ds_configs/zero{stage}.json",
+        "checkpoint": {"every": 3},
+        "observe": {"tensorboard": False, "live": "off"},
+    }  # fmt: skip
+
+
+# ---- one tree
+
+
+def record(out: Path, only: str) -> None:
+    """Run the cases as one of the ranks. The first rank writes what each has computed, a line a case."""
+    from dscl import dist
+    from dscl.recipe import resolve
+    from dscl.train import train
+
+    with dist.session():
+        for name, method, stage in cases():
+            if only not in name:
+                continue
+            document = recipe(out, method, stage)
+            with open(os.devnull, "w") as nowhere:
+                sys.stdout = nowhere
+                train(resolve(document))
+                sys.stdout = sys.__stdout__
+            if dist.is_main():
+                with (out / "results.jsonl").open("a") as file:
+                    file.write(json.dumps({"case": name, **computed(Path(document["run_dir"]))}) + "\n")
+                print(f"  {name}", flush=True)
+            dist.barrier()
+
+
+def computed(run_dir: Path) -> dict[str, Any]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return {
+        "steps": [{name: line.get(name) for name in COMPARED} for line in map(json.loads, lines)],
+        "scores": json.loads((run_dir / "scores.json").read_text()),
+        "tensors": tensors(run_dir),
+    }
+
+
+def tensors(run_dir: Path) -> list[str]:
+    """Kind, shape and checksum of all tensors of the last checkpoint and of the tasks' files."""
+    from safetensors import safe_open
+
+    newest = max((run_dir / "checkpoints").iterdir())
+    found = []
+    for path in run_dir.rglob("*.safetensors"):
+        if run_dir / "checkpoints" in path.parents and newest not in path.parents:
+            continue
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118, which is no dictionary
+                tensor = file.get_tensor(name)
+                content = hashlib.sha256(tensor.contiguous().flatten().view(dtype=_bytes()).numpy().tobytes())
+                found.append(f"{tensor.dtype} {list(tensor.shape)} {content.hexdigest()[:16]}")
+    return sorted(found)
+
+
+def _bytes() -> Any:
+    import torch
+
+    return torch.uint8
+
+
+def run_tree(tree: Path, out: Path, only: str) -> dict[str, dict[str, Any]]:
+    """Start this script of that tree on all ranks. What each case has computed."""
+    write_tasks(out / "tasks")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = {
+        **os.environ, "PYTHONPATH": str(tree), "WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
+    }  # fmt: skip
+    words = [sys.executable, str(tree / "tools" / "golden.py"), "--record", str(out), "--only", only]
+    ranks = [
+        subprocess.Popen(words, cwd=tree, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(RANKS)
+    ]
+    try:
+        if sum(abs(rank.wait()) for rank in ranks):
+            sys.exit(f"golden.py: a run has failed in {tree}")
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return {line["case"]: line for line in map(json.loads, (out / "results.jsonl").read_text().splitlines())}
+
+
+# ---- both trees
+
+
+def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """The first thing that differs, in a few words; empty if nothing does."""
+    for step, other in zip(before["steps"], now["steps"], strict=False):
+        for name in COMPARED:
+            if step[name] != other[name]:
+                return f"{name} of step {step['step']}: {step[name]} was, {other[name]} is"
+    if len(before["steps"]) != len(now["steps"]):
+        return f"{len(before['steps'])} steps were, {len(now['steps'])} are"
+    if before["scores"] != now["scores"]:
+        names = [name for name in before["scores"] if before["scores"][name] != now["scores"].get(name)]
+        return f"scores.json: {', '.join(names) or 'new entries'}"
+    was, is_ = collections.Counter(before["tensors"]), collections.Counter(now["tensors"])
+    if was != is_:
+        gone, new = (was - is_).total(), (is_ - was).total()
+        return f"saved tensors: {gone} of {was.total()} are no longer there, {new} are new"
+    return ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("commit", nargs="?", metavar="COMMIT", help="with which the working tree is compared")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases with this in their name, such as osft, zero3")
+    parser.add_argument("--record", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)  # how ranks are started
+    options = parser.parse_args()
+    if options.record:
+        record(options.record, options.only)
+        return 0
+    if not options.commit:
+        parser.error("a commit is needed, such as HEAD~1")
+    if not any(options.only in name for name, *_ in cases()):
+        parser.error(f"--only {options.only}: no case has this in its name; cases are METHOD zeroSTAGE")
+    with tempfile.TemporaryDirectory(prefix="dscl-golden-") as scratch:
+        there = Path(scratch, "tree")
+        there.mkdir()
+        archive = subprocess.run(["git", "archive", options.commit], cwd=ROOT, stdout=subprocess.PIPE, check=False)
+        if archive.returncode:
+            return 2
+        subprocess.run(["tar", "-x"], cwd=there, input=archive.stdout, check=True)
+        if not (there / "tools" / "golden.py").exists():
+            parser.error(f"{options.commit} has no tools/golden.py")
+        print(f"{options.commit}:", flush=True)
+        before = run_tree(there, Path(scratch, "before"), options.only)
+        print("the working tree:", flush=True)
+        now = run_tree(ROOT, Path(scratch, "now"), options.only)
+    differing = 0
+    for name, result in before.items():
+        why = difference(result, now[name]) if name in now else "is no longer there"
+        differing += bool(why)
+        print(f"{name:24} {why or 'the same'}")
+    print(f"{len(before) - differing} of {len(before)} cases are the same")
+    return int(bool(differing))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

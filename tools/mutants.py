@@ -20,6 +20,7 @@ import ast
 import contextlib
 import ctypes
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import importlib
@@ -29,6 +30,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -36,6 +38,7 @@ import traceback
 import types
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from multiprocessing import util
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -389,6 +392,7 @@ class Copy:
             for name in [name for name in sys.modules if name.partition(".")[0] in ("dscl", "tests", "tools")]:
                 del sys.modules[name]
             sys.modules["__main__"] = types.ModuleType("__main__")  # or processes that tests start import this file
+            _fork_the_server()
             import pytest
 
             code = int(pytest.main([*words, "--basetemp", str(temporary / "pytest")]))
@@ -398,6 +402,35 @@ class Copy:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
+
+
+def _fork_the_server() -> None:
+    """Where tests start the server from which they fork ranks, let it be a fork of this process, which has imported
+    most of what it needs. It is forked now, while there are no threads, and waits."""
+    ours, theirs = socket.socketpair()
+    process = os.fork()
+    if not process:
+        ours.close()
+        message, fds, *_ = socket.recv_fds(theirs, 1 << 20, 8)
+        if not message:
+            os._exit(0)
+        code, numbers = json.loads(message)
+        high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 500) for fd in fds]  # out of the way of the numbers in the code
+        for fd, number in zip(high, numbers, strict=True):
+            os.dup2(fd, number)
+        sys.argv = ["-c"]
+        exec(code, {"__name__": "__main__"})
+        os._exit(0)
+    theirs.close()
+    spawn, waiting = util.spawnv_passfds, [process]
+
+    def start(path: Any, words: Sequence[Any], fds: Sequence[int]) -> int:
+        if waiting and "multiprocessing.forkserver" in words[-1]:
+            socket.send_fds(ours, [json.dumps([words[-1], list(fds)]).encode()], list(fds))
+            return waiting.pop()
+        return int(spawn(path, words, fds))
+
+    setattr(util, "spawnv_passfds", start)  # noqa: B010
 
 
 def _end_descendants() -> None:
@@ -539,6 +572,7 @@ def main() -> int:
         return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)

@@ -419,7 +419,8 @@ def _fork_the_server() -> None:
         for fd, number in zip(high, numbers, strict=True):
             os.dup2(fd, number)
         sys.argv = ["-c"]
-        exec(code, {"__name__": "__main__"})
+        with contextlib.suppress(SystemExit):  # as which the server's end comes
+            exec(code, {"__name__": "__main__"})
         os._exit(0)
     theirs.close()
     spawn, waiting = util.spawnv_passfds, [process]
@@ -579,9 +580,14 @@ def main() -> int:
     for name in filter(None, ("pytest", *options.preload.split(","))):
         importlib.import_module(name)
     roomy = os.path.isdir(FASTER) and shutil.disk_usage(FASTER).free > ROOM
-    with tempfile.TemporaryDirectory(prefix="dscl-mutants-", dir=FASTER if roomy else None) as scratch:
-        judge = Judge(Copy(root, Path(scratch)), Verdicts(options.results), options.tests, options.limit)
+    # No TemporaryDirectory, which any forked process would remove as it exits.
+    scratch = Path(tempfile.mkdtemp(prefix="dscl-mutants-", dir=FASTER if roomy else None))
+    scratch.chmod(0o711)  # for tests that start programs as another user
+    try:
+        judge = Judge(Copy(root, scratch), Verdicts(options.results), options.tests, options.limit)
         judged = _judge_all(judge, mutants)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     return _summary(judged, listed.HARMLESS)
 
 

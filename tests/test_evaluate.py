@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,11 +14,29 @@ from dscl.evaluate import EvaluateConfig, Exam, loss_on, take
 from dscl.methods import Facts
 from dscl.methods.sequential import Sequential, SequentialConfig
 from dscl.model.decode import generate
+from dscl.train import asked
 from tests.support.decoding import EOS, LABELS, PAD, PROMPTS, alone
 from tests.support.toy_model import make, model
 
 RIGHT = pytest.approx(4 / 5, abs=1e-12)  # each exam is made so that one of its five answers is wrong
 METHOD = Sequential(SequentialConfig(), Facts(0, (), "", "", "", 0, ""))
+
+
+@pytest.mark.parametrize(
+    ("tasks", "every", "expected"),
+    [
+        ("all", 1, ["abc", "abc", "abc"]),
+        ("seen", 1, ["a", "ab", "abc"]),
+        ("new", 1, ["a", "b", "abc"]),
+        ("seen", 2, ["", "ab", "abc"]),
+        ("new", 2, ["", "b", "abc"]),
+    ],
+)
+def test_which_tasks_are_evaluated_after_each(tasks: str, every: int, expected: list[str]) -> None:
+    settings = SimpleNamespace(evaluate=EvaluateConfig(tasks=tasks, every=every))
+    job: Any = SimpleNamespace(recipe=settings, lessons="abc")
+    found = ["".join(name for task, name in enumerate("abc") if asked(job, task, after)) for after in range(3)]
+    assert found == expected
 
 
 class Words:

@@ -592,14 +592,14 @@ TRAINING = (
         "        checkpoints.settle()  # before scores.json may say that the run is complete\n",
         "",
         "scores.json says complete although the last checkpoint is not on the disk",
-        ("tests/distributed/test_run.py::test_scores_say_complete_only_when_the_last_checkpoint_is_there",),
+        ("tests/distributed/test_saving.py::test_scores_are_written_when_their_checkpoint_is_there",),
     ),
     Breakage(
         "dscl/train.py",
         '"seen": task <= after',
         '"seen": task < after',
         "evaluate.tasks=seen leaves out the task that was just learnt, so BWT and forgetting cannot be had",
-        ("tests/distributed/test_watching.py::test_a_router_is_shown_at_every_evaluation_that_is_asked_for",),
+        ("tests/test_evaluate.py::test_which_tasks_are_evaluated_after_each",),
     ),
     Breakage(
         "dscl/train.py",
@@ -613,7 +613,7 @@ TRAINING = (
         "    ended = [lesson.task.name for lesson in job.lessons[: position.task + position.learned]]",
         "    ended = [lesson.task.name for lesson in job.lessons[: position.task]]",
         "a run that died while it evaluated goes on without what the last task left",
-        ("tests/distributed/test_asr.py::test_a_run_that_died_counts_no_sample_twice",),
+        ("tests/distributed/test_run.py::test_a_run_that_died_ends_as_one_that_did_not",),
     ),
     Breakage(
         "dscl/job.py",
@@ -634,14 +634,14 @@ TRAINING = (
         'examined = task.test if recipe.evaluate.split == "test" else task.dev',
         "examined = task.test",
         "evaluate.split=dev scores the test split, so settings are chosen on it",
-        ("tests/distributed/test_run.py::test_eval_repeats_the_last_row",),
+        ("tests/distributed/test_run.py::test_a_tasks_own_rate_and_the_split_that_is_evaluated",),
     ),
     Breakage(
         "dscl/job.py",
         "peak=task.settings.lr or train.lr,",
         "peak=train.lr,",
         "the learning rate of a task is accepted and ignored",
-        ("tests/distributed/test_run.py::test_eval_repeats_the_last_row",),
+        ("tests/distributed/test_run.py::test_a_tasks_own_rate_and_the_split_that_is_evaluated",),
     ),
     Breakage(
         "dscl/job.py",
@@ -697,7 +697,7 @@ TRAINING = (
         "            fair = usual * max(1.0, had / many)  # what its tokens explain\n",
         "            fair = usual\n",
         "a rank that has more tokens than the others is called a slow machine",
-        ("tests/test_pace.py::test_a_slow_rank_is_held_against_the_others",),
+        ("tests/test_pace.py::test_one_of_two_ranks_is_told_from_a_quarter_on",),
     ),
     Breakage(
         "dscl/pace.py",

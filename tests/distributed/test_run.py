@@ -17,6 +17,7 @@ from safetensors import safe_open
 from dscl import checkpoint, dist, train
 from dscl.engine import Engine
 from dscl.errors import Failure, UserError
+from dscl.job import open_job
 from dscl.recipe import Recipe, resolve
 from dscl.shards import Shards
 from tests.support.runs import (
@@ -375,6 +376,28 @@ def test_eval_repeats_the_last_row(ranks: Any, tasks: Path, stage: int) -> None:
         line = json.loads(ranks(world)(scored, run_dir)[0])
         assert list(line["scores"].values()) == document["matrix"][-1]
         assert line["tasks_trained"] == 2
+
+
+def prepared(document: dict[str, Any]) -> list[tuple[float, bool, bool]]:
+    """Of each task: its highest rate, and whether it is evaluated on the dev split, and on the test split."""
+    job = open_job(resolve(document))
+    return [
+        (
+            max(map(lesson.learning_rate, range(lesson.steps))),
+            lesson.exam.samples == lesson.task.dev,
+            lesson.exam.samples == lesson.task.test,
+        )
+        for lesson in job.lessons
+    ]
+
+
+@pytest.mark.parametrize(("split", "on"), [("dev", (True, False)), ("test", (False, True))])
+def test_a_tasks_own_rate_and_the_split_that_is_evaluated(
+    ranks: Any, tasks: Path, split: str, on: tuple[bool, bool]
+) -> None:
+    document = recipe_of(tasks, "prepared", evaluate__split=split, train__schedule="constant", train__warmup=0.0)
+    document["stream"][1]["lr"] = 0.02
+    assert ranks(1)(prepared, document) == [[(3e-3, *on), (0.02, *on)]]
 
 
 def test_packing_with_flash_attention_needs_single_rows(ranks: Any, tasks: Path) -> None:

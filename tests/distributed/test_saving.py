@@ -180,6 +180,25 @@ def test_a_run_that_stops_waits_for_what_is_being_written(ranks: Any, tasks: Pat
     assert set(marker["files"]) == {"method.safetensors", "state.json", *(f"rank-{r:05d}.safetensors" for r in (0, 1))}
 
 
+def scores_written(document: dict[str, Any]) -> list[bool]:
+    """Run; whether the checkpoint after a task has its name when the task's scores are written, task by task."""
+    original, whole = train.publish, []
+
+    def publishing(recipe: Any, job: Any, position: Any) -> Any:
+        whole.append((recipe.folder / "checkpoints" / position.name() / MARKER).exists())
+        return original(recipe, job, position)
+
+    with Slow(0.2), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "publish", publishing)
+        run(document)
+    return whole
+
+
+def test_scores_are_written_when_their_checkpoint_is_there(ranks: Any, tasks: Path) -> None:
+    document = beside(tasks, "scores", 2, train__epochs=1, evaluate__before=False)
+    assert ranks(2)(scores_written, document) == [[True, True]] * 2
+
+
 def die_while_writing(document: dict[str, Any]) -> list[str]:
     """As if killed when the files are written and the marker is not."""
     original = Checkpoints.settle

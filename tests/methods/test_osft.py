@@ -131,6 +131,17 @@ def test_what_is_protected_stays_so_for_all_later_tasks(reading: str, claim: lis
     assert grown > TARGETS  # and it does grow
 
 
+@pytest.mark.parametrize("rest", ["frozen", "free", "protected"])
+def test_what_trains_besides_the_targets(rest: str) -> None:
+    alone = Alone(rest=rest, targets=["q_proj"], share=0.25)
+    matrices = {name for name, weight in alone.weights.items() if weight.ndim == 2}
+    targets = {name for name in matrices if "q_proj" in name}
+    training = {name for name, weight in alone.weights.items() if weight.requires_grad}
+    assert len(targets) == SHAPE.num_hidden_layers
+    assert training == {"frozen": targets, "free": set(alone.weights), "protected": matrices}[rest]
+    assert set(alone.names) == (matrices if rest == "protected" else targets)  # those under the constraint
+
+
 def test_a_task_protects_the_strongest_directions_of_its_change() -> None:
     """Against the singular vectors of what the task added to each weight."""
     alone = Alone(claim_energy=0.6, claim=["updates"], share=0.25)

@@ -164,6 +164,26 @@ def test_a_disk_that_is_full_is_told_and_the_one_before_is_there(ranks: Any, und
     assert outcome(tasks / "full") == outcome(undisturbed(*whole(tasks, 2, train__epochs=1)))
 
 
+def run_without_room_for_the_marker(document: dict[str, Any]) -> str:
+    original = checkpoint._write_bytes
+
+    def writing(path: Path, content: bytes) -> Any:
+        if path.name == MARKER:
+            raise OSError(28, "No space left on device")
+        return original(path, content)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "_write_bytes", writing)
+        with pytest.raises(Failure) as raised:
+            run(document)
+    return str(raised.value)
+
+
+def test_what_the_main_rank_cannot_write_ends_all_ranks(ranks: Any, tasks: Path) -> None:
+    for told in ranks(2)(run_without_room_for_the_marker, recipe_of(tasks, "no marker", 2, train__epochs=1)):
+        assert "No space left on device" in told
+
+
 def stop_at(document: dict[str, Any], place: int) -> list[str]:
     """The checkpoints that are there when the run has stopped."""
     with Slow(0.2), pytest.raises(Stopped):

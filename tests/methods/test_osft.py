@@ -142,17 +142,23 @@ def test_what_trains_besides_the_targets(rest: str) -> None:
     assert set(alone.names) == (matrices if rest == "protected" else targets)  # those under the constraint
 
 
-def test_a_task_protects_the_strongest_directions_of_its_change() -> None:
+@pytest.mark.parametrize(("reading", "share"), [("input", 0.25), ("two_sided", 0.0)])
+def test_a_task_protects_the_strongest_directions_of_its_change(reading: str, share: float) -> None:
     """Against the singular vectors of what the task added to each weight."""
-    alone = Alone(claim_energy=0.6, claim=["updates"], share=0.25)
+    alone = Alone(reading=reading, claim_energy=0.6, claim=["updates"], share=share)
     before = {name: alone.weights[name].data.clone() for name in alone.names}
     alone.learn("one")
     for name, space in alone.spaces().items():
         change = (alone.weights[name].data - before[name]).double()
-        claimed = space.right[:, int(0.25 * min(change.shape)) :].double()
-        strongest = torch.linalg.svd(change).Vh[: claimed.shape[1]]
+        decomposed = torch.linalg.svd(change)
+        claimed = space.right[:, int(share * min(change.shape)) :].double()
+        strongest = decomposed.Vh[: claimed.shape[1]].T
         assert claimed.shape[1] >= 1
-        assert torch.allclose(claimed @ claimed.T, strongest.T @ strongest, atol=1e-4)
+        assert torch.allclose(claimed @ claimed.T, strongest @ strongest.T, atol=1e-4)
+        if reading == "two_sided":
+            left, strongest = space.left.double(), decomposed.U[:, : space.left.shape[1]]
+            assert left.shape[1] >= 1
+            assert torch.allclose(left @ left.T, strongest @ strongest.T, atol=1e-4)
 
 
 def test_a_part_of_the_room_is_the_most_that_a_task_gets() -> None:

@@ -14,7 +14,7 @@ import torch
 import yaml
 from safetensors import safe_open
 
-from dscl import checkpoint, dist, train
+from dscl import checkpoint, dist, run_dir, train
 from dscl.engine import Engine
 from dscl.errors import Failure, UserError
 from dscl.job import open_job
@@ -414,6 +414,46 @@ def test_a_damaged_later_checkpoint_does_not_count_as_kept(ranks: Any, killed: P
     truncate(folder / "step-00000006")
     ranks(2)(run_until_killed, recipe_of(tasks, "later", checkpoint={"every": 1, "keep": 1}), 2)
     assert [p.name for p in sorted(folder.iterdir())] == ["step-00000004", "step-00000006"]
+
+
+def chosen(document: dict[str, Any], name: str) -> str:
+    """What is said where a checkpoint is asked for by its name."""
+    recipe = resolve(document)
+    try:
+        checkpoint.Checkpoints(recipe.folder / "checkpoints", recipe.checkpoint).find(name)
+    except Failure as error:
+        return str(error)
+    return ""
+
+
+def test_damage_to_one_ranks_share_of_a_chosen_checkpoint_ends_all_ranks(ranks: Any, killed: Path, tasks: Path) -> None:
+    folder = copy(killed, "chosen") / "checkpoints"
+    assert ranks(2)(chosen, recipe_of(tasks, "chosen"), "step-00000003") == ["", ""]
+    truncate(folder / "step-00000003")
+    for said in ranks(2)(chosen, recipe_of(tasks, "chosen"), "step-00000003"):
+        assert said.startswith("checkpoint step-00000003 is damaged (")
+
+
+def without_room_for(document: dict[str, Any], name: str) -> str:
+    """What a run says whose main rank cannot write that file of its folder."""
+    original = run_dir.write_whole
+
+    def writing(path: Path, text: str) -> None:
+        if path.name == name:
+            raise OSError(28, "No space left on device")
+        original(path, text)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_dir, "write_whole", writing)
+        with pytest.raises(UserError) as raised:
+            run(document)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "base.json"])
+def test_a_run_directory_that_the_main_rank_cannot_write_to_ends_all_ranks(ranks: Any, tasks: Path, name: str) -> None:
+    for said in ranks(2)(without_room_for, recipe_of(tasks, f"no {name}"), name):
+        assert "cannot be written (No space left on device); choose another" in said
 
 
 def test_scores_say_complete_only_when_the_last_checkpoint_is_there(ranks: Any, undisturbed: Any, tasks: Path) -> None:

@@ -1,5 +1,5 @@
 """`python -m dscl` is the program `dscl`."""
 
-from dscl.cli import program
+from dscl.cli.app import program
 
 program()

@@ -40,7 +40,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dscl.observe.quiet import quiet
+from dscl.utils.quiet import quiet
 
 quiet()  # before the libraries are imported
 
@@ -50,21 +50,22 @@ import yaml  # noqa: E402
 from torch.nn import functional  # noqa: E402
 from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: E402
 
-from dscl import clock, dist  # noqa: E402
-from dscl.checkpoint import Checkpoints  # noqa: E402
 from dscl.data.batches import Batch  # noqa: E402
 from dscl.data.encode import encode_answers  # noqa: E402
-from dscl.engine import Engine, fill  # noqa: E402
-from dscl.evaluate import EvaluateConfig, take  # noqa: E402
-from dscl.job import Job, Lesson, open_job  # noqa: E402
-from dscl.methods import find_method  # noqa: E402
-from dscl.model.head import AT_ONCE, PartByPart, answer_loss  # noqa: E402
-from dscl.observe import Observer  # noqa: E402
-from dscl.observe.trace import Tracer  # noqa: E402
-from dscl.recipe import Recipe, resolve  # noqa: E402
-from dscl.rehearsal import Storages  # noqa: E402
-from dscl.spawn import outside  # noqa: E402
-from dscl.train import Position, asked, learn  # noqa: E402
+from dscl.distributed import comm  # noqa: E402
+from dscl.distributed.launcher import outside  # noqa: E402
+from dscl.engine.engine import Engine, fill  # noqa: E402
+from dscl.methods.registry import find_method  # noqa: E402
+from dscl.model.lm_head import AT_ONCE, PartByPart, answer_loss  # noqa: E402
+from dscl.monitoring.observer import Observer  # noqa: E402
+from dscl.monitoring.profiler import Tracer  # noqa: E402
+from dscl.planning.simulate import Storages  # noqa: E402
+from dscl.recipe.recipe import Recipe, resolve  # noqa: E402
+from dscl.training.checkpoint import Checkpoints  # noqa: E402
+from dscl.training.evaluation import EvaluateConfig, take  # noqa: E402
+from dscl.training.setup import Job, Lesson, open_job  # noqa: E402
+from dscl.training.trainer import Position, asked, learn  # noqa: E402
+from dscl.utils import timers  # noqa: E402
 
 TOOLS = Path(__file__).resolve().parent
 BLOCK = 10  # steps that a side takes in its turn: as many as between two updates of what is watched
@@ -115,27 +116,27 @@ def main() -> None:
     parser.add_argument("--method", nargs="+", help="of `gpu`: full, osft, lora, asr, moses")
     parser.add_argument("--json", action="store_true", help="an object for each row, instead of a table")
     options = parser.parse_args()
-    if dist.world() > 1 and not set(options.section) <= set(SEVERAL):
+    if comm.world() > 1 and not set(options.section) <= set(SEVERAL):
         parser.error(f"--section: with more than one rank only {', '.join(SEVERAL)} can be measured")
     lines = [] if options.json else [machine(options), "", "| | ratio | target | |", "|---|---|---|---|"]
     show(*lines)
-    with dist.session():
+    with comm.session():
         for name in options.section:
             for found in sections[name](options):
                 row = f"| {found.what} | {found.figure} | {found.target} | {found.told} |"
                 lines.append(json.dumps(asdict(found)) if options.json else row)
                 show(lines[-1])
-    if options.out and dist.is_main():
+    if options.out and comm.is_main():
         options.out.write_text("\n".join(lines) + "\n", "utf-8")
 
 
 def show(*lines: str) -> None:
-    for line in lines if dist.is_main() else ():
+    for line in lines if comm.is_main() else ():
         print(line, flush=True)
 
 
 def machine(options: argparse.Namespace) -> str:
-    here = dist.device()
+    here = comm.device()
     name = torch.cuda.get_device_name(here) if here.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return (
         f"{name}; torch {torch.__version__}, DeepSpeed {deepspeed.__version__}; a LLaMA of {options.layers} layers of "
@@ -153,9 +154,9 @@ def recipe_of(options: argparse.Namespace, folder: Path, words: tuple[int, int],
 def document_of(options: argparse.Namespace, folder: Path, words: tuple[int, int], **changed: Any) -> dict[str, Any]:
     """Of a recipe for one task of made-up texts, prompts of so many words each."""
     samples = BLOCK * changed.get("train", {}).get("global_batch", 16) * (options.rounds + 2)
-    if dist.is_main():
+    if comm.is_main():
         write_task(folder / "task", words, samples)
-    dist.barrier()
+    comm.barrier()
     heads = max(2, options.hidden // 64)
     document: dict[str, Any] = {
         "run_dir": str(folder / "run"),
@@ -175,7 +176,7 @@ def document_of(options: argparse.Namespace, folder: Path, words: tuple[int, int
             "lr": 1e-4,
             "schedule": "constant",
             "warmup": 0.0,
-            "precision": "bf16" if dist.device().type == "cuda" else "fp32",
+            "precision": "bf16" if comm.device().type == "cuda" else "fp32",
             "global_batch": 16,
             "micro_batch": 8,
         },
@@ -209,15 +210,15 @@ def write_task(folder: Path, words: tuple[int, int], samples: int) -> None:
 @contextmanager
 def opened(options: argparse.Namespace, words: tuple[int, int], **changed: Any) -> Iterator[tuple[Job, Engine]]:
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
-        job = open_job(recipe_of(options, Path(dist.from_main(folder)), words, **changed))
+        job = open_job(recipe_of(options, Path(comm.from_main(folder)), words, **changed))
         with closing(job.engine()) as engine:
             yield job, engine
-        dist.barrier()  # the first rank's folder goes when all are done
+        comm.barrier()  # the first rank's folder goes when all are done
     gc.collect()
 
 
 def among() -> str:
-    return f", on {dist.world()} ranks" if dist.world() > 1 else ""
+    return f", on {comm.world()} ranks" if comm.world() > 1 else ""
 
 
 # ---- sections
@@ -267,19 +268,19 @@ class Bare:
             targets, batches = lesson.schedule.step(number).targets, self.ready[number]
             for batch in batches:
                 # DeepSpeed divides by the batches of a step, and averages over ranks.
-                loss = answer_loss(self.engine, batch) * (dist.world() * len(batches) / targets)
+                loss = answer_loss(self.engine, batch) * (comm.world() * len(batches) / targets)
                 self.engine.backward(loss)
                 self.engine.step()
 
     def prepare(self, lesson: Lesson, numbers: Sequence[int]) -> None:
-        self.ready = {n: [batch.to(dist.device()) for batch in lesson.micro_batches(n)] for n in numbers}
+        self.ready = {n: [batch.to(comm.device()) for batch in lesson.micro_batches(n)] for n in numbers}
 
     def close(self) -> None:
         self.engine.destroy()
 
 
 def built(job: Job) -> Any:
-    module = job.backbone.build().to(dist.device())
+    module = job.backbone.build().to(comm.device())
     fill(module, job.backbone.weights.read)
     return module
 
@@ -289,7 +290,7 @@ def deepspeed_config(job: Job) -> dict[str, Any]:
     return {
         **job.settings,
         "train_micro_batch_size_per_gpu": train.micro_batch,
-        "gradient_accumulation_steps": max(1, train.global_batch // train.micro_batch // dist.world()),
+        "gradient_accumulation_steps": max(1, train.global_batch // train.micro_batch // comm.world()),
         "gradient_clipping": train.grad_clip,
         "steps_per_print": None,
         "zero_force_ds_cpu_optimizer": False,
@@ -317,7 +318,7 @@ def watch(job: Job, engine: Engine, lesson: Lesson, between: Callable[[int], Non
     (recipe.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(recipe.folder / "checkpoints", recipe.checkpoint)
     tracer = Tracer(recipe.folder, recipe.observe.profile)
-    with Seen(recipe.folder, recipe.observe, dist.is_main(), job.steps()) as observer:
+    with Seen(recipe.folder, recipe.observe, comm.is_main(), job.steps()) as observer:
         learn(engine, job, lesson, Position(), checkpoints, observer, tracer, None)
     return found[:-1]  # in the last one the task ends
 
@@ -327,26 +328,26 @@ def steps(engine: Engine, job: Job, lesson: Lesson, numbers: Sequence[int], watc
         for number in numbers:
             plan = lesson.schedule.step(number)
             engine.step(job.method.loss, lesson.micro_batches(number), targets=plan.targets, lr=1e-4)
-    clock.taken()
+    timers.taken()
 
 
 @contextmanager
 def unclocked() -> Iterator[None]:
-    before = clock.part, clock.collective
+    before = timers.part, timers.collective
 
     def nothing(*_: Any) -> Any:
         return nullcontext()
 
-    clock.part = clock.collective = nothing  # type: ignore[assignment]
+    timers.part = timers.collective = nothing  # type: ignore[assignment]
     try:
         yield
     finally:
-        clock.part, clock.collective = before
+        timers.part, timers.collective = before
 
 
 def seconds(work: Callable[[], Any]) -> float:
     wait()
-    dist.barrier()
+    comm.barrier()
     began = time.perf_counter()
     work()
     wait()
@@ -354,7 +355,7 @@ def seconds(work: Callable[[], Any]) -> float:
 
 
 def wait() -> None:
-    if dist.device().type == "cuda":
+    if comm.device().type == "cuda":
         torch.cuda.synchronize()
 
 
@@ -404,9 +405,9 @@ class Peer:
         arguments = TrainingArguments(
             output_dir=str(job.recipe.folder / "peer"), max_steps=lesson.schedule.steps, save_strategy="no",
             per_device_train_batch_size=train.micro_batch, report_to=[], disable_tqdm=True, logging_steps=BLOCK,
-            gradient_accumulation_steps=train.global_batch // train.micro_batch // dist.world(), learning_rate=1e-4,
+            gradient_accumulation_steps=train.global_batch // train.micro_batch // comm.world(), learning_rate=1e-4,
             lr_scheduler_type="constant", max_grad_norm=train.grad_clip, optim="adamw_torch_fused", weight_decay=0.0,
-            bf16=train.precision == "bf16", use_cpu=dist.device().type == "cpu", remove_unused_columns=False,
+            bf16=train.precision == "bf16", use_cpu=comm.device().type == "cpu", remove_unused_columns=False,
             deepspeed=settings_of(job),
         )  # fmt: skip
         pad = lesson.pad
@@ -487,7 +488,7 @@ def settings_of(job: Job) -> dict[str, Any]:
 
 
 def head(options: argparse.Namespace) -> Iterator[Found]:
-    here = dist.device()
+    here = comm.device()
     width, vocabulary, kind = HEADS["cuda" if here.type == "cuda" else "cpu"]
     targets, rows = TARGETS, AT_ONCE // vocabulary
     hidden = torch.randn(targets, width, device=here, dtype=kind, requires_grad=True)
@@ -525,12 +526,12 @@ def evaluation(options: argparse.Namespace) -> Iterator[Found]:
         labels = encode_answers(LABELS, tokenizer)
 
         def one_by_one() -> None:
-            if dist.is_main() or engine.stage == 3:  # where each pass needs all ranks
+            if comm.is_main() or engine.stage == 3:  # where each pass needs all ranks
                 for prompt in exam.prompts:
                     for label in labels:
                         ids = torch.tensor([[*prompt, *label]], device=engine.device)
                         module(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-            dist.barrier()
+            comm.barrier()
 
         def together() -> None:
             take(exam, engine, job.method, tokenizer, EvaluateConfig(batch=16))
@@ -543,7 +544,7 @@ def evaluation(options: argparse.Namespace) -> Iterator[Found]:
         f"evaluation: {len(LABELS)} labels one by one on one rank, over batches of 16{among()}", ratio(one, all_), "",
         f"{1e3 * took / len(exam.prompts):.1f} ms a prompt here",
     )  # fmt: skip
-    if dist.world() == 1:
+    if comm.world() == 1:
         yield from left_out(job, took)
 
 

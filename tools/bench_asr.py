@@ -25,19 +25,19 @@ import peft
 import torch
 from transformers import LlamaConfig
 
-from dscl import dist
-from dscl.config import parse
+from dscl.config.parsing import parse
 from dscl.data.batches import Batch, collate, prompt_batch
-from dscl.engine import Engine
+from dscl.distributed import comm
+from dscl.engine.engine import Engine
 from dscl.maths.rls import gather
 from dscl.methods.asr import Asr, AsrConfig
 from dscl.methods.base import Facts, Method, Ranks
 from dscl.methods.sequential import Sequential, SequentialConfig
 from dscl.model.backbone import Backbone, ModelConfig, locate
-from dscl.model.decode import generate
-from dscl.model.head import answer_loss
+from dscl.model.generation import generate
+from dscl.model.lm_head import answer_loss
 from dscl.model.weights import DrawnWeights, StoredWeights
-from dscl.observe.quiet import quiet
+from dscl.utils.quiet import quiet
 
 PROMPT, ANSWER, ROWS = 120, 8, 8
 ADAPTERS, NEW_TOKENS = 8, 24
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="also the bars as objects, for tools/bench.py")
     options = parser.parse_args()
     quiet()
-    with dist.session():
+    with comm.session():
         built = backbone(options)
         torch.manual_seed(0)
         for section in options.section:
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def backbone(options: argparse.Namespace) -> Backbone:
-    dtype = torch.bfloat16 if dist.device().type == "cuda" else torch.float32
+    dtype = torch.bfloat16 if comm.device().type == "cuda" else torch.float32
     if options.model:
         folder = locate(options.model, "--model")
         config = LlamaConfig.from_pretrained(folder, local_files_only=True)
@@ -94,7 +94,7 @@ def alone(engine: Engine) -> Ranks:
         nothing,
         engine.shards.whole,
         engine.visit,
-        dist.sum_,
+        comm.sum_,
         *[nothing] * 6,
     )
 
@@ -158,7 +158,7 @@ def mixed(built: Backbone, options: argparse.Namespace) -> None:
     names = tuple(f"task{i}" for i in range(ADAPTERS))
     config = parse(AsrConfig, {"name": "asr", "lora": LORA, "feature_layer": 1})
     method = Asr(config, Facts(0, names, "", "", "", 0, ""))
-    model = built.build().to(dist.device()).eval()
+    model = built.build().to(comm.device()).eval()
     for name, parameter in model.named_parameters():
         parameter.copy_(built.weights.read(name, parameter.shape, 0, parameter.numel()).view_as(parameter))
     plain = copy.deepcopy(model)
@@ -176,7 +176,7 @@ def mixed(built: Backbone, options: argparse.Namespace) -> None:
     generator = torch.Generator().manual_seed(1)
     rows = 2 * ADAPTERS
     prompts = [torch.randint(5, 4000, (64,), generator=generator).tolist() for _ in range(rows)]
-    given = prompt_batch(prompts, 0).to(dist.device())
+    given = prompt_batch(prompts, 0).to(comm.device())
     slots = [row % ADAPTERS for row in range(rows)]
 
     def ours() -> Any:
@@ -233,7 +233,7 @@ def timed(works: list[Callable[[], Any]], rounds: int) -> list[float]:
 
 
 def wait() -> None:
-    if dist.device().type == "cuda":
+    if comm.device().type == "cuda":
         torch.cuda.synchronize()
 
 

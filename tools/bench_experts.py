@@ -33,13 +33,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from dscl import dist
+from dscl.distributed import comm
 from dscl.maths import gates as gates_maths
 from dscl.maths import grouped as grouped_maths
 from dscl.maths.masks import strongest
+from dscl.model.adapters.routing import Routing
+from dscl.model.adapters.sub_experts import Shape, SubExperts, frozen
 from dscl.model.backbone import DTYPES
-from dscl.model.experts import Shape, SubExperts, frozen
-from dscl.model.routing import Routing
 
 SHARE, SCALE = 0.5, 2.0
 TASKS, ROWS = 8, 16
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--top", type=int, default=2, help="experts of a token")
     parser.add_argument("--columns", type=int, nargs="*", default=[64, 256, 512, 1024, 2048], help="experts x rank")
     parser.add_argument("--ranks", type=int, nargs="*", default=[8, 32, 128], help="of an expert, in the grid")
-    parser.add_argument("--device", default=str(dist.device()))
+    parser.add_argument("--device", default=str(comm.device()))
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU, else fp32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on CPUs")
     parser.add_argument("--cpu-time", action="store_true", help="count what this process computes, not what it waits")

@@ -31,7 +31,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from dscl.observe.quiet import quiet
+from dscl.utils.quiet import quiet
 
 quiet()  # before the libraries are imported
 
@@ -39,18 +39,19 @@ import torch  # noqa: E402
 from transformers import LlamaConfig  # noqa: E402
 from transformers.utils import is_flash_attn_2_available  # noqa: E402
 
-from dscl import dist  # noqa: E402
-from dscl.config import parse  # noqa: E402
+from dscl.config.parsing import parse  # noqa: E402
 from dscl.data.batches import collate  # noqa: E402
-from dscl.engine import Engine  # noqa: E402
-from dscl.hardware import peak  # noqa: E402
+from dscl.distributed import comm  # noqa: E402
+from dscl.distributed.launcher import outside  # noqa: E402
+from dscl.engine.engine import Engine  # noqa: E402
 from dscl.maths.subspace import hold_flops  # noqa: E402
-from dscl.methods import Facts, Method, find_method  # noqa: E402
+from dscl.methods.base import Facts, Method  # noqa: E402
 from dscl.methods.osft import Osft  # noqa: E402
+from dscl.methods.registry import find_method  # noqa: E402
 from dscl.model.backbone import Backbone, ModelConfig  # noqa: E402
-from dscl.model.cost import cost_of  # noqa: E402
+from dscl.model.flops import cost_of  # noqa: E402
 from dscl.model.weights import DrawnWeights  # noqa: E402
-from dscl.spawn import outside  # noqa: E402
+from dscl.utils.hardware import peak  # noqa: E402
 
 SHAPES: dict[str, dict[str, Any]] = {
     "7B": {  # Llama 2
@@ -106,7 +107,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.child:
         case = Case(**json.loads(options.child))
-        with dist.session():
+        with comm.session():
             print(json.dumps(attempt(case, config_of(case))), flush=True)
         return
     if not options.json:
@@ -116,7 +117,7 @@ def main() -> None:
 
 
 def rows(options: argparse.Namespace) -> Iterator[dict[str, str]]:
-    if dist.device().type != "cuda":
+    if comm.device().type != "cuda":
         yield row_of("gpu: no GPU here, nothing was measured")
         return
     attention = options.attention or ATTENTION[: 1 + is_flash_attn_2_available()]
@@ -197,7 +198,7 @@ def attempt(case: Case, config: LlamaConfig) -> dict[str, Any]:
 
 
 def built(case: Case, config: LlamaConfig) -> tuple[Engine, Method]:
-    here = dist.device()
+    here = comm.device()
     model = ModelConfig(shape={}, attention=case.attention, activation_checkpointing=case.recompute)
     bare = Backbone(model, config, None, DrawnWeights(0, 0.02), torch.bfloat16)
     given = METHODS[case.method][1]
@@ -286,7 +287,7 @@ def large(case: Case, config: LlamaConfig, engine: Engine, method: Method) -> di
         "tflops": useful / took / 1e12,
         "mfu": useful / took / most if most else None,
         "floor": (useful + again + held) / most if most else None,
-        "peak_gib": dist.peak_memory() / 2**30,
+        "peak_gib": comm.peak_memory() / 2**30,
         "host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     }
 

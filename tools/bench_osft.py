@@ -40,23 +40,23 @@ from peft import OSFConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dscl import dist
-from dscl.config import parse
+from dscl.config.deepspeed_json import read_settings
+from dscl.config.parsing import parse
 from dscl.data.batches import Batch, collate
-from dscl.data.memory import Kept
-from dscl.engine import Engine
+from dscl.data.replay_buffer import Kept
+from dscl.distributed import comm
+from dscl.engine.engine import Engine
+from dscl.engine.matrix_owners import deal
 from dscl.maths.subspace import READINGS, Subspace, count_by_share, hold_flops
 from dscl.methods import osft
 from dscl.methods.base import Facts, Method, Ranks
 from dscl.methods.osft import Osft, OsftConfig
 from dscl.methods.sequential import Sequential, SequentialConfig
+from dscl.model.adapters.injection import LLAMA_PROJECTIONS
 from dscl.model.backbone import DTYPES, Backbone, ModelConfig
-from dscl.model.head import answer_loss
-from dscl.model.surgery import LLAMA_PROJECTIONS
+from dscl.model.lm_head import answer_loss
 from dscl.model.weights import DrawnWeights
-from dscl.observe.quiet import quiet
-from dscl.owners import deal
-from dscl.settings import read_settings
+from dscl.utils.quiet import quiet
 
 ANSWER = 8  # tokens of each row that are answered, for which logits are made
 SHARE = 0.5
@@ -97,7 +97,7 @@ def main() -> None:
         plan(options)
         return
     settle(options)
-    with dist.session():
+    with comm.session():
         told(options)
         if {"step", "setup", "memory"} & set(options.section):
             alone(options)
@@ -115,7 +115,7 @@ def settle(options: argparse.Namespace) -> None:
 
 
 def told(options: argparse.Namespace) -> None:
-    here = dist.device()
+    here = comm.device()
     device = torch.cuda.get_device_name(here) if here.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     size = backbone(options).parameters()
     micro = options.rows * options.length
@@ -166,7 +166,7 @@ class Side:
     parts: dict[str, float] = field(default_factory=dict)  # of the set-up
 
     def step(self, micro_batches: Sequence[Batch], hold: bool = True) -> Clocked:
-        targets = dist.world() * sum(len(batch.samples) for batch in micro_batches) * ANSWER
+        targets = comm.world() * sum(len(batch.samples) for batch in micro_batches) * ANSWER
         before = self.own
         seconds, _ = timed(lambda: self.engine.step(answer_loss, micro_batches, targets=targets, lr=LR, hold=hold))
         return seconds, self.own - before
@@ -231,7 +231,7 @@ def ranks_of(options: argparse.Namespace, engine: Engine) -> Ranks:
         seen,
         engine.shards.whole,
         engine.visit,
-        dist.sum_,
+        comm.sum_,
         lambda *_: None,
         refuse,
         lambda: Kept("", ()),
@@ -248,7 +248,7 @@ def batches(options: argparse.Namespace, count: int, first: int = 0) -> list[Bat
         size = (options.rows, options.length - ANSWER)
         prompts = torch.randint(5, options.vocab, size, generator=draw).tolist()
         samples = {row: (prompt, [7] * ANSWER) for row, prompt in enumerate(prompts)}
-        made.append(collate([[row] for row in samples], samples, 0, False).to(dist.device()))
+        made.append(collate([[row] for row in samples], samples, 0, False).to(comm.device()))
     return made
 
 
@@ -403,7 +403,7 @@ def rank(options: argparse.Namespace, number: int, port: int) -> None:
     ranks = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": options.nproc, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in ranks.items()} | {"MASTER_ADDR": "127.0.0.1"})
     settle(options)
-    with dist.session():
+    with comm.session():
         for stage in (1, 3):
             sharded(options, stage)
 
@@ -414,16 +414,16 @@ def sharded(options: argparse.Namespace, stage: int) -> None:
     settings = read_settings(folder / f"zero{stage}.json")
     sides = {"plain": side(options, free(), settings)}
     sides |= {reading: side(options, constrained(reading), settings) for reading in ("input", "two_sided")}
-    each = max(1, options.micro // dist.world())
-    mine = batches(options, each, first=dist.rank() * each)
+    each = max(1, options.micro // comm.world())
+    mine = batches(options, each, first=comm.rank() * each)
     away: dict[str, list[int]] = {name: [] for name in sides}
     waited: dict[str, list[float]] = {name: [] for name in sides}
     now = ""
-    exchange = dist.exchange
+    exchange = comm.exchange
 
     def counted(sent: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
         seconds, arrived = timed(lambda: exchange(sent, sizes))
-        away[now][-1] += sum(size(part) for to, part in enumerate(sent) if to != dist.rank())
+        away[now][-1] += sum(size(part) for to, part in enumerate(sent) if to != comm.rank())
         waited[now][-1] += seconds
         return arrived
 
@@ -433,33 +433,33 @@ def sharded(options: argparse.Namespace, stage: int) -> None:
             now = name
             away[name].append(0)
             waited[name].append(0.0)
-            dist.barrier()
+            comm.barrier()
             return sides[name].step(mine)
 
         return one
 
-    dist.exchange = counted
+    comm.exchange = counted
     try:
         for name in sides:
             work(name)()
         found = race({name: work(name) for name in sides}, options.rounds)
     finally:
-        dist.exchange = exchange
+        comm.exchange = exchange
     kept = {name: sum(map(size, s.method.owned().values()))
             for name, s in sides.items() if s.method is not None}  # fmt: skip
-    gathered = dist.gather((kept, {name: values[-1] for name, values in away.items()}))
+    gathered = comm.gather((kept, {name: values[-1] for name, values in away.items()}))
     whole = each * step_flops(backbone(options).architecture, options.rows, options.length, ANSWER)
-    if dist.is_main():
+    if comm.is_main():
         plain = found["plain"][0]
         rows = []
         for name, (seconds, own) in found.items():
-            floor = 1 + own_flops(options, name) / dist.world() / whole
+            floor = 1 + own_flops(options, name) / comm.world() / whole
             rows.append([
                 name, f"{seconds:.3f}", f"{seconds / plain:.3f}", f"{1 + own / plain:.3f}", f"{floor:.3f}",
                 f"{seconds / plain - floor:+.3f}", f"{numbers.median(waited[name]) / plain:.3f}",
                 ", ".join(mib(there[1][name]) for there in gathered), ", ".join(mib(of[0][name]) for of in gathered),
             ])  # fmt: skip
-        title = f"ZeRO {stage}, {dist.world()} ranks, {each * dist.world()} micro-batches"
+        title = f"ZeRO {stage}, {comm.world()} ranks, {each * comm.world()} micro-batches"
         table([title, "seconds", "over plain", "own", "floor", "gap", "exchange over plain", "MiB sent, by rank",
                "MiB of bases, by rank"], rows)  # fmt: skip
     for one in sides.values():
@@ -473,7 +473,7 @@ def sharded(options: argparse.Namespace, stage: int) -> None:
 def precision(options: argparse.Namespace) -> None:
     """`W V - A` and its product with `Vᵀ`, each in another precision, on one layer's matrices."""
     kinds = [("fp32", "fp32"), ("fp32", "bf16"), ("bf16", "bf16")]
-    if dist.device().type == "cuda":
+    if comm.device().type == "cuda":
         kinds += [("fp32", "tf32"), ("tf32", "tf32")]
     h, i = options.hidden, options.intermediate
     cases = [case(m, n, number) for number, (m, n) in enumerate([(h, h)] * 4 + [(i, h)] * 2 + [(h, i)])]
@@ -518,8 +518,8 @@ def case(rows: int, columns: int, seed: int) -> tuple[Subspace, torch.Tensor, to
         return torch.randn(*shape, generator=draw, dtype=torch.float64)
 
     k = count_by_share(SHARE, rows, columns)
-    weight = (0.02 * normal(rows, columns)).float().to(dist.device())
-    bases = [torch.linalg.qr(normal(width, k))[0].to(dist.device()) for width in (columns, rows)]
+    weight = (0.02 * normal(rows, columns)).float().to(comm.device())
+    bases = [torch.linalg.qr(normal(width, k))[0].to(comm.device()) for width in (columns, rows)]
     space = Subspace.empty("two_sided", weight)
     space.grow(weight, *bases)
     return space, weight, weight + LR * normal(rows, columns).sign().to(weight)
@@ -688,7 +688,7 @@ def clocks(places: Sequence[tuple[Any, str]]) -> Iterator[dict[str, float]]:
 
 
 def wait() -> None:
-    if dist.device().type == "cuda":
+    if comm.device().type == "cuda":
         torch.cuda.synchronize()
 
 

@@ -88,11 +88,11 @@ def recipe(folder: Path, method: str, stage: int) -> dict[str, Any]:
 
 def record(out: Path, only: str) -> None:
     """Run the cases as one of the ranks. The first rank writes what each has computed, a line a case."""
-    from dscl import dist
-    from dscl.recipe import resolve
-    from dscl.train import train
+    from dscl.distributed import comm
+    from dscl.recipe.recipe import resolve
+    from dscl.training.trainer import train
 
-    with dist.session():
+    with comm.session():
         for name, method, stage in cases():
             if only not in name:
                 continue
@@ -101,11 +101,11 @@ def record(out: Path, only: str) -> None:
                 sys.stdout = nowhere
                 train(resolve(document))
                 sys.stdout = sys.__stdout__
-            if dist.is_main():
+            if comm.is_main():
                 with (out / "results.jsonl").open("a") as file:
                     file.write(json.dumps({"case": name, **computed(Path(document["run_dir"]))}) + "\n")
                 print(f"  {name}", flush=True)
-            dist.barrier()
+            comm.barrier()
 
 
 def computed(run_dir: Path) -> dict[str, Any]:

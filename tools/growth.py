@@ -3,9 +3,10 @@
     python tools/growth.py [--ranks 2 8 64] [--widths 1024 2048 4096] [--hidden 512] [--layers 8]
 
 Bytes of a rank are counted by `dscl plan` (a step of the real engine, rehearsed on tensors without contents), at ZeRO 3
-in bf16; operations by dscl/model/cost.py, which torch's own counter confirms; what a task leaves in memory, by looking.
-The router is timed, and its times are set against the formula's by the first width. P: parameters; T: those that train;
-W: ranks; L layers of width H, I within, V words; n tokens that see c others each; E: the router's width; r: rank.
+in bf16; operations by dscl/model/flops.py, which torch's own counter confirms; what a task leaves in memory, by
+looking. The router is timed, and its times are set against the formula's by the first width. P: parameters; T: those
+that train; W: ranks; L layers of width H, I within, V words; n tokens that see c others each; E: the router's width;
+r: rank.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dscl.maths.rls import Expansion, gather, solve
-from dscl.model.cost import cost_of
+from dscl.model.flops import cost_of
 
 VOCABULARY, LENGTH, MICRO_BATCHES = 512, 64, 2
 Row = tuple[str, str, str, float, float]  # what, formula, at, found, foretold

@@ -24,9 +24,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dscl.cache import locked
-from dscl.errors import UserError
-from dscl.observe.quiet import quiet
+from dscl.utils.cache import locked
+from dscl.utils.errors import UserError
+from dscl.utils.quiet import quiet
 
 VERSION = 1  # of what this file makes; a change of it makes every stage new
 PER_SENTENCE = 4  # words of one sense in a sentence
@@ -178,7 +178,7 @@ def _pretrain(lines: Sequence[list[int]], seed: int, settings: Settings) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from dscl.maths.schedule import learning_rate
-    from dscl.observe.progress import Progress
+    from dscl.monitoring.progress import Progress
 
     torch.set_num_threads(1)  # the same weights on any number of cores, and steps too small to gain by more
     torch.manual_seed(seed)

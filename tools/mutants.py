@@ -290,7 +290,7 @@ class Places:
             self._add(MOVED, *self._span(node), repr(not value if isinstance(value, bool) else value + 1))
         elif isinstance(node, ast.Call) and node.args and isinstance(node.func, ast.Attribute):
             whole = ast.unparse(node.func)
-            if node.func.attr == "sum_" or whole in [f"dist.{name}" for name in OVER_RANKS]:
+            if node.func.attr == "sum_" or whole in [f"comm.{name}" for name in OVER_RANKS]:
                 start, stop = self._span(node.args[0])
                 own = f"({self._source[start:stop].decode()})"
                 self._add(ALONE, *self._span(node), f"[{own}]" if node.func.attr == "gather" else own)

@@ -1,4 +1,4 @@
-"""The typed keys of every method, by its name in a recipe. The methods themselves are in `dscl.methods`.
+"""The typed keys of every method, by its name in a recipe. The methods themselves are in `dscl.methods.registry`.
 
 A method's class names its keys again as `Config`. They are here, and not beside the class, because a recipe is checked
 before torch is imported.
@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from dscl.config import key, nearest
-from dscl.errors import UserError
+from dscl.config.parsing import key, nearest
 from dscl.maths.readings import READINGS
+from dscl.utils.errors import UserError
 
 LLAMA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

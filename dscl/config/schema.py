@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dscl.config import key
-from dscl.errors import UserError
+from dscl.config.parsing import key
 from dscl.maths.schedule import SCHEDULES
+from dscl.utils.errors import UserError
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 FORMATS = ("trace", "cl_benchmark", "superni", "jsonl", "datasets")

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from dscl.cache import folder_made_once
 from dscl.data.task import Sample
-from dscl.errors import UserError
+from dscl.utils.cache import folder_made_once
+from dscl.utils.errors import UserError
 
 log = logging.getLogger("dscl")
 VERSION = 2  # of what this file makes of a sample; a change of it makes all caches new

@@ -10,7 +10,7 @@ from dscl.config.schema import DataConfig, TaskConfig
 from dscl.data import readers
 from dscl.data.readers import BUILDERS, SAVED, Splits
 from dscl.data.records import read_json
-from dscl.errors import UserError
+from dscl.utils.errors import UserError
 
 
 def tables(config: TaskConfig, data: DataConfig) -> Splits:

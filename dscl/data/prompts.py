@@ -7,7 +7,7 @@ from typing import Any
 
 from dscl.data.records import fields_of, numbered, read_bytes, read_json, read_lines
 from dscl.data.task import BadRecord, check_text
-from dscl.errors import UserError
+from dscl.utils.errors import UserError
 
 PROMPT_FILES = (".txt", ".json", ".jsonl")
 

@@ -10,7 +10,7 @@ from typing import Any
 from dscl.config.schema import DataConfig, TaskConfig
 from dscl.data.records import collect, fields_of, numbered, read_json, read_lines
 from dscl.data.task import BadRecord, Sample, SampleMaker
-from dscl.errors import UserError
+from dscl.utils.errors import UserError
 
 SPLIT_NAMES = {"train": ("train",), "dev": ("dev", "eval", "validation"), "test": ("test",)}
 # Of tables that `datasets` reads: the builder for each kind of file, and what marks a folder that it has saved.

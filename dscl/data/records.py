@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dscl.data.task import BadRecord, Sample
-from dscl.errors import UserError
+from dscl.utils.errors import UserError
 
 log = logging.getLogger("dscl")
 

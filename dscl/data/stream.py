@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dscl.config.schema import DataConfig, TaskConfig
 from dscl.data.formats import read_splits
 from dscl.data.task import Sample, Task
-from dscl.errors import UserError
+from dscl.utils.errors import UserError
 
 DEV_AT_MOST = 500
 TEST_SHARE = 0.1

@@ -13,7 +13,7 @@ from dscl.config.schema import DataConfig, TaskConfig
 from dscl.data.readers import BUILDERS, SAVED, SPLIT_NAMES, Splits, check_messages, column_names
 from dscl.data.records import collect, fields_of, numbered
 from dscl.data.task import BadRecord, Sample, SampleMaker
-from dscl.errors import UserError
+from dscl.utils.errors import UserError
 
 
 def tables(config: TaskConfig, data: DataConfig) -> Splits:

@@ -6,9 +6,9 @@ import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dscl.config import nearest
+from dscl.config.parsing import nearest
 from dscl.config.schema import METRICS, DataConfig, TaskConfig
-from dscl.errors import UserError
+from dscl.utils.errors import UserError
 
 __all__ = ["METRICS", "BadRecord", "DataConfig", "Sample", "SampleMaker", "Task", "TaskConfig", "check_text"]
 

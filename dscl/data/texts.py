@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dscl.errors import UserError
+from dscl.utils.errors import UserError
 
 
 def read_texts(path: str, setting: str) -> list[str]:

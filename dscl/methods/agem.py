@@ -16,10 +16,10 @@ from collections.abc import Callable, Sequence
 import torch
 
 from dscl.config.methods import AgemConfig
-from dscl.data.memory import Kept
+from dscl.data.replay_buffer import Kept
+from dscl.engine.gradient_hooks import Held
 from dscl.methods.base import Facts
 from dscl.methods.replay import Replay
-from dscl.steering import Held
 
 
 class Agem(Replay):

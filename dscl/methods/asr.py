@@ -18,12 +18,12 @@ from torch import nn
 from dscl.config.methods import ASR_PAPER as PAPER
 from dscl.config.methods import AsrConfig
 from dscl.data.batches import Batch, PromptBatch
-from dscl.errors import UserError
 from dscl.methods.base import Ended, Ranks
-from dscl.methods.deciding import Deciding, feature_layer_of, spec_of, width_of
 from dscl.methods.lora_per_task import LoraPerTask
-from dscl.model.routing import pool_at, targets_above
-from dscl.router import Router
+from dscl.methods.rls_router import Router
+from dscl.methods.task_router import Deciding, feature_layer_of, spec_of, width_of
+from dscl.model.adapters.routing import pool_at, targets_above
+from dscl.utils.errors import UserError
 
 __all__ = ["PAPER", "Asr", "AsrConfig"]
 

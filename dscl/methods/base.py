@@ -20,10 +20,10 @@ import torch
 from torch import nn
 
 from dscl.data.batches import Batch, PromptBatch
-from dscl.data.memory import Kept, Samples
-from dscl.model.head import answer_loss
-from dscl.owners import Constraint
-from dscl.steering import Held, Shown, Steering
+from dscl.data.replay_buffer import Kept, Samples
+from dscl.engine.gradient_hooks import Held, Shown, Steering
+from dscl.engine.matrix_owners import Constraint
+from dscl.model.lm_head import answer_loss
 
 # name, shape, start, stop → those elements; None: they stay as they are
 Reader = Callable[[str, torch.Size, int, int], torch.Tensor | None]

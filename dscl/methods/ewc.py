@@ -23,10 +23,10 @@ from torch.nn import functional
 
 from dscl.config.methods import EwcConfig
 from dscl.data.batches import Batch
+from dscl.engine.gradient_hooks import Held
 from dscl.methods.base import Ended, Ranks
 from dscl.methods.sequential import Sequential
-from dscl.model.head import answer_logits
-from dscl.steering import Held
+from dscl.model.lm_head import answer_logits
 
 GROUP = 8  # samples whose gradients are summed before they are squared: with more, chance has a greater part in it
 

@@ -17,10 +17,10 @@ from torch import nn
 from dscl.config.methods import LoraConfig, LoraPerTaskConfig
 from dscl.data.batches import PromptBatch
 from dscl.methods.base import Ended, Facts, Method, Ranks, Reader
-from dscl.model.adapters import Adapter, Pair, file_name, read_adapter, write_adapter
-from dscl.model.routed import Bank, add_routed, first_values
-from dscl.model.routing import Routing
-from dscl.model.surgery import matching
+from dscl.model.adapters.injection import matching
+from dscl.model.adapters.lora_bank import Bank, add_routed, first_values
+from dscl.model.adapters.peft_files import Adapter, Pair, file_name, read_adapter, write_adapter
+from dscl.model.adapters.routing import Routing
 
 
 class LoraPerTask(Method):

@@ -22,7 +22,7 @@ from dscl.config.methods import LwfConfig
 from dscl.data.batches import Batch
 from dscl.methods.base import Facts, Ranks
 from dscl.methods.sequential import Sequential
-from dscl.model.head import answer_logits
+from dscl.model.lm_head import answer_logits
 
 
 class Lwf(Sequential):

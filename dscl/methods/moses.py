@@ -19,18 +19,18 @@ from torch import nn
 
 from dscl.config.methods import MosesConfig
 from dscl.data.batches import Batch, PromptBatch
-from dscl.errors import UserError
+from dscl.engine.matrix_owners import Constraint
 from dscl.maths.masks import count_of
 from dscl.methods.base import Ended, Facts, Matrix, Method, Ranks, Reader
-from dscl.methods.deciding import Deciding, feature_layer_of, spec_of, width_of
 from dscl.methods.osft import Osft
-from dscl.model.adapters import file_name
-from dscl.model.claims import Claims, read_claims, write_claims
-from dscl.model.experts import Shape, add_experts, first_values
-from dscl.model.head import answer_loss
-from dscl.model.routing import Routing, empty_like, pool_at, targets_above
-from dscl.owners import Constraint
-from dscl.router import Router
+from dscl.methods.rls_router import Router
+from dscl.methods.task_router import Deciding, feature_layer_of, spec_of, width_of
+from dscl.model.adapters.peft_files import file_name
+from dscl.model.adapters.routing import Routing, empty_like, pool_at, targets_above
+from dscl.model.adapters.sub_experts import Shape, add_experts, first_values
+from dscl.model.adapters.task_masks import Claims, read_claims, write_claims
+from dscl.model.lm_head import answer_loss
+from dscl.utils.errors import UserError
 
 
 class Moses(Method):

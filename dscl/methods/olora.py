@@ -23,8 +23,8 @@ from dscl.config.methods import OloraConfig
 from dscl.data.batches import Batch, PromptBatch
 from dscl.methods.base import Facts
 from dscl.methods.lora_per_task import LoraPerTask
-from dscl.model.head import answer_loss
-from dscl.model.routed import add_stacked
+from dscl.model.adapters.lora_bank import add_stacked
+from dscl.model.lm_head import answer_loss
 
 
 class Olora(LoraPerTask):

@@ -18,7 +18,6 @@ from torch.nn import functional
 
 from dscl.config.methods import OsftConfig
 from dscl.data.batches import Batch
-from dscl.errors import UserError
 from dscl.maths.subspace import (
     Directions,
     Subspace,
@@ -32,10 +31,11 @@ from dscl.maths.subspace import (
     shares_by_importance,
 )
 from dscl.methods.base import Ended, Facts, Look, Method, Ranks
-from dscl.model.decode import Drawn, sample_texts
-from dscl.model.head import answer_loss
-from dscl.model.moments import Changes, Moments
-from dscl.model.routing import layer_of, targets_above
+from dscl.model.activation_stats import Changes, Moments
+from dscl.model.adapters.routing import layer_of, targets_above
+from dscl.model.generation import Drawn, sample_texts
+from dscl.model.lm_head import answer_loss
+from dscl.utils.errors import UserError
 
 TEXTS, LENGTH = 128, 128  # made up by the base model, to see what it needs in general
 SAMPLES = 512  # of an ended task, to see what it needs

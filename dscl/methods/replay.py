@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from dscl.config.methods import ReplayConfig
-from dscl.data.memory import Kept
-from dscl.errors import UserError
+from dscl.data.replay_buffer import Kept
 from dscl.methods.base import Ended, Facts, Ranks
 from dscl.methods.sequential import Sequential
-from dscl.model.adapters import file_name
+from dscl.model.adapters.peft_files import file_name
+from dscl.utils.errors import UserError
 
 
 class Replay(Sequential):

@@ -6,7 +6,7 @@ from torch import nn
 
 from dscl.config.methods import LoraConfig, SequentialConfig
 from dscl.methods.base import Method
-from dscl.model.surgery import add_lora
+from dscl.model.adapters.injection import add_lora
 
 
 class Sequential(Method):

@@ -18,12 +18,12 @@ from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, LlamaConfig
 from transformers.initialization import no_init_weights
 
-from dscl.cache import folder_made_once
-from dscl.config import nearest
+from dscl.config.parsing import nearest
 from dscl.config.schema import ModelConfig
-from dscl.errors import UserError
 from dscl.model.tokenizer import TRAINING, Tokenizer, load_tokenizer, train_tokenizer
 from dscl.model.weights import DrawnWeights, StoredWeights, Weights
+from dscl.utils.cache import folder_made_once
+from dscl.utils.errors import UserError
 
 # What is fetched from a hub: configuration, tokenizer and safetensors; nothing that could be unpickled or executed, and
 # no second copy of the weights in a subfolder or in another layout.

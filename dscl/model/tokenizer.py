@@ -13,7 +13,7 @@ import sentencepiece
 from tokenizers import models, normalizers
 from transformers import AutoTokenizer, LlamaTokenizer
 
-from dscl.errors import UserError
+from dscl.utils.errors import UserError
 
 Tokenizer = Any  # transformers' PreTrainedTokenizerBase; its own hints do not help callers
 

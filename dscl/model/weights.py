@@ -16,8 +16,8 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 
-from dscl.config import nearest
-from dscl.errors import UserError
+from dscl.config.parsing import nearest
+from dscl.utils.errors import UserError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 NUMBERS = ("F64", "F32", "F16", "BF16")  # whatever else a file holds is quantised

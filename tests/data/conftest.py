@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dscl.config import parse
+from dscl.config.parsing import parse
 from dscl.data.stream import load_stream
 from dscl.data.task import DataConfig, Task, TaskConfig
 

@@ -14,7 +14,7 @@ import pytest
 from dscl.data import encode as module
 from dscl.data.encode import answer_room, encode, encode_answers, encode_prompts, fingerprint
 from dscl.data.task import Sample
-from dscl.errors import UserError
+from dscl.utils.errors import UserError
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"

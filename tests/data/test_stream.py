@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from dscl.config import parse
+from dscl.config.parsing import parse
 from dscl.data.stream import load_stream
 from dscl.data.task import DataConfig, Sample, Task, TaskConfig
-from dscl.errors import UserError
+from dscl.utils.errors import UserError
 
 Write = Callable[[str, Any], Path]
 Read = Callable[..., Task]

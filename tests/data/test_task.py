@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from dscl.config import parse
+from dscl.config.parsing import parse
 from dscl.data.task import BadRecord, DataConfig, SampleMaker, TaskConfig
-from dscl.errors import UserError
+from dscl.utils.errors import UserError
 
 LABELS = ("good", "bad")
 

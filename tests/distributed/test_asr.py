@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from dscl import evaluate, train
 from dscl.data.batches import prompt_batch
-from dscl.job import open_job
 from dscl.methods import asr
 from dscl.methods.asr import PAPER, Asr
-from dscl.model import decode
-from dscl.model.routing import Routing
-from dscl.recipe import resolve
+from dscl.model import generation
+from dscl.model.adapters.routing import Routing
+from dscl.recipe.recipe import resolve
+from dscl.training import evaluation, trainer
+from dscl.training.setup import open_job
 from tests.support.five_tasks import NAMES, SIZES, left, scores, statistics, tasks
 from tests.support.five_tasks import recipe as recipe_of_tasks
 from tests.support.runs import failing, metrics, outcome, run, run_until
@@ -35,9 +35,9 @@ def test_task_orders_leave_the_same_bytes(ranks: Any, tasks: Path) -> None:
     dropout = {"lora": {"rank": 4, "dropout": 0.2}}
     four = NAMES[:4]
     orders = [four, four[::-1], (*four[2:], *four[:2])]
-    evaluate, train = {"before": False, "every": len(four)}, {"epochs": 1}
+    evaluation, trainer = {"before": False, "every": len(four)}, {"epochs": 1}
     for number, names in enumerate(orders):
-        ranks(2)(run, recipe(tasks, f"order{number}", 2, names, asr=dropout, evaluate=evaluate, train=train))
+        ranks(2)(run, recipe(tasks, f"order{number}", 2, names, asr=dropout, evaluate=evaluation, train=trainer))
     whole = left(tasks / "order0")
     assert len(whole) == 3 * len(four)
     assert len(set(whole.values())) > len(four)
@@ -213,7 +213,7 @@ def mixed(document: dict[str, Any]) -> tuple[float, float, float, int]:
         other = torch.stack([whole[row, len(p) - 1] for row, p in enumerate(prompts)])
         right_error = float((other - logits).abs().max())
         with method.answering(batch):
-            tokens = decode.generate(module, batch, 6, -1, pad)
+            tokens = generation.generate(module, batch, 6, -1, pad)
         for place in range(5):
             rows = list(range(place, 15, 5))
             single = prompt_batch([prompts[r] for r in rows], pad, job.lessons[0].bos)
@@ -222,7 +222,7 @@ def mixed(document: dict[str, Any]) -> tuple[float, float, float, int]:
             assert chosen == [routes[r] for r in rows]
             left_error = max(left_error, float((got - logits[rows]).abs().max()))
             with method.answering(single):
-                different += decode.generate(module, single, 6, -1, pad) != [tokens[r] for r in rows]
+                different += generation.generate(module, single, 6, -1, pad) != [tokens[r] for r in rows]
         effect = float((bare - logits).abs().max())
     engine.close()
     return left_error, right_error, effect, different
@@ -233,7 +233,7 @@ class Nothing:
 
 
 def ranks_of(engine: Any, lesson: Any) -> Any:
-    return train.ranks_of(engine, lesson, "", Nothing(), train.Position())  # type: ignore[arg-type]
+    return trainer.ranks_of(engine, lesson, "", Nothing(), trainer.Position())  # type: ignore[arg-type]
 
 
 def start_of(batch: Any, row: int) -> int:
@@ -255,7 +255,7 @@ def test_a_batch_of_five_tasks_equals_five_batches(ranks: Any, tasks: Path, stag
 def likelihoods(document: dict[str, Any]) -> list[tuple[str, list[str | None], torch.Tensor]]:
     """A run, and every exam's routes and likelihoods in the order in which they were taken."""
     seen: list[Any] = []
-    original, answering = evaluate.label_likelihoods, Asr.answering
+    original, answering = evaluation.label_likelihoods, Asr.answering
     routes: list[Any] = []
 
     def watched(self: Asr, batch: Any, task: str | None = None) -> Any:
@@ -276,19 +276,19 @@ def likelihoods(document: dict[str, Any]) -> list[tuple[str, list[str | None], t
         seen.append((list(routes[-1]), values.clone()))
         return values
 
-    evaluate.label_likelihoods, Asr.answering = noting, watched  # type: ignore[method-assign]
+    evaluation.label_likelihoods, Asr.answering = noting, watched  # type: ignore[method-assign]
     try:
         run(document)
     finally:
-        evaluate.label_likelihoods, Asr.answering = original, answering  # type: ignore[method-assign]
+        evaluation.label_likelihoods, Asr.answering = original, answering  # type: ignore[method-assign]
     return seen
 
 
 def test_nothing_is_forgotten_to_the_last_bit(ranks: Any, tasks: Path) -> None:
     """Where a prompt's route is the same after later tasks, so is every bit of what the model says to it."""
     names = NAMES[:3]
-    evaluate, train = {"before": False, "batch": 64}, {"epochs": 1}
-    document = recipe(tasks, "bits", 3, names, evaluate=evaluate, asr={"reject": False}, train=train)
+    evaluation, trainer = {"before": False, "batch": 64}, {"epochs": 1}
+    document = recipe(tasks, "bits", 3, names, evaluate=evaluation, asr={"reject": False}, train=trainer)
     compared = 0
     for seen in ranks(2)(likelihoods, document):
         assert len(seen) == len(names) ** 2
@@ -418,8 +418,8 @@ PAPER_AS_IT_IS = dict(PAPER)
 
 def test_faithful_is_the_papers_equation(ranks: Any, tasks: Path) -> None:
     """W = (ΦᵀΦ + 100 I)⁻¹ ΦᵀY in fp64, from every prompt alone, unpadded; P is drawn from the seed."""
-    evaluate, train = {"before": False, "every": 3}, {"epochs": 1}
-    document = recipe(tasks, "paper", 0, NAMES[:3], evaluate=evaluate, train=train)
+    evaluation, trainer = {"before": False, "every": 3}, {"epochs": 1}
+    document = recipe(tasks, "paper", 0, NAMES[:3], evaluate=evaluation, train=trainer)
     document["model"]["shape"].update(num_hidden_layers=6)
     document["method"] = {"name": "asr", "faithful": True}
     for weights, states, labels in ranks(2)(faithful, document):

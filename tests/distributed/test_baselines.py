@@ -17,14 +17,14 @@ from torch import nn
 from torch.nn import functional
 
 from dscl.data.batches import Batch, collate
-from dscl.data.memory import Joined, Kept
-from dscl.engine import fill
-from dscl.job import Job, Lesson, open_job
+from dscl.data.replay_buffer import Joined, Kept
+from dscl.engine.engine import fill
 from dscl.methods import ewc
 from dscl.methods.ewc import chances, signed_loss
 from dscl.methods.lwf import apart
-from dscl.model.routed import first_values
-from dscl.recipe import resolve
+from dscl.model.adapters.lora_bank import first_values
+from dscl.recipe.recipe import resolve
+from dscl.training.setup import Job, Lesson, open_job
 from tests.support.five_tasks import NAMES, recipe, tasks
 from tests.support.runs import EPS, metrics, outcome, run, run_until, run_with_eps
 

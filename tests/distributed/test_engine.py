@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-import dscl.engine
-from dscl import dist
-from dscl.engine import Engine, fill
-from dscl.model.surgery import LoraConfig, add_lora
+import dscl.engine.engine
+from dscl.distributed import comm
+from dscl.engine.engine import Engine, fill
+from dscl.model.adapters.injection import LoraConfig, add_lora
 from tests.support.toy_model import (
     OFFLOAD,
     STEPS,
@@ -219,9 +219,9 @@ def with_means_of_means(stage: int) -> list[float]:
     losses = []
     for step in range(STEPS):
         batches, count = micro_batches(step, 1)
-        wrong = count / (max(1, targets(batches)) * dist.world())
+        wrong = count / (max(1, targets(batches)) * comm.world())
         total = engine.step(lambda m, t, w=wrong: summed_loss(m, t) * w, batches, targets=count, lr=rate(step)) / wrong
-        losses.append((dist.sum_(total) / count).item())
+        losses.append((comm.sum_(total) / count).item())
     engine.close()
     return losses
 
@@ -281,7 +281,7 @@ def low_precision_copies(stage: int) -> float:
     """bf16: the model's weights are the rounded masters, on every rank."""
     engine = make(stage, "bf16")
     go(engine)
-    parts = dist.gather({(f.name, f.start): f.master.clone() for f in engine.shards.shares()})
+    parts = comm.gather({(f.name, f.start): f.master.clone() for f in engine.shards.shares()})
     worst = 0.0
     for name, parameter in engine.module.named_parameters():
         with whole(parameter):
@@ -361,7 +361,7 @@ def skipped_step(stage: int, precision: str, wrong: Any) -> tuple[bool, bool, bo
     go(engine, last=2)
     before = {(f.name, f.start): (f.master.clone(), f.moments["exp_avg"].clone()) for f in engine.shards.fragments()}
     batches, count = micro_batches(2, 1)
-    loss = wrong if dist.rank() == 1 else summed_loss
+    loss = wrong if comm.rank() == 1 else summed_loss
     engine.step(loss, batches, targets=count, lr=1e-2, skip_non_finite=True)
     same = all(
         torch.equal(f.master, before[(f.name, f.start)][0])
@@ -443,9 +443,9 @@ def test_a_killed_build_does_not_block_the_next(tmp_path: Path, monkeypatch: pyt
         def load(self) -> None:
             seen.append((folder / "lock").exists())
 
-    monkeypatch.setattr(dscl.engine, "_get_build_directory", lambda name, verbose: str(folder))
-    monkeypatch.setattr(dscl.engine, "get_accelerator", Builder)
-    dscl.engine._build_extension()
+    monkeypatch.setattr(dscl.engine.engine, "_get_build_directory", lambda name, verbose: str(folder))
+    monkeypatch.setattr(dscl.engine.engine, "get_accelerator", Builder)
+    dscl.engine.engine._build_extension()
     assert seen == [False]
 
 
@@ -468,8 +468,8 @@ def test_ranks_that_srun_started_are_joined(monkeypatch: pytest.MonkeyPatch, nod
     slurm = {"STEP_NUM_TASKS": "16", "STEP_NODELIST": nodes, "PROCID": "9", "LOCALID": "1", "JOB_ID": "1234567"}
     for name, value in slurm.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    dist._join_slurm()
-    assert (dist.rank(), dist.world(), dist.local_rank()) == (9, 16, 1)
+    comm._join_slurm()
+    assert (comm.rank(), comm.world(), comm.local_rank()) == (9, 16, 1)
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == (first, "24567")
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from dscl.errors import UserError
-from dscl.export import describe
+from dscl.serving.export import describe
+from dscl.utils.errors import UserError
 from tests.support.five_tasks import NAMES, left, recipe, scores, tasks
 from tests.support.runs import outcome, run, run_until
 

@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from dscl import train
-from dscl.checkpoint import Checkpoints
 from dscl.data.batches import prompt_batch
-from dscl.engine import Engine
-from dscl.job import Job, open_job
-from dscl.methods import METHODS, Ranks, find_method
-from dscl.recipe import resolve
+from dscl.engine.engine import Engine
+from dscl.methods.base import Ranks
+from dscl.methods.registry import METHODS, find_method
+from dscl.recipe.recipe import resolve
+from dscl.training import trainer
+from dscl.training.checkpoint import Checkpoints
+from dscl.training.setup import Job, open_job
 from tests.support.five_tasks import NAMES, recipe, tasks
 from tests.support.osft_runs import quick
 from tests.support.runs import Killed, outcome, run
@@ -147,7 +148,7 @@ def restored_snapshot(made: dict[str, Any], checkpoint: str) -> Snapshot:
     """Of a fresh job and engine that were brought to a checkpoint of the run."""
     job = open_job(resolve(made))
     engine = job.engine()
-    train.restore(Path(made["run_dir"]) / "checkpoints" / checkpoint, engine, job)
+    trainer.restore(Path(made["run_dir"]) / "checkpoints" / checkpoint, engine, job)
     snapshot = take_snapshot(engine, job)
     engine.close()
     return snapshot
@@ -203,7 +204,7 @@ def recorded(made: dict[str, Any]) -> tuple[Snapshot, Snapshot, Requests]:
             snapshots[name] = take_snapshot(engine, jobs[-1])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "open_job", opening)
+        patch.setattr(trainer, "open_job", opening)
         patch.setattr(Checkpoints, "save", saving)
         for phase in ("begin_task", "end_task"):
             count_requests(patch, find_method(made["method"]["name"]), phase, requests)

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from dscl import train
-from dscl.data.memory import Kept
-from dscl.engine import Engine
-from dscl.errors import UserError
-from dscl.job import open_job
+from dscl.data.replay_buffer import Kept
+from dscl.engine.engine import Engine
 from dscl.methods.replay import Replay
-from dscl.recipe import resolve
+from dscl.recipe.recipe import resolve
+from dscl.training import trainer
+from dscl.training.setup import open_job
+from dscl.utils.errors import UserError
 from tests.support.five_tasks import NAMES, SIZES, recipe, scores, tasks
 from tests.support.runs import metrics, outcome, run, run_until
 
@@ -35,7 +35,7 @@ def mixing(folder: Path, name: str, method: dict[str, Any], stage: int = 1, ever
 def seen(document: dict[str, Any]) -> list[Counter[tuple[str, str]]]:
     """Task by task, how often each sample is learnt, over all ranks: prompt and answer."""
     found: list[Counter[tuple[str, str]]] = []
-    learn, step = train.learn, Engine.step
+    learn, step = trainer.learn, Engine.step
 
     def learning(*arguments: Any) -> None:
         found.append(Counter())
@@ -48,7 +48,7 @@ def seen(document: dict[str, Any]) -> list[Counter[tuple[str, str]]]:
         return step(self, loss, batches, **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "learn", learning)
+        patch.setattr(trainer, "learn", learning)
         patch.setattr(Engine, "step", stepping)
         run(document)
     return found

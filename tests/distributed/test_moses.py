@@ -24,21 +24,25 @@ import yaml
 from torch import nn
 from torch.nn import functional
 
-from dscl import cli, dist, train
-from dscl.checkpoint import Checkpoints
+from dscl.cli import app
 from dscl.data.batches import PromptBatch, prompt_batch
-from dscl.engine import Engine, fill
-from dscl.job import open_job
+from dscl.distributed import comm
+from dscl.engine.engine import Engine, fill
 from dscl.maths import gates, grouped
-from dscl.methods import Facts, moses
-from dscl.methods.deciding import Deciding
+from dscl.methods import moses
+from dscl.methods.base import Facts
 from dscl.methods.moses import Moses, MosesConfig
 from dscl.methods.osft import Osft
-from dscl.model import decode, experts
+from dscl.methods.task_router import Deciding
+from dscl.model import generation
+from dscl.model.adapters import sub_experts
+from dscl.model.adapters.sub_experts import Experts, SubExperts
+from dscl.model.adapters.task_masks import open_claims
 from dscl.model.backbone import ModelConfig
-from dscl.model.claims import open_claims
-from dscl.model.experts import Experts, SubExperts
-from dscl.recipe import resolve
+from dscl.recipe.recipe import resolve
+from dscl.training import trainer
+from dscl.training.checkpoint import Checkpoints
+from dscl.training.setup import open_job
 from tests.support.five_tasks import LABELS, words_of
 from tests.support.osft_runs import excess, of_matrices, quick, stored
 from tests.support.runs import failing, killed_after, metrics, outcome, recipe_of, run, run_until, run_until_killed
@@ -96,9 +100,9 @@ def halved(step: int) -> list[Toy]:
 
 def shared_out(step: int, accumulation: int) -> tuple[list[Toy], int]:
     whole = halved(step)
-    mine = whole[dist.rank() :: dist.world()]
-    size = -(-len(whole) // (dist.world() * accumulation))
-    empty = torch.full((1, 10), VOCABULARY // 2 * dist.rank())  # of this rank's half, too
+    mine = whole[comm.rank() :: comm.world()]
+    size = -(-len(whole) // (comm.world() * accumulation))
+    empty = torch.full((1, 10), VOCABULARY // 2 * comm.rank())  # of this rank's half, too
     parts = [mine[i * size : (i + 1) * size] or [Toy(empty, torch.full_like(empty, -100))] for i in range(accumulation)]
     return [join(part) for part in parts], targets(whole)
 
@@ -148,18 +152,18 @@ def begun(kind: Kind, stage: int, zero: dict[str, Any], precision: str = "fp32")
 def learn(engine: Engine, method: Moses, index: int, accumulation: int = 1) -> list[float]:
     """A task's steps, up to its end but for that."""
     name = TASKS[index]
-    method.begin_task(index, name, train.ranks_of(engine, None, "", Silent(), train.Position()))  # type: ignore[arg-type]
+    method.begin_task(index, name, trainer.ranks_of(engine, None, "", Silent(), trainer.Position()))  # type: ignore[arg-type]
     engine.start_over(lambda own, shape, start, stop: starting(name, own, shape).flatten()[start:stop])
     losses = []
     for step in range(STEPS):
         batches, count = shared_out(10 * index + step, accumulation)
         total = engine.step(summed_loss, batches, targets=count, lr=rate(step))
-        losses.append((dist.sum_(total) / count).item())
+        losses.append((comm.sum_(total) / count).item())
     return losses
 
 
 def end(engine: Engine, method: Moses, index: int) -> None:
-    method.end_task(index, TASKS[index], train.ranks_of(engine, None, "", Silent(), train.Position()))  # type: ignore[arg-type]
+    method.end_task(index, TASKS[index], trainer.ranks_of(engine, None, "", Silent(), trainer.Position()))  # type: ignore[arg-type]
 
 
 # ---- against a loop over experts in plain torch, in one process
@@ -308,7 +312,7 @@ def stepped(kind: Kind, stage: int, zero: dict[str, Any], accumulation: int) -> 
     for name, layer in method.experts.layers.items():
         layer.register_forward_pre_hook(lambda *_, name=name: running.__setitem__(0, name))
     with pytest.MonkeyPatch.context() as patch:
-        for place in (gates, experts):
+        for place in (gates, sub_experts):
             patch.setattr(place, "chosen", watched)
         patch.setattr(grouped, "pays", lambda *_: kind.sort)
         for index in range(len(TASKS)):
@@ -435,7 +439,7 @@ def remembered(
     batch = questions()
     with pytest.MonkeyPatch.context() as patch:
         if broken == "frozen":
-            patch.setattr(experts, "frozen", lambda _taken, _held, trained: trained)
+            patch.setattr(sub_experts, "frozen", lambda _taken, _held, trained: trained)
         if broken == "claim":
             patch.setattr(SubExperts, "_hold", overwriting)
         engine, method = begun(kind, stage, SMALL if stage == 3 else {}, precision)
@@ -565,7 +569,7 @@ def test_told_the_task_every_score_stays(ranks: Any, tasks: Path, stage: int, ma
 def evaluated(run_dir: Path, words: list[str]) -> str:
     said = StringIO()
     with redirect_stdout(said):
-        train.evaluate(str(run_dir), words)
+        trainer.evaluate(str(run_dir), words)
     return said.getvalue()
 
 
@@ -580,7 +584,7 @@ def mixed(document: dict[str, Any], inferred: bool) -> tuple[float, float, int, 
     engine = job.engine()
     newest = Checkpoints(recipe.folder / "checkpoints", recipe.checkpoint).newest()
     assert newest is not None
-    train.restore(newest, engine, job)
+    trainer.restore(newest, engine, job)
     method, module, pad = job.method, engine.module.eval(), job.lessons[0].pad
     assert isinstance(method, Moses)
     names = [lesson.task.name for lesson in job.lessons]
@@ -596,7 +600,7 @@ def mixed(document: dict[str, Any], inferred: bool) -> tuple[float, float, int, 
         with answering(batch, told) as routes:
             answer = module(batch.input_ids, batch.attention_mask, batch.position_ids).logits[:, -1]
         with answering(batch, told):
-            return answer, routes, decode.generate(module, batch, 4, -1, pad)
+            return answer, routes, generation.generate(module, batch, 4, -1, pad)
 
     with torch.no_grad():
         answers, routes, tokens = asked(list(range(9)))
@@ -639,7 +643,7 @@ PLACES: dict[str, Any] = {
     "step": (Engine, "step"),
     "claim": (Experts, "claim"),  # nothing of it is anywhere but in memory
     "end": (Moses, "end_task"),
-    "ended": (train.Observer, "ended"),  # the task's last record stands in metrics.jsonl
+    "ended": (trainer.Observer, "ended"),  # the task's last record stands in metrics.jsonl
     "write": (moses, "write_claims"),  # the task's claims are written, and nothing else of it
     "left": (Checkpoints, "leave"),  # all that it leaves is written, and no checkpoint knows
     "save": (Checkpoints, "save"),
@@ -790,8 +794,8 @@ def status(document: dict[str, Any]) -> tuple[int, str]:
         return 0
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "tell", lambda _status, text: said.append(text))
-        code = cli.guarded(work)
+        patch.setattr(app, "tell", lambda _status, text: said.append(text))
+        code = app.guarded(work)
     return code, "".join(said)
 
 
@@ -866,7 +870,7 @@ def combined(document: dict[str, Any]) -> tuple[list[str], int, int]:
         for name, rows, deciding in seen:
             (lesson,) = (lesson for lesson in job.lessons if lesson.task.name == name)
             samples = sorted(rows)
-            for at in range(max(dist.gather(len(samples)))):  # every rank asks equally often
+            for at in range(max(comm.gather(len(samples)))):  # every rank asks equally often
                 sample = samples[at % len(samples)]
                 batch = prompt_batch([lesson.data[sample][0]], lesson.pad, lesson.bos)
                 with torch.no_grad(), deciding.routing.pooling(batch.prompts) as pooled:

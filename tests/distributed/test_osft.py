@@ -17,18 +17,19 @@ import torch
 from torch import nn
 from transformers import LlamaConfig
 
-from dscl import dist, train
-from dscl.checkpoint import Checkpoints
-from dscl.engine import Engine, fill
-from dscl.job import open_job
+from dscl.distributed import comm
+from dscl.engine.engine import Engine, fill
+from dscl.engine.matrix_owners import deal
 from dscl.maths.subspace import READINGS
-from dscl.methods import Facts
+from dscl.methods.base import Facts
 from dscl.methods.osft import Osft, OsftConfig
-from dscl.model.decode import BLOCK, sample_texts
-from dscl.model.moments import Moments
+from dscl.model.activation_stats import Moments
+from dscl.model.generation import BLOCK, sample_texts
 from dscl.model.weights import DrawnWeights
-from dscl.owners import deal
-from dscl.recipe import resolve
+from dscl.recipe.recipe import resolve
+from dscl.training import trainer
+from dscl.training.checkpoint import Checkpoints
+from dscl.training.setup import open_job
 from tests.support.moments import felt_moments
 from tests.support.osft_runs import (
     SEVEN,
@@ -148,7 +149,7 @@ def begun(stage: int, zero: dict[str, Any], precision: str = "fp32", **keys: Any
     )
     for group in engine.optimizer.param_groups:
         group["eps"] = EPS
-    ranks = train.ranks_of(engine, None, "", Silent(), train.Position())  # type: ignore[arg-type]
+    ranks = trainer.ranks_of(engine, None, "", Silent(), trainer.Position())  # type: ignore[arg-type]
     engine.start_over(method.begin_task(0, "first", ranks))
     return engine, method
 
@@ -158,7 +159,7 @@ def go(engine: Engine, accumulation: int, steps: int = STEPS) -> list[float]:
     for step in range(steps):
         batches, count = micro_batches(step, accumulation)
         total = engine.step(summed_loss, batches, targets=count, lr=rate(step))
-        losses.append((dist.sum_(total) / count).item())
+        losses.append((comm.sum_(total) / count).item())
     return losses
 
 
@@ -297,7 +298,7 @@ def low_precision(stage: int, zero: dict[str, Any]) -> tuple[bool, Result]:
     engine, method = begun(stage, zero, "bf16", reading="input", gradients=True)
     start, losses = masters(engine), go(engine, 1, 2)
     found = masters(engine)
-    whole, same = assemble(dist.gather(found)), True
+    whole, same = assemble(comm.gather(found)), True
     for name, parameter in engine.module.named_parameters():
         with gathered(parameter):
             same &= torch.equal(parameter.detach().flatten(), whole[name].bfloat16())
@@ -492,7 +493,7 @@ def watched(document: dict[str, Any]) -> list[tuple[str, float]]:
         seen.append((where, max(found)))
 
     with pytest.MonkeyPatch.context() as patch:
-        step, save, take = Engine.step, Checkpoints.save, train.take
+        step, save, take = Engine.step, Checkpoints.save, trainer.take
 
         def stepping(self: Engine, *a: Any, **k: Any) -> Any:
             engines.append(self)
@@ -512,7 +513,7 @@ def watched(document: dict[str, Any]) -> list[tuple[str, float]]:
 
         patch.setattr(Engine, "step", stepping)
         patch.setattr(Checkpoints, "save", saving)
-        patch.setattr(train, "take", taking)
+        patch.setattr(trainer, "take", taking)
         run(document)
     return seen
 
@@ -756,12 +757,12 @@ def probed(stage: int, zero: dict[str, Any], accumulation: int) -> tuple[list[fl
     moments = Moments(felt=True)
     engine.module.train()
     with moments.gathering(engine.module, [name.removesuffix(".weight") for name in method.costs()]):
-        for toy in samples(0)[dist.rank() :: dist.world()]:
+        for toy in samples(0)[comm.rank() :: comm.world()]:
             engine.probe(functools.partial(summed_loss, toy=toy), True)
     assert engine.module.training
     losses = go(engine, accumulation)
     engine.close()
-    return losses, {layer: dist.sum_(moments.sums[layer]) for layer in sorted(moments.sums)}
+    return losses, {layer: comm.sum_(moments.sums[layer]) for layer in sorted(moments.sums)}
 
 
 @pytest.mark.parametrize(

@@ -14,14 +14,15 @@ from typing import Any
 import pytest
 import torch
 
-from dscl import clock, dist
-from dscl.checkpoint import CheckpointConfig, Checkpoints
-from dscl.job import open_job
-from dscl.observe import ObserveConfig, Observer
-from dscl.observe.quiet import quiet
-from dscl.recipe import resolve
-from dscl.rehearsal import Storages, largest, rehearse
-from dscl.train import Position, ranks_of
+from dscl.distributed import comm
+from dscl.monitoring.observer import ObserveConfig, Observer
+from dscl.planning.simulate import Storages, largest, rehearse
+from dscl.recipe.recipe import resolve
+from dscl.training.checkpoint import CheckpointConfig, Checkpoints
+from dscl.training.setup import open_job
+from dscl.training.trainer import Position, ranks_of
+from dscl.utils import timers
+from dscl.utils.quiet import quiet
 from tests.support.pool import forked
 from tests.support.runs import recipe_of, write_tasks
 
@@ -103,7 +104,7 @@ def foreseen() -> Iterator[Callable[[Any], Any]]:
 
 def begin_to_foresee() -> None:
     quiet()
-    dist.pretend(WORLD)
+    comm.pretend(WORLD)
     torch.set_num_threads(1)
     gc.freeze()
 
@@ -140,7 +141,7 @@ def measure(document: dict[str, Any], foreseen: float) -> dict[str, Any]:
     """
     job = open_job(resolve(document, source=__file__))
     observer = Observer(Path(), ObserveConfig(), False, ())
-    batches, sent = dist.from_main(largest(job)), []
+    batches, sent = comm.from_main(largest(job)), []
     gc.collect()
     gc.freeze()  # what was there before costs no time whenever garbage is collected
     with redirect_stdout(StringIO()), Patient(0.95 * foreseen) as storages:
@@ -150,9 +151,9 @@ def measure(document: dict[str, Any], foreseen: float) -> dict[str, Any]:
         gc.collect()
         storages.peak = storages.now
         for some in (batches[:1], batches[:1], batches[:1], batches):
-            clock.taken()
+            timers.taken()
             engine.step(job.method.loss, some, targets=1, lr=1e-4)
-            sent.append(clock.taken().sent)
+            sent.append(timers.taken().sent)
             gc.collect()  # what refers to itself goes when Python happens to look
     trained = engine.shards.trainable()
     job.recipe.folder.mkdir(exist_ok=True)
@@ -175,6 +176,6 @@ def test_memory_and_exchange_are_as_foreseen(
         real["peak"] = min(real["peak"], ranks(WORLD)(measure, documents[case], planned["peak"])[0]["peak"])
     assert planned["trained"] == real["trained"]
     assert planned["peak"] == pytest.approx(real["peak"], rel=0.05), (planned["peak"], real["peak"])
-    for kind in clock.KINDS:
+    for kind in timers.KINDS:
         assert planned["sent"][kind] == pytest.approx(real["sent"][kind], rel=0.05, abs=64), kind
     assert planned["saved"] == pytest.approx(real["saved"], rel=0.05, abs=1 << 15)  # of which a file's own words

@@ -14,11 +14,12 @@ import torch
 import yaml
 from safetensors import safe_open
 
-from dscl import checkpoint, dist, train
-from dscl.engine import Engine
-from dscl.errors import Failure, UserError
-from dscl.recipe import Recipe, resolve
-from dscl.shards import Shards
+from dscl.distributed import comm
+from dscl.engine.engine import Engine
+from dscl.engine.zero_shards import Shards
+from dscl.recipe.recipe import Recipe, resolve
+from dscl.training import checkpoint, trainer
+from dscl.utils.errors import Failure, UserError
 from tests.support.runs import (
     copy,
     failing,
@@ -176,7 +177,7 @@ def full_disk(document: dict[str, Any], call: int) -> tuple[str, str]:
 
     def writing(tensors: Any, path: Path) -> None:
         calls[0] += 1
-        if dist.rank() == 1 and calls[0] == call:
+        if comm.rank() == 1 and calls[0] == call:
             raise OSError(28, "No space left on device")
         original(tensors, path)
 
@@ -213,7 +214,7 @@ def exploding(document: dict[str, Any], at: int, spoil: Any = not_a_number) -> t
 
     def step(self: Engine, loss: Any, batches: Any, **k: Any) -> Any:
         calls[0] += 1
-        if calls[0] == at and dist.rank() == 1:
+        if calls[0] == at and comm.rank() == 1:
             return original(self, lambda m, b: spoil(loss(m, b)), batches, **k)
         return original(self, loss, batches, **k)
 
@@ -229,7 +230,7 @@ def run_and_lose_the_folder(document: dict[str, Any], steps: int) -> str:
 
     def losing(*a: Any, **k: Any) -> Any:
         calls[0] += 1
-        if calls[0] == steps and dist.is_main():
+        if calls[0] == steps and comm.is_main():
             shutil.rmtree(document["run_dir"])
         return original(*a, **k)
 
@@ -361,7 +362,7 @@ def test_a_task_with_fewer_samples_than_ranks(ranks: Any, tasks: Path, stage: in
 def scored(run_dir: Path) -> str:
     said = io.StringIO()
     with redirect_stdout(said):
-        train.evaluate(str(run_dir), [])
+        trainer.evaluate(str(run_dir), [])
     return said.getvalue()
 
 

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from dscl import checkpoint, dist, train
-from dscl.checkpoint import MARKER, CheckpointConfig, Checkpoints
-from dscl.errors import Failure, Stopped, UserError
-from dscl.recipe import resolve
+from dscl.distributed import comm
+from dscl.recipe.recipe import resolve
+from dscl.training import checkpoint, trainer
+from dscl.training.checkpoint import MARKER, CheckpointConfig, Checkpoints
+from dscl.utils.errors import Failure, Stopped, UserError
 from tests.support.runs import Killed, Told, outcome, recipe_of, run, whole, write_tasks
 
 
@@ -39,7 +40,7 @@ class Slow:
         def slow(path: Path, tensors: Any) -> Any:
             self.threads.add(threading.current_thread().name)
             time.sleep(self.seconds)
-            if self.fails and dist.rank() == dist.world() - 1 and path.name.startswith("rank-"):
+            if self.fails and comm.rank() == comm.world() - 1 and path.name.startswith("rank-"):
                 raise OSError(28, "No space left on device")
             return self.original(path, tensors)
 
@@ -167,7 +168,7 @@ def test_a_disk_that_is_full_is_told_and_the_one_before_is_there(ranks: Any, und
 def stop_at(document: dict[str, Any], place: int) -> list[str]:
     """The checkpoints that are there when the run has stopped."""
     with Slow(0.2), pytest.raises(Stopped):
-        train.train(resolve(document), Told(place))
+        trainer.train(resolve(document), Told(place))
     return sorted(path.name for path in (Path(document["run_dir"]) / "checkpoints").iterdir())
 
 
@@ -327,5 +328,5 @@ def test_the_best_of_a_run_is_kept(ranks: Any, tasks: Path) -> None:
 def evaluated(folder: Path, which: str) -> str:
     said = io.StringIO()
     with redirect_stdout(said):
-        train.evaluate(str(folder), [], which=which)
+        trainer.evaluate(str(folder), [], which=which)
     return said.getvalue()

@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 import yaml
 
-from dscl import dist, train
-from dscl.errors import Stopped
+from dscl.distributed import comm
 from dscl.methods.osft import Osft
-from dscl.recipe import resolve
+from dscl.recipe.recipe import resolve
+from dscl.training import trainer
+from dscl.utils.errors import Stopped
 from tests.support.programs import Program
 from tests.support.runs import Told, outcome, recipe_of, run, whole, write_tasks
 
@@ -37,12 +38,12 @@ def run_stopping(document: dict[str, Any], places: list[int]) -> list[tuple[str,
     said = []
     for place in places:
         try:
-            train.train(resolve(document), Told(place))
+            trainer.train(resolve(document), Told(place))
             raise AssertionError(f"place {place} was never come by")
         except Stopped as stopped:
             folder = Path(document["run_dir"]) / "checkpoints"
             said.append((str(stopped), max((path.name for path in folder.glob("step-*")), default="")))
-        dist.barrier()
+        comm.barrier()
     run(document)
     return said
 

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
-from dscl import checkpoint
-from dscl.checkpoint import MARKER
-from dscl.observe import metrics
+from dscl.monitoring import metrics_file
+from dscl.training import checkpoint
+from dscl.training.checkpoint import MARKER
 from tests.support import programs
 from tests.support.pool import forked
 from tests.support.runs import (
@@ -66,7 +66,7 @@ def on_a_full_disk(document: dict[str, Any], name: str) -> tuple[str, str]:
         full = Path(path).name == name and mode in ("wb", "ab")
         return open("/dev/full" if full else path, mode, **more)
 
-    with opening(checkpoint, opened), opening(metrics, opened):
+    with opening(checkpoint, opened), opening(metrics_file, opened):
         return failing(document)
 
 

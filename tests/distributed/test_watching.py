@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from dscl import clock, dist
 from dscl.data.batches import Step
-from dscl.engine import Engine
-from dscl.errors import Failure
+from dscl.distributed import comm
+from dscl.engine.engine import Engine
 from dscl.methods.sequential import Sequential
-from dscl.watch import FEW, LOOKED_BACK, Watch
+from dscl.monitoring.loss_monitor import FEW, LOOKED_BACK, Watch
+from dscl.utils import timers
+from dscl.utils.errors import Failure
 from tests.support.runs import recipe_of, run, write_tasks
 
 WORLD = 2
@@ -58,7 +59,7 @@ def test_parts_fit_into_the_step_and_bytes_are_those_of_the_stage(ranks: Any, ta
     trained = found[-1]["trainable_parameters"]
     seen, spent, took = 0, 0.0, 0.0
     for record in found:
-        parts = {part: record.get(f"{part}_seconds", 0.0) for part in clock.PARTS}
+        parts = {part: record.get(f"{part}_seconds", 0.0) for part in timers.PARTS}
         assert all(parts[name] > 0 for name in ("data", "forward", "backward", "optimizer", "communication"))
         assert all(value >= 0 for value in parts.values())
         spent, took = spent + sum(parts.values()), took + record["seconds"]
@@ -106,7 +107,7 @@ def slowly(document: dict[str, Any], slow: int, seconds: float) -> None:
     original = Sequential.loss
 
     def loss(self: Sequential, model: Any, batch: Any) -> torch.Tensor:
-        time.sleep(seconds * (dist.rank() == slow))
+        time.sleep(seconds * (comm.rank() == slow))
         return original(self, model, batch)
 
     Sequential.loss = loss  # type: ignore[method-assign]
@@ -128,12 +129,12 @@ def test_a_slow_rank_is_named_once_a_task(ranks: Any, tasks: Path, tmp_path: Pat
 
 def listening(document: dict[str, Any], path: str) -> None:
     """Run slowly on rank 1; what the user is told goes into a file."""
-    from dscl.observe import Observer
+    from dscl.monitoring.observer import Observer
 
     original = Observer.note
 
     def note(self: Observer, text: str) -> None:
-        if dist.is_main():
+        if comm.is_main():
             with open(path, "a") as file:
                 file.write(f"{text}\n")
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from dscl.model import experts
-from dscl.model.experts import Shape, SubExperts
-from dscl.model.routing import Routing
+from dscl.model.adapters import sub_experts
+from dscl.model.adapters.routing import Routing
+from dscl.model.adapters.sub_experts import Shape, SubExperts
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no GPU here (torch.cuda.is_available() is false)"
@@ -99,13 +99,13 @@ def test_no_host_waits(atoms: bool, top: int, dropout: float) -> None:
 def test_a_host_that_waits_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     made, x = layer(True, torch.bfloat16, "cuda"), inputs(torch.bfloat16, "cuda")
     learning(made, x)
-    weigh = experts.weigh
+    weigh = sub_experts.weigh
 
     def waiting(read: torch.Tensor, *sizes: Any) -> torch.Tensor:
         weighed = weigh(read, *sizes)
         return weighed if bool(weighed.any()) else weighed * 0
 
-    monkeypatch.setattr(experts, "weigh", waiting)
+    monkeypatch.setattr(sub_experts, "weigh", waiting)
     with pytest.raises(RuntimeError, match="synchroniz"), no_waiting():
         learning(made, x)
 

@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 
 from dscl.data.batches import collate
 from dscl.model.backbone import Backbone, ModelConfig
-from dscl.model.head import answer_loss
+from dscl.model.lm_head import answer_loss
 from dscl.model.weights import DrawnWeights
 
 pytestmark = pytest.mark.skipif(

@@ -16,13 +16,13 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from dscl import dist
 from dscl.data.batches import Batch, Schedule, collate
-from dscl.engine import Engine
+from dscl.distributed import comm
+from dscl.engine.engine import Engine
 from dscl.model.backbone import Backbone, ModelConfig
-from dscl.model.head import answer_loss
+from dscl.model.lm_head import answer_loss
 from dscl.model.weights import DrawnWeights
-from dscl.watch import Watch
+from dscl.monitoring.loss_monitor import Watch
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no GPU here (torch.cuda.is_available() is false)"
@@ -96,7 +96,7 @@ def waits(stage: int, packing: bool) -> dict[str, int]:
 
 def tell(stage: int, packing: bool) -> None:
     """In a process of its own, which has one engine."""
-    with dist.session():
+    with comm.session():
         print(json.dumps(waits(stage, packing)))
 
 

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from dscl.config import parse
+from dscl.config.parsing import parse
 from dscl.data.batches import PromptBatch, collate, prompt_batch
-from dscl.errors import UserError
-from dscl.methods import Facts, Ranks
+from dscl.methods.base import Facts, Ranks
 from dscl.methods.moses import Moses, MosesConfig
-from dscl.router import Routes
+from dscl.methods.rls_router import Routes
+from dscl.utils.errors import UserError
 
 TASKS = ("one", "two", "three", "four")
 SHAPE = LlamaConfig(

@@ -12,12 +12,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dscl.config import parse
+from dscl.config.parsing import parse
 from dscl.data.batches import Batch, collate
-from dscl.errors import UserError
 from dscl.maths.subspace import Subspace
-from dscl.methods import Facts, Ranks, osft
+from dscl.methods import osft
+from dscl.methods.base import Facts, Ranks
 from dscl.methods.osft import Osft, OsftConfig
+from dscl.utils.errors import UserError
 
 TASKS = ("one", "two", "three", "four")
 SHAPE = LlamaConfig(

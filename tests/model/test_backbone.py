@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from dscl.engine import fill
-from dscl.errors import UserError
+from dscl.engine.engine import fill
 from dscl.model.backbone import Backbone, ModelConfig, open_backbone
+from dscl.utils.errors import UserError
 from tests.support.small_models import PIECES, SHAPE, TEXT
 
 NEEDED = {"vocab_size": PIECES, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -231,7 +231,7 @@ def gradients(model: nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tensor], 
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_activation_checkpointing_saves_memory_and_changes_nothing(lora: bool, opened: Callable[..., Backbone]) -> None:
-    from dscl.model.surgery import LoraConfig, add_lora
+    from dscl.model.adapters.injection import LoraConfig, add_lora
 
     results = []
     for checkpointing in (False, True):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from dscl.engine import Engine
+from dscl.engine.engine import Engine
 from dscl.model.backbone import ModelConfig, open_backbone
 from tests.support.memory import Peak
 from tests.support.pool import Pool

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from dscl.engine import Engine, fill
+from dscl.engine.engine import Engine, fill
 from dscl.model.backbone import Backbone, ModelConfig, open_backbone
 from tests.support.small_models import PIECES, SHAPE
 

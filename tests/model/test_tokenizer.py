@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import sentencepiece
 
-from dscl.errors import UserError
 from dscl.model.tokenizer import load_tokenizer, pad_id, train_tokenizer
+from dscl.utils.errors import UserError
 from tests.support.small_models import PIECES, TEXT
 
 PLAIN = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dscl.errors import UserError
 from dscl.model.weights import BLOCK, DrawnWeights, StoredWeights, draw_normal
+from dscl.utils.errors import UserError
 
 TENSORS = {
     "matrix": torch.arange(42.0).view(6, 7),

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dscl.model.surgery import LLAMA_PROJECTIONS, matching
+from dscl.model.adapters.injection import LLAMA_PROJECTIONS, matching
 from tests.support.toy_model import Toy, model, summed_loss
 
 

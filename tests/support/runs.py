@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 
-from dscl import checkpoint, dist, train
-from dscl.engine import Engine
-from dscl.errors import Failure, UserError
-from dscl.pace import measured
-from dscl.recipe import resolve
-from dscl.shards import Shards
-from dscl.stopping import Stop
+from dscl.distributed import comm
+from dscl.distributed.preemption import Stop
+from dscl.engine.engine import Engine
+from dscl.engine.zero_shards import Shards
+from dscl.monitoring.throughput import measured
+from dscl.recipe.recipe import resolve
+from dscl.training import checkpoint, trainer
+from dscl.utils.errors import Failure, UserError
 
 WORDS = (
     "red",
@@ -122,7 +123,7 @@ def copy(folder: Path, name: str) -> Path:
 
 
 def run(document: dict[str, Any], thorough: bool = False) -> None:
-    train.train(resolve(document), thorough=thorough)
+    trainer.train(resolve(document), thorough=thorough)
 
 
 @contextmanager
@@ -172,8 +173,8 @@ def run_until(document: dict[str, Any], deaths: list[tuple[str, int]]) -> None:
     places: dict[str, Any] = {
         "step": (Engine, "step"),
         "save": (checkpoint.Checkpoints, "save"),
-        "gather": (dist, "gather"),
-        "take": (train, "take"),
+        "gather": (comm, "gather"),
+        "take": (trainer, "take"),
         "shares": (Shards, "shares"),
     }
     for name, count in deaths:
@@ -220,15 +221,15 @@ def run_listening(document: dict[str, Any], thorough: bool = False) -> list[str]
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    original = train.Observer.note
-    train.Observer.note = lambda _self, text: lines.append(text)  # type: ignore[method-assign]
+    original = trainer.Observer.note
+    trainer.Observer.note = lambda _self, text: lines.append(text)  # type: ignore[method-assign]
     logger = logging.getLogger("dscl")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
         run(document, thorough)
     finally:
-        train.Observer.note = original  # type: ignore[method-assign]
+        trainer.Observer.note = original  # type: ignore[method-assign]
         logger.removeHandler(handler)
     return lines
 
@@ -262,7 +263,7 @@ class Told(Stop):
 
     def asked(self) -> bool:
         self.left -= 1
-        if self.left == 0 and dist.rank() == dist.world() - 1:
+        if self.left == 0 and comm.rank() == comm.world() - 1:
             assert self._flag is not None
             self._flag.raise_()
         return super().asked()

@@ -15,13 +15,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from dscl import serve
 from dscl.data.encode import fingerprint
-from dscl.description import Description, Training
+from dscl.methods.rls_router import Router, Spec
 from dscl.model.backbone import ModelConfig, open_backbone
 from dscl.model.tokenizer import load_tokenizer, train_tokenizer
-from dscl.router import Router, Spec
-from dscl.serve import Model
+from dscl.serving import server
+from dscl.serving.bundle import Description, Training
+from dscl.serving.server import Model
 from tests.support.small_models import PIECES, SHAPE, TEXT, WORDS
 
 TASKS = ("birds", "hills", "rain")
@@ -73,7 +73,7 @@ def spec_of(base: Path, **changes: Any) -> Spec:
 
 
 def empty(base: Path, slots: int = 3) -> Model:
-    return serve.open_model(description_of(base, spec_of(base)), slots=slots)
+    return server.open_model(description_of(base, spec_of(base)), slots=slots)
 
 
 def description_of(base: Path, spec: Spec, tokenizer: Path | None = None) -> Description:

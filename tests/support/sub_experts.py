@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dscl.model.experts import Shape, SubExperts
+from dscl.model.adapters.sub_experts import Shape, SubExperts
 
 IN, OUT, TASKS = 24, 16, 3  # rows of whole 16 bytes in bf16 too, as sorting asks for
 

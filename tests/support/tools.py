@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from dscl.spawn import ENDS_WITH
+from dscl.distributed.launcher import ENDS_WITH
 from tests.support.programs import Program, attach, refresh
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"

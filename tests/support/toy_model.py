@@ -11,8 +11,8 @@ import torch
 from torch.nn import functional
 from transformers import LlamaConfig
 
-from dscl import dist
-from dscl.engine import Engine, fill
+from dscl.distributed import comm
+from dscl.engine.engine import Engine, fill
 from dscl.model.backbone import Backbone, ModelConfig
 from dscl.model.weights import DrawnWeights
 
@@ -105,8 +105,8 @@ def make(stage: int, precision: str = "fp32", clip: float = 1.0, **zero: Any) ->
 
 def micro_batches(step: int, accumulation: int) -> tuple[list[Toy], int]:
     whole = rows(step)
-    mine = whole[dist.rank() :: dist.world()]
-    size = -(-len(whole) // (dist.world() * accumulation))
+    mine = whole[comm.rank() :: comm.world()]
+    size = -(-len(whole) // (comm.world() * accumulation))
     return [join(mine[i * size : (i + 1) * size]) for i in range(accumulation)], targets(whole)
 
 
@@ -115,7 +115,7 @@ def go(engine: Engine, accumulation: int = 1, first: int = 0, last: int = STEPS)
     for step in range(first, last):
         batches, count = micro_batches(step, accumulation)
         total = engine.step(summed_loss, batches, targets=count, lr=rate(step))
-        losses.append((dist.sum_(total) / count).item())
+        losses.append((comm.sum_(total) / count).item())
         norms.append(float(engine.last_norm))
     return losses, norms
 

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dscl.maths.subspace import READINGS, hold_flops
-from dscl.model.head import answer_loss
+from dscl.model.lm_head import answer_loss
 from tools import bench_osft as bench
 
 

@@ -1,0 +1,1 @@
+"""Modules that are put into a model: LoRA banks, sub-experts, their files and their routing."""

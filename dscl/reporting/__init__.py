@@ -1,0 +1,1 @@
+"""Comparisons and reports of finished runs."""

@@ -1,0 +1,1 @@
+"""Exported models: their folder, their answers."""

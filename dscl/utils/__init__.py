@@ -1,0 +1,1 @@
+"""What any part may use: errors, files, timers, hardware, formatting. Imports nothing of dscl."""

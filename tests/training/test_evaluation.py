@@ -1,0 +1,88 @@
+"""Evaluation: the score of an exam is the same on every rank, at every stage, with unequal shares."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from dscl.data.batches import prompt_batch
+from dscl.data.task import Sample, Task, TaskConfig
+from dscl.methods.base import Facts
+from dscl.methods.sequential import Sequential, SequentialConfig
+from dscl.model.generation import generate
+from dscl.training.evaluation import EvaluateConfig, Exam, loss_on, take
+from tests.support.decoding import EOS, LABELS, PAD, PROMPTS, alone
+from tests.support.toy_model import make, model
+
+RIGHT = pytest.approx(4 / 5, abs=1e-12)  # each exam is made so that one of its five answers is wrong
+METHOD = Sequential(SequentialConfig(), Facts(0, (), "", "", "", 0, ""))
+
+
+class Words:
+    """A tokenizer's outside for tokens that are their own words."""
+
+    eos_token_id = EOS
+    pad_token_id = PAD
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return " ".join(str(i) for i in ids if not (skip_special_tokens and i in (PAD, EOS)))
+
+
+def exam(ranked: bool) -> Exam:
+    names = tuple(Words().decode(label, True) for label in LABELS)
+    module = model()
+    best = [max(range(3), key=lambda i, p=prompt: alone(module, p, LABELS[i])) for prompt in PROMPTS]
+    answers = [names[best[0]], names[(best[1] + 1) % 3], *(names[b] for b in best[2:])]  # one of five is wrong
+    samples = tuple(Sample("", answer, (answer,), "made") for answer in answers)
+    if not ranked:
+        with torch.no_grad():
+            rows = generate(module, prompt_batch(PROMPTS, PAD), 4, EOS, PAD)
+        said = [Words().decode(row, True) for row in rows]
+        assert all(said)
+        samples = tuple(Sample("", s, (s if i != 2 else "no",), "made") for i, s in enumerate(said))
+    task = Task(
+        "toy", (), (), samples, names if ranked else None, "accuracy" if ranked else "rouge_l", TaskConfig("toy", "")
+    )
+    return Exam(task, samples, PROMPTS, LABELS if ranked else None)
+
+
+def score_at(stage: int, ranked: bool, batch: int, precision: str = "fp32") -> float:
+    engine = make(stage, precision)
+    mark = take(exam(ranked), engine, METHOD, Words(), EvaluateConfig(batch=batch, max_new_tokens=4))
+    engine.close()
+    assert mark.routed is None
+    return mark.score
+
+
+@pytest.mark.parametrize(
+    ("stage", "ranked"),
+    [
+        pytest.param(stage, ranked, marks=() if stage in (0, 3) or stage % 2 == ranked else pytest.mark.exhaustive)
+        for stage in (0, 1, 2, 3)
+        for ranked in (True, False)
+    ],
+)
+def test_five_prompts_on_two_ranks_at_every_stage(ranks: Any, stage: int, ranked: bool) -> None:
+    assert ranks(2)(score_at, stage, ranked, 2) == [RIGHT] * 2
+
+
+def test_more_ranks_than_prompts_of_a_batch(ranks: Any) -> None:
+    assert ranks(2)(score_at, 3, True, 64) == [RIGHT] * 2
+
+
+TEXTS = [[1, 5, 9, 3], [1, 2], [1, 7, 7, 7, 7, 4, 2], [1, 8, 3], [1, 6, 2, 9, 9, 9]]
+
+
+def loss_at(stage: int) -> float:
+    engine = make(stage)
+    loss = loss_on(TEXTS, engine, METHOD, Words())
+    engine.close()
+    return loss
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_the_loss_on_texts_is_the_mean_over_their_tokens(ranks: Any, stage: int) -> None:
+    expected = -sum(alone(model(), [text[0]], text[1:]) for text in TEXTS) / sum(len(text) - 1 for text in TEXTS)
+    assert ranks(2)(loss_at, stage) == [pytest.approx(expected, rel=1e-6)] * 2

@@ -33,8 +33,8 @@ from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 from dscl.cli import app  # noqa: E402
-from dscl.distributed.launcher import outside  # noqa: E402
-from dscl.utils.quiet import quiet  # noqa: E402
+from dscl.distributed.launcher import subprocess_environment  # noqa: E402
+from dscl.utils.quiet import silence_libraries  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 QUICKSTART = REPOSITORY / "launch" / "recipes" / "quickstart.yaml"
@@ -160,7 +160,7 @@ def written(metrics: Path) -> bool:
 
 
 def environment() -> dict[str, str]:
-    return {**outside(), "PYTHONPATH": str(REPOSITORY)}
+    return {**subprocess_environment(), "PYTHONPATH": str(REPOSITORY)}
 
 
 def tell(text: str) -> None:
@@ -171,20 +171,20 @@ def tell(text: str) -> None:
 
 
 def clock_parts(words: Sequence[str]) -> None:
-    quiet()  # before the libraries are imported
+    silence_libraries()  # before the libraries are imported
     began = time.perf_counter()
-    with app.importing():
+    with app.disable_gc_for_imports():
         from dscl.engine.engine import Engine
         from dscl.training import trainer
 
     spent["imports"] = time.perf_counter() - began
     for place, name, what in (
-        (trainer, "open_job", "tokenizer, data and checks"),
-        (trainer.preflight, "agree", "agreement of ranks"),
-        (trainer.Job, "engine", "model and DeepSpeed"),
+        (trainer, "build_setup", "tokenizer, data and checks"),
+        (trainer.preflight, "require_consistent_ranks", "agreement of ranks"),
+        (trainer.RunSetup, "build_engine", "model and DeepSpeed"),
         (trainer.Observer, "__init__", "TensorBoard"),
-        (trainer, "examine", "evaluation before training"),
-        (trainer, "save", "checkpoints"),
+        (trainer, "evaluate_with_progress", "evaluation before training"),
+        (trainer, "save_checkpoint", "checkpoints"),
         (Engine, "step", "first step"),
     ):
         clock(place, name, what)

@@ -89,17 +89,17 @@ def recipe(folder: Path, method: str, stage: int) -> dict[str, Any]:
 def record(out: Path, only: str) -> None:
     """Run the cases as one of the ranks. The first rank writes what each has computed, a line a case."""
     from dscl.distributed import comm
-    from dscl.recipe.recipe import resolve
+    from dscl.recipe.recipe import resolve_recipe
     from dscl.training.trainer import train
 
-    with comm.session():
+    with comm.process_group():
         for name, method, stage in cases():
             if only not in name:
                 continue
             document = recipe(out, method, stage)
             with open(os.devnull, "w") as nowhere:
                 sys.stdout = nowhere
-                train(resolve(document))
+                train(resolve_recipe(document))
                 sys.stdout = sys.__stdout__
             if comm.is_main():
                 with (out / "results.jsonl").open("a") as file:

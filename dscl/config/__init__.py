@@ -1,1 +1,1 @@
-"""The typed keys of every section of a recipe, without heavy imports."""
+"""The keys of a recipe with their types and bounds; no file here imports torch."""

@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON: what may stand in it, what belongs to the recipe, and what is refused."""
+"""Reads and checks a DeepSpeed JSON: which keys are allowed, and which are set in the recipe instead."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dscl.config.parsing import nearest
+from dscl.config.parsing import did_you_mean
 from dscl.utils.errors import UserError
 
-# Keys of a DeepSpeed JSON that the recipe owns, and where they are set there.
+# DeepSpeed keys that a JSON may not set, and the recipe keys that set them.
 OWNED_BY_RECIPE = {
     "train_batch_size": "train.global_batch",
     "train_micro_batch_size_per_gpu": "train.micro_batch",
@@ -22,6 +22,7 @@ OWNED_BY_RECIPE = {
     "steps_per_print": "observe.every",
     "tensorboard": "observe",
 }
+# DeepSpeed keys that a JSON may set.
 OWNED_BY_JSON = (
     "zero_optimization",
     "data_types",
@@ -38,10 +39,10 @@ OWNED_BY_JSON = (
 )
 
 
-def read_settings(path: Path) -> dict[str, Any]:
-    """A DeepSpeed JSON, refused where it sets what the recipe owns or what nobody knows."""
+def read_deepspeed_json(path: Path) -> dict[str, Any]:
+    """Read a DeepSpeed JSON; UserError for an unknown key, a key that the recipe sets, or an unsupported value."""
     try:
-        settings = json.loads(path.read_text("utf-8"), object_pairs_hook=_without_repetition)
+        settings = json.loads(path.read_text("utf-8"), object_pairs_hook=_refuse_duplicate_keys)
     except (OSError, ValueError) as error:
         raise UserError(f"deepspeed: {path} is not a readable JSON file ({error})") from None
     if not isinstance(settings, dict):
@@ -50,7 +51,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         if name not in (*OWNED_BY_JSON, *OWNED_BY_RECIPE):
             allowed = ", ".join(OWNED_BY_JSON)
             raise UserError(
-                f"deepspeed: {path}: no such key {name!r}{nearest(name, OWNED_BY_JSON)}; allowed: {allowed}"
+                f"deepspeed: {path}: no such key {name!r}{did_you_mean(name, OWNED_BY_JSON)}; allowed: {allowed}"
             )
     for name in ("zero_optimization", "bf16", "fp16", "data_types"):
         if not isinstance(settings.get(name, {}), dict):
@@ -79,20 +80,24 @@ def read_settings(path: Path) -> dict[str, Any]:
             )
         if name in zero and not isinstance(zero[name], dict):
             raise UserError(f'deepspeed: {path}: {name}: given {zero[name]!r}; write {{"device": "{device}"}}')
-        least = {"offload_param": 3, "offload_optimizer": 1}[name]
-        if device == "cpu" and stage < least:
-            raise UserError(f"deepspeed: {path}: {name} does nothing at stage {stage}; allowed from stage {least} on")
-    for dotted in ("zero_hpz_partition_size", "offload_optimizer.ratio"):  # a second copy of the weights; Adam twice
-        outer, _, inner = dotted.partition(".")
-        given = zero.get(outer, {}).get(inner, 1) if inner else zero.get(outer, 1)
-        if given != 1:
+        min_stage = {"offload_param": 3, "offload_optimizer": 1}[name]
+        if device == "cpu" and stage < min_stage:
             raise UserError(
-                f"deepspeed: {path}: zero_optimization.{dotted}: given {json.dumps(given)}; allowed: 1, or leave it out"
+                f"deepspeed: {path}: {name} does nothing at stage {stage}; allowed from stage {min_stage} on"
+            )
+    # Not supported: hpZ keeps a second copy of the weights, and an offload ratio below 1 has two Adam optimizers.
+    for dotted in ("zero_hpz_partition_size", "offload_optimizer.ratio"):
+        outer, _, inner = dotted.partition(".")
+        value = zero.get(outer, {}).get(inner, 1) if inner else zero.get(outer, 1)
+        if value != 1:
+            raise UserError(
+                f"deepspeed: {path}: zero_optimization.{dotted}: given {json.dumps(value)}; allowed: 1, or leave it out"
             )
     return settings
 
 
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Called by `json.loads` for every object."""
     names = [name for name, _ in pairs]
     for name in names:
         if names.count(name) > 1:
@@ -100,12 +105,12 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def refuse_other_steps(zero: dict[str, Any]) -> None:
-    """These step the masters by other ways than the optimizer's `step`, where a constraint is made to hold."""
+def refuse_optimizer_bypass(zero: dict[str, Any]) -> None:
+    """Refuse ZeRO settings that update the weights without the optimizer's `step`, after which OSFT projects them."""
     for dotted in ("zenflow", "offload_optimizer.super_offload"):
         outer, _, inner = dotted.partition(".")
         if zero.get(outer, {}).get(inner) if inner else zero.get(outer):
             raise UserError(
-                f"deepspeed: zero_optimization.{dotted} steps past the optimizer, after whose steps this method brings "
-                "the weights back; remove it, or choose a method without a constraint"
+                f"deepspeed: zero_optimization.{dotted} bypasses the optimizer's step, after which this method "
+                "projects the weights; remove it, or choose a method without a constraint"
             )

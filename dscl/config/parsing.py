@@ -1,10 +1,10 @@
-"""Strict configuration: frozen dataclasses from nested mappings, with bounds, dotted overrides and helpful refusals.
+"""Strict configuration: frozen dataclasses from nested mappings, with bounds, dotted overrides and clear errors.
 
-Settings are declared as frozen dataclasses whose fields are made by `key`: in `schema` those of a recipe's sections, in
-`methods` those of every method. A field whose name would be one of Python's own words ends in an underscore, the key
-does not. `parse` turns a mapping into such a dataclass and refuses whatever it does not know: an unknown name (with the
-nearest valid one), a wrong type, a value out of range. Nothing is coerced except an int where a float is asked for, and
-a YAML number such as `1e-4` that YAML reads as text.
+Settings are declared as frozen dataclasses whose fields are made by `config_key`. `schema` declares the sections of a
+recipe, and `methods` the keys of every method. If a key is a reserved word of Python, its field's name ends in an
+underscore. `parse_config` turns a mapping into such a dataclass. It refuses an unknown key (and suggests the closest
+valid one), a wrong type and a value out of range. It converts only an int where a float is expected, and a number such
+as `1e-4`, which YAML reads as text.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from dscl.utils.errors import UserError
 
 T = TypeVar("T")
 REQUIRED: Any = dataclasses.MISSING
-LARGEST = 1_000_000  # characters of a recipe
-NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
-KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+MAX_RECIPE_LENGTH = 1_000_000  # characters of a recipe
+NUMBER_PATTERN = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
+TYPE_DESCRIPTIONS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
-def key(
+def config_key(
     default: Any = REQUIRED,
     *,
     at_least: float | None = None,
@@ -38,7 +38,7 @@ def key(
     choices: Iterable[str] | None = None,
     help: str = "",
 ) -> Any:
-    """A dataclass field with its bounds and its one line of help; without a default it is required."""
+    """A dataclass field for one key, with its bounds, choices and help; without a default the key is required."""
     metadata = {
         "at_least": at_least,
         "at_most": at_most,
@@ -52,128 +52,136 @@ def key(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def parse(cls: type[T], given: Any, path: str = "") -> T:
-    """Build the dataclass `cls` from a mapping; `path` is the dotted name that messages start from."""
-    values = convert(cls, given, path)
+def parse_config(cls: type[T], mapping: Any, path: str = "") -> T:
+    """Build the dataclass `cls` from a mapping; `path` is the dotted key of the mapping, for error messages."""
+    values = parse_partial(cls, mapping, path)
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         if field.name not in values and field.default is REQUIRED and field.default_factory is REQUIRED:
-            where = _join(path, key_of(field))
-            raise UserError(f"{where}: missing; give it in the recipe or as {where}=VALUE")
+            key_path = _join_path(path, key_name(field))
+            raise UserError(f"{key_path}: missing; give it in the recipe or as {key_path}=VALUE")
     try:
         return cls(**values)
-    except UserError as error:  # what a section finds wrong with itself it says as if it stood by itself
+    except UserError as error:  # `__post_init__` of a nested section names its keys as if they stood under `method`
         if path.startswith("method.") and f"{path}." not in str(error):
             raise UserError(re.sub(r"\bmethod\.(?=[a-z_]+\b)", f"{path}.", str(error))) from None
         raise
 
 
-def convert(cls: type, given: Any, path: str = "") -> dict[str, Any]:
-    """The keys that `given` holds, checked as `parse` does it; what is left out stays out."""
-    if not isinstance(given, Mapping):
-        raise UserError(f"{path or 'the recipe'}: given {show(given)}; a mapping of keys is needed")
-    fields = {key_of(field): field for field in dataclasses.fields(cls)}
-    check_names(given, fields, path)
-    hints = typing.get_type_hints(cls)
+def parse_partial(cls: type, mapping: Any, path: str = "") -> dict[str, Any]:
+    """The keys in `mapping`, converted and checked as in `parse_config`, without defaults for keys left out."""
+    if not isinstance(mapping, Mapping):
+        raise UserError(f"{path or 'the recipe'}: given {describe_value(mapping)}; a mapping of keys is needed")
+    fields = {key_name(field): field for field in dataclasses.fields(cls)}
+    check_key_names(mapping, fields, path)
+    annotations = typing.get_type_hints(cls)
     values = {}
-    for name, value in given.items():
-        field, where = fields[name], _join(path, name)
-        values[field.name] = _convert(hints[field.name], value, where)
-        _check_bounds(values[field.name], field.metadata, where)
+    for name, value in mapping.items():
+        field, key_path = fields[name], _join_path(path, name)
+        values[field.name] = _convert_value(annotations[field.name], value, key_path)
+        _check_bounds(values[field.name], field.metadata, key_path)
     return values
 
 
-def check_names(given: Mapping[Any, Any], valid: Iterable[str], path: str = "") -> None:
-    """Refuse a key that is not among the valid ones."""
-    valid = list(valid)
-    for name in given:
-        if name not in valid:
-            where = shorten(_join(path, name))
-            raise UserError(f"{where}: no such key{nearest(str(name), valid)}; allowed here: {', '.join(valid)}")
+def check_key_names(mapping: Mapping[Any, Any], valid_names: Iterable[str], path: str = "") -> None:
+    """Refuse a mapping with a key that is not in `valid_names`."""
+    valid_names = list(valid_names)
+    for name in mapping:
+        if name not in valid_names:
+            key_path = shorten_to_line(_join_path(path, name))
+            raise UserError(
+                f"{key_path}: no such key{did_you_mean(str(name), valid_names)}; allowed here: {', '.join(valid_names)}"
+            )
 
 
-def plain(value: Any) -> Any:
-    """The opposite of `parse`: nested dicts and lists that YAML and JSON can write."""
+def to_plain_data(value: Any) -> Any:
+    """The inverse of `parse_config`: nested dicts and lists that YAML and JSON can write."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {key_of(field): plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {key_name(field): to_plain_data(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {k: plain(v) for k, v in value.items()}
+        return {k: to_plain_data(v) for k, v in value.items()}
     if isinstance(value, tuple | list):
-        return [plain(v) for v in value]
+        return [to_plain_data(v) for v in value]
     return value
 
 
 def read_yaml(path: str) -> dict[str, Any]:
-    """One YAML mapping from a file; a name given twice, bad syntax or a missing file is the user's error."""
+    """Read a YAML file that holds one mapping; UserError for a missing file, bad syntax or a duplicate key."""
     try:
         with open(path, encoding="utf-8") as file:
-            text = file.read(LARGEST + 1)
+            text = file.read(MAX_RECIPE_LENGTH + 1)
     except FileNotFoundError:
         raise UserError(f"{path}: no such recipe; give the path of a YAML file") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file in UTF-8; give the path of a YAML file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from None
-    if len(text) > LARGEST:
-        raise UserError(f"{path}: longer than {LARGEST:,} characters, so hardly a recipe; give the path of a YAML file")
+    if len(text) > MAX_RECIPE_LENGTH:
+        raise UserError(
+            f"{path}: longer than {MAX_RECIPE_LENGTH:,} characters, so hardly a recipe; give the path of a YAML file"
+        )
     try:
-        given = _load(text)
+        mapping = _load_yaml(text)
     except ValueError as error:
         raise UserError(f"{path}: not valid YAML ({error}); correct it there") from None
-    if not isinstance(given, dict):
-        raise UserError(f"{path}: holds {show(given)}; a recipe is a mapping of keys, such as run_dir: out/first")
-    return given
+    if not isinstance(mapping, dict):
+        raise UserError(
+            f"{path}: holds {describe_value(mapping)}; a recipe is a mapping of keys, such as run_dir: out/first"
+        )
+    return mapping
 
 
-def override(given: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
-    """A copy of `given` with dotted `a.b.0.c=value` assignments applied; values are read as YAML."""
+def apply_overrides(mapping: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
+    """A copy of `mapping` with dotted `a.b.0.c=value` assignments applied; values are read as YAML."""
     try:
-        result = _copy(given)
+        result = _copy_nested(mapping)
     except RecursionError:
         raise UserError("the recipe: nested too deeply, or an alias that holds itself; write it out flat") from None
     for assignment in assignments:
         dotted, equals, text = assignment.partition("=")
         parts = dotted.split(".")
         if not equals or not all(parts):
-            raise UserError(f"{shorten(repr(assignment))}: an override is written KEY=VALUE, for example train.lr=1e-4")
+            raise UserError(
+                f"{shorten_to_line(repr(assignment))}: an override is written KEY=VALUE, for example train.lr=1e-4"
+            )
         try:
-            value = _load(text)
+            value = _load_yaml(text)
         except ValueError as error:
             raise UserError(
-                f"{dotted}: given {shorten(repr(text))}, which is not valid YAML ({error}); "
+                f"{dotted}: given {shorten_to_line(repr(text))}, which is not valid YAML ({error}); "
                 f"text with special characters needs quotes: '{dotted}=\"...\"'"
             ) from None
-        _assign(result, parts, value)
+        _assign_path(result, parts, value)
     return result
 
 
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` when something valid is close, else nothing."""
-    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.6)
-    return f" (did you mean '{close[0]}'?)" if close else ""
+def did_you_mean(name: str, valid_names: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` if a valid name is similar to `name`, else an empty string."""
+    matches = difflib.get_close_matches(name, list(valid_names), n=1, cutoff=0.6)
+    return f" (did you mean '{matches[0]}'?)" if matches else ""
 
 
-def show(value: Any) -> str:
-    """What was given, as a message can show it."""
+def describe_value(value: Any) -> str:
+    """A value and its type, in words for an error message."""
     if value is None:
         return "nothing (null)"
     if isinstance(value, Mapping):
         return "a mapping"
     if isinstance(value, list | tuple):
         return "a list"
-    return f"{_short(value)} ({type(value).__name__})"
+    return f"{_short_repr(value)} ({type(value).__name__})"
 
 
-def shorten(text: str) -> str:
-    """A given text as one line of a message can hold it."""
+def shorten_to_line(text: str) -> str:
+    """`text` as one line of at most 80 characters, for an error message."""
     text = " ".join(text.splitlines())
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML's safe loader, except that a mapping which names a key twice is an error instead of the last one winning."""
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML's safe loader, except that a duplicate key is an error (PyYAML would keep the last value)."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        # Checked as written, before merge keys (<<) bring in names that may well be given again.
+        # Checked before merge keys (<<) are resolved, because a mapping may override a merged key.
         node = super().compose_mapping_node(anchor)
         seen = set()
         for name, _ in node.value:
@@ -185,130 +193,140 @@ class _UniqueKeys(yaml.SafeLoader):
         return node
 
 
-def _load(text: str) -> Any:
-    """YAML as Python's objects; ValueError in one line."""
+def _load_yaml(text: str) -> Any:
+    """Parse YAML; bad YAML raises a ValueError with a message of one line."""
     try:
-        return yaml.load(text, Loader=_UniqueKeys)
+        return yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
-        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
-        raise ValueError(f"{place}{error.problem}") from None
+        position = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
+        raise ValueError(f"{position}{error.problem}") from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    except Exception as error:  # numbers, dates and explicit tags that cannot be made fail in many ways
-        raise ValueError(shorten(" ".join(str(error).split()))) from None
+    except Exception as error:  # invalid numbers, dates and tags raise exceptions of many types
+        raise ValueError(shorten_to_line(" ".join(str(error).split()))) from None
 
 
-def _assign(node: Any, parts: list[str], value: Any) -> None:
-    """Set what the dotted `parts` lead to; a section that is not there yet is made."""
+def _assign_path(node: Any, parts: list[str], value: Any) -> None:
+    """Set the value at the dotted path `parts` below `node`; missing sections on the way are created."""
     for depth, part in enumerate(parts):
-        above, where = ".".join(parts[:depth]), ".".join(parts[: depth + 1])
-        last = depth == len(parts) - 1
+        parent_path, key_path = ".".join(parts[:depth]), ".".join(parts[: depth + 1])
+        is_last = depth == len(parts) - 1
         index: Any = part
         if isinstance(node, list):
             if not re.fullmatch("[0-9]{1,9}", part) or int(part) >= len(node):
-                has = f"has the entries 0 to {len(node) - 1}" if node else "is empty"
-                raise UserError(f"{where}: given {part!r}; the list {above} {has}, and new ones go into the recipe")
+                extent = f"has the entries 0 to {len(node) - 1}" if node else "is empty"
+                raise UserError(
+                    f"{key_path}: given {part!r}; the list {parent_path} {extent}, and new ones go into the recipe"
+                )
             index = int(part)
         elif not isinstance(node, dict):
-            raise UserError(f"{where}: {above} is {show(node)} and has no keys below it; leave .{part} out")
-        elif not last and node.get(part) is None:
+            raise UserError(
+                f"{key_path}: {parent_path} is {describe_value(node)} and has no keys below it; leave .{part} out"
+            )
+        elif not is_last and node.get(part) is None:
             node[part] = {}
-        if last:
+        if is_last:
             node[index] = value
         else:
             node = node[index]
 
 
-def key_of(field: dataclasses.Field[Any]) -> str:
-    """How a recipe calls it."""
+def key_name(field: dataclasses.Field[Any]) -> str:
+    """The name of the recipe key for a dataclass field: `async_` is the key `async`."""
     return field.name.rstrip("_")
 
 
-def _join(path: str, name: Any) -> str:
+def _join_path(path: str, name: Any) -> str:
     return f"{path}.{name}" if path else str(name)
 
 
-def _short(value: Any) -> str:
-    if isinstance(value, int) and value.bit_length() > 200:  # Python refuses to print the largest
+def _short_repr(value: Any) -> str:
+    if isinstance(value, int) and value.bit_length() > 200:  # Python refuses to print very large integers
         return f"a number of {value.bit_length()} bits"
-    return shorten(repr(value))
+    return shorten_to_line(repr(value))
 
 
-def _copy(value: Any) -> Any:
-    """Without sharing, so that an override of one place that a YAML alias filled leaves the others alone."""
+def _copy_nested(value: Any) -> Any:
+    """A copy of nested dicts and lists in which a YAML alias is a copy too, so that overrides change one place only."""
     if isinstance(value, dict):
-        return {k: _copy(v) for k, v in value.items()}
+        return {k: _copy_nested(v) for k, v in value.items()}
     if isinstance(value, list):
-        return [_copy(v) for v in value]
+        return [_copy_nested(v) for v in value]
     return value
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    """`value` as the annotated type, or a refusal."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
+def _convert_value(annotation: Any, value: Any, key_path: str) -> Any:
+    """`value` converted to the annotated type; UserError if it has another type."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is Any:
         return value
     if origin in (typing.Union, types.UnionType):
-        return _one_of(arguments, value, where)
-    if dataclasses.is_dataclass(hint):
-        return parse(typing.cast(type, hint), value, where)
+        return _convert_union(arguments, value, key_path)
+    if dataclasses.is_dataclass(annotation):
+        return parse_config(typing.cast(type, annotation), value, key_path)
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise UserError(f"{where}: given {show(value)}; a list is needed")
-        return tuple(_convert(arguments[0], v, f"{where}.{i}") for i, v in enumerate(value))
+            raise UserError(f"{key_path}: given {describe_value(value)}; a list is needed")
+        return tuple(_convert_value(arguments[0], v, f"{key_path}.{i}") for i, v in enumerate(value))
     if origin in (dict, Mapping):
         if not isinstance(value, Mapping):
-            raise UserError(f"{where}: given {show(value)}; a mapping is needed")
+            raise UserError(f"{key_path}: given {describe_value(value)}; a mapping is needed")
         for name in value:
             if not isinstance(name, str):
-                raise UserError(f"{where}: given the key {show(name)}; text is needed, so write it in quotes")
-        return {name: _convert(arguments[1], v, f"{where}.{name}") for name, v in value.items()}
-    return _scalar(hint, value, where)
+                raise UserError(
+                    f"{key_path}: given the key {describe_value(name)}; text is needed, so write it in quotes"
+                )
+        return {name: _convert_value(arguments[1], v, f"{key_path}.{name}") for name, v in value.items()}
+    return _convert_scalar(annotation, value, key_path)
 
 
-def _one_of(hints: tuple[Any, ...], value: Any, where: str) -> Any:
-    """`value` as the first of the types that takes it; the refusal is the last one's."""
-    if value is None and type(None) in hints:
+def _convert_union(annotations: tuple[Any, ...], value: Any, key_path: str) -> Any:
+    """`value` converted to the first type that accepts it; if none does, the error of the last type."""
+    if value is None and type(None) in annotations:
         return None
-    *others, last = (hint for hint in hints if hint is not type(None))
-    for hint in others:
+    *others, last = (annotation for annotation in annotations if annotation is not type(None))
+    for annotation in others:
         try:
-            return _convert(hint, value, where)
+            return _convert_value(annotation, value, key_path)
         except UserError:
             continue
-    return _convert(last, value, where)
+    return _convert_value(last, value, key_path)
 
 
-def _scalar(hint: type, value: Any, where: str) -> Any:
-    if hint is float and isinstance(value, str) and NUMBER.fullmatch(value):
-        value = float(value)  # YAML 1.1 reads 1e-4 as text; 1.0e-4 as a number
-    if hint is float and type(value) is int:
+def _convert_scalar(annotation: type, value: Any, key_path: str) -> Any:
+    if annotation is float and isinstance(value, str) and NUMBER_PATTERN.fullmatch(value):
+        value = float(value)  # YAML 1.1 reads 1e-4 as text and 1.0e-4 as a number
+    if annotation is float and type(value) is int:
         try:
             value = float(value)
         except OverflowError:
-            raise UserError(f"{where}: given {show(value)}; a number that a float can hold is needed") from None
+            raise UserError(
+                f"{key_path}: given {describe_value(value)}; a number that a float can hold is needed"
+            ) from None
     if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{where}: given {value}; a finite number is needed")
-    if isinstance(value, str) and hint is str and not value.strip():
-        raise UserError(f"{where}: given {value!r}; text that is not blank is needed")
-    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        raise UserError(f"{key_path}: given {value}; a finite number is needed")
+    if isinstance(value, str) and annotation is str and not value.strip():
+        raise UserError(f"{key_path}: given {value!r}; text that is not blank is needed")
+    if isinstance(value, annotation) and not (annotation is int and isinstance(value, bool)):
         return value
-    quotable = hint is str and not isinstance(value, list | dict | type(None))
+    quotable = annotation is str and not isinstance(value, list | dict | type(None))
     quotes = ", so write it in quotes" if quotable else ""
-    raise UserError(f"{where}: given {show(value)}; {KINDS[hint]} is needed{quotes}")
+    raise UserError(f"{key_path}: given {describe_value(value)}; {TYPE_DESCRIPTIONS[annotation]} is needed{quotes}")
 
 
-def _check_bounds(value: Any, metadata: Mapping[str, Any], where: str) -> None:
+def _check_bounds(value: Any, metadata: Mapping[str, Any], key_path: str) -> None:
     choices = metadata.get("choices")
     if choices is not None and isinstance(value, str) and value not in choices:
-        raise UserError(f"{where}: given {_short(value)}; allowed: {', '.join(choices)}{nearest(value, choices)}")
+        raise UserError(
+            f"{key_path}: given {_short_repr(value)}; allowed: {', '.join(choices)}{did_you_mean(value, choices)}"
+        )
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
     low, high, above = metadata.get("at_least"), metadata.get("at_most"), metadata.get("above")
     if low is not None and value < low:
-        raise UserError(f"{where}: given {_short(value)}; it must be at least {low}")
+        raise UserError(f"{key_path}: given {_short_repr(value)}; it must be at least {low}")
     if above is not None and value <= above:
-        raise UserError(f"{where}: given {_short(value)}; it must be above {above}")
+        raise UserError(f"{key_path}: given {_short_repr(value)}; it must be above {above}")
     if high is not None and value > high:
-        raise UserError(f"{where}: given {_short(value)}; it must be at most {high}")
+        raise UserError(f"{key_path}: given {_short_repr(value)}; it must be at most {high}")

@@ -1,4 +1,4 @@
-"""Samples that stay: some of an ended task's, encoded, in a file of their own; and samples of several tasks as one."""
+"""Replay buffers: tokenized samples of finished tasks, and the concatenation of several data sets."""
 
 from __future__ import annotations
 
@@ -12,83 +12,85 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from dscl.data.encode import Pair
-from dscl.utils.checksummed import read_stamped, write_stamped
+from dscl.data.encode import TokenizedSample
+from dscl.utils.checksummed import read_checksummed, write_checksummed
 from dscl.utils.errors import UserError
 
-KIND, FORMAT = "dscl_samples", 1
+FILE_KIND, FILE_VERSION = "dscl_samples", 1
 
 
-class Samples(Protocol):
-    """An encoded split, or anything that gives the same of its samples."""
+class TokenizedDataset(Protocol):
+    """Tokenized samples by index, with their lengths: an `EncodedDataset`, a `ReplayBuffer` or a concatenation."""
 
     @property
     def prompt_lengths(self) -> np.ndarray: ...
     @property
     def answer_lengths(self) -> np.ndarray: ...
     def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> Pair: ...
+    def __getitem__(self, index: int, /) -> TokenizedSample: ...
 
 
 @dataclass(frozen=True)
-class Kept:
-    """Samples of one task, held in memory."""
+class ReplayBuffer:
+    """Samples of one finished task, kept in memory and written to a file for restarts."""
 
     task: str
-    pairs: tuple[Pair, ...]
+    samples: tuple[TokenizedSample, ...]
 
     @cached_property
     def prompt_lengths(self) -> np.ndarray:
-        return np.array([len(prompt) for prompt, _ in self.pairs], np.int64)
+        return np.array([len(prompt) for prompt, _ in self.samples], np.int64)
 
     @cached_property
     def answer_lengths(self) -> np.ndarray:
-        return np.array([len(answer) for _, answer in self.pairs], np.int64)
+        return np.array([len(answer) for _, answer in self.samples], np.int64)
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return len(self.samples)
 
-    def __getitem__(self, index: int) -> Pair:
-        return self.pairs[index]
+    def __getitem__(self, index: int) -> TokenizedSample:
+        return self.samples[index]
 
     @property
-    def size(self) -> int:
-        """In bytes, as they are written."""
+    def num_bytes(self) -> int:
+        """The size of the samples in a file, in bytes."""
         return int(4 * (self.prompt_lengths.sum() + self.answer_lengths.sum()) + 8 * len(self))
 
     def write(self, path: Path) -> None:
-        tokens = [token for prompt, answer in self.pairs for token in (*prompt, *answer)]
+        """Write the samples to a checksummed safetensors file."""
+        tokens = [token for prompt, answer in self.samples for token in (*prompt, *answer)]
         lengths = np.stack([self.prompt_lengths, self.answer_lengths], 1).astype(np.int32)
         tensors = {"tokens": torch.tensor(tokens, dtype=torch.int32), "lengths": torch.from_numpy(lengths)}
-        write_stamped(path, KIND, FORMAT, {"task": self.task}, tensors)
+        write_checksummed(path, FILE_KIND, FILE_VERSION, {"task": self.task}, tensors)
 
     @classmethod
-    def read(cls, path: Path, task: str) -> Kept:
-        header, tensors = read_stamped(path, KIND, FORMAT, "the samples that a task left")
+    def read(cls, path: Path, task: str) -> ReplayBuffer:
+        """Read the samples of a task from a file, after checking that they are of this task."""
+        header, tensors = read_checksummed(path, FILE_KIND, FILE_VERSION, "the samples that a task left")
         if header["task"] != task:
             raise UserError(f"{path}: samples of task {header['task']!r}, here {task!r} is needed; copy it again")
         tokens, ends = tensors["tokens"].tolist(), [0, *accumulate(tensors["lengths"].flatten().tolist())]
-        parts = [tokens[start:stop] for start, stop in pairwise(ends)]
-        return cls(task, tuple(zip(parts[::2], parts[1::2], strict=True)))
+        sequences = [tokens[start:stop] for start, stop in pairwise(ends)]  # prompts and answers in turn
+        return cls(task, tuple(zip(sequences[::2], sequences[1::2], strict=True)))
 
 
-class Joined:
-    """The samples of several splits, one after the other."""
+class ConcatenatedDataset:
+    """Several data sets as one: the samples of the first, then those of the second, and so on."""
 
-    def __init__(self, parts: Sequence[Samples]) -> None:
-        self.parts = parts
-        self._ends = np.cumsum([len(part) for part in parts])
-        self.prompt_lengths = np.concatenate([part.prompt_lengths for part in parts])
-        self.answer_lengths = np.concatenate([part.answer_lengths for part in parts])
+    def __init__(self, datasets: Sequence[TokenizedDataset]) -> None:
+        self.datasets = datasets
+        self._ends = np.cumsum([len(dataset) for dataset in datasets])
+        self.prompt_lengths = np.concatenate([dataset.prompt_lengths for dataset in datasets])
+        self.answer_lengths = np.concatenate([dataset.answer_lengths for dataset in datasets])
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def __getitem__(self, index: int) -> Pair:
-        part, place = self.place(index)
-        return self.parts[part][place]
+    def __getitem__(self, index: int) -> TokenizedSample:
+        number, offset = self.locate(index)
+        return self.datasets[number][offset]
 
-    def place(self, index: int) -> tuple[int, int]:
-        """Which split a sample is of, and its place there."""
-        part = int(np.searchsorted(self._ends, index, side="right"))
-        return part, int(index - self._ends[part] + len(self.parts[part]))
+    def locate(self, index: int) -> tuple[int, int]:
+        """(number of the data set, index within it) of a sample."""
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        return number, int(index - self._ends[number] + len(self.datasets[number]))

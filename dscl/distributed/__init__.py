@@ -1,1 +1,1 @@
-"""Ranks: collectives, the local launcher, liveness of the other ranks, stopping on a signal."""
+"""Ranks: collectives, the local launcher, heartbeats between ranks, stopping on a signal."""

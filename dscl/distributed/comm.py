@@ -1,4 +1,4 @@
-"""Ranks: who am I, how many are we, sums and agreement. All of it works alone too, so callers need no `if`."""
+"""Ranks and collectives. Every function also works in a single process, so callers need no `if`."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ import torch.distributed as torch_dist
 from dscl.utils import timers
 from dscl.utils.errors import UserError
 
-_PATIENT: list[Any] = []  # the process group of `_patient`, once it is there
+_GROUP_WITHOUT_TIMEOUT: list[Any] = []  # holds the process group of `_group_without_timeout` once it is made
 
 
 def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def world() -> int:
+def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -37,37 +37,37 @@ def is_main() -> bool:
 
 
 def device() -> torch.device:
-    """This rank's device: its own GPU where there are GPUs, else the CPU."""
+    """This rank's device: the GPU of its local rank where there are GPUs, else the CPU."""
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda":
         return torch.device("cuda", local_rank())
     return torch.device("cpu")
 
 
 @contextmanager
-def session() -> Iterator[None]:
-    """Join the other ranks, and leave them on every way out (a process that exits inside its group may abort)."""
-    start()
+def process_group() -> Iterator[None]:
+    """Join the process group, and leave it on every way out (a process that exits without leaving it may abort)."""
+    init_process_group()
     try:
         yield
     finally:
-        finish()
+        destroy_process_group()
 
 
-def start() -> None:
-    """Join the process group that the environment describes; without one, a group of this process alone."""
+def init_process_group() -> None:
+    """Join the process group that the environment describes; without a launcher, make one of this process alone."""
     if torch_dist.is_initialized():
         return
-    here = device()
-    if here.type == "cuda":
-        if here.index >= torch.cuda.device_count():
+    rank_device = device()
+    if rank_device.type == "cuda":
+        if rank_device.index >= torch.cuda.device_count():
             raise UserError(
-                f"LOCAL_RANK={here.index}: this machine has {torch.cuda.device_count()} GPUs; "
+                f"LOCAL_RANK={rank_device.index}: this machine has {torch.cuda.device_count()} GPUs; "
                 "start at most that many processes on it"
             )
-        torch.cuda.set_device(here)
+        torch.cuda.set_device(rank_device)
     else:
         os.environ["DS_ACCELERATOR"] = "cpu"
-    backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if rank_device.type == "cuda" else "gloo"
     minutes = os.environ.get("DEEPSPEED_TIMEOUT", "10")
     if not minutes.isdecimal() or int(minutes) < 1:
         raise UserError(f"DEEPSPEED_TIMEOUT: given {minutes!r}; a whole number of minutes, at least 1, is needed")
@@ -76,36 +76,37 @@ def start() -> None:
     if "RANK" in os.environ:
         _check_environment()
         torch_dist.init_process_group(backend, timeout=timeout)
-        if world() > 1:
-            _patient()  # made while all are here
+        if world_size() > 1:
+            _group_without_timeout()  # all ranks have to make a group together, and here all of them are present
     else:
-        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it even here
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it even in a single process
         torch_dist.init_process_group(backend, store=torch_dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
 def _join_slurm() -> None:
-    """`srun` numbers its tasks under names of its own; the first node of the step is where the others meet."""
-    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
-    if "RANK" in os.environ or tasks == "1":
+    """Under `srun`, set torch's environment variables from Slurm's; the first node of the step is the master."""
+    num_tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if "RANK" in os.environ or num_tasks == "1":
         return
-    first = first_node(os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1"))
-    job = int(os.environ.get("SLURM_JOB_ID", "0"))
-    meeting = {"MASTER_ADDR": first, "MASTER_PORT": str(20000 + job % 10000)}
-    names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
-    for name, value in {**meeting, **{name: os.environ.get(theirs, "") for name, theirs in names.items()}}.items():
+    master = first_slurm_node(os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1"))
+    job_id = int(os.environ.get("SLURM_JOB_ID", "0"))
+    variables = {"MASTER_ADDR": master, "MASTER_PORT": str(20000 + job_id % 10000)}
+    slurm_names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+    variables |= {name: os.environ.get(slurm_name, "") for name, slurm_name in slurm_names.items()}
+    for name, value in variables.items():
         os.environ.setdefault(name, value)
 
 
-def first_node(nodes: str) -> str:
-    """Of a list as Slurm shortens it: commas part its entries, and brackets hold the numbers of many nodes."""
-    first = re.match(r"(?:\[[^\]]*\]|[^,\[])+", nodes)
+def first_slurm_node(nodelist: str) -> str:
+    """The first node of a Slurm node list such as `n[01-04],m7`: commas separate entries, brackets hold numbers."""
+    first = re.match(r"(?:\[[^\]]*\]|[^,\[])+", nodelist)
     if first is None:
-        raise UserError(f"SLURM_STEP_NODELIST: given {nodes!r}; a list like n[01-04],m7 is needed; start by srun")
+        raise UserError(f"SLURM_STEP_NODELIST: given {nodelist!r}; a list like n[01-04],m7 is needed; start by srun")
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0])
 
 
 def _check_environment() -> None:
-    """A launcher that sets RANK sets these as well; a hand-made environment may have forgotten one."""
+    """Refuse an environment that sets RANK and lacks another variable, which only a hand-made one does."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         value = os.environ.get(name)
         if value is None or (name != "MASTER_ADDR" and not value.isdigit()):
@@ -115,138 +116,139 @@ def _check_environment() -> None:
             )
 
 
-def pretend(ranks: int) -> None:
-    """Be the first of so many ranks, of which the others are not there: their part in a collective is nothing."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore  # torch's own, for what is planned only
+def init_fake_process_group(ranks: int) -> None:
+    """Act as rank 0 of `ranks` ranks without the other ranks: collectives return at once and exchange nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # private to torch; only `dscl plan` uses it
 
     assert not torch_dist.is_initialized()
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(ranks), DS_ACCELERATOR="cpu")
     torch_dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
 
 
-def finish() -> None:
+def destroy_process_group() -> None:
     if torch_dist.is_initialized():
         torch_dist.destroy_process_group()
-        _PATIENT.clear()
+        _GROUP_WITHOUT_TIMEOUT.clear()
 
 
-def _patient() -> Any:
-    """A group on which a wait has no end; it carries no sums that a step waits for."""
-    if not _PATIENT:
-        _PATIENT.append(torch_dist.new_group(backend="gloo", timeout=timedelta(days=7)))
-    return _PATIENT[0]
+def _group_without_timeout() -> Any:
+    """A gloo group whose collectives may wait for days; no collective of a training step uses it."""
+    if not _GROUP_WITHOUT_TIMEOUT:
+        _GROUP_WITHOUT_TIMEOUT.append(torch_dist.new_group(backend="gloo", timeout=timedelta(days=7)))
+    return _GROUP_WITHOUT_TIMEOUT[0]
 
 
-def sum_(tensor: torch.Tensor) -> torch.Tensor:
-    """Add `tensor` up over all ranks, in place."""
-    if world() > 1:
-        with timers.collective("all_reduce", tensor):
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum `tensor` over all ranks, in place."""
+    if world_size() > 1:
+        with timers.timed_collective("all_reduce", tensor):
             torch_dist.all_reduce(tensor)
     return tensor
 
 
-def exchange(sent: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
-    """Give each rank its flat tensor of `sent`, and get one from each, of these sizes."""
-    if world() == 1:
-        return list(sent)
-    arrived, packed = sent[0].new_empty(sum(sizes)), torch.cat(list(sent))
-    with timers.collective("all_to_all", packed):
-        torch_dist.all_to_all_single(arrived, packed, list(sizes), [part.numel() for part in sent])
-    return list(arrived.split(list(sizes)))
+def all_to_all(inputs: Sequence[torch.Tensor], output_sizes: Sequence[int]) -> list[torch.Tensor]:
+    """Send `inputs[i]` (flat) to rank i, and return the flat tensor from each rank, of `output_sizes` elements."""
+    if world_size() == 1:
+        return list(inputs)
+    received, triangle_size = inputs[0].new_empty(sum(output_sizes)), torch.cat(list(inputs))
+    with timers.timed_collective("all_to_all", triangle_size):
+        torch_dist.all_to_all_single(received, triangle_size, list(output_sizes), [part.numel() for part in inputs])
+    return list(received.split(list(output_sizes)))
 
 
-def any_rank(flag: bool) -> bool:
-    """True on every rank as soon as it is true on one."""
-    if world() == 1:
+def any_rank_true(flag: bool) -> bool:
+    """Whether `flag` is true on at least one rank; the same answer on every rank."""
+    if world_size() == 1:
         return flag
     value = torch.tensor([int(flag)], dtype=torch.int32)
-    with timers.collective("all_reduce", value):
+    with timers.timed_collective("all_reduce", value):
         torch_dist.all_reduce(value, op=torch_dist.ReduceOp.MAX)
     return bool(value.item())
 
 
-class Flag:
-    """Raised by any rank at any time, even in a signal handler; all ranks learn of it at the same call of `raised`.
+class SharedFlag:
+    """A flag that any rank may set at any time, even in a signal handler.
 
-    No call waits for another rank's: each starts a sum, which the next call reads.
+    All ranks see it at the same call of `count_ranks_set`. That call does not wait for the other ranks to make the same
+    call: it starts an asynchronous all-reduce, and the next call reads the result.
     """
 
     def __init__(self) -> None:
-        self._mine = False
-        self._seen = torch.zeros((), dtype=torch.int32)
-        self._sum: Any = None
-        self._group: Any = _patient() if world() > 1 else None
+        self._set_here = False
+        self._count = torch.zeros((), dtype=torch.int32)
+        self._work: Any = None  # torch's handle of the all-reduce in progress
+        self._group: Any = _group_without_timeout() if world_size() > 1 else None
 
-    def raise_(self) -> None:
-        self._mine = True
+    def set(self) -> None:
+        self._set_here = True
 
-    def raised(self) -> int:
-        """How many ranks have, as of the last call."""
+    def count_ranks_set(self) -> int:
+        """How many ranks had set the flag at the previous call (in a single process: at this call)."""
         if self._group is None:
-            return int(self._mine)
-        if self._sum is not None:
-            self._sum.wait()
-        seen = int(self._seen)
-        self._seen = torch.tensor(int(self._mine), dtype=torch.int32)
-        self._sum = torch_dist.all_reduce(self._seen, group=self._group, async_op=True)
-        return seen
+            return int(self._set_here)
+        if self._work is not None:
+            self._work.wait()
+        count = int(self._count)
+        self._count = torch.tensor(int(self._set_here), dtype=torch.int32)
+        self._work = torch_dist.all_reduce(self._count, group=self._group, async_op=True)
+        return count
 
-    def drop(self) -> None:
-        """Nobody asks any more; all ranks call it, after equally many calls of `raised`."""
-        if self._sum is not None:
-            self._sum.wait()
+    def close(self) -> None:
+        """Wait for the last all-reduce. All ranks call this, after equally many calls of `count_ranks_set`."""
+        if self._work is not None:
+            self._work.wait()
 
 
-def from_main(value: Any) -> Any:
-    """The main rank's `value`, on every rank. For small plain objects."""
-    if world() == 1:
+def broadcast_from_main(value: Any) -> Any:
+    """The main rank's `value`, on every rank; for small picklable objects."""
+    if world_size() == 1:
         return value
-    box = [value]
-    torch_dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-    return box[0]
+    objects = [value]
+    torch_dist.broadcast_object_list(objects, src=0, device=torch.device("cpu"))
+    return objects[0]
 
 
-def gather(value: Any) -> list[Any]:
-    """Every rank's `value`, in rank order, on every rank. For small plain objects."""
-    if world() == 1 or torch_dist.get_backend() == "fake":  # those who are not there would say the same
-        return [value] * world()
-    values: list[Any] = [None] * world()
+def all_gather_objects(value: Any) -> list[Any]:
+    """Every rank's `value`, in rank order, on every rank; for small picklable objects."""
+    if world_size() == 1 or torch_dist.get_backend() == "fake":  # simulated ranks have the same value as this one
+        return [value] * world_size()
+    values: list[Any] = [None] * world_size()
     torch_dist.all_gather_object(values, value)
     return values
 
 
-def peak_memory() -> float:
-    """The most bytes that any rank has had in use so far: of its GPU, or on a CPU of the process."""
+def max_peak_memory() -> float:
+    """The largest peak memory of any rank so far, in bytes: of the GPU, or without one of the process."""
     if device().type == "cuda":
-        mine = float(torch.cuda.max_memory_allocated())
+        local_peak = float(torch.cuda.max_memory_allocated())
     else:
-        mine = 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return max(gather(mine))
+        local_peak = 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return max(all_gather_objects(local_peak))
 
 
-def memory() -> dict[str, float]:
-    """Bytes in use by this rank now: of its GPU, and of the process."""
+def memory_in_use() -> dict[str, float]:
+    """Bytes in use by this rank now, by kind: host memory of the process, and memory of its GPU."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
-        found = {"host": float(pages * resource.getpagesize())}
+        num_bytes = {"host": float(pages * resource.getpagesize())}
     except OSError:  # not a Linux machine
-        found = {}
+        num_bytes = {}
     if device().type == "cuda":
-        found["allocated"] = float(torch.cuda.memory_allocated())
-        found["reserved"] = float(torch.cuda.memory_reserved())
-        found["peak"] = float(torch.cuda.max_memory_allocated())
-    return found
+        num_bytes["allocated"] = float(torch.cuda.memory_allocated())
+        num_bytes["reserved"] = float(torch.cuda.memory_reserved())
+        num_bytes["peak"] = float(torch.cuda.max_memory_allocated())
+    return num_bytes
 
 
-def meet() -> None:
-    """Wait for all ranks, however long: where one may have hours of work that no collective's time limit should end.
+def wait_for_all_ranks() -> None:
+    """A barrier without a time limit, for places where one rank may have hours of work and the others wait.
 
-    A rank that dies meanwhile ends the wait all the same, see dscl/distributed/liveness.py.
+    A rank that dies meanwhile still ends the wait, see dscl/distributed/liveness.py.
     """
-    if world() > 1:
-        torch_dist.all_reduce(torch.zeros(1), group=_patient())
+    if world_size() > 1:
+        torch_dist.all_reduce(torch.zeros(1), group=_group_without_timeout())
 
 
 def barrier() -> None:
-    if world() > 1:
-        any_rank(False)
+    if world_size() > 1:
+        any_rank_true(False)

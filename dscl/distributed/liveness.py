@@ -1,8 +1,9 @@
-"""Which ranks are alive: a rank that dies is named on all others, which leave instead of waiting for it for ever.
+"""Heartbeats between ranks: when a rank dies, the other ranks name it and exit instead of waiting for it forever.
 
-Every rank keeps a line to the main one and gives a sign of life on it, from a thread beside the work. A process that is
-killed breaks its line at once; a host that is switched off, or whose network is cut, falls silent. The main rank then
-tells the others who it was. Without this a collective waits for its time limit (ten minutes), or on a GPU for ever.
+Every rank keeps a TCP connection to the main rank. A background thread sends heartbeats on it. When a process is
+killed, its connection closes at once. When a host is switched off or loses its network, its heartbeats stop. The main
+rank then tells the other ranks which rank is lost. Without heartbeats a collective would wait for its time limit (ten
+minutes), or on a GPU forever.
 """
 
 from __future__ import annotations
@@ -17,253 +18,270 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
-from dscl.distributed.launcher import GRACE, POLL, joined, leave, spawned, tell
-from dscl.utils.errors import AGAIN, Failure, Stopped, UserError
+from dscl.distributed.launcher import (
+    EXIT_GRACE_SECONDS,
+    POLL_SECONDS,
+    is_spawned_rank,
+    mark_ranks_connected,
+    report_exit,
+    resolve_exit_status,
+)
+from dscl.utils.errors import RERUN_HINT, ExternalFailure, RunStopped, UserError
 
-DEAD_AFTER = "DSCL_DEAD_AFTER"  # the environment's; it has to be known before any recipe is read
-SECONDS = 60.0  # that is, unless it says otherwise
-BEATS = 4  # signs of life within that time
-SOON = 3.0  # seconds that a rank gets to end by itself when another one has died
-KNOCK = 10.0  # seconds that whoever connects gets to say who it is
-# What is said on a line, and then four bytes: of whom.
-ALIVE, LEFT, FAILED, WRONG, TOLD, DEAD, SILENT = (bytes([letter]) for letter in b"alfwtds")
-ENDS = {FAILED: 1, WRONG: 2, TOLD: 75}  # what a rank says that ends alone with such a status, and the others end with
-WORDS = {
+TIMEOUT_VARIABLE = "DSCL_DEAD_AFTER"  # not a key of the recipe, because it is needed before a recipe is read
+DEFAULT_TIMEOUT = 60.0  # seconds of silence after which a rank counts as dead
+MESSAGES_PER_TIMEOUT = 4  # heartbeats within that time
+DEATH_GRACE_SECONDS = 3.0  # after the death of another rank, a rank gets this long to exit by itself
+HANDSHAKE_SECONDS = 10.0  # after it connects, a rank gets this long to send the key and its number
+# A message is one of these bytes, followed by four bytes: the number of the rank that it is about.
+ALIVE, LEFT, FAILED, INVALID_INPUT, STOPPED, DEAD, SILENT = (bytes([letter]) for letter in b"alfwtds")
+MESSAGE_SIZE = 5
+# The exit status of a rank that ends alone, by the message that it sends. The other ranks exit with the same status.
+EXIT_STATUSES = {FAILED: 1, INVALID_INPUT: 2, STOPPED: 75}
+DESCRIPTIONS = {
     FAILED: "has failed (its own message says why)",
-    WRONG: "ends because of a wrong input (its own message says which)",
-    TOLD: "was told to stop",
+    INVALID_INPUT: "ends because of a wrong input (its own message says which)",
+    STOPPED: "was told to stop",
     DEAD: "is dead (its process ended without a word)",
     SILENT: "is silent for more than {seconds:g} s (see {name})",
 }
 
 
-class Line:
-    """One end of a line to another rank. Who watches it notes when it was last heard."""
+class PeerConnection:
+    """The connection to another rank, with the time at which that rank was last heard (set by `Heartbeat`)."""
 
-    def __init__(self, end: socket.socket, rank: int) -> None:
-        self.end, self.rank, self.heard, self._rest = end, rank, 0.0, b""
+    def __init__(self, sock: socket.socket, rank: int) -> None:
+        self.sock, self.rank, self.last_heard, self._partial_message = sock, rank, 0.0, b""
 
-    def say(self, what: bytes, rank: int = 0) -> None:
-        with suppress(OSError):  # it is broken, which listening finds out
-            self.end.sendall(what + rank.to_bytes(4, "big"))
+    def send(self, message: bytes, rank: int = 0) -> None:
+        """Send the message about `rank`."""
+        with suppress(OSError):  # `receive_messages` notices a broken connection
+            self.sock.sendall(message + rank.to_bytes(4, "big"))
 
-    def listen(self) -> list[tuple[bytes, int]]:
-        """What has come; DEAD when the other end is gone."""
+    def receive_messages(self) -> list[tuple[bytes, int]]:
+        """The messages that have arrived, each with the rank that it is about; DEAD when the connection is closed."""
         try:
-            come = self.end.recv(1 << 12)
+            received = self.sock.recv(1 << 12)
         except OSError:
-            come = b""
-        if not come:
+            received = b""
+        if not received:
             return [(DEAD, self.rank)]
-        whole = self._rest + come
-        count = len(whole) // 5
-        self._rest = whole[5 * count :]
-        return [(whole[i : i + 1], int.from_bytes(whole[i + 1 : i + 5], "big")) for i in range(0, 5 * count, 5)]
+        data = self._partial_message + received
+        end = len(data) // MESSAGE_SIZE * MESSAGE_SIZE
+        self._partial_message = data[end:]
+        return [(data[i : i + 1], int.from_bytes(data[i + 1 : i + 5], "big")) for i in range(0, end, MESSAGE_SIZE)]
 
 
-class Lines:
-    """All lines of a rank."""
+class PeerConnections:
+    """The connections of a rank: on the main rank to all other ranks, elsewhere to the main rank."""
 
     def __init__(self) -> None:
-        self._lines: dict[int, Line] = {}  # by the rank at the other end
+        self._peers: dict[int, PeerConnection] = {}  # by rank
         self._selector = selectors.DefaultSelector()
 
-    def add(self, line: Line) -> None:
-        self._lines[line.rank] = line
-        self._selector.register(line.end, selectors.EVENT_READ, line)
+    def add(self, peer: PeerConnection) -> None:
+        self._peers[peer.rank] = peer
+        self._selector.register(peer.sock, selectors.EVENT_READ, peer)
 
-    def __iter__(self) -> Iterator[Line]:
-        return iter(self._lines.values())
+    def __iter__(self) -> Iterator[PeerConnection]:
+        return iter(self._peers.values())
 
     def __len__(self) -> int:
-        return len(self._lines)
+        return len(self._peers)
 
-    def ready(self, seconds: float) -> list[Line]:
-        """Wait until something has come, for so long at most; the lines on which it has."""
+    def wait_until_readable(self, seconds: float) -> list[PeerConnection]:
+        """Wait for at most so many seconds until something arrives; the connections on which something has."""
         return [key.data for key, _ in self._selector.select(seconds)]
 
-    def drop(self, rank: int) -> None:
-        self._selector.unregister(self._lines.pop(rank).end)
+    def remove(self, rank: int) -> None:
+        self._selector.unregister(self._peers.pop(rank).sock)
 
-    def say(self, what: bytes, rank: int = 0) -> None:
-        for line in self:
-            line.say(what, rank)
+    def send_to_all(self, message: bytes, rank: int = 0) -> None:
+        for peer in self:
+            peer.send(message, rank)
 
     def close(self) -> None:
         self._selector.close()
-        for line in self:
-            line.end.close()
+        for peer in self:
+            peer.sock.close()
 
 
 class Heartbeat:
-    """Signs of life on all lines, and the end of a rank that gives none. Clock and lines are handed in."""
+    """Sends heartbeats to all peers and finds a lost one. Tests pass a clock and connections of their own."""
 
-    def __init__(self, lines: Lines, seconds: float, clock: Callable[[], float]) -> None:
-        self.lines, self.seconds, self._clock = lines, seconds, clock
-        self._beat = seconds / BEATS
-        self._spoken = float("-inf")
-        self._woken = clock()
-        for line in lines:
-            line.heard = self._woken
+    def __init__(self, peers: PeerConnections, timeout: float, clock: Callable[[], float]) -> None:
+        self.peers, self.timeout, self._clock = peers, timeout, clock
+        self._interval = timeout / MESSAGES_PER_TIMEOUT
+        self._last_sent = float("-inf")
+        self._last_polled = clock()
+        for peer in peers:
+            peer.last_heard = self._last_polled
 
-    def turn(self) -> tuple[bytes, int] | None:
-        """Say that this rank lives, if it is time to, and hear the others for a moment. If a rank is lost: how, and
-        which; the others have been told."""
-        if self._clock() - self._spoken > self._beat:
-            self._spoken = self._clock()
-            self.lines.say(ALIVE)
-        lost = self._end_heard() or self._silence()
-        if lost is not None:
-            self.lines.say(*lost)
-        return lost
+    def poll(self) -> tuple[bytes, int] | None:
+        """Send a heartbeat if one is due, and receive messages for a moment.
 
-    def _end_heard(self) -> tuple[bytes, int] | None:
-        for line in self.lines.ready(min(self._beat, 0.2)):
-            come = line.listen()
-            line.heard = self._clock()
-            for what, rank in come:
-                if what == LEFT:
-                    self.lines.drop(line.rank)
+        Returns the message and the rank if a rank is lost. The message has then been passed on to all peers.
+        """
+        if self._clock() - self._last_sent > self._interval:
+            self._last_sent = self._clock()
+            self.peers.send_to_all(ALIVE)
+        loss = self._receive_exit_message() or self._find_silent_peer()
+        if loss is not None:
+            self.peers.send_to_all(*loss)
+        return loss
+
+    def _receive_exit_message(self) -> tuple[bytes, int] | None:
+        for peer in self.peers.wait_until_readable(min(self._interval, 0.2)):
+            messages = peer.receive_messages()
+            peer.last_heard = self._clock()
+            for message, rank in messages:
+                if message == LEFT:
+                    self.peers.remove(peer.rank)
                     break
-                if what != ALIVE:
-                    return what, rank
+                if message != ALIVE:
+                    return message, rank
         return None
 
-    def _silence(self) -> tuple[bytes, int] | None:
+    def _find_silent_peer(self) -> tuple[bytes, int] | None:
         now = self._clock()
-        if now - self._woken > self._beat:  # this very rank stood still, and cannot tell who else did
-            for line in self.lines:
-                line.heard = now
-        self._woken = now
-        for line in self.lines:
-            if now - line.heard > self.seconds:
-                return SILENT, line.rank
+        if now - self._last_polled > self._interval:  # this process was suspended, so it cannot judge its peers
+            for peer in self.peers:
+                peer.last_heard = now
+        self._last_polled = now
+        for peer in self.peers:
+            if now - peer.last_heard > self.timeout:
+                return SILENT, peer.rank
         return None
 
 
-class Pulse:
-    """Within it the other ranks are watched, and watch this one."""
+class Liveness:
+    """A context in which all ranks watch each other."""
 
     def __init__(self) -> None:
-        from dscl.distributed import comm  # torch comes with it, which a heartbeat has no use for
+        from dscl.distributed import comm  # imports torch, which the other classes of this file do not need
 
-        self.seconds = _seconds()
-        self._dist = comm
-        self._gone = threading.Event()  # somebody is
+        self.timeout = _read_timeout()
+        self._comm = comm
+        self._peer_lost = threading.Event()
         self._closed = threading.Event()
-        self._why = ""
-        self._last = LEFT
+        self._loss_message = ""
+        self._final_message = LEFT
         self._status = 1
         self._hosts: list[str] = []
 
-    def __enter__(self) -> Pulse:
-        if self._dist.world() > 1:
-            self._hosts = self._dist.gather(socket.gethostname())
-            self._connect()
-            self._thread = threading.Thread(target=self._watch, name="pulse", daemon=True)
+    def __enter__(self) -> Liveness:
+        if self._comm.world_size() > 1:
+            self._hosts = self._comm.all_gather_objects(socket.gethostname())
+            self._connect_peers()
+            self._thread = threading.Thread(target=self._watch_peers, name="liveness", daemon=True)
             self._thread.start()
-        joined()
+        mark_ranks_connected()
         return self
 
-    def beside(self, work: Callable[[], int]) -> int:
-        """The work. An error in it that comes of another rank's end is told as that."""
+    def run_watched(self, work: Callable[[], int]) -> int:
+        """Run `work`. If it fails because another rank is lost, the error names that rank."""
         try:
             return work()
-        except Stopped as error:
-            self._last = LEFT if error.together else TOLD
+        except RunStopped as error:
+            self._final_message = LEFT if error.all_ranks_agreed else STOPPED
             raise
         except UserError:
-            self._last = WRONG
+            self._final_message = INVALID_INPUT
             raise
-        except Failure:
-            self._last = FAILED
+        except ExternalFailure:
+            self._final_message = FAILED
             raise
         except Exception:
-            self._last = FAILED
-            if self._dist.world() > 1 and self._gone.wait(SOON):
-                raise Failure(self._why) from None
+            self._final_message = FAILED
+            if self._comm.world_size() > 1 and self._peer_lost.wait(DEATH_GRACE_SECONDS):
+                raise ExternalFailure(self._loss_message) from None
             raise
 
-    def end(self, status: int) -> int:
-        """What this rank is about to end with, and has told."""
+    def set_exit_status(self, status: int) -> int:
+        """Note the exit status that this rank has reported and is about to end with."""
         self._status = status
         return status
 
     def __exit__(self, *_: object) -> None:
-        if self._dist.world() == 1:
+        if self._comm.world_size() == 1:
             return
         self._closed.set()
         self._thread.join()
-        self._lines.say(self._last, self._dist.rank())
-        self._lines.close()
-        if self._why:  # to take leave of the others would be to wait for the one that is gone
+        self._peers.send_to_all(self._final_message, self._comm.rank())
+        self._peers.close()
+        if self._loss_message:  # an orderly exit from the process group would wait for the lost rank
             sys.stdout.flush()
-            os._exit(leave(self._status))
+            os._exit(resolve_exit_status(self._status))
 
-    def _connect(self) -> None:
-        """A line from each other rank to the main one."""
-        self._lines = Lines()
-        if self._dist.is_main():
-            with _server() as server:
-                key = secrets.token_bytes(16)  # others than the ranks may knock
-                self._dist.from_main((server.getsockname()[1], key))
-                server.settimeout(self.seconds)
-                while len(self._lines) < self._dist.world() - 1:
-                    end, _ = server.accept()
-                    end.settimeout(KNOCK)
+    def _connect_peers(self) -> None:
+        """Connect each other rank to the main rank."""
+        self._peers = PeerConnections()
+        if self._comm.is_main():
+            with _open_server() as server:
+                key = secrets.token_bytes(16)  # programs other than the ranks may connect, and do not know the key
+                self._comm.broadcast_from_main((server.getsockname()[1], key))
+                server.settimeout(self.timeout)
+                while len(self._peers) < self._comm.world_size() - 1:
+                    sock, _ = server.accept()
+                    sock.settimeout(HANDSHAKE_SECONDS)
                     try:
-                        said = end.recv(20, socket.MSG_WAITALL)
+                        handshake = sock.recv(20, socket.MSG_WAITALL)
                     except OSError:
-                        said = b""
-                    if said[:16] != key:
-                        end.close()
+                        handshake = b""
+                    if handshake[:16] != key:
+                        sock.close()
                         continue
-                    rank = int.from_bytes(said[16:], "big")
-                    self._lines.add(Line(end, rank))
+                    rank = int.from_bytes(handshake[16:], "big")
+                    self._peers.add(PeerConnection(sock, rank))
         else:
-            port, key = self._dist.from_main(None)
-            end = socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=self.seconds)
-            end.sendall(key + self._dist.rank().to_bytes(4, "big"))
-            self._lines.add(Line(end, 0))
-        for line in self._lines:
-            line.end.settimeout(KNOCK)
+            port, key = self._comm.broadcast_from_main(None)
+            sock = socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=self.timeout)
+            sock.sendall(key + self._comm.rank().to_bytes(4, "big"))
+            self._peers.add(PeerConnection(sock, 0))
+        for peer in self._peers:
+            peer.sock.settimeout(HANDSHAKE_SECONDS)
 
-    def _watch(self) -> None:
-        heartbeat = Heartbeat(self._lines, self.seconds, time.monotonic)
+    def _watch_peers(self) -> None:
+        heartbeat = Heartbeat(self._peers, self.timeout, time.monotonic)
         while not self._closed.is_set():
-            if lost := heartbeat.turn():
-                return self._lose(*lost)
+            if loss := heartbeat.poll():
+                return self._exit_after_loss(*loss)
 
-    def _lose(self, what: bytes, rank: int) -> None:
-        """Leave, and tell why, if that is this rank's part."""
-        host, how = self._hosts[rank], WORDS[what].format(seconds=self.seconds, name=DEAD_AFTER)
-        if spawned() and what == DEAD:
-            time.sleep(10 * POLL)  # the spawner knows more, and says it first
-        again = "" if what == WRONG else f": {AGAIN}, from the newest checkpoint"
-        self._why = f"rank {rank} on {host} {how}; all ranks leave{again}"
-        self._gone.set()
-        if self._closed.wait(GRACE if what in ENDS else SOON):
+    def _exit_after_loss(self, message: bytes, rank: int) -> None:
+        """After the loss of `rank`, give the main thread time to exit by itself, then end the process.
+
+        One rank of each host reports the loss: the first one that is not lost.
+        """
+        reason = DESCRIPTIONS[message].format(seconds=self.timeout, name=TIMEOUT_VARIABLE)
+        if is_spawned_rank() and message == DEAD:
+            time.sleep(10 * POLL_SECONDS)  # the spawner knows the signal that killed the rank, and reports first
+        hint = "" if message == INVALID_INPUT else f": {RERUN_HINT}, from the newest checkpoint"
+        self._loss_message = f"rank {rank} on {self._hosts[rank]} {reason}; all ranks leave{hint}"
+        self._peer_lost.set()
+        if self._closed.wait(EXIT_GRACE_SECONDS if message in EXIT_STATUSES else DEATH_GRACE_SECONDS):
             return
-        status, here = ENDS.get(what, 1), self._hosts[self._dist.rank()]
-        others_here = (r for r, name in enumerate(self._hosts) if name == here and r != rank)
-        if spawned() or self._dist.rank() == next(others_here, self._dist.rank()):  # or it was itself that fell silent
-            tell(status, f"dscl: {self._why}", patience=0.0)
-        os._exit(leave(status))
+        status, own_rank = EXIT_STATUSES.get(message, 1), self._comm.rank()
+        own_host = self._hosts[own_rank]
+        remaining_here = (r for r, host in enumerate(self._hosts) if host == own_host and r != rank)
+        # `next` has no rank left when this rank is alone on its host and is itself the silent one.
+        if is_spawned_rank() or own_rank == next(remaining_here, own_rank):
+            report_exit(status, f"dscl: {self._loss_message}", delay=0.0)
+        os._exit(resolve_exit_status(status))
 
 
-def _seconds() -> float:
-    given = os.environ.get(DEAD_AFTER, str(SECONDS))
+def _read_timeout() -> float:
+    text = os.environ.get(TIMEOUT_VARIABLE, str(DEFAULT_TIMEOUT))
     try:
-        seconds = float(given)
+        seconds = float(text)
     except ValueError:
         seconds = 0.0
     if not 1.0 <= seconds < 1e6:
-        raise UserError(f"{DEAD_AFTER}: given {given!r} in the environment; allowed: seconds, at least 1")
+        raise UserError(f"{TIMEOUT_VARIABLE}: given {text!r} in the environment; allowed: seconds, at least 1")
     return seconds
 
 
-def _server() -> socket.socket:
-    """Listens on all of this host's addresses: which of them the others know it by is the launcher's affair."""
+def _open_server() -> socket.socket:
+    """A socket that listens on all addresses of this host, because only the launcher knows which one is reachable."""
     if socket.has_dualstack_ipv6():
         try:
             return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)

@@ -1,8 +1,9 @@
-"""Stopping on purpose: a signal to any rank ends the run at one and the same place on all of them, with all saved.
+"""Stopping on a signal: a signal to any rank stops all ranks at the same point of the run, with everything saved.
 
-Signals come at any moment, collectives must not: so a signal only raises a flag, and the run asks at places that all
-ranks come by (`asked`). If it comes by none in time, or a second signal comes, the process leaves at once; what it goes
-on from later is then the newest checkpoint.
+A signal may arrive at any moment, but ranks must make the same collectives in the same order. So a signal only sets a
+flag, and the run polls it (`stop_requested`) at points that all ranks pass. If the run passes no such point within the
+grace period, or if a second signal arrives, the process exits at once. The next start then resumes from the newest
+checkpoint.
 """
 
 from __future__ import annotations
@@ -15,74 +16,80 @@ from contextlib import contextmanager
 from types import FrameType
 
 from dscl.distributed import comm
-from dscl.distributed.launcher import FORWARDED, stop_early, tell
-from dscl.utils.errors import AGAIN
+from dscl.distributed.launcher import FORWARDED_SIGNALS, handle_signal_before_training, report_exit
+from dscl.utils.errors import RERUN_HINT
 
 
-class Stop:
-    """The flag. Before `arm`, when nothing has been trained yet, a signal ends the process there and then."""
+class StopHandler:
+    """Turns signals into a request to stop that all ranks see at the same point.
+
+    Before `enable_graceful_stop` nothing has been trained, and a signal ends the process at once.
+    """
 
     def __init__(self) -> None:
-        self._flag: comm.Flag | None = None
-        self._heard = ""
+        self._flag: comm.SharedFlag | None = None
+        self._first_signal = ""
         self._timer: threading.Timer | None = None
 
     @contextmanager
-    def listening(self) -> Iterator[Stop]:
-        """Within, signals are heard here. Only a program's main thread can."""
+    def handle_signals(self) -> Iterator[StopHandler]:
+        """Handle signals within this context. Python allows that in the main thread only; elsewhere do nothing."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        # A handler runs when the main thread is back from whatever it waits for, which may be a rank that is gone; the
-        # number of a signal is written at once.
-        heard, written = os.pipe()
-        os.set_blocking(written, False)
-        before = {number: signal.signal(number, self._early) for number in FORWARDED}
-        wakes = signal.set_wakeup_fd(written, warn_on_full_buffer=False)
-        threading.Thread(target=self._listen, args=(heard,), daemon=True).start()
+        # Python runs a signal handler only after the main thread returns from the call it is in. That call may wait for
+        # a rank that is dead. The wakeup pipe gets the signal's number at once, and a thread reads it.
+        read_end, write_end = os.pipe()
+        os.set_blocking(write_end, False)
+        previous_handlers = {signum: signal.signal(signum, self._stop_if_untrained) for signum in FORWARDED_SIGNALS}
+        previous_wakeup_fd = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+        threading.Thread(target=self._read_signals, args=(read_end,), daemon=True).start()
         try:
             yield self
         finally:
-            signal.set_wakeup_fd(wakes)
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            os.close(written)
+            signal.set_wakeup_fd(previous_wakeup_fd)
+            for signum, handler in previous_handlers.items():
+                signal.signal(signum, handler)
+            os.close(write_end)
             if self._timer is not None:
                 self._timer.cancel()
 
-    def arm(self, grace: float) -> None:
-        """From now on there is something to save, in at most so many seconds after a signal. All ranks call it."""
+    def enable_graceful_stop(self, grace: float) -> None:
+        """From now on a signal requests a stop with a save, which may take `grace` seconds. All ranks call this."""
         self._grace = grace
-        self._flag = comm.Flag()
+        self._flag = comm.SharedFlag()
 
-    def asked(self) -> bool:
-        """Whether a rank was told to stop; the same answer on all of them, who all ask equally often."""
-        return self._flag is not None and self._flag.raised() > 0
+    def stop_requested(self) -> bool:
+        """Whether a rank has got a signal: the same answer on all ranks, which all call this equally often."""
+        return self._flag is not None and self._flag.count_ranks_set() > 0
 
-    def _early(self, number: int, frame: FrameType | None) -> None:
-        """There is nothing to save yet."""
+    def _stop_if_untrained(self, signum: int, frame: FrameType | None) -> None:
+        """The signal handler; once there is something to save, `_read_signals` handles signals instead."""
         if self._flag is None:
-            stop_early(number, frame)
+            handle_signal_before_training(signum, frame)
 
-    def _listen(self, heard: int) -> None:
-        with open(heard, "rb", buffering=0) as numbers:
-            while number := numbers.read(1):
-                if number[0] in FORWARDED and self._flag is not None:
-                    self._hear(number[0])
+    def _read_signals(self, read_end: int) -> None:
+        with open(read_end, "rb", buffering=0) as signal_numbers:
+            while signum := signal_numbers.read(1):
+                if signum[0] in FORWARDED_SIGNALS and self._flag is not None:
+                    self._request_stop(signum[0])
 
-    def _hear(self, number: int) -> None:
+    def _request_stop(self, signum: int) -> None:
         assert self._flag is not None
-        name = signal.Signals(number).name
-        if self._heard:
-            self._leave(128 + number, f"{self._heard}, then {name}: left at once; {AGAIN}, from the newest checkpoint")
-        self._heard = name
-        self._flag.raise_()
-        late = f"{name}: not saved within checkpoint.grace={self._grace:g} s; {AGAIN}, from the newest checkpoint"
-        self._timer = threading.Timer(self._grace, self._leave, (1, late))
+        name = signal.Signals(signum).name
+        if self._first_signal:
+            message = f"{self._first_signal}, then {name}: left at once; {RERUN_HINT}, from the newest checkpoint"
+            self._exit_now(128 + signum, message)
+        self._first_signal = name
+        self._flag.set()
+        message = (
+            f"{name}: not saved within checkpoint.grace={self._grace:g} s; {RERUN_HINT}, from the newest checkpoint"
+        )
+        self._timer = threading.Timer(self._grace, self._exit_now, (1, message))
         self._timer.daemon = True
         self._timer.start()
 
     @staticmethod
-    def _leave(status: int, text: str) -> None:
-        tell(status, f"dscl: {text}", patience=0.0)
+    def _exit_now(status: int, message: str) -> None:
+        report_exit(status, f"dscl: {message}", delay=0.0)
         os._exit(status)

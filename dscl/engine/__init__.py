@@ -1,1 +1,1 @@
-"""One DeepSpeed engine for the whole stream of tasks, and what a rank holds of each matrix."""
+"""The DeepSpeed engine, its optimizer and hooks, and the owners of whole matrices."""

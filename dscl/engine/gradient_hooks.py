@@ -1,7 +1,7 @@
-"""What a method may do with gradients: look at those of some samples, and change each step's, stretch by stretch.
+"""The interface through which a method reads gradients, and changes them before an optimizer step.
 
-Every rank sees the stretches of the trained tensors whose fp32 masters it holds, whatever the stage, and may keep more
-tensors of their length beside them, which checkpoints carry along.
+A rank sees the shards of the trained tensors whose fp32 masters it holds, at every ZeRO stage. A method may keep extra
+tensors of the same length beside each shard; checkpoints include them.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Protocol
 import torch
 
 
-class Held(Protocol):
-    """A stretch of a trained tensor that this rank holds, as flat views: writing into them changes what is held."""
+class LocalShard(Protocol):
+    """This rank's shard of a trained tensor, as flat views: writing into a view changes the trained tensor."""
 
     @property
     def name(self) -> str: ...
@@ -21,23 +21,30 @@ class Held(Protocol):
     def master(self) -> torch.Tensor: ...
     @property
     def gradient(self) -> torch.Tensor:
-        """As the optimizer is about to use it; there only in `steer`, and where a gradient is shown."""
+        """The gradient that the optimizer is about to use. Available only inside `modify_gradients` and inside a
+        `GradientCallback`."""
         ...
 
     @property
-    def kept(self) -> dict[str, torch.Tensor]:
-        """What the method keeps beside it, by kind; zero at first."""
+    def extra_state(self) -> dict[str, torch.Tensor]:
+        """The method's extra tensors for this shard, by name; zero at first."""
         ...
 
 
-Shown = Callable[[Sequence[Held]], None]  # is shown stretches with a gradient
+GradientCallback = Callable[[Sequence[LocalShard]], None]  # receives shards that have a gradient
 
 
-class Steering(Protocol):
-    """Changes gradients in place, after they were clipped and before AdamW makes a step of them."""
+class GradientHook(Protocol):
+    """Changes gradients in place, after clipping and before AdamW's step."""
 
-    kinds: tuple[str, ...]  # of what is kept beside every trained tensor, in fp32
-    at_once: bool  # whether a step's stretches have to be seen together
+    extra_state_names: tuple[str, ...]  # one fp32 tensor of each name is kept beside every shard
+    needs_all_shards: bool  # whether one call must receive all shards of a step
 
-    def steer(self, stretches: Sequence[Held], sum_: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """`sum_` adds up what the ranks find in their stretches, so that the sum is over whole tensors; all call it."""
+    def modify_gradients(
+        self, shards: Sequence[LocalShard], all_reduce_sum: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
+        """Change `shard.gradient` of each shard in place.
+
+        `all_reduce_sum` adds up per-shard results over the ranks, so that the sum covers whole tensors. All ranks must
+        call it equally often.
+        """

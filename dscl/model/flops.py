@@ -1,9 +1,9 @@
-"""What a training step of a model costs in floating-point operations, by what is really computed.
+"""Floating-point operations of a training step, counted from the matrix products that are really computed.
 
-A product of [tokens, in] with [in, out] takes 2 · in · out a token forward, as much again backward for its input where
-a gradient flows on to something that trains below, and as much again for the weight where that trains itself. So frozen
-layers cost a third or two of trained ones, and what stands below everything that trains costs nothing backward. The
-usual six operations a parameter and token are right for none of these methods.
+A product of [tokens, in] with [in, out] takes 2 · in · out operations per token in the forward pass. The backward pass
+takes as many for the gradient of the input, if a layer below is trainable, and as many for the gradient of the weight,
+if the weight is trainable. So a frozen layer costs one or two thirds of a trainable one. The usual estimate of six
+operations per parameter and token is therefore wrong for the methods here.
 """
 
 from __future__ import annotations
@@ -14,111 +14,124 @@ from typing import Any, NamedTuple
 from torch import nn
 
 
-class Product(NamedTuple):
-    """With a matrix of this size, which trains or not."""
+class MatMul(NamedTuple):
+    """A matrix product x Wᵀ with a weight of this size."""
 
-    into: int
-    out: int
-    trains: bool
+    in_features: int
+    out_features: int
+    trainable: bool
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Operations, forward and backward."""
+class FlopCount:
+    """Operations of a forward and backward pass."""
 
-    token: float  # of each token, in all layers
-    pair: float  # of each token and one that it attends to, in all layers
-    target: float  # of each position whose logits are made
-    again_token: float  # of the first two, what activation checkpointing computes once more
-    again_pair: float
+    per_token: float  # for each token, in all layers
+    per_pair: float  # for each pair of a token and a token it attends to, in all layers
+    per_target: float  # for each position whose logits are computed
+    recompute_per_token: float  # additional operations of activation checkpointing
+    recompute_per_pair: float
 
-    def of(self, tokens: int, pairs: int, targets: int) -> float:
-        """Of samples with so many tokens, pairs of a token with itself or one before it, and targets."""
-        return self.token * tokens + self.pair * pairs + self.target * targets
+    def total_flops(self, tokens: int, pairs: int, targets: int) -> float:
+        """Operations for samples with this many tokens, pairs and targets; a token also attends to itself."""
+        return self.per_token * tokens + self.per_pair * pairs + self.per_target * targets
 
-    def again(self, tokens: int, pairs: int) -> float:
-        return self.again_token * tokens + self.again_pair * pairs
+    def recompute_flops(self, tokens: int, pairs: int) -> float:
+        """Operations that activation checkpointing adds."""
+        return self.recompute_per_token * tokens + self.recompute_per_pair * pairs
 
 
-def cost_of(model: nn.Module) -> Cost | None:
-    """Of a LLaMA-like causal language model as it stands: what trains, and what was put beside its projections.
+def count_flops(model: nn.Module) -> FlopCount | None:
+    """Operations of a LLaMA-like causal language model, with its adapters and its trainable parameters as they are.
 
-    None where it is not built like that: there are many kinds, and nothing but a figure depends on it.
+    None for a model of another structure; only displayed figures depend on the count.
     """
     try:
-        return _cost_of(model)
+        return _count_flops(model)
     except AttributeError:
         return None
 
 
-def _cost_of(model: nn.Module) -> Cost:
-    core: Any = model.get_submodule("model")
+def _count_flops(model: nn.Module) -> FlopCount:
+    decoder: Any = model.get_submodule("model")
     head: Any = model.get_submodule("lm_head")
-    token = pair = again = again_pair = 0.0
-    flows = _trains(core.embed_tokens)
-    for layer in core.layers:
+    per_token = per_pair = recompute = recompute_per_pair = 0.0
+    has_gradient = _has_trainable(decoder.embed_tokens)
+    for layer in decoder.layers:
         attention, mlp = layer.self_attn, layer.mlp
-        flows |= _trains(layer.input_layernorm)
-        q, k, v = read = [_applied(module, flows) for module in (attention.q_proj, attention.k_proj, attention.v_proj)]
-        # Between them every token meets those before it: products of q with k, and of what comes out with v.
-        width, met = 2.0 * attention.q_proj.out_features, q.flows or k.flows
-        pair += width * (1 + q.flows + k.flows) + width * (1 + met + v.flows)
-        o = _applied(attention.o_proj, met or v.flows)
-        flows |= o.flows or _trains(layer.post_attention_layernorm)
-        raised = [_applied(module, flows) for module in (mlp.gate_proj, mlp.up_proj)]
-        down = _applied(mlp.down_proj, any(each.flows for each in raised))
-        flows |= down.flows
-        token += sum(each.whole for each in (*read, o, *raised, down))
-        if flows:  # the whole layer, frozen or not, up to its last product: nothing is made of what comes out of that
-            last = products(mlp.down_proj)[-1][-1]
-            again += sum(each.forward for each in (*read, o, *raised, down)) - 2.0 * last.into * last.out
-            again_pair += 2 * width
-    kept = not getattr(core, "gradient_checkpointing", False)
-    target = _applied(head, flows or _trains(core.norm)).whole
-    return Cost(token, pair, target, 0.0 if kept else again, 0.0 if kept else again_pair)
+        has_gradient |= _has_trainable(layer.input_layernorm)
+        q, k, v = qkv = [
+            _projection_flops(module, has_gradient) for module in (attention.q_proj, attention.k_proj, attention.v_proj)
+        ]
+        # Attention: each token's q with the k of each token before it, and the attention weights with v.
+        width, scores_gradient = 2.0 * attention.q_proj.out_features, q.has_gradient or k.has_gradient
+        per_pair += width * (1 + q.has_gradient + k.has_gradient) + width * (1 + scores_gradient + v.has_gradient)
+        o = _projection_flops(attention.o_proj, scores_gradient or v.has_gradient)
+        has_gradient |= o.has_gradient or _has_trainable(layer.post_attention_layernorm)
+        gate_up = [_projection_flops(module, has_gradient) for module in (mlp.gate_proj, mlp.up_proj)]
+        down = _projection_flops(mlp.down_proj, any(each.has_gradient for each in gate_up))
+        has_gradient |= down.has_gradient
+        per_token += sum(each.total for each in (*qkv, o, *gate_up, down))
+        if has_gradient:  # the whole layer is recomputed, except its last product, whose output is not needed
+            last = matmul_chains(mlp.down_proj)[-1][-1]
+            recompute += (
+                sum(each.forward for each in (*qkv, o, *gate_up, down)) - 2.0 * last.in_features * last.out_features
+            )
+            recompute_per_pair += 2 * width
+    keeps_activations = not getattr(decoder, "gradient_checkpointing", False)
+    per_target = _projection_flops(head, has_gradient or _has_trainable(decoder.norm)).total
+    return FlopCount(
+        per_token,
+        per_pair,
+        per_target,
+        0.0 if keeps_activations else recompute,
+        0.0 if keeps_activations else recompute_per_pair,
+    )
 
 
-def low_rank(into: int, rank: int, out: int, trains: bool) -> list[Product]:
-    return [Product(into, rank, trains), Product(rank, out, trains)]
+def low_rank_matmuls(in_features: int, rank: int, out_features: int, trainable: bool) -> list[MatMul]:
+    """The two products of a low-rank adapter."""
+    return [MatMul(in_features, rank, trainable), MatMul(rank, out_features, trainable)]
 
 
-def products(module: Any) -> list[list[Product]]:
-    """The chains of products that a projection makes of its input, to be added up, as they come one after the other."""
-    if hasattr(module, "base_layer"):  # PEFT's
-        chains = products(module.base_layer)
+def matmul_chains(module: Any) -> list[list[MatMul]]:
+    """The matrix products of a projection. The outputs of the chains are summed; a chain's products are consecutive."""
+    if hasattr(module, "base_layer"):  # a layer of PEFT
+        chains = matmul_chains(module.base_layer)
         for name in module.active_adapters:
-            low, high = module.lora_A[name], module.lora_B[name]
-            chains.append([_product(low), _product(high)])
+            lora_a, lora_b = module.lora_A[name], module.lora_B[name]
+            chains.append([_linear_matmul(lora_a), _linear_matmul(lora_b)])
         return chains
-    own = [[_product(module)]]
-    return own + module.beside() if hasattr(module, "beside") else own
+    base_chain = [[_linear_matmul(module)]]
+    return base_chain + module.adapter_matmuls() if hasattr(module, "adapter_matmuls") else base_chain
 
 
-def _product(linear: Any) -> Product:
-    return Product(linear.in_features, linear.out_features, linear.weight.requires_grad)
+def _linear_matmul(linear: Any) -> MatMul:
+    return MatMul(linear.in_features, linear.out_features, linear.weight.requires_grad)
 
 
-class Applied(NamedTuple):
-    """A projection of one token."""
+class ProjectionFlops(NamedTuple):
+    """Operations of a projection for one token."""
 
     forward: float
-    whole: float
-    flows: bool  # whether a gradient comes to its output
+    total: float  # forward and backward
+    has_gradient: bool  # whether its output requires a gradient
 
 
-def _applied(module: Any, flows: bool) -> Applied:
-    forward = whole = 0.0
-    on = flows
-    for chain in products(module):
-        reached = flows
-        for into, out, trains in chain:
-            once = 2.0 * into * out
-            forward += once
-            whole += once * (1 + reached + trains)
-            reached |= trains
-        on |= reached
-    return Applied(forward, whole, on)
+def _projection_flops(module: Any, has_gradient: bool) -> ProjectionFlops:
+    """`has_gradient`: whether the projection's input requires a gradient."""
+    forward = total = 0.0
+    has_output_gradient = has_gradient
+    for chain in matmul_chains(module):
+        has_input_gradient = has_gradient
+        for in_features, out_features, trainable in chain:
+            forward_flops = 2.0 * in_features * out_features
+            forward += forward_flops
+            total += forward_flops * (1 + has_input_gradient + trainable)
+            has_input_gradient |= trainable
+        has_output_gradient |= has_input_gradient
+    return ProjectionFlops(forward, total, has_output_gradient)
 
 
-def _trains(module: nn.Module) -> bool:
+def _has_trainable(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())

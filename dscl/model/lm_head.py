@@ -1,7 +1,8 @@
-"""What follows the backbone: logits of answers' tokens alone, and their cross-entropy.
+"""The language-model head: logits and cross-entropy of the answer tokens only.
 
-Where there are very many logits (long answers, large vocabularies) they are never there all at once: some rows at a
-time give their part of the loss and, as it is a sum, of its gradients, which then wait for the backward pass.
+With very many logits (long answers, large vocabularies), the loss is computed in chunks of rows, so that the logits are
+never in memory all at once. The forward pass then computes the gradients chunk by chunk too, and keeps them for the
+backward pass.
 """
 
 from __future__ import annotations
@@ -16,42 +17,44 @@ from torch.nn import functional
 
 from dscl.data.batches import Batch
 
-AT_ONCE = 1 << 26  # logits; more are made in parts
-# Models whose logits are what the head gives; others scale or bound them afterwards.
-PLAIN = ("llama", "mistral", "qwen2", "qwen3")
+MAX_LOGITS = 1 << 26  # logits computed at once; more are computed in chunks
+# Model types whose logits are the plain output of the head; others scale or cap the logits.
+PLAIN_HEAD_MODELS = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def answer_loss(model: Any, batch: Batch) -> torch.Tensor:
-    """Cross-entropy summed over the answers' tokens, in fp32."""
-    head, owner = model.get_output_embeddings(), model.get_output_embeddings.__self__  # within whatever is around it
-    # An adapter's head is more than one product; and fp16 needs its loss scale before gradients are rounded.
-    if type(head) is nn.Linear and owner.config.model_type in PLAIN and head.weight.dtype != torch.float16:
-        rows = max(1, AT_ONCE // head.out_features)
-        if batch.places.numel() > rows:
-            return _in_parts(model, head, batch, rows)
+    """Cross-entropy summed over the answer tokens, in fp32."""
+    head, owner = model.get_output_embeddings(), model.get_output_embeddings.__self__  # the model inside wrappers
+    # A head with an adapter is more than one product; and fp16 gradients must be scaled before they are rounded.
+    if type(head) is nn.Linear and owner.config.model_type in PLAIN_HEAD_MODELS and head.weight.dtype != torch.float16:
+        chunk_rows = max(1, MAX_LOGITS // head.out_features)
+        if batch.loss_positions.numel() > chunk_rows:
+            return _chunked_answer_loss(model, head, batch, chunk_rows)
     return functional.cross_entropy(answer_logits(model, batch), batch.labels, ignore_index=-100, reduction="sum")
 
 
 def answer_logits(model: Any, batch: Batch) -> torch.Tensor:
-    """For each of `labels`, [targets, vocabulary] in fp32; for no other token are any made."""
-    with _only_targets(model.get_output_embeddings(), batch):
-        return _through(model, batch).float()
+    """Logits for the answer tokens `batch.labels` only, [targets, vocabulary] in fp32."""
+    with _select_targets(model.get_output_embeddings(), batch):
+        return _forward_batch(model, batch).float()
 
 
-def _in_parts(model: Any, head: nn.Linear, batch: Batch, rows: int) -> torch.Tensor:
-    """The loss takes the place of the head's output."""
+def _chunked_answer_loss(model: Any, head: nn.Linear, batch: Batch, chunk_rows: int) -> torch.Tensor:
+    """The answer loss, computed in chunks of rows inside the head's forward pass."""
     backward = torch.is_grad_enabled()
 
     def loss(hidden: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = PartByPart.apply(hidden, head.weight, head.bias, batch.labels, rows, backward)
-        return found
+        output: torch.Tensor = ChunkedCrossEntropy.apply(
+            hidden, head.weight, head.bias, batch.labels, chunk_rows, backward
+        )
+        return output
 
-    with _only_targets(head, batch), _instead(head, loss):
-        return _through(model, batch)
+    with _select_targets(head, batch), _replace_forward(head, loss):
+        return _forward_batch(model, batch)
 
 
-class PartByPart(torch.autograd.Function):
-    """Summed cross-entropy of `hidden @ weight.T + bias`, some rows at a time."""
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy of `hidden @ weight.T + bias`, in chunks of rows."""
 
     @staticmethod
     def forward(
@@ -60,63 +63,63 @@ class PartByPart(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         labels: torch.Tensor,
-        rows: int,
+        chunk_rows: int,
         backward: bool,
     ) -> torch.Tensor:
-        wanted = [backward and needed for needed in ctx.needs_input_grad[:3]]
-        exact = torch.promote_types(hidden.dtype, torch.float32)
-        loss = torch.zeros((), dtype=exact, device=hidden.device)
-        to_hidden = torch.empty_like(hidden) if wanted[0] else None
-        to_weight = torch.zeros_like(weight) if wanted[1] else None
-        to_bias = torch.zeros_like(bias) if bias is not None and wanted[2] else None
-        for start in range(0, hidden.shape[0], rows):
-            part, label = hidden[start : start + rows], labels[start : start + rows, None]
-            counts, label = label != -100, label.clamp(min=0)
-            logits = functional.linear(part, weight, bias).to(exact)
-            whole, own = logits.logsumexp(1, keepdim=True), logits.gather(1, label)
-            loss += (whole - own).mul_(counts).sum()
-            if any(wanted):
-                back = logits.sub_(whole).exp_()  # the gradient: probabilities, and one less at the label
-                back.scatter_(1, label, (own - whole).exp_() - 1).mul_(counts)
-                back = back.to(weight.dtype)
-            if to_hidden is not None:
-                torch.mm(back, weight, out=to_hidden[start : start + rows])
-            if to_weight is not None:
-                to_weight.addmm_(back.T, part)
-            if to_bias is not None:
-                to_bias += back.sum(0)
-        ctx.made, ctx.rows = (to_hidden, to_weight, to_bias), rows
+        needs_grad = [backward and needed for needed in ctx.needs_input_grad[:3]]
+        loss_dtype = torch.promote_types(hidden.dtype, torch.float32)
+        loss = torch.zeros((), dtype=loss_dtype, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if needs_grad[0] else None
+        grad_weight = torch.zeros_like(weight) if needs_grad[1] else None
+        grad_bias = torch.zeros_like(bias) if bias is not None and needs_grad[2] else None
+        for start in range(0, hidden.shape[0], chunk_rows):
+            chunk, chunk_labels = hidden[start : start + chunk_rows], labels[start : start + chunk_rows, None]
+            is_target, chunk_labels = chunk_labels != -100, chunk_labels.clamp(min=0)
+            logits = functional.linear(chunk, weight, bias).to(loss_dtype)
+            log_normalizer, label_logits = logits.logsumexp(1, keepdim=True), logits.gather(1, chunk_labels)
+            loss += (log_normalizer - label_logits).mul_(is_target).sum()
+            if any(needs_grad):
+                grad_logits = logits.sub_(log_normalizer).exp_()  # gradient of the loss: softmax minus one-hot label
+                grad_logits.scatter_(1, chunk_labels, (label_logits - log_normalizer).exp_() - 1).mul_(is_target)
+                grad_logits = grad_logits.to(weight.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad_logits, weight, out=grad_hidden[start : start + chunk_rows])
+            if grad_weight is not None:
+                grad_weight.addmm_(grad_logits.T, chunk)
+            if grad_bias is not None:
+                grad_bias += grad_logits.sum(0)
+        ctx.grads, ctx.chunk_rows = (grad_hidden, grad_weight, grad_bias), chunk_rows
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (scale,) = outer
-        made, ctx.made = ctx.made, None  # they are changed in place, so this can be asked for once
-        for found in made:
-            for some in found.split(ctx.rows) if found is not None else ():
-                some.copy_(some.to(scale.dtype) * scale)  # not rounding the factor
-        return (*made, None, None, None)
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (scale,) = grad_outputs
+        grads, ctx.grads = ctx.grads, None  # scaled in place, so backward can run only once
+        for grad in grads:
+            for rows in grad.split(ctx.chunk_rows) if grad is not None else ():
+                rows.copy_(rows.to(scale.dtype) * scale)  # multiplies before rounding
+        return (*grads, None, None, None)
 
 
-def _through(model: Any, batch: Batch) -> torch.Tensor:
-    """What the model makes of a batch."""
-    found: torch.Tensor = model(
+def _forward_batch(model: Any, batch: Batch) -> torch.Tensor:
+    """The model's logits for a batch; or the loss, inside `_chunked_answer_loss`."""
+    output: torch.Tensor = model(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
         position_ids=batch.position_ids,
         use_cache=False,  # with a cache, packed samples would see each other
     ).logits
-    return found
+    return output
 
 
 @contextmanager
-def _only_targets(head: nn.Module, batch: Batch) -> Iterator[None]:
-    """Within, the head sees the tokens from which an answer's token is foretold, [targets, hidden]."""
+def _select_targets(head: nn.Module, batch: Batch) -> Iterator[None]:
+    """In this context, the head receives only the positions that predict an answer token, [targets, hidden]."""
 
-    def before_a_target(_: nn.Module, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (given[0].flatten(0, 1).index_select(0, batch.places), *given[1:])
+    def select_targets(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (inputs[0].flatten(0, 1).index_select(0, batch.loss_positions), *inputs[1:])
 
-    hook = head.register_forward_pre_hook(before_a_target)
+    hook = head.register_forward_pre_hook(select_targets)
     try:
         yield
     finally:
@@ -124,14 +127,14 @@ def _only_targets(head: nn.Module, batch: Batch) -> Iterator[None]:
 
 
 @contextmanager
-def _instead(module: nn.Module, forward: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """Within, the module computes this; its hooks, by which weights are gathered, stay."""
-    before = vars(module).get("forward")
+def _replace_forward(module: nn.Module, forward: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """In this context, the module runs this forward function. Its hooks, which gather ZeRO-3 weights, still run."""
+    original_forward = vars(module).get("forward")
     module.forward = forward
     try:
         yield
     finally:
-        if before is None:
+        if original_forward is None:
             del module.forward
         else:
-            module.forward = before
+            module.forward = original_forward

@@ -1,6 +1,6 @@
-"""Dense weights that training has changed, to lay over the base model's; an export keeps them as one safetensors file.
+"""Weight overlays: trained dense tensors that replace those of the base model. An export keeps them as one file.
 
-They are read and written one tensor at a time: there may be as many of them as of the whole model.
+Tensors are read and written one at a time, because an overlay may be as large as the model.
 """
 
 from __future__ import annotations
@@ -14,84 +14,87 @@ from typing import Any, Protocol
 
 import torch
 
-from dscl.model.weights import NUMBERS, open_safetensors
+from dscl.model.weights import FLOAT_DTYPES, open_safetensors
 from dscl.utils.errors import UserError
 
-KINDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-BLOCK = 1 << 22  # bytes of a file that are read at once
-Read = Callable[[str, torch.Size, int, int], torch.Tensor]  # elements [start, stop) of a tensor
-Sum = dict[str, int]  # of a file: its bytes and its checksum
+SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+READ_BLOCK_BYTES = 1 << 22  # bytes of a file read at once
+ReadSlice = Callable[
+    [str, torch.Size, int, int], torch.Tensor
+]  # (name, shape, start, stop) → elements [start, stop) of a flattened tensor
+FileChecksum = dict[str, int]  # a file's "bytes" and "crc32"
 
 
-class Trained(Protocol):
-    """Some of a backbone's tensors."""
+class WeightOverlay(Protocol):
+    """Tensors that replace those of a backbone."""
 
     @property
-    def shapes(self) -> Mapping[str, torch.Size]: ...  # by their names in the plain backbone
+    def shapes(self) -> Mapping[str, torch.Size]: ...  # by the tensors' names in the plain backbone
 
     def read(self, name: str) -> torch.Tensor: ...
 
 
-class TrainedFile:
-    """What `write_trained` wrote."""
+class OverlayFile:
+    """The safetensors file that `write_overlay` wrote."""
 
-    def __init__(self, path: Path, expected: Sum) -> None:
-        """Refused if the file is not the one with these bytes and this checksum."""
+    def __init__(self, path: Path, checksum: FileChecksum) -> None:
+        """Refuses a file with another size or checksum."""
         self.path = path
         if not path.is_file():
             raise UserError(f"{path}: no such file; it holds the weights that were trained, so copy it again")
-        if _sum(path) != expected:
+        if _file_checksum(path) != checksum:
             raise UserError(f"{path}: damaged, or of another export; its checksum is not the one noted; copy it again")
         with open_safetensors(path) as file:
             self.shapes = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
     def read(self, name: str) -> torch.Tensor:
         with open_safetensors(self.path) as file:
-            part = file.get_slice(name)
-            assert part.get_dtype() in NUMBERS
-            tensor: torch.Tensor = part[...]
+            tensor_slice = file.get_slice(name)
+            assert tensor_slice.get_dtype() in FLOAT_DTYPES
+            tensor: torch.Tensor = tensor_slice[...]
             return tensor
 
 
-def laid_over(read: Read, trained: Trained | None) -> Read:
-    """How a backbone's tensors are read where some of them were trained."""
-    if trained is None:
+def overlay_weights(read: ReadSlice, overlay: WeightOverlay | None) -> ReadSlice:
+    """A function that reads the overlay's tensors where it has them, and calls `read` for all others."""
+    if overlay is None:
         return read
     return lambda name, shape, start, stop: (
-        trained.read(name).flatten()[start:stop] if name in trained.shapes else read(name, shape, start, stop)
+        overlay.read(name).flatten()[start:stop] if name in overlay.shapes else read(name, shape, start, stop)
     )
 
 
-def check_trained(trained: Trained, shapes: Mapping[str, torch.Size], where: str) -> None:
-    """Refuse what is not of this backbone."""
-    for name, shape in trained.shapes.items():
+def check_overlay(overlay: WeightOverlay, shapes: Mapping[str, torch.Size], where: str) -> None:
+    """Refuse an overlay with tensors that the backbone lacks or has in another shape; `where` names the overlay."""
+    for name, shape in overlay.shapes.items():
         if shapes.get(name) != shape:
-            there = f"the model's is {list(shapes[name])}" if name in shapes else "the model has no such tensor"
+            expected = f"the model's is {list(shapes[name])}" if name in shapes else "the model has no such tensor"
             raise UserError(
-                f"{where}: holds {name} of shape {list(shape)}, {there}; use the model that the tasks were trained on"
+                f"{where}: holds {name} of shape {list(shape)}, {expected}; use the model that the tasks were trained "
+                "on"
             )
 
 
-def write_trained(path: Path, trained: Trained, dtype: torch.dtype) -> Sum:
-    """As safetensors, in the model's own type and by name; returns the file's bytes and checksum."""
-    width = torch.empty(0, dtype=dtype).element_size()
+def write_overlay(path: Path, overlay: WeightOverlay, dtype: torch.dtype) -> FileChecksum:
+    """Write the overlay as a safetensors file of this dtype, tensors ordered by name; returns size and checksum."""
+    element_size = torch.empty(0, dtype=dtype).element_size()
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, shape in sorted(trained.shapes.items()):
-        start, end = end, end + width * math.prod(shape)
-        header[name] = {"dtype": KINDS[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    stop_offset = 0
+    for name, shape in sorted(overlay.shapes.items()):
+        start, stop_offset = stop_offset, stop_offset + element_size * math.prod(shape)
+        header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [start, stop_offset]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name in sorted(trained.shapes):
-            file.write(trained.read(name).to(dtype).contiguous().flatten().view(torch.uint8).numpy().data)
-    return _sum(path)
+        for name in sorted(overlay.shapes):
+            file.write(overlay.read(name).to(dtype).contiguous().flatten().view(torch.uint8).numpy().data)
+    return _file_checksum(path)
 
 
-def _sum(path: Path) -> Sum:
+def _file_checksum(path: Path) -> FileChecksum:
     checksum = 0
     with open(path, "rb") as file:
-        while block := file.read(BLOCK):
+        while block := file.read(READ_BLOCK_BYTES):
             checksum = zlib.crc32(block, checksum)
     return {"bytes": path.stat().st_size, "crc32": checksum}

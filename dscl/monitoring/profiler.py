@@ -1,6 +1,6 @@
-"""Traces of some steps, for Perfetto or Chrome; and what was in a GPU's memory when it ran out.
+"""Profiler traces of selected steps (for Perfetto or Chrome), and GPU memory snapshots after out-of-memory errors.
 
-A trace holds what ran on the CPU and the GPU, under the names of the parts that dscl/utils/timers.py measures.
+A trace holds the operations on CPU and GPU, in ranges named after the parts that dscl/utils/timers.py measures.
 """
 
 from __future__ import annotations
@@ -15,53 +15,56 @@ from torch.profiler import ProfilerActivity, profile
 from dscl.config.schema import ProfileConfig
 from dscl.distributed import comm
 from dscl.utils import timers
-from dscl.utils.errors import Failure, UserError
+from dscl.utils.errors import ExternalFailure, UserError
 
-FOLDER = "traces"
+TRACE_FOLDER = "traces"
 
 
 class Tracer:
-    """Of one rank; a context around all that it may have to trace, or to tell of when memory runs out."""
+    """Writes the traces of one rank. As a context around the whole training, it also handles out-of-memory errors."""
 
     def __init__(self, run_dir: Path, config: ProfileConfig) -> None:
-        self._folder, self._ranks = run_dir / FOLDER, config.ranks
+        self._folder, self._ranks = run_dir / TRACE_FOLDER, config.ranks
         self._first, self._last = config.steps or (0, -1)
-        if config.steps and max(config.ranks) >= comm.world():
+        if config.steps and max(config.ranks) >= comm.world_size():
             raise UserError(
-                f"observe.profile.ranks: given {list(config.ranks)}; this run has the ranks 0 to {comm.world() - 1}"
+                f"observe.profile.ranks: given {list(config.ranks)}; this run has the ranks 0 to "
+                f"{comm.world_size() - 1}"
             )
         self._shapes = config.shapes
-        self._began = 0  # the first step of the trace that is being made; the same on all ranks
+        self._trace_start = 0  # first step of the trace in progress, 0 if none; the same on all ranks
         self._profiler: Any = None
         self._on_gpu = comm.device().type == "cuda"
         if config.memory and self._on_gpu:
             torch.cuda.memory._record_memory_history(max_entries=100_000)
 
-    def missed(self, done: int, steps: int) -> str:
-        """What to tell where no step that was asked for is still to come."""
-        if self._last < self._first or (done < self._last and self._first <= steps):
+    def explain_untraced(self, steps_done: int, total_steps: int) -> str:
+        """A message for the user if none of the steps to trace is still to come, else ""."""
+        if self._last < self._first or (steps_done < self._last and self._first <= total_steps):
             return ""
-        asked = [self._first, self._last]
-        return f"observe.profile.steps: given {asked}; steps {done + 1} to {steps} are to come, so nothing is traced"
+        return (
+            f"observe.profile.steps: given {[self._first, self._last]}; steps {steps_done + 1} to {total_steps} are to "
+            "come, so nothing is traced"
+        )
 
-    def before(self, step: int) -> None:
-        """This step of the run comes next."""
-        if self._began or not self._first <= step <= self._last:
+    def begin_step(self, step: int) -> None:
+        """Start the trace if this step of the run, about to begin, is among those to trace."""
+        if self._trace_start or not self._first <= step <= self._last:
             return
-        self._began = step
+        self._trace_start = step
         if comm.rank() in self._ranks:
             activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self._on_gpu
             self._profiler = profile(activities=activities, record_shapes=self._shapes)
             self._profiler.start()
-            timers.name_ranges(True)
+            timers.enable_trace_ranges(True)
 
-    def after(self, step: int, last: bool) -> str:
-        """It is over; `last` where no other follows in this task. What to tell, if that ends a trace."""
-        if not self._began or (step < self._last and not last):
+    def end_step(self, step: int, is_last: bool) -> str:
+        """Write the trace if it ends with this step or with the task (`is_last`); a message for the user, or ""."""
+        if not self._trace_start or (step < self._last and not is_last):
             return ""
-        name, self._began = f"steps-{self._began}-{step}", 0
+        name, self._trace_start = f"steps-{self._trace_start}-{step}", 0
         if self._profiler is not None:
-            timers.name_ranges(False)
+            timers.enable_trace_ranges(False)
             profiler, self._profiler = self._profiler, None
             profiler.stop()
             path = self._folder / f"rank-{comm.rank()}-{name}.json.gz"
@@ -69,30 +72,31 @@ class Tracer:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 profiler.export_chrome_trace(str(path))
             except OSError as error:
-                told = f"{path}: cannot be written ({error.strerror}); make room and run again to go on"
-                raise Failure(told) from None
+                message = f"{path}: cannot be written ({error.strerror}); make room and run again to go on"
+                raise ExternalFailure(message) from None
         return f"traced: {self._folder}/rank-*-{name}.json.gz; open at ui.perfetto.dev or chrome://tracing"
 
     def __enter__(self) -> Tracer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if self._profiler is not None:  # left in the middle; another step may still be open in it
-            timers.name_ranges(False)
+        if self._profiler is not None:  # an error interrupted a traced step
+            timers.enable_trace_ranges(False)
             self._profiler.stop()
             self._profiler = None
         if isinstance(error, torch.OutOfMemoryError):
-            raise Failure(self._out_of_memory(error)) from None
+            raise ExternalFailure(self._explain_out_of_memory(error)) from None
 
-    def _out_of_memory(self, error: torch.OutOfMemoryError) -> str:
-        told = f"rank {comm.rank()}: {str(error).split('. ')[0]}."
+    def _explain_out_of_memory(self, error: torch.OutOfMemoryError) -> str:
+        """Dump a snapshot of the GPU's memory; a message that says where it is and what to change."""
+        message = f"rank {comm.rank()}: {str(error).split('. ')[0]}."
         path = self._folder / f"rank-{comm.rank()}-out-of-memory.pickle"
-        with suppress(OSError, RuntimeError):  # what ran out matters more than that this failed as well
+        with suppress(OSError, RuntimeError):  # the out-of-memory error matters more than a failed dump
             self._folder.mkdir(parents=True, exist_ok=True)
             torch.cuda.memory._dump_snapshot(str(path))
-            told += f" What was in its memory: {path} (open it at pytorch.org/memory_viz; observe.profile.memory=true "
-            told += "adds who allocated it)."
+            message += f" What was in its memory: {path} (open it at pytorch.org/memory_viz; observe.profile.memory="
+            message += "true adds who allocated it)."
         return (
-            f"{told} Lower train.micro_batch, train.max_length or evaluate.batch, set model.activation_checkpointing="
-            "true, take a higher ZeRO stage or offload, or more GPUs"
+            f"{message} Lower train.micro_batch, train.max_length or evaluate.batch, set "
+            "model.activation_checkpointing=true, take a higher ZeRO stage or offload, or more GPUs"
         )

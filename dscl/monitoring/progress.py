@@ -1,4 +1,4 @@
-"""The progress of a run on stderr: a live line on a terminal, which overwrites itself; plain lines elsewhere."""
+"""The progress of a run on stderr: a live line that overwrites itself on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -10,56 +10,58 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
-from dscl.utils.formatting import cells, clip, count, duration
+from dscl.utils.formatting import display_width, format_count, format_duration, truncate_end
 
-PLAIN_SECONDS = 5.0  # between two plain lines, at least
-SMOOTHING = 0.1  # weight of the newest step time in the smoothed one
+PLAIN_LINE_INTERVAL = 5.0  # seconds between two plain lines, at least
+SMOOTHING = 0.1  # weight of the newest step time in the moving average
 
 
-class Clock:
-    """Time left, from the time that steps and evaluations took so far.
+class TimeEstimator:
+    """Estimates the remaining time from the time that steps and evaluations took so far.
 
-    A pass is the evaluation after one task, of all the tasks that are evaluated then.
+    An evaluation here is the whole one after a task, over all tasks that are evaluated then.
     """
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
-        self._mark = now()
-        self._step_seconds: float | None = None
-        self._provisional = True
-        self._pass_seconds = 0.0
+        self._last_call = now()
+        self._step_seconds: float | None = None  # moving average
+        self._is_provisional = True  # the average is that of a warm-up step
+        self._evaluation_seconds = 0.0
 
-    def steps(self, number: int, warming_up: bool) -> None:
-        """`number` steps have passed since the last call of any kind.
+    def add_steps(self, number: int, warming_up: bool) -> None:
+        """Count the time since the last call of any method as that of `number` steps.
 
-        The first step of a task pays for more than itself, so its time only stands in until another is known.
+        The first step of a task (`warming_up`) is slower than the others: its time is replaced by the next one.
         """
         seconds = self._lap() / number
-        if self._step_seconds is None or self._provisional:
-            self._step_seconds, self._provisional = seconds, warming_up
+        if self._step_seconds is None or self._is_provisional:
+            self._step_seconds, self._is_provisional = seconds, warming_up
         elif not warming_up:
             self._step_seconds += (1.0 - (1.0 - SMOOTHING) ** number) * (seconds - self._step_seconds)
 
-    def evaluated(self) -> None:
-        """A pass is over; it took the time since the last call of any kind."""
-        self._pass_seconds = self._lap()
+    def end_evaluation(self) -> None:
+        """Count the time since the last call of any method as that of an evaluation."""
+        self._evaluation_seconds = self._lap()
 
-    def worked(self) -> None:
-        """The time since the last call of any kind belongs to neither a step nor a pass."""
+    def skip_time(self) -> None:
+        """Ignore the time since the last call of any method."""
         self._lap()
 
-    def left(self, steps: int, passes: int) -> float | None:
-        """Seconds for that many more steps and passes; None before any step was timed."""
-        return None if self._step_seconds is None else steps * self._step_seconds + passes * self._pass_seconds
+    def remaining_seconds(self, steps: int, evaluations: int) -> float | None:
+        """Seconds for that many more steps and evaluations; None before the first step was timed."""
+        if self._step_seconds is None:
+            return None
+        return steps * self._step_seconds + evaluations * self._evaluation_seconds
 
     def _lap(self) -> float:
         now = self._now()
-        lap, self._mark = now - self._mark, now
+        lap, self._last_call = now - self._last_call, now
         return lap
 
 
 class Progress:
-    """Says where the run is. `tasks` are the (name, steps) of the whole stream, over which a record's step counts."""
+    """Shows where the run is. `tasks`: (name, steps) of the whole stream; a record's `step` counts over all of it."""
 
     def __init__(
         self,
@@ -74,36 +76,37 @@ class Progress:
         self._every = every
         self._stream = stream or sys.stderr
         self._overwrite = live == "on" or (live == "auto" and _is_terminal(self._stream))
-        self._shown = live != "off"
+        self._is_shown = live != "off"
         self._now = now
-        self._clock = Clock(now)
-        self._doing = "", 0.0  # and since when
+        self._estimator = TimeEstimator(now)
+        self._activity = "", 0.0  # its name and its start
         self._line = ""
-        self._last_plain = -PLAIN_SECONDS
+        self._last_plain = -PLAIN_LINE_INTERVAL
 
-    def steps(self, records: Sequence[Mapping[str, Any]]) -> None:
-        self._clock.steps(len(records), warming_up=any(self._first(record["step"]) for record in records))
-        due = [record for record in records if self._due(record["step"])]
+    def show_steps(self, records: Sequence[Mapping[str, Any]]) -> None:
+        self._estimator.add_steps(len(records), warming_up=any(self._is_first(record["step"]) for record in records))
+        due = [record for record in records if self._is_due(record["step"])]
         if due:
-            edge = any(self._edge(record["step"]) for record in due)
-            self._show(self._step_line(due[-1]), must=edge)
+            at_task_edge = any(self._is_task_edge(record["step"]) for record in due)
+            self._show(self._format_step(due[-1]), force=at_task_edge)
 
-    def evaluating(self, task: str, done: int, total: int) -> None:
+    def show_evaluation(self, task: str, done: int, total: int) -> None:
         self._show(f"evaluating {task} · {done}/{total}")
 
-    def working(self, doing: str, done: int, total: int) -> None:
-        self._clock.worked()
+    def show_activity(self, activity: str, done: int, total: int) -> None:
+        self._estimator.skip_time()
         now = self._now()
-        if doing != self._doing[0] or done == 1:
-            self._doing = doing, now
-        left = (now - self._doing[1]) / (done - 1) * (total - done) if done > 1 else None
-        self._show(f"{doing} · {done}/{total}" + (f" · {duration(left)} left" if left is not None else ""))
+        if activity != self._activity[0] or done == 1:
+            self._activity = activity, now
+        remaining_seconds = (now - self._activity[1]) / (done - 1) * (total - done) if done > 1 else None
+        remaining = f" · {format_duration(remaining_seconds)} left" if remaining_seconds is not None else ""
+        self._show(f"{activity} · {done}/{total}{remaining}")
 
-    def evaluated(self) -> None:
-        self._clock.evaluated()
+    def end_evaluation(self) -> None:
+        self._estimator.end_evaluation()
 
-    def note(self, text: str) -> None:
-        """A line of its own; the live line steps aside for it."""
+    def print_message(self, text: str) -> None:
+        """Print a line of its own; the live line is erased and written again below it."""
         line = self._line
         self._erase()
         self._write(text + "\n")
@@ -115,49 +118,50 @@ class Progress:
             self._write("\n")
             self._line = ""
 
-    def _due(self, step: int) -> bool:
-        return step % self._every == 0 or self._edge(step)
+    def _is_due(self, step: int) -> bool:
+        return step % self._every == 0 or self._is_task_edge(step)
 
-    def _edge(self, step: int) -> bool:
+    def _is_task_edge(self, step: int) -> bool:
         """Whether the step is the first or the last one of its task."""
-        return step in self._ends or self._first(step)
+        return step in self._ends or self._is_first(step)
 
-    def _first(self, step: int) -> bool:
+    def _is_first(self, step: int) -> bool:
         return step - 1 in (0, *self._ends)
 
-    def _step_line(self, record: Mapping[str, Any]) -> str:
+    def _format_step(self, record: Mapping[str, Any]) -> str:
         step = record["step"]
         index = bisect.bisect_left(self._ends, step)
         name, steps = self._tasks[index]
-        within = step - self._ends[index] + steps
-        parts = [f"task {index + 1}/{len(self._tasks)} {name}", f"step {within}/{steps}"]
+        step_in_task = step - self._ends[index] + steps
+        parts = [f"task {index + 1}/{len(self._tasks)} {name}", f"step {step_in_task}/{steps}"]
         if record.get("loss") is not None:
             parts.append(f"loss {record['loss']:.3f}")
         if record.get("tokens_per_s") is not None:
-            parts.append(f"{count(record['tokens_per_s'])} tokens/s")
-        left = self._clock.left(self._ends[-1] - step, len(self._tasks) - index)
-        if left is not None:
-            parts.append(f"{duration(left)} left")
+            parts.append(f"{format_count(record['tokens_per_s'])} tokens/s")
+        remaining_seconds = self._estimator.remaining_seconds(self._ends[-1] - step, len(self._tasks) - index)
+        if remaining_seconds is not None:
+            parts.append(f"{format_duration(remaining_seconds)} left")
         return " · ".join(parts)
 
-    def _show(self, line: str, must: bool = False) -> None:
-        if not self._shown:
+    def _show(self, line: str, force: bool = False) -> None:
+        """Overwrite the live line, or print a plain one if the last one is old enough or `force` asks for it."""
+        if not self._is_shown:
             return
         if self._overwrite:
             self._overwrite_with(line)
-        elif must or self._now() - self._last_plain >= PLAIN_SECONDS:
+        elif force or self._now() - self._last_plain >= PLAIN_LINE_INTERVAL:
             self._last_plain = self._now()
             self._write(line + "\n")
 
     def _overwrite_with(self, line: str) -> None:
-        # one column less than there is: a terminal wraps when its last column is filled
-        line = clip(line, _columns(self._stream) - 1)
-        self._write("\r" + line + " " * (cells(self._line) - cells(line)))
+        # Leave the last column empty: filling it would make the terminal wrap.
+        line = truncate_end(line, _columns(self._stream) - 1)
+        self._write("\r" + line + " " * (display_width(self._line) - display_width(line)))
         self._line = line
 
     def _erase(self) -> None:
         if self._line:
-            self._write("\r" + " " * cells(self._line) + "\r")
+            self._write("\r" + " " * display_width(self._line) + "\r")
             self._line = ""
 
     def _write(self, text: str) -> None:

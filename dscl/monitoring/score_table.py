@@ -6,11 +6,11 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from dscl.utils.formatting import cells, pad, shorten
+from dscl.utils.formatting import display_width, pad_to_width, truncate_middle
 
-_SCORE = 5  # columns of 0.912
-_NAME = 10  # a name is not cut to fewer columns
-_BEFORE = "before training"
+_SCORE_WIDTH = 5  # columns of "0.912"
+_MIN_NAME_WIDTH = 10  # names are not truncated to fewer columns
+_BEFORE_LABEL = "before training"
 _MEANINGS = {
     "OP": "mean score over the tasks at the end",
     "BWT": "mean change of the earlier tasks since each was learnt",
@@ -20,58 +20,58 @@ _MEANINGS = {
 
 
 def score_table(document: Mapping[str, Any], width: int | None = None) -> str:
-    """A scores document as lines of at most `width` columns (the terminal's, unless given); "-" was not measured.
+    """A scores document as text of at most `width` columns (default: the terminal's); "-" marks missing scores.
 
-    Names are cut where that lets all tasks stand side by side; where it does not, the table is broken into several.
+    Task names are truncated if the table then fits; otherwise it is split into several tables.
     """
     width = max(40, width or shutil.get_terminal_size().columns)
     tasks, before, matrix = document["tasks"], document.get("before"), document["matrix"]
     rows = [before, *matrix] if before else matrix
-    longest = max(map(cells, tasks))
-    for limit in range(longest, min(longest, _NAME) - 1, -1):
-        names = [shorten(name, limit) for name in tasks]
-        parts = _parts(names, width)
+    longest = max(map(display_width, tasks))
+    for limit in range(longest, min(longest, _MIN_NAME_WIDTH) - 1, -1):
+        names = [truncate_middle(name, limit) for name in tasks]
+        parts = _split_columns(names, width)
         if len(parts) == 1:
             break
     labels = [f"after {name}" for name in names[: len(matrix)]]
     if before:
-        labels.insert(0, _BEFORE)
+        labels.insert(0, _BEFORE_LABEL)
     blocks = []
     for part in parts:
-        columns = [_column(name) for name in names[part]]
-        lines = [" " * _label_width(names) + _line(names[part], columns)]
+        widths = [_column_width(name) for name in names[part]]
+        lines = [" " * _label_width(names) + _format_row(names[part], widths)]
         for label, row in zip(labels, rows, strict=True):
-            lines.append(pad(label, _label_width(names)) + _line(map(_shown, row[part]), columns))
+            lines.append(pad_to_width(label, _label_width(names)) + _format_row(map(_format_score, row[part]), widths))
         blocks.append("\n".join(lines))
-    given = document.get("given")
-    if given:
-        shown = ", ".join(f"{name} {_shown(given['summary'][name])}" for name in ("OP", "BWT"))
-        blocks.append(f"with the task given: {shown}")
-    general = document.get("heldout")
-    if general:
-        blocks.append(f"held-out loss {general[0]:.3f} before training, {general[-1]:.3f} now")
-    return "\n\n".join([*blocks, _summary(document["summary"], width)])
+    oracle_scores = document.get("given")
+    if oracle_scores:
+        summary = ", ".join(f"{name} {_format_score(oracle_scores['summary'][name])}" for name in ("OP", "BWT"))
+        blocks.append(f"with the task given: {summary}")
+    heldout_losses = document.get("heldout")
+    if heldout_losses:
+        blocks.append(f"held-out loss {heldout_losses[0]:.3f} before training, {heldout_losses[-1]:.3f} now")
+    return "\n\n".join([*blocks, _format_summary(document["summary"], width)])
 
 
-def _parts(names: Sequence[str], width: int) -> list[slice]:
-    """The fewest parts of about equal length whose columns fit beside the labels; a column at least in each."""
-    room = width - _label_width(names)
+def _split_columns(names: Sequence[str], width: int) -> list[slice]:
+    """Split the columns into the fewest equal parts that fit beside the labels; at worst into single columns."""
+    available = width - _label_width(names)
     for length in (-(-len(names) // number) for number in range(1, len(names) + 1)):
         parts = [slice(start, start + length) for start in range(0, len(names), length)]
-        if all(sum(map(_column, names[part])) <= room for part in parts):
+        if all(sum(map(_column_width, names[part])) <= available for part in parts):
             break
     return parts
 
 
 def _label_width(names: Sequence[str]) -> int:
-    return max(cells(_BEFORE), *(cells(f"after {name}") for name in names))
+    return max(display_width(_BEFORE_LABEL), *(display_width(f"after {name}") for name in names))
 
 
-def _column(name: str) -> int:
-    return max(_SCORE, cells(name)) + 2
+def _column_width(name: str) -> int:
+    return max(_SCORE_WIDTH, display_width(name)) + 2
 
 
-def _summary(summary: Mapping[str, float | None], width: int) -> str:
+def _format_summary(summary: Mapping[str, float | None], width: int) -> str:
     widest = max(map(len, summary))
     lines = []
     for name, value in summary.items():
@@ -81,9 +81,10 @@ def _summary(summary: Mapping[str, float | None], width: int) -> str:
     return "\n".join(lines)
 
 
-def _shown(score: float | None) -> str:
+def _format_score(score: float | None) -> str:
     return "-" if score is None else f"{score:.3f}"
 
 
-def _line(entries: Iterable[str], columns: Sequence[int]) -> str:
-    return "".join(" " * (column - cells(entry)) + entry for entry, column in zip(entries, columns, strict=True))
+def _format_row(entries: Iterable[str], widths: Sequence[int]) -> str:
+    """The entries side by side, each right-aligned in its column's width."""
+    return "".join(" " * (width - display_width(entry)) + entry for entry, width in zip(entries, widths, strict=True))

@@ -1,5 +1,4 @@
-"""TensorBoard: the curves of training, where time and memory go, every task's scores, and what is best seen as a
-picture."""
+"""TensorBoard: curves of training, time and memory, the scores of every task, and score matrices as images."""
 
 from __future__ import annotations
 
@@ -10,9 +9,9 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from dscl.methods.base import Ended
-from dscl.monitoring.score_picture import routing_picture, score_picture, share_picture
-from dscl.utils.timers import KINDS, PARTS
+from dscl.methods.base import TaskSummary
+from dscl.monitoring.score_picture import routing_picture, score_picture, task_matrix_picture
+from dscl.utils.timers import COLLECTIVES, PARTS
 
 _TAGS = {
     **{name: f"train/{name}" for name in ("loss", "lr", "grad_norm", "epoch", "tokens_seen")},
@@ -26,25 +25,25 @@ _TAGS = {
     },
     **{f"{part}_seconds": f"perf/parts/{part}_seconds" for part in PARTS},
     **{f"memory_{name}_bytes": f"mem/{name}_bytes" for name in ("allocated", "reserved", "peak", "host")},
-    **{f"{kind}_{what}": f"comm/{kind}_{what}" for kind in KINDS for what in ("bytes", "seconds")},
+    **{f"{kind}_{what}": f"comm/{kind}_{what}" for kind in COLLECTIVES for what in ("bytes", "seconds")},
 }  # fmt: skip
 
 
-class Board:
-    """Writes into `folder`; on resume, TensorBoard drops what stands there from after `resume_step`."""
+class TensorBoardWriter:
+    """Writes events into `folder`; on resume, TensorBoard discards events after `resume_step`."""
 
     def __init__(self, folder: Path, resume_step: int) -> None:
-        # A run that starts over writes its row of step 0 again.
+        # A run that starts from the beginning writes its scores at step 0 again, so step 0 is purged too.
         self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else 0)
 
-    def step(self, record: Mapping[str, Any]) -> None:
+    def add_step(self, record: Mapping[str, Any]) -> None:
         for name, tag in _TAGS.items():
             if record.get(name) is not None:
                 self._writer.add_scalar(tag, record[name], record["step"])
-        self._writer.flush()  # a curve without gaps where a killed run was resumed
+        self._writer.flush()  # otherwise a killed run would leave a gap in the curves
 
-    def scores(self, document: Mapping[str, Any], step: int) -> None:
-        """The newest row of a scores document, its summaries, and the picture of the whole."""
+    def add_scores(self, document: Mapping[str, Any], step: int) -> None:
+        """Add the newest row of a scores document, its summary, and images of the score and confusion matrices."""
         row = document["matrix"][-1] if document["matrix"] else document.get("before")
         for name, score in zip(document["tasks"], row or (), strict=False):
             if score is not None:
@@ -59,26 +58,28 @@ class Board:
             self._writer.add_image("task/routing", routing_picture(document), step, dataformats="HWC")
         self._writer.flush()
 
-    def settled(self, settings: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
-        """The whole stream is learnt: what it was set to, beside what it came to, for the comparison of runs."""
-        found = {f"task/{name}": value for name, value in summary.items() if value is not None}
-        for part in hparams(dict(settings), found):
+    def add_hparams(self, settings: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
+        """Add the run's settings and final summary, for TensorBoard's HParams table of runs."""
+        metrics = {f"task/{name}": value for name, value in summary.items() if value is not None}
+        for part in hparams(dict(settings), metrics):
             self._writer._get_file_writer().add_summary(part)
         self._writer.flush()
 
-    def ended(self, ended: Ended, step: int) -> None:
-        """What a method has to show when a task has ended."""
-        for name, value in ended.numbers.items():
+    def add_task_summary(self, summary: TaskSummary, step: int) -> None:
+        """Add the numbers and the image that a method reports at the end of a task."""
+        for name, value in summary.metrics.items():
             self._writer.add_scalar(f"task/{name}", value, step)
-        if ended.picture is not None:
-            self._writer.add_image(f"task/{ended.picture.title}", share_picture(ended.picture), step, dataformats="HWC")
+        if summary.task_matrix is not None:
+            self._writer.add_image(
+                f"task/{summary.task_matrix.title}", task_matrix_picture(summary.task_matrix), step, dataformats="HWC"
+            )
         self._writer.flush()
 
-    def took(self, what: str, seconds: float, step: int) -> None:
-        """What is no step, at this step of the run."""
-        self._writer.add_scalar(f"perf/{what}", seconds, step)
+    def add_seconds(self, name: str, seconds: float, step: int) -> None:
+        """Add the time of work outside the steps (checkpoints, evaluations), at this step of the run."""
+        self._writer.add_scalar(f"perf/{name}", seconds, step)
 
-    def text(self, name: str, text: str, step: int) -> None:
+    def add_text(self, name: str, text: str, step: int) -> None:
         self._writer.add_text(name, text, step)
 
     def close(self) -> None:

@@ -1,8 +1,9 @@
-"""`dscl plan`: what a run will need of a cluster that need not be there: memory, exchange and time of a step.
+"""`dscl plan`: the memory, communication and time per step that a run needs on a cluster, which need not exist.
 
-Memory and exchange are counted in a rehearsal (dscl/planning/simulate.py) of the first rank, for every ZeRO stage. Time
-is arithmetic: the operations of dscl/model/flops.py at a stated share of what a device can do, and the bytes of a ring
-at the stated bandwidth; the step takes between the longer of both, if they overlap in full, and their sum.
+Memory and communication of the first rank are counted in a simulated step (dscl/planning/simulate.py), for every ZeRO
+stage. Time is computed from the FLOPs (dscl/model/flops.py) at a stated share of the device's peak, and from the bytes
+of ring collectives at the stated bandwidth. If both overlap fully, a step takes the longer of the two times; if they do
+not overlap, it takes their sum.
 """
 
 from __future__ import annotations
@@ -12,230 +13,261 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dscl.config.deepspeed_json import read_settings
+from dscl.config.deepspeed_json import read_deepspeed_json
 from dscl.distributed import comm
-from dscl.planning.simulate import Rehearsed, largest, rehearse
+from dscl.planning.simulate import MemoryEstimate, largest_micro_batches, simulate_step
 from dscl.recipe.recipe import Recipe
-from dscl.training.setup import Job, open_job
-from dscl.utils.formatting import count, duration
+from dscl.training.setup import RunSetup, build_setup
+from dscl.utils.formatting import format_count, format_duration
 from dscl.utils.hardware import GIB
 
-STAGES = Path(__file__).resolve().parent.parent / "ds_configs"
-AROUND = 2 * GIB  # of a GPU, that no tensor shows: the CUDA context, NCCL's buffers, workspaces of kernels
+DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+UNTRACKED_GPU_BYTES = 2 * GIB  # GPU memory outside of tensors: the CUDA context, NCCL's buffers, kernel workspaces
 
 
 @dataclass(frozen=True)
 class Cluster:
     nodes: int
-    per_node: int
-    memory: float | None  # bytes of a device
-    bandwidth: float | None  # bytes a second that a device sends
-    peak: float | None  # operations a second of a device, at most
-    efficiency: float  # the share of it that is reached
+    gpus_per_node: int
+    device_memory: float | None  # bytes per device; None: not stated
+    bandwidth: float | None  # bytes per second that a device sends; None: not stated
+    peak_flops: float | None  # of one device, per second; None: not stated
+    efficiency: float  # the share of `peak_flops` that is reached
 
     @property
-    def ranks(self) -> int:
-        return self.nodes * self.per_node
+    def world_size(self) -> int:
+        return self.nodes * self.gpus_per_node
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One DeepSpeed configuration, rehearsed."""
+class StageEstimate:
+    """The memory of one rank under one DeepSpeed configuration."""
 
-    name: str
+    name: str  # of the DeepSpeed JSON
     settings: Mapping[str, Any]
-    found: Rehearsed
-    fits: int | None  # rows of the largest micro-batch that fits; None where no memory was stated
+    estimate: MemoryEstimate
+    max_rows: int | None  # rows of the largest micro-batch that fits; None where the cluster's memory is not stated
 
     @property
-    def device(self) -> int:
-        """The most that the device holds, in a step or when a task ends."""
-        return max(self.in_step, self.ending)
+    def device_bytes(self) -> int:
+        """The largest device memory at any time: in a step or at a task's end."""
+        return max(self.step_bytes, self.task_end_bytes)
 
     @property
-    def in_step(self) -> int:
-        """Of the peak, what stays on the device where DeepSpeed keeps the rest in the host's memory."""
-        return self.found.peak - self.away
+    def step_bytes(self) -> int:
+        """The peak of device memory in a step, without what DeepSpeed offloads to the host."""
+        return self.estimate.peak - self.offloaded_bytes
 
     @property
-    def ending(self) -> int:
-        """Likewise when a task has ended, with what that takes instead of what passes in a step."""
-        return self.in_step - self.found.passing + self.found.ending
+    def task_end_bytes(self) -> int:
+        """The peak of device memory at a task's end, where the method's work takes the place of activations."""
+        return self.step_bytes - self.estimate.activations + self.estimate.task_end
 
     @property
-    def host(self) -> int:
-        """What of it, and of the method, lies in the host's memory."""
-        return self.away + self.found.host
+    def host_bytes(self) -> int:
+        """Host memory of a rank: what DeepSpeed offloads and what the method keeps there."""
+        return self.offloaded_bytes + self.estimate.host
 
     @property
-    def away(self) -> int:
+    def offloaded_bytes(self) -> int:
         zero = self.settings.get("zero_optimization", {})
-        kept = {"offload_optimizer": self.found.optimizer, "offload_param": self.found.weights}
-        return sum(size for key, size in kept.items() if zero.get(key, {}).get("device", "none") != "none")
+        sizes = {"offload_optimizer": self.estimate.optimizer, "offload_param": self.estimate.weights}
+        return sum(size for key, size in sizes.items() if zero.get(key, {}).get("device", "none") != "none")
 
 
 @dataclass(frozen=True)
-class Step:
-    """What a rank sends and computes in a step, and how long that takes."""
+class StepCost:
+    """What one rank communicates and computes in a step, and how long that takes."""
 
-    sent: float  # bytes, in rings
+    bytes_sent: float  # in ring collectives
     tokens: float  # of all ranks
-    work: float | None  # operations, where they can be counted
-    computing: float | None  # seconds, where the device is stated
-    sending: float | None  # and the network
+    flops: float | None  # None where the model's FLOPs cannot be counted
+    compute_seconds: float | None  # None where the device's speed is not stated
+    communication_seconds: float | None  # None where the bandwidth is not stated
 
     @property
     def seconds(self) -> tuple[float, float] | None:
-        """At least and at most: the exchange goes on beside the arithmetic, or all of it is waited for."""
-        if self.computing is None or self.sending is None:
+        """Least and most seconds of a step: with full overlap of computation and communication, and with none."""
+        if self.compute_seconds is None or self.communication_seconds is None:
             return None
-        return max(self.computing, self.sending), self.computing + self.sending
+        least = max(self.compute_seconds, self.communication_seconds)
+        return least, self.compute_seconds + self.communication_seconds
 
     @property
-    def rates(self) -> tuple[float, float] | None:
-        """Tokens a second, at least and at most."""
+    def tokens_per_second(self) -> tuple[float, float] | None:
+        """Least and most tokens per second, over all ranks."""
         return self.seconds and (self.tokens / self.seconds[1], self.tokens / self.seconds[0])
 
 
 @dataclass(frozen=True)
 class Plan:
-    job: Job
+    setup: RunSetup
     cluster: Cluster
-    stages: Sequence[Stage]
-    own: str  # the stage that the recipe names
+    stages: Sequence[StageEstimate]
+    recipe_stage_name: str  # the DeepSpeed JSON that the recipe names
 
     @property
-    def mine(self) -> Stage:
-        return next(stage for stage in self.stages if stage.name == self.own)
+    def recipe_stage(self) -> StageEstimate:
+        return next(stage for stage in self.stages if stage.name == self.recipe_stage_name)
 
     @property
-    def disk(self) -> int:
-        """Of run_dir: the checkpoints that are kept, and the one that is being written."""
-        return (self.job.recipe.checkpoint.keep + 1) * self.mine.found.saved
+    def disk_bytes(self) -> int:
+        """Disk space of run_dir: the checkpoints that are kept, and the one that is being written."""
+        return (self.setup.recipe.checkpoint.keep + 1) * self.recipe_stage.estimate.checkpoint
 
     def lines(self) -> list[str]:
-        """For readers."""
-        found = self.mine.found
-        held = [*_opening(self.job, self.cluster, found), "", *_table(self.stages, self.own), ""]
-        spent = [*_times(self.job, self.cluster, found), *_advice(self.stages, self.cluster)]
-        return [*held, *spent, *_beside(self), SURE]
+        """The plan as text."""
+        estimate = self.recipe_stage.estimate
+        memory = [
+            *_describe_setup(self.setup, self.cluster, estimate), "",
+            *_format_table(self.stages, self.recipe_stage_name), "",
+        ]  # fmt: skip
+        time = [*_describe_times(self.setup, self.cluster, estimate), *_describe_fit(self.stages, self.cluster)]
+        return [*memory, *time, *_describe_rest(self), ACCURACY_NOTE]
 
     def document(self) -> dict[str, Any]:
-        """For programs; sizes in bytes."""
-        fields = ("weights", "optimizer", "beside", "gradients", "passing", "peak", "ending", "saved", "sent")
-        stages = {
-            stage.name: {name: getattr(stage.found, name) for name in fields}
-            | {"device": stage.device, "host": stage.host, "fits": stage.fits}
-            for stage in self.stages
-        }
-        mine, step = self.mine.found, step_of(self.job, self.cluster, self.mine.found)
-        spent = {
-            "sent": step.sent,
+        """The plan as JSON, sizes in bytes."""
+        stages = {stage.name: _stage_document(stage) for stage in self.stages}
+        estimate = self.recipe_stage.estimate
+        step = estimate_step(self.setup, self.cluster, estimate)
+        step_document = {
+            "sent": step.bytes_sent,
             "tokens": step.tokens,
-            "operations": step.work,
+            "operations": step.flops,
             "seconds": step.seconds,
-            "tokens_per_second": step.rates,
+            "tokens_per_second": step.tokens_per_second,
         }
-        of_all = {
-            "ranks": self.cluster.ranks,
-            "parameters": mine.parameters,
-            "trained": mine.trained,
-            "recipe": self.own,
-            "disk": self.disk,
-            "around": AROUND,
-            "busiest": mine.busiest,
+        totals = {
+            "ranks": self.cluster.world_size,
+            "parameters": estimate.num_parameters,
+            "trained": estimate.num_trainable,
+            "recipe": self.recipe_stage_name,
+            "disk": self.disk_bytes,
+            "around": UNTRACKED_GPU_BYTES,
+            "busiest": estimate.load_imbalance,
         }
-        return {**of_all, "step": spent, "stages": stages}
+        return {**totals, "step": step_document, "stages": stages}
 
 
-def plan(recipe: Recipe, cluster: Cluster, say: Callable[[str], None], alone: bool = False) -> Plan:
-    """`say` hears how far it is. `alone`: of the recipe's own DeepSpeed configuration only."""
-    comm.pretend(cluster.ranks)
-    if recipe.train.precision == "fp16":  # as large as bf16, which CPUs train in
+def make_plan(recipe: Recipe, cluster: Cluster, on_progress: Callable[[str], None], recipe_only: bool = False) -> Plan:
+    """Simulate a step under every ZeRO stage, or (`recipe_only`) under the recipe's DeepSpeed configuration alone.
+
+    `on_progress` gets a line before every simulation.
+    """
+    comm.init_fake_process_group(cluster.world_size)
+    if recipe.train.precision == "fp16":  # CPUs cannot train in fp16; bf16 takes as much memory
         recipe = replace(recipe, train=replace(recipe.train, precision="bf16"))
-    job = open_job(recipe)
-    most = -(-recipe.train.global_batch // cluster.ranks)  # rows that a rank has in a step
-    now = min(recipe.train.micro_batch, most)
-    jobs = {now: job if now == recipe.train.micro_batch else _with_rows(recipe, now)}
-    if cluster.memory is not None and most > 1:
-        other = now // 2 if now > 1 else 2
-        jobs[other] = _with_rows(recipe, other)
-    own = recipe.deepspeed_path()
-    chosen = read_settings(own)
-    others = () if alone else (STAGES / f"zero{stage}.json" for stage in range(4))
-    settings = {**{path.name: read_settings(path) for path in others}, own.name: chosen}
+    setup = build_setup(recipe)
+    rows_per_step = -(-recipe.train.global_batch // cluster.world_size)  # rows that a rank has in a step
+    micro_batch = min(recipe.train.micro_batch, rows_per_step)
+    setups = {micro_batch: setup if micro_batch == recipe.train.micro_batch else _build_setup(recipe, micro_batch)}
+    if cluster.device_memory is not None and rows_per_step > 1:  # a second size shows how memory grows by the row
+        second = micro_batch // 2 if micro_batch > 1 else 2
+        setups[second] = _build_setup(recipe, second)
+    recipe_path = recipe.find_deepspeed_json()
+    recipe_settings = read_deepspeed_json(recipe_path)
+    paths = () if recipe_only else (DS_CONFIGS / f"zero{stage}.json" for stage in range(4))
+    configs = {**{path.name: read_deepspeed_json(path) for path in paths}, recipe_path.name: recipe_settings}
     stages = []
-    for name, each in sorted(settings.items(), key=lambda pair: (_stage(pair[1]), pair[0])):
-        found = {}
-        for rows, of in jobs.items():
-            say(f"rehearsing {name}, micro-batches of {rows}")
-            found[rows] = rehearse(of, dict(each), largest(of), _micro_batches(of))
-        stages.append(_judged(Stage(name, each, found[now], None), found, cluster, most))
-    return Plan(jobs[now], cluster, stages, own.name)
+    for name, settings in sorted(configs.items(), key=lambda pair: (_zero_stage(pair[1]), pair[0])):
+        estimates = {}
+        for rows, rows_setup in setups.items():
+            on_progress(f"simulating a step with {name}, micro-batches of {rows}")
+            batches = largest_micro_batches(rows_setup)
+            estimates[rows] = simulate_step(rows_setup, dict(settings), batches, _micro_batches_per_step(rows_setup))
+        stage = StageEstimate(name, settings, estimates[micro_batch], None)
+        stages.append(_with_max_rows(stage, estimates, cluster, rows_per_step))
+    return Plan(setups[micro_batch], cluster, stages, recipe_path.name)
 
 
-def _with_rows(recipe: Recipe, rows: int) -> Job:
-    return open_job(replace(recipe, train=replace(recipe.train, micro_batch=rows)))
+def _build_setup(recipe: Recipe, micro_batch: int) -> RunSetup:
+    return build_setup(replace(recipe, train=replace(recipe.train, micro_batch=micro_batch)))
 
 
-def _stage(settings: Mapping[str, Any]) -> int:
+def _stage_document(stage: StageEstimate) -> dict[str, Any]:
+    estimate = stage.estimate
+    return {
+        "weights": estimate.weights,
+        "optimizer": estimate.optimizer,
+        "beside": estimate.method_state,
+        "gradients": estimate.gradients,
+        "passing": estimate.activations,
+        "peak": estimate.peak,
+        "ending": estimate.task_end,
+        "saved": estimate.checkpoint,
+        "sent": estimate.bytes_sent,
+        "device": stage.device_bytes,
+        "host": stage.host_bytes,
+        "fits": stage.max_rows,
+    }
+
+
+def _zero_stage(settings: Mapping[str, Any]) -> int:
     return int(settings.get("zero_optimization", {}).get("stage", 0))
 
 
-SURE = (
+ACCURACY_NOTE = (
     "how sure: tensors are counted as the program makes them, with what torch allocates on CPUs within a few per cent "
-    f"of it; not counted are about {AROUND // GIB} GiB of a GPU that no tensor shows, and gaps between tensors. Times "
-    "assume the stated efficiency and bandwidth, and even ranks: take them for a half to twice of the truth until a "
-    "first run has been measured."
+    f"of it; not counted are about {UNTRACKED_GPU_BYTES // GIB} GiB of a GPU that no tensor shows, and gaps between "
+    "tensors. Times assume the stated efficiency and bandwidth, and even ranks: take them for a half to twice of the "
+    "truth until a first run has been measured."
 )
 
 
-def _micro_batches(job: Job) -> int:
-    """Of a rank, in a step."""
-    return len(job.lesson(0).schedule.micro_batches(0, comm.rank()))
+def _micro_batches_per_step(setup: RunSetup) -> int:
+    """How many micro-batches a rank has in a step."""
+    return len(setup.training_data(0).sampler.micro_batches(0, comm.rank()))
 
 
-def _judged(stage: Stage, found: Mapping[int, Rehearsed], cluster: Cluster, most: int) -> Stage:
-    """With what fits: memory grows by the row, so two rehearsals tell, up to all rows that a rank has in a step."""
-    if cluster.memory is None:
+def _with_max_rows(
+    stage: StageEstimate, estimates: Mapping[int, MemoryEstimate], cluster: Cluster, rows_per_step: int
+) -> StageEstimate:
+    """`stage` with its `max_rows`, at most `rows_per_step`.
+
+    `estimates`: by rows of a micro-batch, the stage's own first. Two of them give the memory of one more row.
+    """
+    if cluster.device_memory is None:
         return stage
-    room = cluster.memory - AROUND
-    needed = {rows: replace(stage, found=each).in_step for rows, each in found.items()}
-    (now, here), *others = needed.items()
-    if stage.ending > room:  # however few rows a step has
-        return replace(stage, fits=0)
+    available = cluster.device_memory - UNTRACKED_GPU_BYTES
+    needed = {rows: replace(stage, estimate=estimate).step_bytes for rows, estimate in estimates.items()}
+    (rows, size), *others = needed.items()
+    if stage.task_end_bytes > available:  # which no smaller micro-batch changes
+        return replace(stage, max_rows=0)
     if not others:
-        return replace(stage, fits=now if here <= room else 0)
-    other, there = others[0]
-    row = max(1.0, (here - there) / (now - other))
-    return replace(stage, fits=max(0, min(most, now + int((room - here) // row))))
+        return replace(stage, max_rows=rows if size <= available else 0)
+    other_rows, other_size = others[0]
+    bytes_per_row = max(1.0, (size - other_size) / (rows - other_rows))
+    return replace(stage, max_rows=max(0, min(rows_per_step, rows + int((available - size) // bytes_per_row))))
 
 
-def _opening(job: Job, cluster: Cluster, found: Rehearsed) -> list[str]:
-    recipe, schedule = job.recipe, job.lesson(0).schedule
-    each = _micro_batches(job)
-    batch = largest(job)[0].input_ids
+def _describe_setup(setup: RunSetup, cluster: Cluster, estimate: MemoryEstimate) -> list[str]:
+    recipe, sampler = setup.recipe, setup.training_data(0).sampler
+    count = _micro_batches_per_step(setup)
+    batch = largest_micro_batches(setup)[0].input_ids
     return [
-        f"{recipe.method.name}, {recipe.train.precision}: {count(found.parameters)} parameters, of which "
-        f"{count(found.trained)} train",
-        f"{cluster.ranks} ranks ({cluster.nodes} x {cluster.per_node}); a step of {recipe.train.global_batch} samples "
-        f"is {each} micro-batch{'es' if each != 1 else ''} of up to {recipe.train.micro_batch} rows on each; the "
-        f"largest has {batch.numel():,} tokens; {schedule.steps:,} steps of the first task",
+        f"{recipe.method.name}, {recipe.train.precision}: {format_count(estimate.num_parameters)} parameters, of which "
+        f"{format_count(estimate.num_trainable)} train",
+        f"{cluster.world_size} ranks ({cluster.nodes} x {cluster.gpus_per_node}); a step of "
+        f"{recipe.train.global_batch} samples is {count} micro-batch{'es' if count != 1 else ''} of up to "
+        f"{recipe.train.micro_batch} rows on each; the largest has {batch.numel():,} tokens; {sampler.num_steps:,} "
+        "steps of the first task",
     ]
 
 
-def _table(stages: Sequence[Stage], own: str) -> list[str]:
-    """What a rank holds."""
-    unit, size = ("GiB", GIB) if max(stage.found.peak for stage in stages) > 4 * GIB else ("MiB", GIB >> 10)
+def _format_table(stages: Sequence[StageEstimate], recipe_stage_name: str) -> list[str]:
+    """The memory of a rank, a row for each stage."""
+    unit, size = ("GiB", GIB) if max(stage.estimate.peak for stage in stages) > 4 * GIB else ("MiB", GIB >> 10)
     head = [f"{unit} a rank", "weights", "optimizer", "method", "gradients", "passing", "peak", "micro-batch that fits"]
     rows = [head]
     for stage in stages:
-        found = stage.found
-        parts = [found.weights, found.optimizer, found.beside, found.gradients, found.passing, found.peak]
-        fits = "" if stage.fits is None else f"up to {stage.fits}" if stage.fits else "none"
-        if stage.away:
-            fits += f" ({stage.away / size:.1f} {unit} of the peak in the host's memory)"
-        name = f"{stage.name} (recipe's)" if stage.name == own else stage.name
+        memory = stage.estimate
+        parts = [
+            memory.weights, memory.optimizer, memory.method_state, memory.gradients, memory.activations, memory.peak,
+        ]  # fmt: skip
+        fits = "" if stage.max_rows is None else f"up to {stage.max_rows}" if stage.max_rows else "none"
+        if stage.offloaded_bytes:
+            fits += f" ({stage.offloaded_bytes / size:.1f} {unit} of the peak in the host's memory)"
+        name = f"{stage.name} (recipe's)" if stage.name == recipe_stage_name else stage.name
         rows.append([name, *(f"{part / size:.1f}" for part in parts), fits])
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     return [
@@ -247,72 +279,81 @@ def _table(stages: Sequence[Stage], own: str) -> list[str]:
     ]
 
 
-def wire(sent: Mapping[str, float], ranks: int) -> float:
-    """Bytes that a rank sends in rings, of what it puts into each kind of collective."""
-    share = (ranks - 1) / ranks
-    times = {"all_reduce": 2 * share, "all_gather": ranks - 1.0, "reduce_scatter": share, "all_to_all": share}
-    return sum(times.get(kind, 1.0) * size for kind, size in sent.items())
+def ring_bytes(bytes_put: Mapping[str, float], world_size: int) -> float:
+    """Bytes that a rank sends in ring collectives, from the bytes it puts into each kind of collective."""
+    share = (world_size - 1) / world_size
+    factors = {"all_reduce": 2 * share, "all_gather": world_size - 1.0, "reduce_scatter": share, "all_to_all": share}
+    return sum(factors.get(kind, 1.0) * size for kind, size in bytes_put.items())
 
 
-def step_of(job: Job, cluster: Cluster, found: Rehearsed) -> Step:
-    schedule, moved = job.lesson(0).schedule, wire(found.sent, cluster.ranks)
-    steps = [schedule.step(number) for number in range(min(schedule.steps_per_epoch, 200))]
-    tokens = sum(step.tokens for step in steps) / len(steps)
-    sending = moved / cluster.bandwidth if cluster.bandwidth else None if cluster.ranks > 1 else 0.0
-    if found.cost is None:
-        return Step(moved, tokens, None, None, sending)
-    work = sum(
-        found.cost.of(s.tokens, s.pairs, s.targets) + found.cost.again(s.tokens, s.pairs) for s in steps
-    ) / len(steps) / cluster.ranks  # fmt: skip
-    computing = None if cluster.peak is None else work / (cluster.peak * cluster.efficiency)
-    return Step(moved, tokens, work, computing, sending)
+def estimate_step(setup: RunSetup, cluster: Cluster, estimate: MemoryEstimate) -> StepCost:
+    """The cost of the first task's average step (over at most 200 steps)."""
+    sampler, bytes_sent = setup.training_data(0).sampler, ring_bytes(estimate.bytes_sent, cluster.world_size)
+    steps = [sampler.step_plan(number) for number in range(min(sampler.steps_per_epoch, 200))]
+    tokens = sum(step.num_tokens for step in steps) / len(steps)
+    seconds = bytes_sent / cluster.bandwidth if cluster.bandwidth else None if cluster.world_size > 1 else 0.0
+    if estimate.flop_count is None:
+        return StepCost(bytes_sent, tokens, None, None, seconds)
+    count = estimate.flop_count
+    total = sum(
+        count.total_flops(step.num_tokens, step.attention_pairs, step.num_targets)
+        + count.recompute_flops(step.num_tokens, step.attention_pairs)
+        for step in steps
+    )
+    flops = total / len(steps) / cluster.world_size
+    compute_seconds = None if cluster.peak_flops is None else flops / (cluster.peak_flops * cluster.efficiency)
+    return StepCost(bytes_sent, tokens, flops, compute_seconds, seconds)
 
 
-def _times(job: Job, cluster: Cluster, found: Rehearsed) -> list[str]:
-    step = step_of(job, cluster, found)
-    kinds = ", ".join(f"{kind} {size / 1e9:.3g} GB" for kind, size in found.sent.items() if size)
-    lines = [f"exchange: a rank sends {step.sent / 1e9:.3g} GB a step (it puts in {kinds or 'nothing'})"]
-    if step.work is None:
+def _describe_times(setup: RunSetup, cluster: Cluster, estimate: MemoryEstimate) -> list[str]:
+    step = estimate_step(setup, cluster, estimate)
+    kinds = ", ".join(f"{kind} {size / 1e9:.3g} GB" for kind, size in estimate.bytes_sent.items() if size)
+    lines = [f"exchange: a rank sends {step.bytes_sent / 1e9:.3g} GB a step (it puts in {kinds or 'nothing'})"]
+    if step.flops is None:
         return [*lines, "time: unknown, for the model is not built like a LLaMA"]
-    told = f"time: {step.tokens:,.0f} tokens a step; a rank computes {step.work / 1e12:.3g} TFLOP"
-    if cluster.peak is None or step.computing is None:
-        return [*lines, f"{told}; give --gpu or --tflops for the seconds of it"]
-    told += f", {step.computing:.3g} s at {cluster.efficiency:.0%} of {cluster.peak / 1e12:.3g} TFLOP/s"
-    if step.seconds is None or step.rates is None:
-        return [*lines, f"{told}; give --bandwidth for the exchange's part"]
-    (least, longest), (slow, fast) = step.seconds, step.rates
-    told += f"; exchange {step.sending:.3g} s; so {least:.3g} to {longest:.3g} s a step, "
-    told += f"{slow:,.0f} to {fast:,.0f} tokens/s in all"
-    whole = sum(count for _, count in job.steps())
-    return [*lines, told, f"the stream: {whole:,} steps, {duration(whole * least)} to {duration(whole * longest)}"]
+    line = f"time: {step.tokens:,.0f} tokens a step; a rank computes {step.flops / 1e12:.3g} TFLOP"
+    if cluster.peak_flops is None or step.compute_seconds is None:
+        return [*lines, f"{line}; give --gpu or --tflops for the seconds of it"]
+    line += f", {step.compute_seconds:.3g} s at {cluster.efficiency:.0%} of {cluster.peak_flops / 1e12:.3g} TFLOP/s"
+    if step.seconds is None or step.tokens_per_second is None:
+        return [*lines, f"{line}; give --bandwidth for the exchange's part"]
+    (least, most), (slowest, fastest) = step.seconds, step.tokens_per_second
+    line += f"; exchange {step.communication_seconds:.3g} s; so {least:.3g} to {most:.3g} s a step, "
+    line += f"{slowest:,.0f} to {fastest:,.0f} tokens/s in all"
+    total = sum(num_steps for _, num_steps in setup.planned_steps())
+    duration = f"{format_duration(total * least)} to {format_duration(total * most)}"
+    return [*lines, line, f"the stream: {total:,} steps, {duration}"]
 
 
-def _advice(stages: Sequence[Stage], cluster: Cluster) -> list[str]:
-    if cluster.memory is None:
+def _describe_fit(stages: Sequence[StageEstimate], cluster: Cluster) -> list[str]:
+    """Which stages fit into the devices' memory, and what to change where none does."""
+    if cluster.device_memory is None:
         return ["give --gpu-memory to learn what fits"]
-    fitting = [stage for stage in stages if stage.fits]
+    fitting = [stage for stage in stages if stage.max_rows]
     if not fitting:
         return [
-            f"fits: nothing in {cluster.memory / GIB:.0f} GiB; take more ranks, model.activation_checkpointing=true, "
-            "ds_configs/zero3_offload.json, or a smaller train.max_length"
+            f"fits: nothing in {cluster.device_memory / GIB:.0f} GiB; take more ranks, "
+            "model.activation_checkpointing=true, ds_configs/zero3_offload.json, or a smaller train.max_length"
         ]
-    first, best = fitting[0], max(fitting, key=lambda stage: stage.fits or 0)
-    which = "is the lowest stage that does" if len(stages) > 1 else "does"
-    told = f"fits: {first.name} {which}, with train.micro_batch up to {first.fits}"
-    if best.fits != first.fits:
-        told += f"; {best.name} leaves room for {best.fits}"
-    return [told]
+    lowest, best = fitting[0], max(fitting, key=lambda stage: stage.max_rows or 0)
+    verb = "is the lowest stage that does" if len(stages) > 1 else "does"
+    line = f"fits: {lowest.name} {verb}, with train.micro_batch up to {lowest.max_rows}"
+    if best.max_rows != lowest.max_rows:
+        line += f"; {best.name} leaves room for {best.max_rows}"
+    return [line]
 
 
-def _beside(plan: Plan) -> list[str]:
-    found, keep = plan.mine.found, plan.job.recipe.checkpoint.keep
+def _describe_rest(plan: Plan) -> list[str]:
+    """Disk space, what later tasks add, memory at a task's end, and the balance of matrix owners."""
+    stage, keep = plan.recipe_stage, plan.setup.recipe.checkpoint.keep
+    estimate = stage.estimate
     lines = [
-        f"disk of run_dir: {plan.disk / GIB:.3g} GiB, {keep + 1} checkpoints of {found.saved / GIB:.3g} GiB "
-        f"(checkpoint.keep={keep}, and the one that is being written)"
+        f"disk of run_dir: {plan.disk_bytes / GIB:.3g} GiB, {keep + 1} checkpoints of "
+        f"{estimate.checkpoint / GIB:.3g} GiB (checkpoint.keep={keep}, and the one that is being written)"
     ]
-    lines += [f"{what}: {size / GIB:.3g} GiB" for what, size in found.later.items()]
-    if plan.mine.ending > plan.mine.in_step:
-        lines.append(f"when a task ends, a device holds {plan.mine.ending / GIB:.3g} GiB, more than in a step")
-    if found.busiest is not None:
-        lines.append(f"owners: the busiest rank has {found.busiest:.2f} of the mean work on matrices")
+    lines += [f"{name}: {size / GIB:.3g} GiB" for name, size in estimate.later_tasks.items()]
+    if stage.task_end_bytes > stage.step_bytes:
+        lines.append(f"when a task ends, a device holds {stage.task_end_bytes / GIB:.3g} GiB, more than in a step")
+    if estimate.load_imbalance is not None:
+        lines.append(f"owners: the busiest rank has {estimate.load_imbalance:.2f} of the mean work on matrices")
     return lines

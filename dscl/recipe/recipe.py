@@ -1,4 +1,4 @@
-"""The recipe: one YAML file plus dotted overrides, resolved into frozen dataclasses that say everything about a run."""
+"""The recipe: one YAML file plus dotted overrides, resolved into frozen dataclasses with all settings of a run."""
 
 from __future__ import annotations
 
@@ -13,10 +13,21 @@ from typing import Any
 import yaml
 
 from dscl.config.deepspeed_json import OWNED_BY_JSON, OWNED_BY_RECIPE
-from dscl.config.methods import method_config
-from dscl.config.parsing import check_names, convert, key_of, nearest, override, parse, plain, read_yaml, shorten, show
+from dscl.config.methods import find_config_class
+from dscl.config.parsing import (
+    apply_overrides,
+    check_key_names,
+    describe_value,
+    did_you_mean,
+    key_name,
+    parse_config,
+    parse_partial,
+    read_yaml,
+    shorten_to_line,
+    to_plain_data,
+)
 from dscl.config.schema import (
-    SECTIONS,
+    SECTION_CONFIGS,
     CheckpointConfig,
     DataConfig,
     EvaluateConfig,
@@ -28,8 +39,8 @@ from dscl.config.schema import (
 )
 from dscl.utils.errors import UserError
 
-# Changing these between two starts of one run does not change what it computes.
-MAY_CHANGE = (
+# Keys that may be changed when a run is resumed: they do not affect its results.
+CHANGEABLE_KEYS = (
     "run_dir",
     "observe",
     "checkpoint",
@@ -42,12 +53,14 @@ MAY_CHANGE = (
     "method.when_full",
     "method.weights.when_short",
 )
-# How keys begin that people look for at a recipe's top level or under `train`, and that stand in the DeepSpeed JSON.
-INSIDE_ZERO = ("zero", "stage", "offload", "overlap_", "contiguous_", "reduce_", "allgather_", "sub_group")
+# Prefixes of DeepSpeed JSON keys that users may try at a recipe's top level or under `train`.
+DEEPSPEED_KEY_PREFIXES = ("zero", "stage", "offload", "overlap_", "contiguous_", "reduce_", "allgather_", "sub_group")
 
 
 @dataclass(frozen=True)
 class Recipe:
+    """A resolved recipe: every setting of a run, checked, with defaults filled in."""
+
     run_dir: str
     seed: int
     model: ModelConfig
@@ -59,198 +72,227 @@ class Recipe:
     deepspeed: str
     checkpoint: CheckpointConfig
     observe: ObserveConfig
-    source: str  # where the recipe stands; relative `deepspeed` paths are also looked for from there
+    source: str  # the recipe's file; relative `deepspeed` paths are also searched in the folders above it
 
     @property
-    def folder(self) -> Path:
+    def run_folder(self) -> Path:
+        """`run_dir` as a path, with `~` expanded."""
         return Path(os.path.expanduser(self.run_dir))
 
-    def document(self) -> dict[str, Any]:
-        """The resolved recipe, complete: what `recipe.yaml` of a run holds."""
-        return {name: value for name, value in plain(self).items() if name != "source"}
+    def to_dict(self) -> dict[str, Any]:
+        """The complete resolved recipe, as written to a run's `recipe.yaml`."""
+        return {name: value for name, value in to_plain_data(self).items() if name != "source"}
 
-    def text(self) -> str:
-        return yaml.safe_dump(self.document(), sort_keys=False, allow_unicode=True, width=110)
+    def to_yaml(self) -> str:
+        """`to_dict` as YAML text."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=110)
 
-    def deepspeed_path(self) -> Path:
-        """The DeepSpeed JSON: as given, beside the recipe or above it, or among those that come with dscl."""
-        given = Path(os.path.expanduser(self.deepspeed))
-        home = Path(__file__).resolve().parent.parent
-        for place in (given, *(above / given for above in Path(self.source).resolve().parents), home / given):
-            if place.is_file():
-                return place
-        there = sorted(path.name for path in (home / "ds_configs").glob("*.json"))
+    def find_deepspeed_json(self) -> Path:
+        """The path of the DeepSpeed JSON: as given, in the recipe's folder or one above it, or shipped with dscl."""
+        path = Path(os.path.expanduser(self.deepspeed))
+        repository = Path(__file__).resolve().parents[2]
+        for candidate in (
+            path,
+            *(parent / path for parent in Path(self.source).resolve().parents),
+            repository / path,
+        ):
+            if candidate.is_file():
+                return candidate
+        shipped = sorted(file.name for file in (repository / "ds_configs").glob("*.json"))
         raise UserError(
             f"deepspeed: given {self.deepspeed!r}; no such file here or beside the recipe"
-            f"{nearest(given.name, there)}; dscl brings ds_configs/ with {', '.join(there)}"
+            f"{did_you_mean(path.name, shipped)}; dscl brings ds_configs/ with {', '.join(shipped)}"
         )
 
 
-EXAMPLE = "{name: sst2, path: data/sst2}"
-NAMES = (
+EXAMPLE_TASK = "{name: sst2, path: data/sst2}"
+TOP_LEVEL_KEYS = (
     *(field.name for field in dataclasses.fields(TopConfig)),
     "method",
     "stream",
     "stream_defaults",
     "order",
     "folder",
-    *SECTIONS,
+    *SECTION_CONFIGS,
 )
 
 
 def read_recipe(path: str, assignments: Iterable[str] = ()) -> Recipe:
-    """The recipe of a file, with overrides, or a UserError that names the key that is wrong.
+    """Read a recipe file and apply overrides; raise a UserError that names the wrong key.
 
-    An override of `method.name` means another method: the file's keys for the one that it names do not apply to it.
+    If an override of `method.name` selects another method than the file, the file's `method` section is ignored, since
+    its keys belong to the other method.
     """
-    given, assignments = read_yaml(path), list(assignments)
-    named = [override({}, [word])["method"]["name"] for word in assignments if word.startswith("method.name=")]
-    section = given.get("method")
-    if named and isinstance(section, dict) and named[-1] != section.get("name", "sequential"):
-        given = {**given, "method": {}}
-    return resolve(override(given, assignments), source=path)
+    document, assignments = read_yaml(path), list(assignments)
+    method_names = [
+        apply_overrides({}, [assignment])["method"]["name"]
+        for assignment in assignments
+        if assignment.startswith("method.name=")
+    ]
+    section = document.get("method")
+    if method_names and isinstance(section, dict) and method_names[-1] != section.get("name", "sequential"):
+        document = {**document, "method": {}}
+    return resolve_recipe(apply_overrides(document, assignments), source=path)
 
 
-def read_run(run_dir: str, assignments: Sequence[str] = ()) -> Recipe:
-    """The recipe that a run was started with, for an evaluation; only `evaluate` may be overridden."""
+def read_run_recipe(run_dir: str, assignments: Sequence[str] = ()) -> Recipe:
+    """Read the recipe of an existing run, for an evaluation; only `evaluate` may be overridden."""
     for assignment in assignments:
         if not assignment.startswith("evaluate."):
             raise UserError(
                 f"{assignment}: only evaluate.* can be changed for an evaluation; the rest is the run's own"
             )
-    stored = Path(run_dir).expanduser() / "recipe.yaml"
-    if not stored.is_file():
+    recipe_file = Path(run_dir).expanduser() / "recipe.yaml"
+    if not recipe_file.is_file():
         raise UserError(f"{run_dir}: no run there (it would hold recipe.yaml); give the run_dir of a training run")
-    place = f"run_dir={json.dumps(run_dir, ensure_ascii=False)}"
-    return read_recipe(str(stored), [*assignments, place])
+    run_dir_assignment = f"run_dir={json.dumps(run_dir, ensure_ascii=False)}"
+    return read_recipe(str(recipe_file), [*assignments, run_dir_assignment])
 
 
-def resolve(given: Mapping[str, Any], source: str = "recipe") -> Recipe:
-    """Check everything that can be checked without reading data or a model."""
-    _refuse_deepspeed_keys(given, NAMES)
-    check_names(given, NAMES)
-    if isinstance(given.get("deepspeed"), Mapping):
+def resolve_recipe(document: Mapping[str, Any], source: str = "recipe") -> Recipe:
+    """Resolve a recipe document: check it as far as possible without reading data or a model, and fill in defaults."""
+    _refuse_deepspeed_keys(document, TOP_LEVEL_KEYS)
+    check_key_names(document, TOP_LEVEL_KEYS)
+    if isinstance(document.get("deepspeed"), Mapping):
         raise UserError("deepspeed: given a mapping; the path of a DeepSpeed JSON is needed, so put these keys there")
-    given = _placed(given)
-    top = parse(TopConfig, {field: given[field] for field in _names(TopConfig) if field in given})
-    method = _section(given, "method")
+    document = _resolve_data_folder(document)
+    top = parse_config(TopConfig, {field: document[field] for field in _key_names(TopConfig) if field in document})
+    method = _get_section(document, "method")
     name = method.get("name", "sequential")
     if not isinstance(name, str):
-        raise UserError(f"method.name: given {show(name)}; the name of a method is needed, for example sequential")
+        raise UserError(
+            f"method.name: given {describe_value(name)}; the name of a method is needed, for example sequential"
+        )
     return Recipe(
-        method=_parse(method_config(name), method, "method"),
-        stream=_stream(given),
+        method=_parse_section(find_config_class(name), method, "method"),
+        stream=_parse_stream(document),
         source=source,
         **vars(top),
-        **{section: _parse(config, _section(given, section), section) for section, config in SECTIONS.items()},
+        **{
+            section: _parse_section(config, _get_section(document, section), section)
+            for section, config in SECTION_CONFIGS.items()
+        },
     )
 
 
-def _placed(given: Mapping[str, Any]) -> dict[str, Any]:
-    """With every path in `folder`, where that is given: the tasks' (by default their names), and the model and the
-    held-out texts where they are there. A resolved recipe names the places themselves."""
-    given = dict(given)
-    if (folder := given.pop("folder", None)) is None:
-        return given
+def _resolve_data_folder(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Apply the key `folder`, if it is given, and remove it.
+
+    The tasks' paths (by default their names) become paths in the folder. So do the model and the held-out texts, if
+    they exist there.
+    """
+    document = dict(document)
+    if (folder := document.pop("folder", None)) is None:
+        return document
     if not isinstance(folder, str) or not Path(folder).expanduser().is_dir():
-        raise UserError(f"folder: given {show(folder)}, which is no folder; give the one in which the data lies")
-    if isinstance(given.get("stream"), list):
-        given["stream"] = [
+        raise UserError(
+            f"folder: given {describe_value(folder)}, which is no folder; give the one in which the data lies"
+        )
+    if isinstance(document.get("stream"), list):
+        document["stream"] = [
             {**entry, "path": os.path.join(folder, str(entry.get("path", entry["name"])))}
             if isinstance(entry, dict) and isinstance(entry.get("name"), str)
             else entry
-            for entry in given["stream"]
+            for entry in document["stream"]
         ]
     for section, name in (("model", "name"), ("evaluate", "heldout")):
-        values = given.get(section)
+        values = document.get(section)
         if isinstance(values, dict) and isinstance(values.get(name), str):
-            inside = os.path.join(folder, values[name])
-            if Path(inside).expanduser().exists():
-                given[section] = {**values, name: inside}
-    return given
+            path_in_folder = os.path.join(folder, values[name])
+            if Path(path_in_folder).expanduser().exists():
+                document[section] = {**values, name: path_in_folder}
+    return document
 
 
-def difference(old: Any, new: Any, path: str = "", but: Sequence[str] = MAY_CHANGE) -> str:
-    """The first key in which two resolved recipes differ, except in these (by default: all that do not change a run's
-    result); else empty."""
-    if path in but or old == new:
+def find_difference(old: Any, new: Any, path: str = "", ignored_keys: Sequence[str] = CHANGEABLE_KEYS) -> str:
+    """Describe the first key in which two resolved recipes differ; empty if they do not.
+
+    `ignored_keys` may differ; by default those that do not affect a run's results.
+    """
+    if path in ignored_keys or old == new:
         return ""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         pairs = [(str(name), old.get(name), new.get(name)) for name in {**old, **new}]
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        pairs = [(str(index), *both) for index, both in enumerate(zip(old, new, strict=True))]
+        pairs = [(str(index), *values) for index, values in enumerate(zip(old, new, strict=True))]
     else:
-        return f"{path} (there: {_summary(old)}, given: {_summary(new)})"
-    found = (difference(before, after, f"{path}.{name}" if path else name, but) for name, before, after in pairs)
-    return next(filter(None, found), "")
+        return f"{path} (there: {_summarize_value(old)}, given: {_summarize_value(new)})"
+    differences = (
+        find_difference(old_value, new_value, f"{path}.{name}" if path else name, ignored_keys)
+        for name, old_value, new_value in pairs
+    )
+    return next(filter(None, differences), "")
 
 
-def _summary(value: Any) -> str:
-    return f"{len(value)} entries" if isinstance(value, list) else shorten(repr(value))
+def _summarize_value(value: Any) -> str:
+    return f"{len(value)} entries" if isinstance(value, list) else shorten_to_line(repr(value))
 
 
-def _names(config: type) -> tuple[str, ...]:
-    return tuple(key_of(field) for field in dataclasses.fields(config))
+def _key_names(config: type) -> tuple[str, ...]:
+    return tuple(key_name(field) for field in dataclasses.fields(config))
 
 
-def _section(given: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A section that is left out, or whose keys are all commented out, is empty."""
-    section = given.get(name)
+def _get_section(document: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A section of the document; empty if it is left out or all its keys are commented out."""
+    section = document.get(name)
     if section is None:
         return {}
     if not isinstance(section, dict):
-        raise UserError(f"{name}: given {show(section)}; a mapping of keys is needed")
+        raise UserError(f"{name}: given {describe_value(section)}; a mapping of keys is needed")
     return section
 
 
-def _parse(config: type, given: Mapping[str, Any], path: str) -> Any:
-    _refuse_deepspeed_keys(given, _names(config), path + ".")
-    return parse(config, given, path)
+def _parse_section(config: type, document: Mapping[str, Any], path: str) -> Any:
+    _refuse_deepspeed_keys(document, _key_names(config), path + ".")
+    return parse_config(config, document, path)
 
 
-def _stream(given: Mapping[str, Any]) -> tuple[TaskConfig, ...]:
-    entries = given.get("stream")
+def _parse_stream(document: Mapping[str, Any]) -> tuple[TaskConfig, ...]:
+    entries = document.get("stream")
     if not isinstance(entries, list) or not entries:
-        what = "an empty list" if entries == [] else show(entries)
-        raise UserError(f"stream: given {what}; a list of tasks is needed, for example [{EXAMPLE}]")
-    shared = _section(given, "stream_defaults")
-    _refuse_deepspeed_keys(shared, _names(TaskConfig), "stream_defaults.")
-    defaults = convert(TaskConfig, shared, "stream_defaults")
+        description = "an empty list" if entries == [] else describe_value(entries)
+        raise UserError(f"stream: given {description}; a list of tasks is needed, for example [{EXAMPLE_TASK}]")
+    stream_defaults = _get_section(document, "stream_defaults")
+    _refuse_deepspeed_keys(stream_defaults, _key_names(TaskConfig), "stream_defaults.")
+    defaults = parse_partial(TaskConfig, stream_defaults, "stream_defaults")
     tasks = []
     for index, entry in enumerate(entries):
         if not isinstance(entry, dict):
-            raise UserError(f"stream.{index}: given {show(entry)}; a mapping is needed, for example {EXAMPLE}")
-        tasks.append(parse(TaskConfig, {**defaults, **entry}, f"stream.{index}"))
-    return _ordered(tasks, given.get("order"))
+            raise UserError(
+                f"stream.{index}: given {describe_value(entry)}; a mapping is needed, for example {EXAMPLE_TASK}"
+            )
+        tasks.append(parse_config(TaskConfig, {**defaults, **entry}, f"stream.{index}"))
+    return _apply_order(tasks, document.get("order"))
 
 
-def _ordered(tasks: Sequence[TaskConfig], order: Any) -> tuple[TaskConfig, ...]:
-    """Those that `order` names, in its order; without it all, as they stand."""
+def _apply_order(tasks: Sequence[TaskConfig], order: Any) -> tuple[TaskConfig, ...]:
+    """The tasks that `order` names, in that order; all tasks if there is no `order`."""
     if order is None:
         return tuple(tasks)
-    named = {task.name: task for task in tasks}
+    tasks_by_name = {task.name: task for task in tasks}
     if not isinstance(order, list) or not order:
-        raise UserError(f"order: given {show(order)}; a list of names of the stream's tasks is needed")
+        raise UserError(f"order: given {describe_value(order)}; a list of names of the stream's tasks is needed")
     for index, name in enumerate(order):
-        if name not in named:
+        if name not in tasks_by_name:
             raise UserError(
-                f"order.{index}: given {show(name)}, which is no task of the stream{nearest(str(name), named)}; "
-                f"allowed: {', '.join(named)}"
+                f"order.{index}: given {describe_value(name)}, "
+                f"which is no task of the stream{did_you_mean(str(name), tasks_by_name)}; "
+                f"allowed: {', '.join(tasks_by_name)}"
             )
     if len(set(order)) < len(order):
-        raise UserError(f"order: given {show(order)}, where a task comes twice; name each once")
-    return tuple(named[name] for name in order)
+        raise UserError(f"order: given {describe_value(order)}, where a task comes twice; name each once")
+    return tuple(tasks_by_name[name] for name in order)
 
 
-def _refuse_deepspeed_keys(given: Mapping[str, Any], valid: Iterable[str], prefix: str = "") -> None:
-    """Every setting has one owner: what DeepSpeed calls by another name is told here, instead of `no such key`."""
+def _refuse_deepspeed_keys(document: Mapping[str, Any], valid: Iterable[str], prefix: str = "") -> None:
+    """For a key of DeepSpeed, raise a UserError that says where to set it, instead of `no such key`."""
     owners = {name.partition(".")[0]: owner for name, owner in OWNED_BY_RECIPE.items()}
-    for name in given:
+    for name in document:
         if name in valid or not isinstance(name, str):
             continue
         if name in owners:
             raise UserError(f"{prefix}{name}: a key of DeepSpeed; in a recipe it is {owners[name]}, so set that")
-        if name in OWNED_BY_JSON or name.startswith(INSIDE_ZERO):
+        if name in OWNED_BY_JSON or name.startswith(DEEPSPEED_KEY_PREFIXES):
             raise UserError(
                 f"{prefix}{name}: ZeRO, offload and communication belong to the DeepSpeed JSON; "
                 "remove it here and name a file in deepspeed, for example deepspeed: ds_configs/zero3.json"

@@ -1,1 +1,1 @@
-"""Comparisons and reports of finished runs."""
+"""Comparisons of methods, and reports of finished runs."""

@@ -1,4 +1,4 @@
-"""Means over seeds. Where something was not measured in one of the runs there is no mean of it."""
+"""Means over seeds. If a run lacks a value, there is no mean of it: the result is None."""
 
 from __future__ import annotations
 
@@ -8,34 +8,38 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from dscl.reporting.scores import Numbers
+from dscl.reporting.scores import OptionalFloats
 
 
 @dataclass(frozen=True)
-class Figure:
+class MeanStd:
     mean: float
-    std: float | None  # of the sample; None of a single one
+    std: float | None  # sample standard deviation; None if there is a single value
 
 
-def figure(values: Sequence[float | None]) -> Figure | None:
+def mean_and_std(values: Sequence[float | None]) -> MeanStd | None:
+    """Mean and sample standard deviation; None if a value is missing or there is none."""
     known = [value for value in values if value is not None]
     if not known or len(known) < len(values):
         return None
-    return Figure(math.fsum(known) / len(known), statistics.stdev(known) if len(known) > 1 else None)
+    return MeanStd(math.fsum(known) / len(known), statistics.stdev(known) if len(known) > 1 else None)
 
 
 def mean(values: Sequence[float | None]) -> float | None:
-    found = figure(values)
-    return found.mean if found else None
+    result = mean_and_std(values)
+    return result.mean if result else None
 
 
-def mean_rows(matrices: Sequence[Sequence[Numbers]]) -> list[Numbers]:
-    """Entry by entry; the matrices have the same shape."""
+def mean_matrix(matrices: Sequence[Sequence[OptionalFloats]]) -> list[OptionalFloats]:
+    """The elementwise mean of matrices of the same shape."""
     return [tuple(mean(entries) for entries in zip(*rows, strict=True)) for rows in zip(*matrices, strict=True)]
 
 
-def smooth(values: Sequence[float], points: int) -> list[tuple[float, float]]:
-    """(position, mean) of at most so many stretches of about equal length, positions counted from 1."""
-    count = min(points, len(values))
+def smooth_curve(values: Sequence[float], max_points: int) -> list[tuple[float, float]]:
+    """Split the values into at most `max_points` intervals of similar length; give each one's (centre, mean).
+
+    Positions count from 1.
+    """
+    count = min(max_points, len(values))
     edges = [round(i * len(values) / count) for i in range(count + 1)] if count else []
     return [((start + 1 + end) / 2, math.fsum(values[start:end]) / (end - start)) for start, end in pairwise(edges)]

@@ -1,4 +1,4 @@
-"""Published figures on the benchmarks that a report may be of: what stands in the papers, and nothing measured here."""
+"""Published results on the benchmarks that a report may cover, copied from papers. None was measured with dscl."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 TRACE = ("C-STANCE", "FOMC", "MeetingBank", "Py150", "ScienceQA", "NumGLUE-cm", "NumGLUE-ds", "20Minuten")
-# O-LoRA's orders 1 to 3 train four of the standard benchmark's five sets, its orders 4 to 6 fifteen.
+# Task orders 1 to 3 of O-LoRA use four of the standard benchmark's five data sets; orders 4 to 6 use fifteen.
 FOUR = ("dbpedia", "amazon", "yahoo", "agnews")
 FIVE = (*FOUR, "yelp")
 FIFTEEN = (*FIVE, "mnli", "cb", "wic", "copa", "qqp", "boolq", "rte", "imdb", "sst-2", "multirc")
-ALSO = {"boolqa": "boolq"}  # the name in CL_Benchmark's folders
+TASK_ALIASES = {"boolqa": "boolq"}  # the folder name in CL_Benchmark → the usual name
 
 ASR = "Analytic Subspace Routing, ICCV 2025"
 OSFT = "Sculpting Subspaces, 2025"
 
 
 @dataclass(frozen=True)
-class Published:
-    """A table of a paper; figures in percent, as printed there."""
+class PublishedTable:
+    """A paper's table of results, in percent as printed."""
 
-    streams: tuple[tuple[str, ...], ...]  # the sets of tasks that it is of, in any order
+    streams: tuple[tuple[str, ...], ...]  # the task sets of the benchmark, in any order
     source: str
     link: str
-    setting: str
+    setting: str  # benchmark and model
     decimals: int
-    figures: tuple[tuple[str, float, float | None], ...]  # method, OP, BWT
+    results: tuple[tuple[str, float, float | None], ...]  # method, OP, BWT
 
 
 TABLES = (
-    Published(
+    PublishedTable(
         (TRACE,),
         ASR,
         "https://arxiv.org/abs/2503.13575",
@@ -45,7 +45,7 @@ TABLES = (
             ("joint training", 59.38, None),
         ),
     ),
-    Published(
+    PublishedTable(
         (TRACE,),
         OSFT,
         "https://arxiv.org/abs/2504.07097",
@@ -59,7 +59,7 @@ TABLES = (
             ("one model a task", 57.6, None),
         ),
     ),
-    Published(
+    PublishedTable(
         (FOUR, FIVE),
         OSFT,
         "https://arxiv.org/abs/2504.07097",
@@ -78,7 +78,7 @@ TABLES = (
             ("joint training", 80.0, None),
         ),
     ),
-    Published(
+    PublishedTable(
         (FIFTEEN,),
         OSFT,
         "https://arxiv.org/abs/2504.07097",
@@ -100,12 +100,13 @@ TABLES = (
 )
 
 
-def published(tasks: Sequence[str]) -> list[Published]:
-    """The tables of the benchmark that these tasks are, in whatever order and spelling."""
-    given = set(map(_plain, tasks))
-    return [table for table in TABLES if any(given == set(map(_plain, stream)) for stream in table.streams)]
+def find_published_tables(tasks: Sequence[str]) -> list[PublishedTable]:
+    """The published tables of the benchmark with exactly these tasks, in any order and spelling."""
+    task_set = set(map(_normalize_name, tasks))
+    return [table for table in TABLES if any(task_set == set(map(_normalize_name, stream)) for stream in table.streams)]
 
 
-def _plain(name: str) -> str:
-    plain = "".join(character for character in name.lower() if character.isalnum())
-    return ALSO.get(plain, plain)
+def _normalize_name(name: str) -> str:
+    """The task name in lower case without punctuation, and with aliases replaced."""
+    normalized = "".join(character for character in name.lower() if character.isalnum())
+    return TASK_ALIASES.get(normalized, normalized)

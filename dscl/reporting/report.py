@@ -1,25 +1,25 @@
-"""`dscl report`: what runs have come to, as one HTML file that needs nothing else, and the same tables in Markdown."""
+"""`dscl report`: the results of runs as one self-contained HTML file, and the same tables in Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from dscl.reporting.comparison import read_comparison
-from dscl.reporting.groups import grouped
-from dscl.reporting.markdown import markdown
-from dscl.reporting.page import page
-from dscl.reporting.runs import find, read_run
+from dscl.reporting.comparison import read_comparison_result
+from dscl.reporting.groups import group_runs
+from dscl.reporting.markdown import render_markdown
+from dscl.reporting.page import render_html
+from dscl.reporting.runs import find_runs, read_run
 from dscl.reporting.tables import Report
-from dscl.utils.errors import Failure, UserError
+from dscl.utils.errors import ExternalFailure, UserError
 
-__all__ = ["write"]
+__all__ = ["write_report"]
 
 
-def write(runs: Sequence[Path], out: Path) -> list[Path]:
-    """Write `report.html` and `report.md` of these runs into the folder `out`; a folder of runs stands for all."""
-    report = read(runs)
-    texts = {"report.html": page(report), "report.md": markdown(report)}
+def write_report(runs: Sequence[Path], out: Path) -> list[Path]:
+    """Write `report.html` and `report.md` into the folder `out`. `runs`: run directories, or folders that hold some."""
+    report = collect_report(runs)
+    texts = {"report.html": render_html(report), "report.md": render_markdown(report)}
     if out.exists() and not out.is_dir():
         raise UserError(f"--out: given {out}, which is a file; name a folder")
     try:
@@ -27,25 +27,26 @@ def write(runs: Sequence[Path], out: Path) -> list[Path]:
         for name, text in texts.items():
             (out / name).write_text(text, "utf-8", errors="replace")
     except OSError as error:
-        raise Failure(
+        raise ExternalFailure(
             f"{out}: the report cannot be written ({error.strerror}); make room or name another --out"
         ) from None
     return [out / name for name in texts]
 
 
-def read(given: Sequence[Path]) -> Report:
-    """Everything that the report shows."""
-    folders, documents = find(given)
-    comparisons = [read_comparison(path) for path in documents]
-    runs = [
-        read_run(folder, next((name for name in (of.row(folder) for of in comparisons) if name), ""))
-        for folder in folders
-    ]
-    order = [row for comparison in comparisons for row in comparison.trials or {}]
-    runs.sort(key=lambda run: order.index(run.row) if run.row in order else len(order))
+def collect_report(paths: Sequence[Path]) -> Report:
+    """Read the runs and comparisons in these folders and group the runs into tables."""
+    run_folders, comparison_files = find_runs(paths)
+    comparisons = [read_comparison_result(path) for path in comparison_files]
+
+    def find_row(folder: Path) -> str:
+        return next((row for row in (comparison.find_row(folder) for comparison in comparisons) if row), "")
+
+    runs = [read_run(folder, find_row(folder)) for folder in run_folders]
+    row_order = [row for comparison in comparisons for row in comparison.trials or {}]
+    runs.sort(key=lambda run: row_order.index(run.row) if run.row in row_order else len(row_order))
     return Report(
-        groups=grouped([run for run in runs if run.recipe]),
+        groups=group_runs([run for run in runs if run.recipe]),
         comparisons=comparisons,
         unread=[run for run in runs if not run.recipe],
-        runs=len(runs),
+        num_runs=len(runs),
     )

@@ -1,4 +1,4 @@
-"""From the folders that were given to runs: what each was told, what it came to, and what is wrong with it."""
+"""Read run directories: each run's recipe, scores and metrics, and the problems found in its files."""
 
 from __future__ import annotations
 
@@ -11,132 +11,146 @@ from pathlib import Path
 from typing import Any
 
 from dscl.config.parsing import read_yaml
-from dscl.reporting.scores import Damaged, Scores, read_scores, real, text
+from dscl.reporting.scores import DamagedFileError, RunScores, is_nonempty_text, is_number, read_scores
 from dscl.utils.errors import UserError
 
 
 @dataclass(frozen=True)
-class Metrics:
-    """A metrics.jsonl; sums are None where a line is missing from them."""
+class RunMetrics:
+    """The content of a metrics.jsonl. A sum is None if it would lack the value of a step."""
 
-    losses: tuple[tuple[str, float], ...] = ()  # (task, loss), one a step
-    steps: int = 0
-    tokens: float | None = None
-    seconds: float | None = None
-    peak: float | None = None  # bytes of memory
-    trainable: float | None = None
-    ended: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # each task's last record
-    trouble: str = ""
+    losses: tuple[tuple[str, float], ...] = ()  # (task, loss) of each step
+    num_steps: int = 0
+    tokens: float | None = None  # sum over the steps
+    seconds: float | None = None  # sum over the steps
+    peak_memory: float | None = None  # bytes
+    trainable_parameters: float | None = None
+    last_records: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # task → the record of its last step
+    problem: str = ""  # what could not be read; else empty
 
 
 @dataclass(frozen=True)
-class Run:
+class RunRecord:
+    """The files of one run directory."""
+
     folder: Path
-    row: str  # what a comparison calls its row; else empty
-    recipe: Mapping[str, Any]  # empty where it cannot be read
-    scores: Scores | None
-    metrics: Metrics
-    trouble: str  # why it takes no part in averages; else empty
+    row: str  # the run's row in a comparison; else empty
+    recipe: Mapping[str, Any]  # empty if it cannot be read
+    scores: RunScores | None
+    metrics: RunMetrics
+    problem: str  # why averages leave this run out; else empty
 
     @property
     def seed(self) -> Any:
         return self.recipe.get("seed")
 
 
-def find(given: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """The runs, each once, and the comparison.json files, in these folders and below them."""
+def find_runs(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """Find run directories and comparison.json files in these folders and below them, each once."""
     runs: dict[Path, Path] = {}
     comparisons: dict[Path, Path] = {}
-    for start in given:
+    for start in paths:
         if not start.is_dir():
             raise UserError(f"{start}: no such folder; give run directories, or folders that hold some")
-        there = 0
-        for place, folders, files in os.walk(start):
-            folder = Path(place)
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
+        num_found = 0
+        for parent, subfolders, files in os.walk(start):
+            folder = Path(parent)
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
             if "recipe.yaml" in files:
-                there += 1
-                folders.clear()
+                num_found += 1
+                subfolders.clear()  # os.walk does not descend into a run directory
                 runs.setdefault(folder.resolve(), folder)
             elif "comparison.json" in files:
-                there += 1
+                num_found += 1
                 comparisons.setdefault(folder.resolve(), folder / "comparison.json")
-        if not there:
+        if not num_found:
             raise UserError(
                 f"{start}: holds no run; a run directory holds recipe.yaml, so give one, or a folder that holds some"
             )
     return list(runs.values()), list(comparisons.values())
 
 
-def read_run(folder: Path, row: str = "") -> Run:
-    """Whatever is wrong with it stands in its `trouble`."""
+def read_run(folder: Path, row: str = "") -> RunRecord:
+    """Read a run directory. Damaged or unfinished content does not raise: it is described in `problem`."""
     try:
-        recipe = _recipe(folder / "recipe.yaml")
-    except Damaged as error:
-        return Run(folder, row, {}, None, Metrics(), str(error))
-    metrics = _metrics(folder / "metrics.jsonl")
+        recipe = _read_recipe(folder / "recipe.yaml")
+    except DamagedFileError as error:
+        return RunRecord(folder, row, {}, None, RunMetrics(), str(error))
+    metrics = _read_metrics(folder / "metrics.jsonl")
     names = [task["name"] for task in recipe["stream"]]
     try:
         scores = read_scores(folder / "scores.json")
         if scores is not None and list(scores.tasks) != names:
-            raise Damaged(f"scores.json is of {', '.join(scores.tasks)}, recipe.yaml of {', '.join(names)}")
-    except Damaged as error:
-        return Run(folder, row, recipe, None, metrics, str(error))
-    trouble = ""
+            raise DamagedFileError(f"scores.json is of {', '.join(scores.tasks)}, recipe.yaml of {', '.join(names)}")
+    except DamagedFileError as error:
+        return RunRecord(folder, row, recipe, None, metrics, str(error))
+    problem = ""
     if scores is None or not scores.complete:
-        rows = len(scores.matrix) if scores else 0
-        at = f", {metrics.steps:,} steps done, the last of {metrics.losses[-1][0]}" if metrics.losses else ""
-        trouble = f"unfinished: {rows} of {len(names)} tasks scored{at}"
-    return Run(folder, row, recipe, scores, metrics, trouble)
+        num_scored = len(scores.matrix) if scores else 0
+        progress = ""
+        if metrics.losses:
+            progress = f", {metrics.num_steps:,} steps done, the last of {metrics.losses[-1][0]}"
+        problem = f"unfinished: {num_scored} of {len(names)} tasks scored{progress}"
+    return RunRecord(folder, row, recipe, scores, metrics, problem)
 
 
-def _recipe(path: Path) -> dict[str, Any]:
+def _read_recipe(path: Path) -> dict[str, Any]:
     try:
         recipe = read_yaml(str(path))
     except UserError as error:
-        raise Damaged(f"recipe.yaml is damaged: {str(error).removeprefix(f'{path}: ')}") from None
+        raise DamagedFileError(f"recipe.yaml is damaged: {str(error).removeprefix(f'{path}: ')}") from None
     stream, method = recipe.get("stream"), recipe.get("method")
-    if not (isinstance(stream, list) and stream and all(isinstance(t, dict) and text(t.get("name")) for t in stream)):
-        raise Damaged("recipe.yaml is damaged: it names no tasks")
-    if not (isinstance(method, dict) and text(method.get("name"))):
-        raise Damaged("recipe.yaml is damaged: it names no method")
+    if not (
+        isinstance(stream, list)
+        and stream
+        and all(isinstance(t, dict) and is_nonempty_text(t.get("name")) for t in stream)
+    ):
+        raise DamagedFileError("recipe.yaml is damaged: it names no tasks")
+    if not (isinstance(method, dict) and is_nonempty_text(method.get("name"))):
+        raise DamagedFileError("recipe.yaml is damaged: it names no method")
     for section in ("model", "train", "evaluate"):
         if not isinstance(recipe.setdefault(section, {}), dict):
-            raise Damaged(f"recipe.yaml is damaged: {section} is no mapping")
+            raise DamagedFileError(f"recipe.yaml is damaged: {section} is no mapping")
     return recipe
 
 
-def _metrics(path: Path) -> Metrics:
+def _read_metrics(path: Path) -> RunMetrics:
     try:
         lines = path.read_bytes().splitlines()
     except OSError:
-        return Metrics(trouble="metrics.jsonl is not there or cannot be read")
+        return RunMetrics(problem="metrics.jsonl is not there or cannot be read")
     records: dict[int, tuple[str, dict[str, float]]] = {}
-    unread = 0
+    unreadable_lines = 0
     for line in lines:
         try:
             record = json.loads(line)
-            numbers = {name: float(value) for name, value in record.items() if real(value) and math.isfinite(value)}
+            numbers = {
+                name: float(value) for name, value in record.items() if is_number(value) and math.isfinite(value)
+            }
             records[int(numbers["step"])] = str(record["task"]), numbers
         except (ValueError, KeyError, AttributeError, OverflowError):
-            unread += 1
+            unreadable_lines += 1
     ordered = [records[step] for step in sorted(records)]
 
-    def sum_of(name: str) -> float | None:
+    def sum_values(name: str) -> float | None:
         values = [numbers.get(name) for _, numbers in ordered]
         known = [value for value in values if value is not None]
-        return math.fsum(known) if known and len(known) == len(values) and not unread else None
+        return math.fsum(known) if known and len(known) == len(values) and not unreadable_lines else None
 
-    def most(name: str) -> float | None:
+    def max_value(name: str) -> float | None:
         return max((numbers[name] for _, numbers in ordered if name in numbers), default=None)
 
-    return Metrics(
+    return RunMetrics(
         losses=tuple((task, numbers["loss"]) for task, numbers in ordered if "loss" in numbers),
-        steps=len(ordered),
-        tokens=sum_of("tokens"),
-        seconds=sum_of("seconds"),
-        peak=most("peak_memory_bytes"),
-        trainable=most("trainable_parameters"),
-        ended=dict(ordered),
-        trouble=f"lines of metrics.jsonl that cannot be read: {unread}; its sums are left out" if unread else "",
+        num_steps=len(ordered),
+        tokens=sum_values("tokens"),
+        seconds=sum_values("seconds"),
+        peak_memory=max_value("peak_memory_bytes"),
+        trainable_parameters=max_value("trainable_parameters"),
+        last_records=dict(ordered),
+        problem=(
+            f"lines of metrics.jsonl that cannot be read: {unreadable_lines}; its sums are left out"
+            if unreadable_lines
+            else ""
+        ),
     )

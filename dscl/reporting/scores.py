@@ -1,4 +1,4 @@
-"""scores.json, read strictly: what is damaged or not finite in it is named, and nothing else comes out."""
+"""Read scores.json strictly: damaged or non-finite content raises DamagedFileError, which names the place."""
 
 from __future__ import annotations
 
@@ -9,135 +9,149 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SUMMARY = ("OP", "BWT", "FWT", "forgetting")
-Numbers = tuple[float | None, ...]
+SUMMARY_KEYS = ("OP", "BWT", "FWT", "forgetting")
+OptionalFloats = tuple[float | None, ...]
 
 
-class Damaged(ValueError):
-    """A file is not what it should be. The message says which, where, and how."""
-
-
-@dataclass(frozen=True)
-class Shares:
-    """Which share of each task's prompts (a row) was answered by which task (a column; None: by none)."""
-
-    tasks: tuple[str, ...]
-    answered_by: tuple[str | None, ...]
-    values: tuple[Numbers, ...]
+class DamagedFileError(ValueError):
+    """A file has unexpected content. The message says which file, where and how."""
 
 
 @dataclass(frozen=True)
-class Scores:
+class ConfusionMatrix:
+    """Which share of each task's prompts was answered by which task."""
+
+    tasks: tuple[str, ...]  # the rows: the prompts' tasks
+    answered_by: tuple[str | None, ...]  # the columns: the tasks that answered; None: the base model
+    shares: tuple[OptionalFloats, ...]  # [tasks, answered_by]
+
+
+@dataclass(frozen=True)
+class RunScores:
+    """The content of a scores.json."""
+
     tasks: tuple[str, ...]
     metrics: tuple[str, ...]
-    matrix: tuple[Numbers, ...]
-    before: Numbers | None
-    summary: Mapping[str, float | None]
+    matrix: tuple[OptionalFloats, ...]  # [tasks trained, tasks]: the score of each task after each training
+    zero_shot_scores: OptionalFloats | None  # each task's score before any training
+    summary: Mapping[str, float | None]  # OP, BWT, FWT and forgetting
     complete: bool
-    heldout: Numbers
-    routed: Numbers  # at the end: the share of each task's prompts that its own task answered
-    given: Mapping[str, float | None]  # the summary with the task given
-    confusion: Shares | None
+    heldout_losses: OptionalFloats  # before training and after each task
+    routing_accuracy: OptionalFloats  # at the end: the share of each task's prompts that its own task answered
+    oracle_summary: Mapping[str, float | None]  # OP and BWT of an evaluation that was told each prompt's task
+    confusion: ConfusionMatrix | None
 
 
-def read_scores(path: Path) -> Scores | None:
-    """None where there is no such file yet."""
-    found = read_json(path)
-    if found is None:
+def read_scores(path: Path) -> RunScores | None:
+    """Read and check a scores.json; None if there is no such file yet."""
+    document = read_json(path)
+    if document is None:
         return None
-    tasks, metrics = _texts(found.get("tasks"), "tasks"), _texts(found.get("metrics"), "metrics")
+    tasks, metrics = _check_names(document.get("tasks"), "tasks"), _check_names(document.get("metrics"), "metrics")
     if len(metrics) != len(tasks):
-        raise _damaged(f"{len(metrics)} metrics for {len(tasks)} tasks")
-    rows = found.get("matrix")
+        raise _scores_error(f"{len(metrics)} metrics for {len(tasks)} tasks")
+    rows = document.get("matrix")
     if not isinstance(rows, list) or len(rows) > len(tasks):
-        raise _damaged("matrix has no row for each task that was trained")
-    matrix = tuple(_row(row, tasks, f"after {name}") for row, name in zip(rows, tasks, strict=False))
-    complete = found.get("complete") is True
+        raise _scores_error("matrix has no row for each task that was trained")
+    matrix = tuple(_check_score_row(row, tasks, f"after {name}") for row, name in zip(rows, tasks, strict=False))
+    complete = document.get("complete") is True
     if complete and len(matrix) < len(tasks):
-        raise _damaged(f"complete, with {len(matrix)} rows for {len(tasks)} tasks")
-    before, routed, given = found.get("before"), found.get("routed"), found.get("given")
-    return Scores(
+        raise _scores_error(f"complete, with {len(matrix)} rows for {len(tasks)} tasks")
+    zero_shot_scores, routed, oracle = document.get("before"), document.get("routed"), document.get("given")
+    return RunScores(
         tasks=tasks,
         metrics=metrics,
         matrix=matrix,
-        before=None if before is None else _row(before, tasks, "before training"),
-        summary=_summary(found.get("summary"), SUMMARY, "summary"),
+        zero_shot_scores=(
+            None if zero_shot_scores is None else _check_score_row(zero_shot_scores, tasks, "before training")
+        ),
+        summary=_check_summary(document.get("summary"), SUMMARY_KEYS, "summary"),
         complete=complete,
-        heldout=tuple(number(entry, "heldout") for entry in _list(found.get("heldout") or [], "heldout")),
-        routed=_row(_list(routed, "routed")[-1], tasks, "in routed") if routed else (),
-        given=_summary(given.get("summary"), ("OP", "BWT"), "given") if isinstance(given, dict) else {},
-        confusion=_shares(found["confusion"]) if found.get("confusion") else None,
+        heldout_losses=tuple(
+            _check_number(entry, "heldout") for entry in _check_list(document.get("heldout") or [], "heldout")
+        ),
+        routing_accuracy=_check_score_row(_check_list(routed, "routed")[-1], tasks, "in routed") if routed else (),
+        oracle_summary=(
+            _check_summary(oracle.get("summary"), ("OP", "BWT"), "given") if isinstance(oracle, dict) else {}
+        ),
+        confusion=_parse_confusion(document["confusion"]) if document.get("confusion") else None,
     )
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object; None where there is no such file."""
+    """Read a file that holds a JSON object; None if there is no such file."""
     try:
-        found = json.loads(path.read_text("utf-8"))
+        document = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        raise Damaged(f"{path.name} is damaged: {error}") from None
-    if not isinstance(found, dict):
-        raise Damaged(f"{path.name} is damaged: it holds no JSON object")
-    return found
+        raise DamagedFileError(f"{path.name} is damaged: {error}") from None
+    if not isinstance(document, dict):
+        raise DamagedFileError(f"{path.name} is damaged: it holds no JSON object")
+    return document
 
 
-def real(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a number; true and false are none."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def text(value: Any) -> bool:
+def is_nonempty_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value)
 
 
-def number(found: Any, what: str) -> float | None:
-    if found is not None and not real(found):
-        raise _damaged(f"{what} is {found!r}, which is no number")
-    if found is not None and not math.isfinite(found):
-        raise Damaged(f"{what} is {found}")
-    return None if found is None else float(found)
+def _check_number(value: Any, label: str) -> float | None:
+    """The value as a float; None stays None."""
+    if value is not None and not is_number(value):
+        raise _scores_error(f"{label} is {value!r}, which is no number")
+    if value is not None and not math.isfinite(value):
+        raise DamagedFileError(f"{label} is {value}")
+    return None if value is None else float(value)
 
 
-def _row(found: Any, names: Sequence[str], when: str) -> Numbers:
-    """A number in 0…1 or None for each name."""
-    if not isinstance(found, list) or len(found) != len(names):
-        raise _damaged(f"the row {when} has no entry for each of {len(names)}")
-    row = tuple(number(entry, f"the score of {name} {when}") for entry, name in zip(found, names, strict=True))
+def _check_score_row(values: Any, names: Sequence[str], position: str) -> OptionalFloats:
+    """A row of scores: a number in 0…1 or None for each name. `position` says in errors which row it is."""
+    if not isinstance(values, list) or len(values) != len(names):
+        raise _scores_error(f"the row {position} has no entry for each of {len(names)}")
+    row = tuple(
+        _check_number(value, f"the score of {name} {position}") for value, name in zip(values, names, strict=True)
+    )
     for score, name in zip(row, names, strict=True):
         if score is not None and not 0.0 <= score <= 1.0:
-            raise _damaged(f"the score of {name} {when} is {score}, which is not in 0…1")
+            raise _scores_error(f"the score of {name} {position} is {score}, which is not in 0…1")
     return row
 
 
-def _summary(found: Any, names: Sequence[str], what: str) -> dict[str, float | None]:
-    if not isinstance(found, dict):
-        raise _damaged(f"it holds no {what}")
-    return {name: number(found.get(name), name) for name in names}
+def _check_summary(summary: Any, names: Sequence[str], label: str) -> dict[str, float | None]:
+    """The named numbers of a summary; None for those that are missing."""
+    if not isinstance(summary, dict):
+        raise _scores_error(f"it holds no {label}")
+    return {name: _check_number(summary.get(name), name) for name in names}
 
 
-def _shares(found: Any) -> Shares:
-    if not isinstance(found, dict):
-        raise _damaged("confusion is no object")
-    tasks = _texts(found.get("tasks"), "confusion")
-    columns = _list(found.get("answered_by"), "confusion")
-    values = [_row(row, list(map(str, columns)), "in confusion") for row in _list(found.get("shares"), "confusion")]
-    if len(values) != len(tasks) or not all(name is None or text(name) for name in columns):
-        raise _damaged("confusion has no row or column for each of its names")
-    return Shares(tasks, tuple(columns), tuple(values))
+def _parse_confusion(document: Any) -> ConfusionMatrix:
+    if not isinstance(document, dict):
+        raise _scores_error("confusion is no object")
+    tasks = _check_names(document.get("tasks"), "confusion")
+    columns = _check_list(document.get("answered_by"), "confusion")
+    rows = _check_list(document.get("shares"), "confusion")
+    shares = [_check_score_row(row, list(map(str, columns)), "in confusion") for row in rows]
+    if len(shares) != len(tasks) or not all(name is None or is_nonempty_text(name) for name in columns):
+        raise _scores_error("confusion has no row or column for each of its names")
+    return ConfusionMatrix(tasks, tuple(columns), tuple(shares))
 
 
-def _list(found: Any, what: str) -> list[Any]:
-    if not isinstance(found, list):
-        raise _damaged(f"{what} is no list")
-    return found
+def _check_list(value: Any, label: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise _scores_error(f"{label} is no list")
+    return value
 
 
-def _texts(found: Any, what: str) -> tuple[str, ...]:
-    if not found or not all(map(text, _list(found, what))):
-        raise _damaged(f"{what} holds no names")
-    return tuple(found)
+def _check_names(value: Any, label: str) -> tuple[str, ...]:
+    if not value or not all(map(is_nonempty_text, _check_list(value, label))):
+        raise _scores_error(f"{label} holds no names")
+    return tuple(value)
 
 
-def _damaged(how: str) -> Damaged:
-    return Damaged(f"scores.json is damaged: {how}")
+def _scores_error(problem: str) -> DamagedFileError:
+    return DamagedFileError(f"scores.json is damaged: {problem}")

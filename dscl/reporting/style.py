@@ -1,4 +1,4 @@
-"""The page's style: light and dark as the reader's system has it, for screens of any width and for paper."""
+"""The CSS of the HTML report: light and dark themes, screens of any width, and print."""
 
 LIGHT = """
   --ground: #f6f7f9; --card: #ffffff; --ink: #161a1f; --soft: #565f6b; --rule: #dfe3e8; --heat: #083d68;

@@ -1,1 +1,1 @@
-"""Exported models: their folder, their answers."""
+"""Exports of trained runs, and inference with them."""

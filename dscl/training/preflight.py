@@ -1,8 +1,8 @@
-"""Is the cluster fit for a run? What all ranks must have in common is compared, what they have is measured; what is odd
-is named with its host.
+"""Checks before a run: do all ranks agree on what they train, and is the cluster fit for it?
 
-`agree` costs little and comes before every run: ranks that read another recipe, other data or another model than the
-main one would train on with it all the same. `examine` takes some seconds more: `dscl doctor`, and the launch scripts.
+`require_consistent_ranks` is cheap and precedes every run: a rank that read another recipe, other data or another model
+would otherwise train on with the others unnoticed. `run_checks` also measures clocks, disk, memory, network and compute
+speed and takes some seconds; `dscl doctor` and the launch scripts call it. Messages name the hosts that stand out.
 """
 
 from __future__ import annotations
@@ -32,291 +32,328 @@ import torch
 
 from dscl import __version__
 from dscl.distributed import comm
-from dscl.distributed.launcher import PROGRAM, outside
-from dscl.recipe.recipe import difference
-from dscl.training.setup import Job
+from dscl.distributed.launcher import PROGRAM, subprocess_environment
+from dscl.recipe.recipe import find_difference
+from dscl.training.setup import RunSetup
 from dscl.utils.errors import UserError
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "tokenizers", "datasets", "safetensors", "numpy")
-CLOCKS = 5.0  # seconds that two hosts' clocks may differ
-SEEN_WITHIN = 15.0  # seconds after which a host should see what another has written
-SLOW, FEW = 0.5, 3  # below this share of the median, of at least so many, something is odd
-# What ranks may have differently, as it decides nothing that they do together (but what the DeepSpeed JSON holds does).
+MAX_CLOCK_SKEW = 5.0  # seconds that a host's clock may differ from the median
+VISIBILITY_TIMEOUT = 15.0  # seconds within which a host must see a file that another host has written
+OUTLIER_RATIO = 0.5  # a value below this share of the median is an outlier
+MIN_COMPARABLE = 3  # outliers are named from this many values on
+# Recipe keys that may differ between ranks: they do not affect training. (The content of the DeepSpeed JSON may not.)
 MAY_DIFFER = ("run_dir", "deepspeed", "data.cache_dir", "observe.live", "observe.tensorboard")
-MOVED = 1 << 24  # numbers that are sent to measure a network on GPUs; on CPUs a sixteenth
+NETWORK_TEST_NUMEL = 1 << 24  # elements sent to measure a network of GPUs; a sixteenth on CPUs
 
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Finding:
-    what: str
-    said: str
-    fine: bool = True
-    measured: bool = False  # it may pass, or be lived with
+class CheckResult:
+    """The outcome of one check, shown to the user as "subject: message"."""
+
+    subject: str
+    message: str
+    passed: bool = True
+    is_measurement: bool = False  # a failed measurement (slow, scarce) need not prevent a run
 
 
-def agree(job: Job) -> None:
-    """All ranks call it; none goes on if one would train on something else than the others."""
-    findings = [finding for finding in agreement(job) if not finding.fine]
-    if findings:
-        raise UserError("; ".join(f"{finding.what}: {finding.said}" for finding in findings))
+def require_consistent_ranks(setup: RunSetup) -> None:
+    """Raise a `UserError` on every rank if programs, recipe, data or model differ between ranks; all ranks call it."""
+    failures = [result for result in check_consistency(setup) if not result.passed]
+    if failures:
+        raise UserError("; ".join(f"{result.subject}: {result.message}" for result in failures))
 
 
-def examine(job: Job, show: Callable[[str], None], strict: bool = True) -> None:
-    """All ranks call it; each finding is shown as soon as it is there, and what is odd is an error at the end.
+def run_checks(setup: RunSetup, show: Callable[[str], None], strict: bool = True) -> None:
+    """Run all checks and show each result as a line; raise a `UserError` at the end if any failed. All ranks call it.
 
-    Not `strict`, what was only measured (slow, scarce, without locks) is none: a run goes on with it.
+    Without `strict`, failed measurements (slow, scarce, no locks) are shown but are no error.
     """
-    odd = []
-    looks = [agreement, clocks, shared_folder, room, network, arithmetic]
-    if strict or not comm.from_main(any((job.recipe.folder / "checkpoints").glob("step-*"))):  # else it has held before
-        looks.append(foreseen)
-    for look in looks:
-        for finding in look(job):
-            show(f"{'ok ' if finding.fine else 'BAD'}  {finding.what}: {finding.said}")
-            odd += [] if finding.fine or (finding.measured and not strict) else [finding.what]
-    if odd:
-        raise UserError(f"not fit for a run: {', '.join(odd)} (see above); mend that, or leave these hosts out")
-
-
-def agreement(job: Job) -> list[Finding]:
-    """Programs, recipe, data and model are the same everywhere."""
-    mine = {"dscl": f"{__version__}, sources {_sources()}", "python": platform.python_version()}
-    mine |= {package: version(package) for package in PACKAGES}
-    mine |= {"triton": _triton(), "CUDA": torch.version.cuda or "none", "NCCL": _nccl()}
-    everyone = by_host(mine)
-    findings = [
-        Finding(name, text + "; install the same everywhere, as launch/environment.sh does", False)
-        for name in mine
-        if (text := divided([(host, facts[name]) for host, facts in everyone]))
+    failed = []
+    checks = [
+        check_consistency,
+        check_clocks,
+        check_shared_folder,
+        check_free_space,
+        check_network,
+        check_compute_speed,
     ]
-    if not findings:
-        findings = [Finding("programs", ", ".join(f"{name} {value}" for name, value in mine.items()))]
+    has_checkpoints = any((setup.recipe.run_folder / "checkpoints").glob("step-*"))
+    if strict or not comm.broadcast_from_main(has_checkpoints):  # a run with checkpoints has fitted before
+        checks.append(check_plan_fits)
+    for check in checks:
+        for result in check(setup):
+            show(f"{'ok ' if result.passed else 'BAD'}  {result.subject}: {result.message}")
+            failed += [] if result.passed or (result.is_measurement and not strict) else [result.subject]
+    if failed:
+        raise UserError(f"not fit for a run: {', '.join(failed)} (see above); mend that, or leave these hosts out")
 
-    document = job.recipe.document()
-    theirs = comm.from_main({"recipe": document, "deepspeed": job.settings})
-    other = difference(theirs["recipe"], document, but=MAY_DIFFER)
-    other = other or difference(theirs["deepspeed"], job.settings, but=())
-    others = [(host, key) for host, key in by_host(other) if key]
-    said = "; ".join(f"{host} has another {key}" for host, key in dict(others).items())
-    findings.append(Finding("recipe", said or "the same everywhere", not others))
 
-    read = by_host(_read(job))
-    unlike = [
-        Finding(name, text + "; copy the same files everywhere", False)
-        for name in dict.fromkeys(name for _, facts in read for name in facts)
-        if (text := divided([(host, facts.get(name, "nothing")) for host, facts in read]))
+def check_consistency(setup: RunSetup) -> list[CheckResult]:
+    """Versions of programs, recipe, data and model are the same on all ranks."""
+    versions = {"dscl": f"{__version__}, sources {_checksum_sources()}", "python": platform.python_version()}
+    versions |= {package: version(package) for package in PACKAGES}
+    versions |= {"triton": _triton_version(), "CUDA": torch.version.cuda or "none", "NCCL": _nccl_version()}
+    versions_by_host = gather_by_host(versions)
+    results = [
+        CheckResult(name, text + "; install the same everywhere, as launch/environment.sh does", False)
+        for name in versions
+        if (text := describe_differences([(host, others[name]) for host, others in versions_by_host]))
     ]
-    same = Finding("data and model", f"{len(job.lessons)} tasks, the model and its tokenizer are the same everywhere")
-    return [*findings, *(unlike or [same])]
+    if not results:
+        results = [CheckResult("programs", ", ".join(f"{name} {value}" for name, value in versions.items()))]
+
+    document = setup.recipe.to_dict()
+    main_rank = comm.broadcast_from_main({"recipe": document, "deepspeed": setup.deepspeed_settings})
+    different_key = find_difference(main_rank["recipe"], document, ignored_keys=MAY_DIFFER)
+    different_key = different_key or find_difference(main_rank["deepspeed"], setup.deepspeed_settings, ignored_keys=())
+    different = [(host, key) for host, key in gather_by_host(different_key) if key]
+    message = "; ".join(f"{host} has another {key}" for host, key in dict(different).items())
+    results.append(CheckResult("recipe", message or "the same everywhere", not different))
+
+    fingerprints = gather_by_host(_fingerprint_inputs(setup))
+    failures = [
+        CheckResult(name, text + "; copy the same files everywhere", False)
+        for name in dict.fromkeys(name for _, inputs in fingerprints for name in inputs)
+        if (text := describe_differences([(host, inputs.get(name, "nothing")) for host, inputs in fingerprints]))
+    ]
+    success = CheckResult(
+        "data and model", f"{len(setup.tasks)} tasks, the model and its tokenizer are the same everywhere"
+    )
+    return [*results, *(failures or [success])]
 
 
-def clocks(_job: Job) -> list[Finding]:
+def check_clocks(_setup: RunSetup) -> list[CheckResult]:
+    """The hosts' clocks agree."""
     comm.barrier()
-    now = by_host(time.time())
-    middle = statistics.median(seconds for _, seconds in now)
-    wrong = {host: seconds - middle for host, seconds in now if abs(seconds - middle) > CLOCKS}
-    said = ", ".join(f"{host} is {abs(by):.1f} s {'ahead' if by > 0 else 'behind'}" for host, by in wrong.items())
-    most = max(abs(seconds - middle) for _, seconds in now)
-    return [Finding("clocks", said or f"within {most:.1f} s", not wrong)]
+    times = gather_by_host(time.time())
+    median = statistics.median(seconds for _, seconds in times)
+    skews = {host: seconds - median for host, seconds in times if abs(seconds - median) > MAX_CLOCK_SKEW}
+    message = ", ".join(
+        f"{host} is {abs(skew):.1f} s {'ahead' if skew > 0 else 'behind'}" for host, skew in skews.items()
+    )
+    largest = max(abs(seconds - median) for _, seconds in times)
+    return [CheckResult("clocks", message or f"within {largest:.1f} s", not skews)]
 
 
-def shared_folder(job: Job) -> list[Finding]:
-    """What any host writes to `run_dir`, all see; and a lock that one holds, no other gets."""
-    folder = job.recipe.folder
-    name = comm.from_main(f".doctor-{os.getpid()}-{time.time_ns()}")
-    mine = folder / f"{name}-{comm.rank()}"
-    problem, lock, made, loose = "", None, not folder.exists(), False
+def check_shared_folder(setup: RunSetup) -> list[CheckResult]:
+    """All hosts see what any host writes to `run_dir`, and a lock held by one host keeps the others out."""
+    folder = setup.recipe.run_folder
+    name = comm.broadcast_from_main(f".doctor-{os.getpid()}-{time.time_ns()}")
+    own_file = folder / f"{name}-{comm.rank()}"
+    problem, lock, created, lacks_locks = "", None, not folder.exists(), False
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        mine.write_text(socket.gethostname())
+        own_file.write_text(socket.gethostname())
     except OSError as error:
         problem = f"cannot be written ({error.strerror})"
     if comm.is_main() and not problem:
-        lock = open(folder / name, "w")  # noqa: SIM115 - held until all have tried
+        lock = open(folder / name, "w")  # noqa: SIM115 - held until all ranks have tried to lock it
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError:  # a file system without locks
-            loose = True
+            lacks_locks = True
     comm.barrier()
-    wanted = [folder / f"{name}-{rank}" for rank in range(comm.world())]
+    files = [folder / f"{name}-{rank}" for rank in range(comm.world_size())]
     unseen: list[Path] = []
-    deadline = time.monotonic() + SEEN_WITHIN
-    while not problem and (unseen := [path for path in wanted if not path.exists()]) and time.monotonic() < deadline:
+    deadline = time.monotonic() + VISIBILITY_TIMEOUT
+    while not problem and (unseen := [path for path in files if not path.exists()]) and time.monotonic() < deadline:
         time.sleep(0.2)
-    hosts = [host for host, _ in by_host(None)]
+    hosts = [host for host, _ in gather_by_host(None)]
     if unseen and not problem:
-        writers = {hosts[wanted.index(path)] for path in unseen}
+        writers = {hosts[files.index(path)] for path in unseen}
         problem = f"does not see what {', '.join(sorted(writers))} wrote; it has to be a file system that all share"
-    loose = loose or (not problem and not comm.is_main() and _lockable(folder / name))
-    problems = {host: text for host, text in by_host(problem) if text}
-    without = dict.fromkeys(host for host, found in by_host(loose) if found)
+    # The main rank holds the lock: a rank that can lock the file too is not kept out.
+    lacks_locks = lacks_locks or (not problem and not comm.is_main() and _can_lock(folder / name))
+    problems = {host: text for host, text in gather_by_host(problem) if text}
+    hosts_without_locks = dict.fromkeys(host for host, lacking in gather_by_host(lacks_locks) if lacking)
     comm.barrier()
     with suppress(OSError):
-        mine.unlink()
+        own_file.unlink()
     if lock is not None:
         lock.close()
         (folder / name).unlink()
     comm.barrier()
-    if made:
+    if created:
         with suppress(OSError):
             folder.rmdir()
-    said = "; ".join(f"{host} {text}" for host, text in problems.items())
-    findings = [Finding("run_dir", said or f"{folder}: written and seen by all", not problems)]
-    if without and not problems:
-        said = f"one in {folder} does not keep {', '.join(without)} out, so a second job there would not be refused; "
-        said += "mount it with locks that all hosts share, or see to it that only one job is started on this run_dir"
-        findings.append(Finding("locks", said, False, measured=True))
-    return findings
+    message = "; ".join(f"{host} {text}" for host, text in problems.items())
+    results = [CheckResult("run_dir", message or f"{folder}: written and seen by all", not problems)]
+    if hosts_without_locks and not problems:
+        message = (
+            f"one in {folder} does not keep {', '.join(hosts_without_locks)} out, so a second job there would not "
+        )
+        message += "be refused; mount it with locks that all hosts share, or see to it that only one job is started on "
+        message += "this run_dir"
+        results.append(CheckResult("locks", message, False, is_measurement=True))
+    return results
 
 
-def room(job: Job) -> list[Finding]:
-    """Free memory and disk; hosts that have far less than the others."""
-    free = by_host(_free_memory())
-    found = [measured("free memory", free, _gib, FEW)]
-    return [*found, Finding("disk of run_dir", f"{_gib(_free_disk(job.recipe.folder))} free")]
+def check_free_space(setup: RunSetup) -> list[CheckResult]:
+    """Free memory and disk; hosts with far less memory than the others fail."""
+    free = gather_by_host(_free_device_memory())
+    memory = find_outliers("free memory", free, _format_bytes, MIN_COMPARABLE)
+    return [memory, CheckResult("disk of run_dir", f"{_format_bytes(_free_disk(setup.recipe.run_folder))} free")]
 
 
-def foreseen(job: Job) -> list[Finding]:
-    """Whether the run will find room: what `dscl plan` foresees for as many ranks, against what is free."""
-    plan, problem = _plan(job) if comm.is_main() else ({}, "")
-    comm.meet()  # that may take minutes
-    plan, problem = comm.from_main((plan, problem))
+def check_plan_fits(setup: RunSetup) -> list[CheckResult]:
+    """The memory and disk that `dscl plan` foresees for this recipe and number of ranks are free."""
+    plan, problem = _run_dscl_plan(setup) if comm.is_main() else ({}, "")
+    comm.wait_for_all_ranks()  # planning may take minutes
+    plan, problem = comm.broadcast_from_main((plan, problem))
     if problem:
-        return [Finding("plan", f"none could be made ({problem}), so memory and disk were not compared with it")]
+        return [CheckResult("plan", f"none could be made ({problem}), so memory and disk were not compared with it")]
     stage = plan["stages"][plan["recipe"]]
     on_device, on_host = stage["device"] + plan["around"], stage["host"]
     if comm.device().type != "cuda":
         on_device, on_host = 0, stage["device"] + stage["host"]
-    hosts = Counter(host for host, _ in by_host(None))
-    gpu, memory = (by_host(free) for free in (_free_gpu(), _free_host()))
-    disk = [("run_dir", float(comm.from_main(_for_checkpoints(job.recipe.folder) if comm.is_main() else None)))]
-    wanted = [
-        ("memory of GPUs", gpu, dict.fromkeys(hosts, on_device)),
-        ("memory of hosts", memory, {host: count * on_host for host, count in hosts.items()}),
-        ("disk for checkpoints", disk, {"run_dir": plan["disk"]}),
+    ranks_per_host = Counter(host for host, _ in gather_by_host(None))
+    gpu_memory, host_memory = (gather_by_host(free) for free in (_free_gpu_memory(), _free_host_memory()))
+    disk = _free_disk_for_checkpoints(setup.recipe.run_folder) if comm.is_main() else None
+    free_disk = [("run_dir", float(comm.broadcast_from_main(disk)))]
+    comparisons = [
+        ("memory of GPUs", gpu_memory, dict.fromkeys(ranks_per_host, on_device)),
+        ("memory of hosts", host_memory, {host: count * on_host for host, count in ranks_per_host.items()}),
+        ("disk for checkpoints", free_disk, {"run_dir": plan["disk"]}),
     ]
-    return [enough(what, free, needed) for what, free, needed in wanted if any(needed.values())]
+    return [compare_with_needed(subject, free, needed) for subject, free, needed in comparisons if any(needed.values())]
 
 
-def enough(what: str, free: Sequence[tuple[str, float]], needed: Mapping[str, float]) -> Finding:
-    """What is free in each place against what is foreseen there; where it is less, that is named."""
+def compare_with_needed(subject: str, free: Sequence[tuple[str, float]], needed: Mapping[str, float]) -> CheckResult:
+    """Fails where a place (a host, a folder) has fewer bytes free than are needed there, and names these places."""
     short = {place: size for place, size in free if size < needed[place]}
-    told = [f"{place} has {_gib(size)} free and needs {_gib(needed[place])}" for place, size in short.items()]
-    if told:
-        return Finding(what, f"{', '.join(told)}; dscl plan says what would fit", False, measured=True)
-    return Finding(what, f"{_gib(max(needed.values()))} foreseen, {_gib(min(size for _, size in free))} free")
+    shortages = [
+        f"{place} has {_format_bytes(size)} free and needs {_format_bytes(needed[place])}"
+        for place, size in short.items()
+    ]
+    if shortages:
+        message = f"{', '.join(shortages)}; dscl plan says what would fit"
+        return CheckResult(subject, message, False, is_measurement=True)
+    least_free = _format_bytes(min(size for _, size in free))
+    return CheckResult(subject, f"{_format_bytes(max(needed.values()))} foreseen, {least_free} free")
 
 
-def network(_job: Job) -> list[Finding]:
-    """All-reduce and all-to-all over all ranks, and each link of a ring through them."""
-    world = comm.world()
-    if world == 1:
+def check_network(_setup: RunSetup) -> list[CheckResult]:
+    """Bandwidth of all-reduce and all-to-all over all ranks, and of each link of a ring through them."""
+    world_size = comm.world_size()
+    if world_size == 1:
         return []
-    here = comm.device()
-    count = MOVED if here.type == "cuda" else MOVED // 16
-    count -= count % world
-    values = torch.ones(count, device=here)
+    device = comm.device()
+    count = NETWORK_TEST_NUMEL if device.type == "cuda" else NETWORK_TEST_NUMEL // 16
+    count -= count % world_size
+    values = torch.ones(count, device=device)
     size = values.element_size() * count
-    summed = _seconds(lambda: comm.sum_(values.fill_(1.0)))
-    parts = [count // world] * world
-    swapped = _seconds(lambda: comm.exchange(values.split(parts), parts))
-    after, before = (comm.rank() + 1) % world, (comm.rank() - 1) % world
-    sent = [values if rank == after else values[:0] for rank in range(world)]
-    arriving = [count if rank == before else 0 for rank in range(world)]
-    passed = _seconds(lambda: comm.exchange(sent, arriving))
-    bus = [2 * (world - 1) / world * size / max(t for _, t in by_host(summed))]
-    bus.append((world - 1) / world * size / max(t for _, t in by_host(swapped)))
-    said = f"all-reduce {_rate(bus[0])}, all-to-all {_rate(bus[1])} (of a rank's link)"
-    hosts = [host for host, _ in by_host(None)]
-    rates = [size / seconds for _, seconds in by_host(passed)]
+    all_reduce_seconds = _best_seconds(lambda: comm.all_reduce_sum(values.fill_(1.0)))
+    parts = [count // world_size] * world_size
+    all_to_all_seconds = _best_seconds(lambda: comm.all_to_all(values.split(parts), parts))
+    next_rank, previous_rank = (comm.rank() + 1) % world_size, (comm.rank() - 1) % world_size
+    outgoing = [values if rank == next_rank else values[:0] for rank in range(world_size)]
+    incoming = [count if rank == previous_rank else 0 for rank in range(world_size)]
+    link_seconds = _best_seconds(lambda: comm.all_to_all(outgoing, incoming))
+    ring_share = (world_size - 1) / world_size
+    all_reduce_rate = 2 * ring_share * size / max(seconds for _, seconds in gather_by_host(all_reduce_seconds))
+    all_to_all_rate = ring_share * size / max(seconds for _, seconds in gather_by_host(all_to_all_seconds))
+    message = (
+        f"all-reduce {_format_rate(all_reduce_rate)}, all-to-all {_format_rate(all_to_all_rate)} (of a rank's link)"
+    )
+    hosts = [host for host, _ in gather_by_host(None)]
+    rates = [size / seconds for _, seconds in gather_by_host(link_seconds)]
     links = [(f"{hosts[rank - 1]} → {hosts[rank]}", rate) for rank, rate in enumerate(rates)]
     within = [link for rank, link in enumerate(links) if hosts[rank - 1] == hosts[rank]]
     between = [link for rank, link in enumerate(links) if hosts[rank - 1] != hosts[rank]]
     kinds = (("links within hosts", within), ("links between hosts", between))
-    return [Finding("network", said), *(measured(what, some, _rate, FEW) for what, some in kinds if some)]
+    return [
+        CheckResult("network", message),
+        *(find_outliers(subject, links, _format_rate, MIN_COMPARABLE) for subject, links in kinds if links),
+    ]
 
 
-def arithmetic(_job: Job) -> list[Finding]:
-    """One matrix product on every rank: a device that is throttled, or shared with somebody."""
-    here = comm.device()
-    size, kind = (8192, torch.bfloat16) if here.type == "cuda" else (1024, torch.float32)
-    matrix = torch.ones(size, size, dtype=kind, device=here)
-    seconds = _seconds(lambda: matrix @ matrix)
-    rates = [(host, 2 * size**3 / t) for host, t in by_host(seconds)]
-    return [measured("matrix products", rates, lambda rate: f"{rate / 1e12:.2f} TFLOP/s", FEW)]
+def check_compute_speed(_setup: RunSetup) -> list[CheckResult]:
+    """The speed of a matrix product on every rank; finds a device that is throttled or shared with other programs."""
+    device = comm.device()
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    matrix = torch.ones(size, size, dtype=dtype, device=device)
+    seconds = _best_seconds(lambda: matrix @ matrix)
+    rates = [(host, 2 * size**3 / host_seconds) for host, host_seconds in gather_by_host(seconds)]
+    return [find_outliers("matrix products", rates, lambda rate: f"{rate / 1e12:.2f} TFLOP/s", MIN_COMPARABLE)]
 
 
-def measured(what: str, values: Sequence[tuple[str, float]], text: Callable[[float], str], few: int) -> Finding:
-    """What was measured in many places; the places that have far less than the others are named.
+def find_outliers(
+    subject: str, values: Sequence[tuple[str, float]], format_value: Callable[[float], str], min_count: int
+) -> CheckResult:
+    """Fails where a place has far less than the median of all places (`OUTLIER_RATIO`), and names these places.
 
-    Of very few nobody can say which one is odd: then every figure is shown, and the reader judges.
+    With fewer than `min_count` values nobody can say which is the outlier: the message then lists all values.
     """
-    if 1 < len(values) < few:
-        return Finding(what, ", ".join(f"{place} {text(value)}" for place, value in values))
-    middle = statistics.median(value for _, value in values)
-    odd = [(place, value) for place, value in values if value < SLOW * middle]
-    if odd:
-        named = ", ".join(f"{place} {text(value)}" for place, value in odd)
-        return Finding(what, f"{named}, where the median is {text(middle)}", False, measured=True)
+    if 1 < len(values) < min_count:
+        return CheckResult(subject, ", ".join(f"{place} {format_value(value)}" for place, value in values))
+    median = statistics.median(value for _, value in values)
+    outliers = [(place, value) for place, value in values if value < OUTLIER_RATIO * median]
+    if outliers:
+        places = ", ".join(f"{place} {format_value(value)}" for place, value in outliers)
+        message = f"{places}, where the median is {format_value(median)}"
+        return CheckResult(subject, message, False, is_measurement=True)
     least = min(value for _, value in values)
-    return Finding(what, text(middle) if least == middle else f"{text(least)} and more, median {text(middle)}")
+    if least == median:
+        return CheckResult(subject, format_value(median))
+    return CheckResult(subject, f"{format_value(least)} and more, median {format_value(median)}")
 
 
-def divided(values: Sequence[tuple[str, str]]) -> str:
-    """Which hosts have which value, where they have not all the same; what most have comes first."""
+def describe_differences(values: Sequence[tuple[str, str]]) -> str:
+    """Which hosts have which value, the most common value first; "" if all values are the same."""
     counts = Counter(value for _, value in values)
     if len(counts) == 1:
         return ""
-    sides = []
+    groups = []
     for value, _ in counts.most_common():
         hosts = dict.fromkeys(host for host, other in values if other == value)
-        sides.append(f"{value} on {', '.join(hosts)}")
-    return "; ".join(sides)
+        groups.append(f"{value} on {', '.join(hosts)}")
+    return "; ".join(groups)
 
 
-def by_host(mine: T) -> list[tuple[str, T]]:
-    """Every rank's value, in rank order, with its host."""
-    return comm.gather((socket.gethostname(), mine))
+def gather_by_host(value: T) -> list[tuple[str, T]]:
+    """Every rank's (host, value), in rank order; all ranks call it."""
+    return comm.all_gather_objects((socket.gethostname(), value))
 
 
-def _sources() -> str:
-    """A checksum of this very program, which a commit's number would not be: files may have been changed since."""
-    home, checksum = Path(__file__).resolve().parent, 0
+def _checksum_sources() -> str:
+    """A checksum of the source files as they are now; a commit's number would not show local changes."""
+    home, checksum = Path(__file__).resolve().parents[1], 0
     for path in sorted(home.rglob("*.py")):
         checksum = zlib.crc32(path.read_bytes(), zlib.crc32(str(path.relative_to(home)).encode(), checksum))
     return f"{checksum:08x}"
 
 
-def _triton() -> str:
-    """Torch's builds for GPUs bring it, others need not have it."""
+def _triton_version() -> str:
+    """Triton comes with torch's GPU builds; on CPUs it may be missing."""
     try:
         return version("triton")
     except PackageNotFoundError:
         return "none"
 
 
-def _nccl() -> str:
+def _nccl_version() -> str:
     return ".".join(map(str, torch.cuda.nccl.version())) if comm.device().type == "cuda" else "none"
 
 
-def _read(job: Job) -> Mapping[str, str]:
-    """What this rank has read, as checksums."""
-    found = {"model": job.facts.model[:12], "tokenizer": job.facts.tokenizer[:12]}
-    for lesson in job.lessons:
+def _fingerprint_inputs(setup: RunSetup) -> Mapping[str, str]:
+    """Checksums of the model, the tokenizer and the data that this rank has read, by name."""
+    checksums = {"model": setup.run_info.model[:12], "tokenizer": setup.run_info.tokenizer[:12]}
+    for task_data in setup.tasks:
         checksum = 0
-        for samples in (lesson.task.train, lesson.exam.samples):
+        for samples in (task_data.task.train, task_data.eval_set.samples):
             for sample in samples:
                 checksum = zlib.crc32(json.dumps([sample.prompt, sample.answer]).encode(), checksum)
-        checksum = zlib.crc32(json.dumps(lesson.task.labels).encode(), checksum)
-        found[f"data of {lesson.task.name}"] = f"{checksum:08x}"
-    found["held-out texts"] = f"{zlib.crc32(json.dumps(job.heldout).encode()):08x}"
-    return found
+        checksum = zlib.crc32(json.dumps(task_data.task.labels).encode(), checksum)
+        checksums[f"data of {task_data.task.name}"] = f"{checksum:08x}"
+    checksums["held-out texts"] = f"{zlib.crc32(json.dumps(setup.heldout_texts).encode()):08x}"
+    return checksums
 
 
-def _lockable(path: Path) -> bool:
+def _can_lock(path: Path) -> bool:
     try:
         with open(path, "a") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -325,66 +362,66 @@ def _lockable(path: Path) -> bool:
     return True
 
 
-def _plan(job: Job) -> tuple[dict[str, Any], str]:
-    """That of `dscl plan`, a program of its own; or why there is none."""
+def _run_dscl_plan(setup: RunSetup) -> tuple[dict[str, Any], str]:
+    """Run `dscl plan --json` as a subprocess. Returns its document and "", or an empty one and why it failed."""
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "recipe.yaml"
-        recipe.write_text(job.recipe.text(), "utf-8")
-        words = [f"deepspeed={json.dumps(str(job.recipe.deepspeed_path().absolute()))}", "--alone", "--json"]
-        done = subprocess.run(
-            [sys.executable, *PROGRAM, "plan", str(recipe), *words, "--gpus-per-node", str(comm.world())],
-            env=outside(), capture_output=True, text=True,
+        recipe.write_text(setup.recipe.to_yaml(), "utf-8")
+        arguments = [f"deepspeed={json.dumps(str(setup.recipe.find_deepspeed_json().absolute()))}", "--alone", "--json"]
+        process = subprocess.run(
+            [sys.executable, *PROGRAM, "plan", str(recipe), *arguments, "--gpus-per-node", str(comm.world_size())],
+            env=subprocess_environment(), capture_output=True, text=True,
         )  # fmt: skip
-    if done.returncode:
-        return {}, (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found, ""
+    if process.returncode:
+        return {}, (process.stderr.strip().splitlines() or [f"status {process.returncode}"])[-1]
+    document: dict[str, Any] = json.loads(process.stdout.strip().splitlines()[-1])
+    return document, ""
 
 
-def _free_memory() -> float:
-    """Of this rank's GPU, or of the host."""
-    return _free_gpu() if comm.device().type == "cuda" else _free_host()
+def _free_device_memory() -> float:
+    """Free bytes of this rank's GPU, or of the host's memory on CPUs."""
+    return _free_gpu_memory() if comm.device().type == "cuda" else _free_host_memory()
 
 
-def _free_gpu() -> float:
+def _free_gpu_memory() -> float:
     return float(torch.cuda.mem_get_info()[0]) if comm.device().type == "cuda" else 0.0
 
 
-def _free_host(root: Path = Path("/")) -> float:
-    """Of the machine; or of what a container or a Slurm job may have of it, which no job outgrows and lives."""
+def _free_host_memory(root: Path = Path("/")) -> float:
+    """Free bytes of the host, but at most what the limits of its container or Slurm job (cgroups v2) leave."""
     meminfo = root / "proc/meminfo"
     lines = meminfo.read_text().splitlines() if meminfo.exists() else []
     free = next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), math.inf)
     with suppress(OSError, ValueError, StopIteration):
         groups = (root / "proc/self/cgroup").read_text().splitlines()
         own = Path(next(line for line in groups if line.startswith("0::")).removeprefix("0::/"))
-        for group in (own, *own.parents):  # each has to keep to the limit of those above it
-            place = root / "sys/fs/cgroup" / group
-            limit = (place / "memory.max").read_text().strip() if (place / "memory.max").exists() else "max"
+        for group in (own, *own.parents):  # the limits of all parent groups hold too
+            folder = root / "sys/fs/cgroup" / group
+            limit = (folder / "memory.max").read_text().strip() if (folder / "memory.max").exists() else "max"
             if limit != "max":
-                stat = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
-                used = int((place / "memory.current").read_text()) - int(stat.get("inactive_file", 0))
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                used = int((folder / "memory.current").read_text()) - int(stat.get("inactive_file", 0))
                 free = min(free, max(0.0, float(limit) - used))
     return free
 
 
 def _free_disk(folder: Path) -> float:
-    """Where the folder is, or would be."""
-    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    return float(shutil.disk_usage(there).free)
+    """Free bytes of the disk that holds the folder, or will hold it once it is created."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return float(shutil.disk_usage(existing).free)
 
 
-def _for_checkpoints(run: Path) -> float:
-    """What is free, and what those that are there already take."""
-    return _free_disk(run) + sum(path.stat().st_size for path in run.glob("checkpoints/**/*") if path.is_file())
+def _free_disk_for_checkpoints(run_dir: Path) -> float:
+    """Free bytes of the disk, plus those that existing checkpoints take: new ones replace them."""
+    return _free_disk(run_dir) + sum(path.stat().st_size for path in run_dir.glob("checkpoints/**/*") if path.is_file())
 
 
-def _gib(size: float) -> str:
+def _format_bytes(size: float) -> str:
     return f"{size / 2**30:.1f} GiB" if size > 2**28 else f"{size / 2**20:.1f} MiB"
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    """The fastest of a few turns, all ranks starting together."""
+def _best_seconds(work: Callable[[], object]) -> float:
+    """Seconds of the fastest of four calls, with all ranks starting together."""
     best = float("inf")
     for _ in range(4):
         comm.barrier()
@@ -396,5 +433,5 @@ def _seconds(work: Callable[[], object]) -> float:
     return best
 
 
-def _rate(bytes_per_second: float) -> str:
+def _format_rate(bytes_per_second: float) -> str:
     return f"{bytes_per_second / 1e9:.2f} GB/s"

@@ -1,4 +1,7 @@
-"""A job: everything that a run is made of, read and checked in the order in which mistakes are cheapest to tell."""
+"""The setup of a run: model, data, method and settings, read and checked before the engine is built.
+
+The cheapest checks come first, so that a mistake in the recipe is reported early.
+"""
 
 from __future__ import annotations
 
@@ -9,143 +12,167 @@ from typing import Any
 
 import torch
 
-from dscl.config.deepspeed_json import read_settings
-from dscl.data.batches import Batch, Schedule, collate
-from dscl.data.encode import answer_room, bos_id, encode, encode_answers, encode_prompts, fingerprint
-from dscl.data.replay_buffer import Joined, Samples
+from dscl.config.deepspeed_json import read_deepspeed_json
+from dscl.data.batches import Batch, BatchSampler, collate
+from dscl.data.encode import (
+    answer_token_budget,
+    encode_answers,
+    encode_dataset,
+    encode_prompts,
+    prepended_bos_id,
+    tokenizer_fingerprint,
+)
+from dscl.data.replay_buffer import ConcatenatedDataset, TokenizedDataset
 from dscl.data.stream import load_stream
 from dscl.data.task import Task
 from dscl.data.texts import encode_texts, read_texts
 from dscl.distributed import comm
 from dscl.engine.engine import Engine
 from dscl.maths.schedule import learning_rate
-from dscl.methods.base import Facts, Method
+from dscl.methods.base import Method, RunInfo
 from dscl.methods.registry import find_method
-from dscl.model.backbone import DTYPES, Backbone, open_backbone
+from dscl.model.backbone import DTYPES, Backbone, resolve_backbone
 from dscl.model.tokenizer import pad_id
 from dscl.recipe.recipe import Recipe
-from dscl.training.evaluation import Exam
+from dscl.training.evaluation import EvalSet
 from dscl.utils.errors import UserError
 
 log = logging.getLogger("dscl")
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """One task, ready to be trained on and examined."""
+class TaskData:
+    """A task's training data with its batch sampler and learning rates, and its evaluation set."""
 
     task: Task
-    data: Samples
-    schedule: Schedule
-    exam: Exam
+    dataset: TokenizedDataset
+    sampler: BatchSampler
+    eval_set: EvalSet
     packing: bool
-    pad: int
-    bos: int | None
-    peak: float
-    decay: str
+    pad_id: int
+    bos_id: int | None
+    peak_lr: float
+    lr_schedule: str
     warmup: float
-    planned: Callable[[Samples, int], Schedule]  # of samples that are gone through so often
+    build_sampler: Callable[[TokenizedDataset, int], BatchSampler]  # dataset, epochs → sampler
     epochs: int
-    mixed: tuple[str, ...] = ()  # whose samples follow the task's own
+    mixed_in_tasks: tuple[str, ...] = ()  # names; their samples follow the task's own in `dataset`
 
     @property
-    def steps(self) -> int:
-        return self.schedule.steps
+    def num_steps(self) -> int:
+        return self.sampler.num_steps
 
     @property
-    def own(self) -> Samples:
-        """The task's own samples, without those mixed in."""
-        return self.data.parts[0] if isinstance(self.data, Joined) else self.data
+    def own_dataset(self) -> TokenizedDataset:
+        """The task's own samples, without those of other tasks."""
+        return self.dataset.datasets[0] if isinstance(self.dataset, ConcatenatedDataset) else self.dataset
 
     def micro_batches(self, step: int) -> list[Batch]:
-        rows = self.schedule.micro_batches(step, comm.rank())
-        first = step < self.schedule.steps_per_epoch
-        return [collate(batch, self.data, self.pad, self.packing, self.bos, first) for batch in rows]
+        """This rank's micro-batches of optimizer step `step` of this task."""
+        rows = self.sampler.micro_batches(step, comm.rank())
+        first_epoch = step < self.sampler.steps_per_epoch
+        return [collate(batch, self.dataset, self.pad_id, self.packing, self.bos_id, first_epoch) for batch in rows]
 
-    def groups(self, samples: int, size: int) -> list[list[Batch]]:
-        """Some of the samples in groups that do not depend on the ranks; each as this rank's micro-batches."""
-        groups = self.schedule.groups(samples, size, comm.rank())
-        return [[collate(rows, self.data, self.pad, self.packing, self.bos) for rows in group] for group in groups]
+    def grouped_micro_batches(self, samples: int, size: int) -> list[list[Batch]]:
+        """`samples` samples in groups of `size`; of each group, this rank's micro-batches.
+
+        Which samples form a group does not depend on the number of ranks.
+        """
+        groups = self.sampler.grouped_micro_batches(samples, size, comm.rank())
+        return [
+            [collate(rows, self.dataset, self.pad_id, self.packing, self.bos_id) for rows in group] for group in groups
+        ]
 
     def learning_rate(self, step: int) -> float:
-        return learning_rate(step, self.steps, peak=self.peak, kind=self.decay, warmup=self.warmup)
+        return learning_rate(step, self.num_steps, peak=self.peak_lr, kind=self.lr_schedule, warmup=self.warmup)
 
-    def sources(self, step: int) -> list[str]:
-        """The records that step `step` learns from, over all ranks."""
-        return [self._source(i) for i in self.schedule.step(step).samples]
+    def sample_sources(self, step: int) -> list[str]:
+        """Where the samples of step `step` come from (file and record), over all ranks; for messages."""
+        return [self._source(i) for i in self.sampler.step_plan(step).sample_ids]
 
     def _source(self, sample: int) -> str:
-        if not isinstance(self.data, Joined):
+        if not isinstance(self.dataset, ConcatenatedDataset):
             return self.task.train[sample].source
-        part, place = self.data.place(sample)
-        return f"{self.mixed[part - 1]}, sample {place} of those mixed in" if part else self.task.train[place].source
+        part, index = self.dataset.locate(sample)
+        if part == 0:
+            return self.task.train[index].source
+        return f"{self.mixed_in_tasks[part - 1]}, replayed sample {index}"
 
-    def mixed_with(self, others: Sequence[tuple[str, Samples]]) -> Lesson:
-        """With samples of other tasks, shuffled among the task's own."""
+    def mix_with(self, others: Sequence[tuple[str, TokenizedDataset]]) -> TaskData:
+        """A copy whose samples include those of other tasks, shuffled among the task's own."""
         if not others:
             return self
-        data = Joined([self.data, *(samples for _, samples in others)])
-        mixed = tuple(name for name, _ in others)
-        return replace(self, data=data, schedule=self.planned(data, self.epochs), mixed=mixed)
+        dataset = ConcatenatedDataset([self.dataset, *(samples for _, samples in others)])
+        names = tuple(name for name, _ in others)
+        return replace(self, dataset=dataset, sampler=self.build_sampler(dataset, self.epochs), mixed_in_tasks=names)
 
 
 @dataclass(frozen=True)
-class Job:
+class RunSetup:
+    """Everything a run needs: its recipe, model, method and data, all checked; the engine is not built yet."""
+
     recipe: Recipe
-    settings: dict[str, Any]  # DeepSpeed's
+    deepspeed_settings: dict[str, Any]  # the content of DeepSpeed's JSON
     backbone: Backbone
     method: Method
-    lessons: tuple[Lesson, ...]
-    heldout: list[list[int]]  # texts that show what the model can do in general
-    facts: Facts
+    tasks: tuple[TaskData, ...]
+    heldout_texts: list[list[int]]  # token ids of texts that no task trains on
+    run_info: RunInfo
 
-    def lesson(self, index: int) -> Lesson:
-        """A task as it is trained: with what the method mixes in, or all tasks as one."""
-        if not self.method.together:
-            return self.lessons[index].mixed_with([(kept.task, kept) for kept in self.method.mixed_in()])
-        first, *others = self.lessons
-        if any(lesson.epochs != first.epochs for lesson in others):  # once through as many copies of each
-            once = replace(first, epochs=1)
-            parts = [(lesson.task.name, lesson.data) for lesson in self.lessons for _ in range(lesson.epochs)]
-            whole = once.mixed_with(parts[1:])
+    def training_data(self, index: int) -> TaskData:
+        """What task `index` trains on: its own data with replayed samples, or (joint training) all tasks as one."""
+        if not self.method.joint:
+            return self.tasks[index].mix_with([(buffer.task, buffer) for buffer in self.method.replay_samples()])
+        first, *others = self.tasks
+        if any(task_data.epochs != first.epochs for task_data in others):
+            # Tasks have different epochs: a single epoch over as many copies of each task as it has epochs.
+            copies = [
+                (task_data.task.name, task_data.dataset) for task_data in self.tasks for _ in range(task_data.epochs)
+            ]
+            joint = replace(first, epochs=1).mix_with(copies[1:])
         else:
-            whole = first.mixed_with([(lesson.task.name, lesson.data) for lesson in others])
-        return replace(whole, task=replace(first.task, name=f"all {len(self.lessons)} tasks"))
+            joint = first.mix_with([(task_data.task.name, task_data.dataset) for task_data in others])
+        return replace(joint, task=replace(first.task, name=f"all {len(self.tasks)} tasks"))
 
-    def review(self, lesson: Lesson) -> Lesson | None:
-        """What is gone through beside a lesson, batch by batch, only to see its gradient."""
-        kept = self.method.reviews()
-        if not kept:
+    def reference_data(self, task_data: TaskData) -> TaskData | None:
+        """Samples of earlier tasks whose gradient the method sees at every step (A-GEM); None where it needs none."""
+        buffers = self.method.reference_samples()
+        if not buffers:
             return None
-        data = Joined(kept)
-        return replace(lesson, data=data, schedule=lesson.planned(data, lesson.epochs))
+        dataset = ConcatenatedDataset(buffers)
+        return replace(task_data, dataset=dataset, sampler=task_data.build_sampler(dataset, task_data.epochs))
 
-    def steps(self) -> list[tuple[str, int]]:
-        """What is trained, one after the other, and how many steps each takes."""
-        if self.method.together:
-            return [(self.lesson(0).task.name, self.lesson(0).steps)]
-        found: list[tuple[str, int]] = []
-        ended: list[int] = []
-        batch = self.recipe.train.global_batch
-        for lesson in self.lessons:
-            samples = len(lesson.data) + sum(self.method.mixes(ended))
-            found.append((lesson.task.name, lesson.epochs * -(-samples // batch)))
-            ended.append(len(lesson.data))
-        return found
+    def planned_steps(self) -> list[tuple[str, int]]:
+        """Names of the tasks in training order, each with its number of optimizer steps, replayed samples included."""
+        if self.method.joint:
+            return [(self.training_data(0).task.name, self.training_data(0).num_steps)]
+        steps: list[tuple[str, int]] = []
+        finished_sizes: list[int] = []
+        global_batch = self.recipe.train.global_batch
+        for task_data in self.tasks:
+            num_samples = len(task_data.dataset) + sum(self.method.replay_counts(finished_sizes))
+            steps.append((task_data.task.name, task_data.epochs * -(-num_samples // global_batch)))
+            finished_sizes.append(len(task_data.dataset))
+        return steps
 
-    def engine(self) -> Engine:
+    def build_engine(self) -> Engine:
+        """Build the model and wrap it, the method's parts and the optimizer in the DeepSpeed engine."""
         train = self.recipe.train
-        if train.precision == "bf16" and comm.device().type == "cpu" and not _has_bf16(torch.cpu.get_capabilities()):
+        if (
+            train.precision == "bf16"
+            and comm.device().type == "cpu"
+            and not _cpu_has_bf16(torch.cpu.get_capabilities())
+        ):
             log.warning(
                 "train.precision: this CPU emulates bf16, many times slower than fp32; set train.precision=fp32 here"
             )
         return Engine(
-            self.settings,
+            self.deepspeed_settings,
             build=self.backbone.build,
             read=self.backbone.weights.read,
             prepare=self.method.prepare,
             constraint=self.method.constraint,
-            steering=self.method.steering,
+            gradient_hook=self.method.gradient_hook,
             precision=train.precision,
             micro_batch=train.micro_batch,
             weight_decay=train.weight_decay,
@@ -153,12 +180,12 @@ class Job:
         )
 
 
-def open_job(recipe: Recipe, longest: int | None = None) -> Job:
-    """Read and check everything that can be without building the model.
+def build_setup(recipe: Recipe, max_answer_tokens: int | None = None) -> RunSetup:
+    """Read and check everything that can be read without building the model.
 
-    `longest`: the tokens that prompts leave free for answers, where they are not evaluate.max_new_tokens.
+    `max_answer_tokens`: how many tokens a prompt leaves free for its answer; evaluate.max_new_tokens by default.
     """
-    settings = read_settings(recipe.deepspeed_path())
+    deepspeed_settings = read_deepspeed_json(recipe.find_deepspeed_json())
     if recipe.train.packing and recipe.train.micro_batch > 1 and recipe.model.attention == "flash_attention_2":
         raise UserError(
             f"train.micro_batch: given {recipe.train.micro_batch}; with train.packing and model.attention="
@@ -172,91 +199,103 @@ def open_job(recipe: Recipe, longest: int | None = None) -> Job:
             for sample in task.train:
                 yield f"{sample.prompt} {sample.answer}"
 
-    backbone = open_backbone(
+    backbone = resolve_backbone(
         recipe.model,
         seed=recipe.seed,
         dtype=DTYPES[recipe.train.precision],
         cache=recipe.data.cache,
         texts=texts,
     )
-    # One limit for the whole stream, so that a prompt is read the same whichever task it belongs to.
-    longest = recipe.evaluate.max_new_tokens if longest is None else longest
-    room = max(answer_room(task.labels, backbone.tokenizer, longest) for task in tasks)
-    lessons = tuple(_lesson(recipe, task, backbone, room) for task in tasks)
-    facts = Facts(
+    # The whole stream shares one prompt limit, so that a prompt is truncated alike whichever task it belongs to.
+    max_answer_tokens = recipe.evaluate.max_new_tokens if max_answer_tokens is None else max_answer_tokens
+    answer_budget = max(answer_token_budget(task.labels, backbone.tokenizer, max_answer_tokens) for task in tasks)
+    loaded_tasks = tuple(_load_task_data(recipe, task, backbone, answer_budget) for task in tasks)
+    run_info = RunInfo(
         seed=recipe.seed,
-        tasks=tuple(task.name for task in tasks),
-        base=str(recipe.model.name or "model.shape"),
+        task_names=tuple(task.name for task in tasks),
+        base_model=str(recipe.model.name or "model.shape"),
         model=backbone.fingerprint(),
-        tokenizer=fingerprint(backbone.tokenizer),
-        prompt_limit=recipe.train.max_length - room,
+        tokenizer=tokenizer_fingerprint(backbone.tokenizer),
+        prompt_limit=recipe.train.max_length - answer_budget,
         precision=recipe.train.precision,
     )
-    method = find_method(recipe.method.name)(recipe.method, facts)
-    if method.together:
-        _refuse_own_rates(recipe.method.name, tasks)
-    heldout: list[list[int]] = []
+    method = find_method(recipe.method.name)(recipe.method, run_info)
+    if method.joint:
+        _reject_different_task_rates(recipe.method.name, tasks)
+    heldout_texts: list[list[int]] = []
     if recipe.evaluate.heldout is not None:
-        texts_there = read_texts(recipe.evaluate.heldout, "evaluate.heldout")
-        heldout = encode_texts(texts_there, backbone.tokenizer, recipe.train.max_length)
-    return Job(recipe, settings, backbone, method, lessons, heldout, facts)
+        raw_texts = read_texts(recipe.evaluate.heldout, "evaluate.heldout")
+        heldout_texts = encode_texts(raw_texts, backbone.tokenizer, recipe.train.max_length)
+    return RunSetup(recipe, deepspeed_settings, backbone, method, loaded_tasks, heldout_texts, run_info)
 
 
-def _refuse_own_rates(method: str, tasks: Sequence[Task]) -> None:
-    values = {task.name: task.settings.lr for task in tasks}
-    if len(set(values.values())) > 1:
+def _reject_different_task_rates(method: str, tasks: Sequence[Task]) -> None:
+    rates = {task.name: task.settings.lr for task in tasks}
+    if len(set(rates.values())) > 1:
         raise UserError(
-            f"stream: given {', '.join(f'lr {value} for {task}' for task, value in values.items())}; method {method} "
+            f"stream: given {', '.join(f'lr {lr} for {task}' for task, lr in rates.items())}; method {method} "
             "learns all tasks as one, so leave these out and set train.lr"
         )
 
 
-def _has_bf16(capabilities: Mapping[str, Any]) -> bool:
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+def _cpu_has_bf16(cpu_capabilities: Mapping[str, Any]) -> bool:
+    return any(cpu_capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def _lesson(recipe: Recipe, task: Task, backbone: Backbone, room: int) -> Lesson:
+def _load_task_data(recipe: Recipe, task: Task, backbone: Backbone, answer_budget: int) -> TaskData:
+    """Tokenize a task's training and evaluation samples; warn where prompts are too long."""
     train, tokenizer = recipe.train, backbone.tokenizer
-    bos = bos_id(tokenizer)
-    ranked = task.labels is not None and recipe.evaluate.mode == "rank"
-    data = encode(task.train, tokenizer, max_length=train.max_length, cache=recipe.data.cache, room=room)
-    examined = task.test if recipe.evaluate.split == "test" else task.dev
-    if not examined:
+    bos_id = prepended_bos_id(tokenizer)
+    ranks_labels = task.labels is not None and recipe.evaluate.mode == "rank"
+    dataset = encode_dataset(
+        task.train, tokenizer, max_length=train.max_length, cache=recipe.data.cache, answer_budget=answer_budget
+    )
+    eval_samples = task.test if recipe.evaluate.split == "test" else task.dev
+    if not eval_samples:
         raise UserError(f"evaluate.split: given dev, but task {task.name} has no dev split; set its dev_share above 0")
-    prompts = encode_prompts(examined, tokenizer, max_length=train.max_length, room=room)
-    for split, cut, count in (("training", data.cut, len(data)), (recipe.evaluate.split, prompts.cut, len(examined))):
-        if cut and comm.is_main():
+    prompts = encode_prompts(eval_samples, tokenizer, max_length=train.max_length, answer_budget=answer_budget)
+    for split, num_truncated, num_samples in (
+        ("training", dataset.num_truncated, len(dataset)),
+        (recipe.evaluate.split, prompts.num_truncated, len(eval_samples)),
+    ):
+        if num_truncated and comm.is_main():
             log.warning(
                 "task %s: %d of %d %s prompts are longer than train.max_length=%d allows and lose their beginning",
-                task.name, cut, count, split, train.max_length,
+                task.name, num_truncated, num_samples, split, train.max_length,
             )  # fmt: skip
 
     epochs = task.settings.epochs or train.epochs
 
-    def planned(samples: Samples, times: int) -> Schedule:
-        return Schedule(
-            samples.prompt_lengths,
-            samples.answer_lengths,
+    def build_sampler(dataset: TokenizedDataset, epochs: int) -> BatchSampler:
+        return BatchSampler(
+            dataset.prompt_lengths,
+            dataset.answer_lengths,
             seed=recipe.seed,
-            epochs=times,
+            epochs=epochs,
             global_batch=train.global_batch,
             micro_batch=train.micro_batch,
-            world=comm.world(),
+            world_size=comm.world_size(),
             max_length=train.max_length,
             packing=train.packing,
         )
 
-    return Lesson(
+    return TaskData(
         task=task,
-        data=data,
-        schedule=planned(data, epochs),
-        exam=Exam(task, examined, prompts.ids, encode_answers(task.labels or (), tokenizer) if ranked else None, bos),
+        dataset=dataset,
+        sampler=build_sampler(dataset, epochs),
+        eval_set=EvalSet(
+            task,
+            eval_samples,
+            prompts.ids,
+            encode_answers(task.labels or (), tokenizer) if ranks_labels else None,
+            bos_id,
+        ),
         packing=train.packing,
-        pad=pad_id(tokenizer),
-        bos=bos,
-        peak=task.settings.lr or train.lr,
-        decay=train.schedule,
+        pad_id=pad_id(tokenizer),
+        bos_id=bos_id,
+        peak_lr=task.settings.lr or train.lr,
+        lr_schedule=train.schedule,
         warmup=train.warmup,
-        planned=planned,
+        build_sampler=build_sampler,
         epochs=epochs,
     )

@@ -1,1 +1,1 @@
-"""What any part may use: errors, files, timers, hardware, formatting. Imports nothing of dscl."""
+"""Helpers that every other package may use: errors, files, timers, hardware, text. Imports no other part of dscl."""

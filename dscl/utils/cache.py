@@ -1,4 +1,4 @@
-"""A folder made once: by whichever process comes first, never left half made, checked before each use."""
+"""A cached folder that one of several processes builds; its files are complete, and checked before each use."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dscl.utils.errors import Failure
+from dscl.utils.errors import ExternalFailure
 
 log = logging.getLogger("dscl")
-MARKER = "complete.json"
+MARKER_FILE = "complete.json"
 
 
-def folder_made_once(cache: Path, name: str, build: Callable[[Path], None]) -> Path:
-    """The folder `cache/name`, filled by `build` if it is not there yet.
+def build_folder_once(cache: Path, name: str, build: Callable[[Path], None]) -> Path:
+    """Return the folder `cache/name`; if it does not exist or is damaged, call `build` to fill it.
 
-    All processes of a run may call this at once, on a file system that they share or not: one of them builds and the
-    others wait in the file lock, so no collective operation can time out meanwhile. The folder gets its name when all
-    of it is written; a process that is killed leaves only a `.tmp` folder, which the next one removes.
+    All processes of a run may call this at once, whether they share a file system or not. One of them builds the
+    folder, and the others wait for a file lock rather than in a collective, which could time out. The folder gets its
+    final name when all of it is written. A killed process leaves only a `.tmp` folder, which the next call removes.
     """
     folder = cache / name
-    if is_intact(folder):  # for which nothing has to be written: the cache may be read-only
+    if is_intact(folder):  # checked first without a lock file, because the cache may be read-only
         return folder
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with locked(cache / f"{name}.lock"):
+        with hold_file_lock(cache / f"{name}.lock"):
             if is_intact(folder):
                 return folder
             if folder.exists():
@@ -44,38 +44,38 @@ def folder_made_once(cache: Path, name: str, build: Callable[[Path], None]) -> P
             os.replace(temporary, folder)
     except OSError as error:
         reason = error.strerror or error
-        raise Failure(f"{folder}: the cache cannot be written ({reason}); see data.cache_dir") from None
+        raise ExternalFailure(f"{folder}: the cache cannot be written ({reason}); see data.cache_dir") from None
     return folder
 
 
 def is_intact(folder: Path) -> bool:
-    """Whether the folder is complete and its files are, byte for byte, those that were written."""
+    """Whether the folder is complete and all its files have the checksums with which they were written."""
     try:
-        sums = json.loads((folder / MARKER).read_text())
-        return bool(sums == _sums(folder))
+        checksums = json.loads((folder / MARKER_FILE).read_text())
+        return bool(checksums == _file_checksums(folder))
     except (OSError, ValueError):
         return False
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a lock that ends with the process, however that ends."""
+def hold_file_lock(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on the file; the system releases it when the process ends, even by a kill."""
     with open(path, "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def _write_marker(folder: Path) -> None:
-    (folder / MARKER).write_text(json.dumps(_sums(folder)))
+    (folder / MARKER_FILE).write_text(json.dumps(_file_checksums(folder)))
 
 
-def _sums(folder: Path) -> dict[str, int]:
-    return {path.name: _crc(path) for path in sorted(folder.iterdir()) if path.name != MARKER}
+def _file_checksums(folder: Path) -> dict[str, int]:
+    return {path.name: _file_crc32(path) for path in sorted(folder.iterdir()) if path.name != MARKER_FILE}
 
 
-def _crc(path: Path) -> int:
-    value = 0
+def _file_crc32(path: Path) -> int:
+    checksum = 0
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
-            value = zlib.crc32(block, value)
-    return value
+            checksum = zlib.crc32(block, checksum)
+    return checksum

@@ -1,4 +1,4 @@
-"""Tensors with a header in one file that carries its checksum: complete under its name, or refused when it is read."""
+"""Safetensors files with a JSON header and a checksum: replaced atomically, and refused when damaged."""
 
 from __future__ import annotations
 
@@ -13,42 +13,53 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from dscl.utils.errors import Failure, UserError
+from dscl.utils.errors import ExternalFailure, UserError
 
 
-def write_stamped(
+def write_checksummed(
     path: Path, kind: str, version: int, header: Mapping[str, Any], tensors: dict[str, torch.Tensor]
 ) -> None:
-    """The same bytes for the same content: the header is the one entry of the metadata, as several would vary."""
-    whole = {"format": version, **header}
-    whole["checksum"] = _checksum(whole, tensors)
+    """Write the tensors and the header to `path`, with `kind` (the type of the file), `version` and a checksum.
+
+    The same content always gives the same bytes. Therefore the header is one entry of the metadata: the order of
+    several entries would vary.
+    """
+    full_header = {"format": version, **header}
+    full_header["checksum"] = _checksum(full_header, tensors)
     partial = path.with_name(f"{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, {kind: json.dumps(whole)})
+        save_file(tensors, partial, {kind: json.dumps(full_header)})
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
-        raise Failure(f"{path}: cannot be written ({error}); make room or mend the folder, and try again") from None
+        raise ExternalFailure(
+            f"{path}: cannot be written ({error}); make room or mend the folder, and try again"
+        ) from None
 
 
-def read_stamped(path: Path, kind: str, version: int, what: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The header and the tensors that `write_stamped` was given; `what` the file is in words, for refusals."""
+def read_checksummed(
+    path: Path, kind: str, version: int, description: str
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Read a file of `write_checksummed`: its header and its tensors.
+
+    `kind` and `version` must be those that it was written with; `description` names the type of file in errors.
+    """
     if not path.is_file():
-        raise UserError(f"{path}: no such file; {what} is needed, as a run or an export writes it")
+        raise UserError(f"{path}: no such file; {description} is needed, as a run or an export writes it")
     try:
         with safe_open(path, framework="pt") as file:
             header: dict[str, Any] = json.loads((file.metadata() or {})[kind])
-            found = header["format"]
-            tensors = {name: file.get_tensor(name) for name in file.keys()} if found == version else {}  # noqa: SIM118
+            file_version = header["format"]
+            tensors = {name: file.get_tensor(name) for name in file.keys()} if file_version == version else {}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
         problem = " ".join(str(error).split())[:100]
-        raise UserError(f"{path}: not {what}, or damaged ({problem}); copy it again or make it anew") from None
-    if found != version:
+        raise UserError(f"{path}: not {description}, or damaged ({problem}); copy it again or make it anew") from None
+    if file_version != version:
         raise UserError(
-            f"{path}: {what} of format {found}, this version reads {version}; use the dscl that wrote it, or make it "
-            "anew"
+            f"{path}: {description} of format {file_version}, this version reads {version}; use the dscl that wrote "
+            "it, or make it anew"
         )
     if header.pop("checksum", None) != _checksum(header, tensors):
         raise UserError(f"{path}: damaged, its content does not match its checksum; copy it again or make it anew")

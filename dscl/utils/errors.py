@@ -1,22 +1,23 @@
-"""The ways a run ends early on somebody's account: a wrong input, a failure outside the program, or a wish."""
+"""Exceptions that end a run with one clear line: wrong input, a failure outside the program, a stop on purpose."""
 
-AGAIN = "run the same command again to go on"
+RERUN_HINT = "run the same command again to go on"
 
 
 class UserError(ValueError):
-    """The input is wrong. The message names what was given, what is allowed and what to change; exit status 2."""
+    """The input is wrong; exit status 2. The message names what was given, what is allowed and what to change."""
 
 
-class Failure(RuntimeError):
-    """Something outside the program failed (a disk is full, say). One clear line, exit status 1."""
+class ExternalFailure(RuntimeError):
+    """Something outside the program failed, such as a full disk; exit status 1."""
 
 
-class Stopped(Exception):
-    """Somebody asked the run to stop, and it has; one line, exit status 75: run it again and it goes on.
+class RunStopped(Exception):
+    """The run stopped because of a signal; exit status 75. The same command resumes the run.
 
-    `together`: all ranks agreed on it; otherwise this one stopped alone, before there was anything to save.
+    all_ranks_agreed: whether all ranks stopped at the same point with everything saved. Otherwise this rank stopped
+    alone, before there was anything to save.
     """
 
-    def __init__(self, text: str, together: bool = True) -> None:
-        super().__init__(text)
-        self.together = together
+    def __init__(self, message: str, all_ranks_agreed: bool = True) -> None:
+        super().__init__(message)
+        self.all_ranks_agreed = all_ranks_agreed

@@ -1,11 +1,11 @@
-"""Where a training step's time goes: its parts, and the collectives among them.
+"""Timers for the parts of a training step and for its collectives.
 
-A process is one rank and has one clock, so these are plain functions. A part is what happens between two points of the
-program; a part within a part counts for itself alone. On a GPU the points are events in its stream, which nobody waits
-for until `taken` asks. While a trace is written, every part is a named range in it.
+A process is one rank and has one recorder, so this module has plain functions. The time of a part excludes the parts
+nested in it. On a GPU, a part's begin and end are CUDA events; only `collect_timings` waits for them. While a profiler
+writes a trace, every part is a named range in it.
 
-A collective counts its bytes, and the time that the step waits for it: what goes on beside other work, in a stream or
-on a wire of its own, costs the step nothing until somebody waits.
+For a collective the recorder counts the bytes sent and the time that the step waits for it. A collective that overlaps
+with other work costs the step nothing until the step waits for its result.
 """
 
 from __future__ import annotations
@@ -18,137 +18,147 @@ from typing import Any, NamedTuple
 import torch
 
 PARTS = ("data", "forward", "backward", "communication", "optimizer", "projection", "steering", "router")
-KINDS = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "reduce", "all_to_all")  # of collectives
+COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "reduce", "all_to_all")
 
 
-class Taken(NamedTuple):
-    """Of this rank, since it was last asked."""
+class Timings(NamedTuple):
+    """What this rank has measured since the last call of `collect_timings`."""
 
-    seconds: dict[str, float]  # of each part
-    sent: dict[str, float]  # bytes that this rank put into each kind of collective
-    waited: dict[str, float]  # seconds that its steps waited for each
+    seconds: dict[str, float]  # by part
+    bytes_sent: dict[str, float]  # the size of this rank's inputs, by kind of collective
+    wait_seconds: dict[str, float]  # how long the steps waited, by kind of collective
 
 
-class _Clock:
+class _Recorder:
     def __init__(self) -> None:
-        self.gpu = False
-        self.named = False  # whether a trace is being written
-        self.open: list[int] = []  # places of the parts that are going on
+        self.on_gpu = False
+        self.trace_ranges = False  # whether a profiler's trace shows the parts
+        self.open_spans: list[int] = []  # the indices in `spans` of the parts in progress, the innermost last
         self.clear()
 
     def clear(self) -> None:
-        # name, kind of collective, the part around it, its beginning and its end
+        # each span: [part, kind of collective or "", index of the enclosing span or -1, begin, end]
         self.spans: list[list[Any]] = []
-        self.sent = dict.fromkeys(KINDS, 0.0)
+        self.bytes_sent = dict.fromkeys(COLLECTIVES, 0.0)
 
-    def now(self) -> Any:
-        if not self.gpu:
+    def timestamp(self) -> Any:
+        if not self.on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
 
-_clock = _Clock()
+_recorder = _Recorder()
 
 
-def use(device: torch.device) -> None:
-    """Measure what runs on this device; called outside of all parts."""
-    _clock.gpu = device.type == "cuda"
-    _clock.clear()
+def set_device(device: torch.device) -> None:
+    """Measure on this device from now on; must be called outside of all parts."""
+    _recorder.on_gpu = device.type == "cuda"
+    _recorder.clear()
 
 
-def name_ranges(named: bool) -> None:
-    """Whether parts show in a profiler's trace."""
-    _clock.named = named
+def enable_trace_ranges(enabled: bool) -> None:
+    """Show parts as named ranges in a profiler's trace, or stop showing them."""
+    _recorder.trace_ranges = enabled
 
 
 @contextmanager
-def part(name: str, kind: str = "") -> Iterator[None]:
-    clock = _clock
-    around = clock.open[-1] if clock.open else -1
-    span = [name, kind, around, clock.now(), None]
-    clock.open.append(len(clock.spans))
-    clock.spans.append(span)
-    mark = torch.profiler.record_function(f"{name}: {kind}" if kind else name) if clock.named else None
-    if mark is not None:
-        mark.__enter__()
+def timed_part(name: str, kind: str = "") -> Iterator[None]:
+    """Time this context as the part `name` (one of PARTS); `kind` is the collective that it waits for, if any."""
+    recorder = _recorder
+    parent = recorder.open_spans[-1] if recorder.open_spans else -1
+    span = [name, kind, parent, recorder.timestamp(), None]
+    recorder.open_spans.append(len(recorder.spans))
+    recorder.spans.append(span)
+    label = f"{name}: {kind}" if kind else name
+    trace_range = torch.profiler.record_function(label) if recorder.trace_ranges else None
+    if trace_range is not None:
+        trace_range.__enter__()
     try:
         yield
     finally:
-        if mark is not None:
-            mark.__exit__(None, None, None)
-        clock.open.pop()
-        span[4] = clock.now()
+        if trace_range is not None:
+            trace_range.__exit__(None, None, None)
+        recorder.open_spans.pop()
+        span[4] = recorder.timestamp()
 
 
 @contextmanager
-def collective(kind: str, *tensors: torch.Tensor) -> Iterator[None]:
-    """One into which this rank puts these tensors; what is waited for is within. Outside of all parts none counts."""
-    if not _clock.open:
+def timed_collective(kind: str, *tensors: torch.Tensor) -> Iterator[None]:
+    """Count `tensors` as sent by a collective of this kind, and time this context as the wait for it.
+
+    Outside of all parts nothing is counted.
+    """
+    if not _recorder.open_spans:
         yield
         return
-    _clock.sent[kind] += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    if _clock.gpu and torch.cuda.current_stream() != torch.cuda.default_stream():
-        yield  # beside the step, which waits for it later, if at all
+    _recorder.bytes_sent[kind] += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    if _recorder.on_gpu and torch.cuda.current_stream() != torch.cuda.default_stream():
+        yield  # on a side stream the collective overlaps with the step, which waits for it later, if at all
         return
-    with part("communication", kind):
+    with timed_part("communication", kind):
         yield
 
 
-def waiting(kind: str, work: Callable[..., Any]) -> Callable[..., Any]:
-    """A function in which the device may wait for a collective that was begun before."""
+def wrap_wait(kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a function that waits for a collective started before, so that the wait is timed."""
 
-    def same(*given: Any, **named: Any) -> Any:
-        with collective(kind):
-            return work(*given, **named)
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        with timed_collective(kind):
+            return function(*args, **kwargs)
 
-    return same
-
-
-def counted(kind: str, work: Callable[..., Any], place: int, name: str) -> Callable[..., Any]:
-    """A function that makes a collective, or starts one, and has it counted; where among its arguments stands what it
-    sends, and by which name it may be given."""
-
-    def same(*given: Any, **named: Any) -> Any:
-        sent = given[place] if len(given) > place else named[name]
-        with collective(kind, *(sent if isinstance(sent, list | tuple) else [sent])):
-            started = work(*given, **named)
-        return _Started(started, kind) if hasattr(started, "wait") else started
-
-    return same
+    return timed
 
 
-class _Started:
-    """A collective that goes on; waiting for it is counted."""
+def wrap_collective(
+    kind: str, function: Callable[..., Any], input_position: int, input_name: str
+) -> Callable[..., Any]:
+    """Wrap a function that runs or starts a collective, so that its bytes and its wait are counted.
+
+    The tensor (or list of tensors) that it sends is the positional argument `input_position`, or the keyword argument
+    `input_name`.
+    """
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        tensors = args[input_position] if len(args) > input_position else kwargs[input_name]
+        with timed_collective(kind, *(tensors if isinstance(tensors, list | tuple) else [tensors])):
+            result = function(*args, **kwargs)
+        return _TimedWork(result, kind) if hasattr(result, "wait") else result
+
+    return timed
+
+
+class _TimedWork:
+    """torch's handle of an asynchronous collective, except that `wait` is timed."""
 
     def __init__(self, work: Any, kind: str) -> None:
         self._work, self._kind = work, kind
 
-    def wait(self, *given: Any, **named: Any) -> Any:
-        with collective(self._kind):
-            return self._work.wait(*given, **named)
+    def wait(self, *args: Any, **kwargs: Any) -> Any:
+        with timed_collective(self._kind):
+            return self._work.wait(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._work, name)
 
 
-def taken() -> Taken:
-    """What has gathered since the last call; waits for the device. Called outside of all parts."""
-    spans, sent = _clock.spans, _clock.sent
-    assert not _clock.open, "a part is still going on"
-    _clock.clear()
-    seconds, waited = dict.fromkeys(PARTS, 0.0), dict.fromkeys(KINDS, 0.0)
-    if _clock.gpu and spans:
+def collect_timings() -> Timings:
+    """The timings since the last call. Waits for the device; must be called outside of all parts."""
+    spans, bytes_sent = _recorder.spans, _recorder.bytes_sent
+    assert not _recorder.open_spans, "a part is still in progress"
+    _recorder.clear()
+    seconds, wait_seconds = dict.fromkeys(PARTS, 0.0), dict.fromkeys(COLLECTIVES, 0.0)
+    if _recorder.on_gpu and spans:
         torch.cuda.synchronize()
-    for name, kind, around, begun, ended in spans:
-        took = begun.elapsed_time(ended) / 1000 if _clock.gpu else ended - begun
-        seconds[name] += took
+    for name, kind, parent, begin, end in spans:
+        elapsed = begin.elapsed_time(end) / 1000 if _recorder.on_gpu else end - begin
+        seconds[name] += elapsed
         if kind:
-            waited[kind] += took
-        if around >= 0:  # which counts without what is within it
-            outer, of, *_ = spans[around]
-            seconds[outer] -= took
-            if of:
-                waited[of] -= took
-    return Taken(seconds, sent, waited)
+            wait_seconds[kind] += elapsed
+        if parent >= 0:  # the time of a part excludes the parts nested in it
+            parent_name, parent_kind, *_ = spans[parent]
+            seconds[parent_name] -= elapsed
+            if parent_kind:
+                wait_seconds[parent_kind] -= elapsed
+    return Timings(seconds, bytes_sent, wait_seconds)

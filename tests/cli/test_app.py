@@ -1,4 +1,4 @@
-"""The program `dscl`: its help, its one line for a wrong word, its exit statuses, and a dry run of everything."""
+"""The command line: help, errors of one line, exit statuses, and a dry run of everything."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from dscl.cli import app
-from dscl.cli.app import _templated, guarded, main
+from dscl.cli.app import _apply_template, main, run_with_error_report
 from dscl.distributed import comm
-from dscl.distributed.launcher import FORWARDED
-from dscl.utils.errors import Failure, Stopped, UserError
+from dscl.distributed.launcher import FORWARDED_SIGNALS
+from dscl.utils.errors import ExternalFailure, RunStopped, UserError
 from tests.support.programs import Program, forked_run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -31,9 +31,9 @@ NO_RUN = "dscl: no-such: no run there (it would hold recipe.yaml) and no export 
 
 @pytest.fixture(autouse=True)
 def no_ranks() -> Iterator[None]:
-    """As a shell has it, whatever started the tests; and what the program changes for itself is put back."""
+    """Remove the variables of a launcher, and restore the environment and the signal handlers after the test."""
     environment = dict(os.environ)
-    handlers = {number: signal.getsignal(number) for number in FORWARDED}
+    handlers = {number: signal.getsignal(number) for number in FORWARDED_SIGNALS}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "DSCL_SPAWNED_BY", "DSCL_REPORT_TO"):
         os.environ.pop(name, None)
     yield
@@ -68,7 +68,7 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def dscl(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_dscl(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "dscl", *words],
         cwd=REPOSITORY,
@@ -79,7 +79,7 @@ def dscl(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+def read_refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     assert main(list(words)) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -89,7 +89,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 
 @pytest.mark.parametrize("words", [[], *([verb] for verb in app.VERBS)])
-def test_help_explains_with_an_example(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_an_example(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([*words, "--help"])
     assert caught.value.code == 0
@@ -98,9 +98,9 @@ def test_help_explains_with_an_example(words: list[str], capsys: pytest.CaptureF
     assert all(verb in shown for verb in app.VERBS) or words
 
 
-def test_program_answers_at_once_and_needs_no_torch() -> None:
+def test_help_is_fast_and_imports_no_torch() -> None:
     start = time.monotonic()
-    shown = dscl("--help", PYTHONPROFILEIMPORTTIME="1")
+    shown = run_dscl("--help", PYTHONPROFILEIMPORTTIME="1")
     assert time.monotonic() - start < 1.5
     assert shown.returncode == 0
     assert shown.stdout.startswith("usage: dscl ")
@@ -110,7 +110,7 @@ def test_program_answers_at_once_and_needs_no_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected_message"),
     [
         ([], "no verb given; allowed: train, plan, doctor, eval, generate, export, compare, report, route-existing"),
         (["trian"], "trian: no such verb (did you mean 'train'?); allowed: train, plan, doctor, eval, generate,"),
@@ -147,29 +147,33 @@ def test_program_answers_at_once_and_needs_no_torch() -> None:
         (["route-existing", "made"], "the following arguments are required: --base, --task; see dscl route-existing"),
     ],
 )
-def test_wrong_words_are_told_in_one_line(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert told in refusal(capsys, *words)
+def test_wrong_arguments_are_reported_in_one_line(
+    words: list[str], expected_message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert expected_message in read_refusal(capsys, *words)
 
 
 @pytest.mark.parametrize(("words", "given"), [(["--nproc", "0"], "0"), (["--nproc=x"], "x")])
-def test_a_wrong_number_of_ranks_is_told(
+def test_a_wrong_number_of_ranks_is_refused(
     project: Path, words: list[str], given: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = refusal(capsys, "train", str(project / "r.yaml"), *words)
-    assert told == f"--nproc: given '{given}'; allowed: a whole number of at least 1, or auto"
+    expected_message = read_refusal(capsys, "train", str(project / "r.yaml"), *words)
+    assert expected_message == f"--nproc: given '{given}'; allowed: a whole number of at least 1, or auto"
 
 
-def test_nproc_within_another_launcher(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nproc_under_another_launcher_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("RANK", "0")
-    assert "a launcher has already started the ranks" in refusal(capsys, "train", "r.yaml", "--nproc", "2")
+    assert "a launcher has already started the ranks" in read_refusal(capsys, "train", "r.yaml", "--nproc", "2")
 
 
 @pytest.mark.parametrize("words", [["generate", "out"], ["export", "out", "made"], ["plan", "r.yaml"]])
-def test_verbs_of_one_process_within_a_launcher(
+def test_single_process_verbs_are_refused_under_a_launcher(
     words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert f"{words[0]}: runs in one process; start it without a launcher" in refusal(capsys, *words)
+    assert f"{words[0]}: runs in one process; start it without a launcher" in read_refusal(capsys, *words)
 
 
 @pytest.mark.parametrize(
@@ -179,14 +183,14 @@ def test_verbs_of_one_process_within_a_launcher(
         pytest.param(["export", "no-such", "made"], marks=pytest.mark.exhaustive),
     ],
 )
-def test_no_run_to_serve(words: list[str]) -> None:
-    done = dscl(*words, DS_ACCELERATOR="cuda")  # DeepSpeed is told where there is none, and has nothing to say
+def test_generate_without_a_run_is_refused(words: list[str]) -> None:
+    done = run_dscl(*words, DS_ACCELERATOR="cuda")  # dscl sets it to cpu, so DeepSpeed prints no warning
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(NO_RUN)
     assert done.stderr.count("\n") == 1
 
 
-def test_no_run_to_export() -> None:
+def test_export_without_a_run_is_refused() -> None:
     program = Program(["export", "no-such", "made"])
     out, err = program.communicate(timeout=60)
     assert (program.returncode, out) == (2, "")
@@ -204,11 +208,11 @@ def test_no_run_to_export() -> None:
         ["train", "--nproc", "2", "--", "r.yaml", "seed=1", "train.lr=2"],
     ],
 )
-def test_words_may_stand_before_and_after_options(
+def test_overrides_may_stand_before_and_after_options(
     words: list[str], project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(project)
-    options = app._read(words)
+    options = app._parse_arguments(words)
     assert (options.recipe, options.nproc, options.dry_run) == ("r.yaml", "2", False)
     assert options.assignments == ["seed=1", "train.lr=2"]
     spawned: list[Any] = []
@@ -217,29 +221,29 @@ def test_words_may_stand_before_and_after_options(
         spawned.append(given)
         return 75
 
-    monkeypatch.setattr(app, "spawn", spawn)
+    monkeypatch.setattr(app, "spawn_ranks", spawn)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     assert main(words) == 75
     assert spawned == [(2, words)]
 
 
-def test_spawned_rank_runs_although_its_words_say_nproc(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_spawned_rank_ignores_nproc(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(project)
     ran: list[Any] = []
     monkeypatch.setenv("DSCL_SPAWNED_BY", str(os.getppid()))
     monkeypatch.setattr(app, "die_with_parent", lambda: None)  # the tests are to live on
-    monkeypatch.setattr(app, "spawn", lambda *_: pytest.fail("spawned again"))
+    monkeypatch.setattr(app, "spawn_ranks", lambda *_: pytest.fail("spawned again"))
 
     def run(options: Any, *_: Any) -> int:
         ran.append(options.recipe)
         return 0
 
-    monkeypatch.setattr(app, "_run", run)
+    monkeypatch.setattr(app, "_run_distributed_verb", run)
     assert main(["train", "r.yaml", "--nproc", "2"]) == 0
     assert ran == ["r.yaml"]
 
 
-def failing(error: BaseException) -> Any:
+def raise_error(error: BaseException) -> Any:
     def work() -> int:
         raise error
 
@@ -247,7 +251,7 @@ def failing(error: BaseException) -> Any:
 
 
 @pytest.mark.parametrize("words", [[], ["--doctor"]])
-def test_a_run_looks_first_where_that_is_asked_for(
+def test_train_runs_the_checks_only_with_doctor(
     project: Path, words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked: list[bool] = []
@@ -257,29 +261,33 @@ def test_a_run_looks_first_where_that_is_asked_for(
 
 
 @pytest.mark.parametrize(
-    ("error", "status", "told"),
+    ("error", "status", "expected_message"),
     [
         (UserError("x: given 1;\nallowed: 2"), 2, "dscl: x: given 1; allowed: 2\n"),
-        (Failure("the disk is full"), 1, "dscl: the disk is full\n"),
-        (Stopped("stopped after step 3"), 75, "dscl: stopped after step 3\n"),
+        (ExternalFailure("the disk is full"), 1, "dscl: the disk is full\n"),
+        (RunStopped("stopped after step 3"), 75, "dscl: stopped after step 3\n"),
         (KeyboardInterrupt(), 1, "dscl: interrupted; run the same command again to resume\n"),
     ],
 )
-def test_exit_statuses(error: BaseException, status: int, told: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert guarded(failing(error)) == status
-    assert capsys.readouterr().err == told
-    assert guarded(lambda: guarded(failing(error))) == status  # told by the inner one alone
-    assert capsys.readouterr().err == told
+def test_exit_statuses(
+    error: BaseException, status: int, expected_message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_with_error_report(raise_error(error)) == status
+    assert capsys.readouterr().err == expected_message
+    assert (
+        run_with_error_report(lambda: run_with_error_report(raise_error(error))) == status
+    )  # only the inner call reports the error
+    assert capsys.readouterr().err == expected_message
 
 
-def test_internal_failure_shows_its_traceback_once(capsys: pytest.CaptureFixture[str]) -> None:
-    assert guarded(lambda: guarded(failing(ZeroDivisionError("inside")))) == 1
+def test_an_internal_error_shows_its_traceback_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_with_error_report(lambda: run_with_error_report(raise_error(ZeroDivisionError("inside")))) == 1
     shown = capsys.readouterr().err
     assert shown.count("Traceback (most recent call last)") == 1
     assert shown.rstrip().endswith("ZeroDivisionError: inside")
 
 
-def test_rank_tells_its_mistake_before_it_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_reports_its_error_before_it_leaves_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
 
     @contextmanager
@@ -288,24 +296,24 @@ def test_rank_tells_its_mistake_before_it_leaves_the_others(monkeypatch: pytest.
         events.append("left")
 
     monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr(comm, "session", session)
-    monkeypatch.setattr(app, "tell", lambda status, text, **_: events.append(text))
+    monkeypatch.setattr(comm, "process_group", session)
+    monkeypatch.setattr(app, "report_exit", lambda status, text, **_: events.append(text))
     assert main(["train", "no-such.yaml"]) == 2
     assert events == ["dscl: no-such.yaml: no such recipe; give the path of a YAML file", "left"]
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("wrong", "expected_message"),
     [
         ("train.lr=-1", "dscl: train.lr: given -1.0; it must be above 0.0\n"),
         ("stream.1.path=nowhere", "dscl: task 'sound': nowhere: no such file or folder; "),  # which the ranks find out
     ],
 )
-def test_two_ranks_tell_a_mistake_once(project: Path, wrong: str, told: str) -> None:
+def test_two_ranks_report_the_same_error_once(project: Path, wrong: str, expected_message: str) -> None:
     done = Program(["train", str(project / "r.yaml"), "--nproc", "2", wrong, "--dry-run"])
     out, err = done.communicate(timeout=60)
     assert (done.returncode, out) == (2, "")
-    assert err.startswith(told)
+    assert err.startswith(expected_message)
     assert err.count("\n") == 1
     assert not (project / "out").exists()
 
@@ -316,7 +324,7 @@ def test_two_ranks_tell_a_mistake_once(project: Path, wrong: str, told: str) -> 
 def test_dry_run_checks_everything_and_writes_no_run(project: Path, count: int, forked: bool) -> None:
     words = ["train", str(project / "r.yaml"), "--dry-run", f"--nproc={count}"]
     words.append(f"deepspeed=ds_configs/zero{2 * count - 1}.json")
-    done = forked_run([sys.executable, "-m", "dscl", *words]) if forked else dscl(*words)
+    done = forked_run([sys.executable, "-m", "dscl", *words]) if forked else run_dscl(*words)
     assert done.returncode == 0, done.stderr
     assert not (project / "out").exists()
     hidden, pieces, wide = 32, 300, 128  # the intermediate size's default: 8/3 of the hidden size, in steps of 64
@@ -331,24 +339,24 @@ def test_dry_run_checks_everything_and_writes_no_run(project: Path, count: int, 
     assert "precision: bf16" in done.stdout  # the resolved recipe, defaults included
 
 
-def test_the_word_that_deepspeeds_launcher_adds_is_no_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_argument_of_deepspeeds_launcher_is_ignored(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["--local_rank=0", "train", "--help"])
     assert ended.value.code == 0
     assert "RECIPE.yaml" in capsys.readouterr().out
 
 
-def test_a_template_is_put_around_every_prompt() -> None:
-    assert _templated(["a", "b"], None) == ["a", "b"]
-    assert _templated(["a {x}", "b"], r"{prompt}\nAnswer:") == ["a {x}\nAnswer:", "b\nAnswer:"]
+def test_the_template_is_applied_to_every_prompt() -> None:
+    assert _apply_template(["a", "b"], None) == ["a", "b"]
+    assert _apply_template(["a {x}", "b"], r"{prompt}\nAnswer:") == ["a {x}\nAnswer:", "b\nAnswer:"]
     with pytest.raises(UserError, match=r"--template: given 'Answer:'; it must hold \{prompt\}"):
-        _templated(["a"], "Answer:")
+        _apply_template(["a"], "Answer:")
 
 
-def test_a_reader_that_leaves_early_is_no_failure() -> None:
-    """As `dscl generate ... | head -1`."""
+def test_a_closed_output_pipe_is_no_failure() -> None:
+    """As in `dscl generate ... | head -1`."""
     work = "lambda: [print('x', flush=True) for _ in range(9999)] and 0"
-    program = f"import sys; from dscl.cli.app import guarded; sys.exit(guarded({work}))"
+    program = f"import sys; from dscl.cli.app import run_with_error_report; sys.exit(run_with_error_report({work}))"
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stderr is not None
@@ -357,8 +365,8 @@ def test_a_reader_that_leaves_early_is_no_failure() -> None:
     assert (process.wait(60), process.stderr.read()) == (0, b"")
 
 
-def test_a_comparison_is_rehearsed(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Rows in the file's order, overrides and words after options; nothing is made."""
+def test_dry_run_of_a_comparison_lists_its_runs(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows in the order of the file, with overrides after options; nothing is written."""
     recipe = json.loads((project / "r.yaml").read_text())
     recipe["compare"] = {"rates": [1e-3, 1e-2], "rows": {"b": {"name": "replay"}, "a": {"tune": "lora"}}}
     (project / "c.yaml").write_text(json.dumps(recipe))
@@ -371,8 +379,8 @@ def test_a_comparison_is_rehearsed(project: Path, capsys: pytest.CaptureFixture[
     assert not (project / "out").exists()
 
 
-def test_what_aborts_at_the_interpreters_end_changes_no_status() -> None:
-    """As threads of libraries may; what was to be done at the end is done, and what was printed comes out."""
+def test_an_abort_in_the_interpreters_shutdown_changes_no_status() -> None:
+    """Threads of libraries may abort the shutdown. The atexit functions run, and all output is flushed."""
     code = (
         "import atexit, builtins, os, sys\n"
         "class Aborts:\n"
@@ -383,7 +391,7 @@ def test_what_aborts_at_the_interpreters_end_changes_no_status() -> None:
         "from dscl.cli.app import {how}\n"
         "sys.exit({how}())\n"
     )
-    for how, status in (("main", -signal.SIGABRT), ("program", 2)):  # the first shows that it would abort
+    for how, status in (("main", -signal.SIGABRT), ("run_and_exit", 2)):  # `main` alone would abort
         done = subprocess.run(
             [sys.executable, "-c", code.format(how=how)], cwd=REPOSITORY, capture_output=True, text=True
         )

@@ -1,6 +1,6 @@
-"""A quick start: what the command line answers before anything heavy is imported, and what training never imports.
+"""Start-up: which errors the command line reports before heavy imports, and what training never imports.
 
-How many seconds that makes is shown by tools/bench_start.py.
+tools/bench_start.py measures the time.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 RECIPE = str(REPOSITORY / "launch" / "recipes" / "quickstart.yaml")
 COMPARISON = str(REPOSITORY / "launch" / "comparisons" / "methods.yaml")
 HEAVY = ("torch", "transformers", "deepspeed", "peft", "datasets", "tensorboard", "numpy", "pandas", "pyarrow")
-# What no training imports unless a recipe asks for it: `datasets` and what it brings for a task that only `datasets`
-# reads, PEFT for one LoRA of all tasks; and what nothing asks for: torch's compiler, and what brings graphs for it.
+# Training imports these only if a recipe needs them: `datasets` and its dependencies for tasks that only `datasets`
+# reads, PEFT for one LoRA of all tasks. Nothing needs torch's compiler and its graph library.
 UNUSED = ("datasets", "pandas", "pyarrow", "peft", "torch._inductor.compile_fx", "networkx")
 
-# Runs commands one after the other in one process: the status, the lines on stderr, and what is imported by then.
+# Runs commands in one process and prints for each the status, the lines on stderr, and the packages imported so far.
 COMMANDS = """
 import contextlib, io, json, sys
-from dscl import cli
-cli.spawn = lambda count, words: 99  # no rank may be started for a recipe that is wrong
+from dscl.cli import app as cli
+cli.spawn_ranks = lambda count, words: 99  # no rank may be started for a recipe that is wrong
 answers = []
 for words in json.loads(sys.argv[1]):
     told = io.StringIO()
@@ -44,10 +44,10 @@ for words in json.loads(sys.argv[1]):
     answers.append((status, told.getvalue().splitlines(), [name for name in json.loads(sys.argv[2]) if name in sys.modules]))
 print(json.dumps(answers))
 """  # noqa: E501
-# Trains to the end of the first step and tells what is imported by then, and what state the process is in.
+# Trains to the end of the first step and prints which packages are imported by then, and the state of the process.
 FIRST_STEP = """
 import atexit, gc, json, os, sys
-from dscl import cli
+from dscl.cli import app as cli
 
 def stepped(self, *given, **named):
     found = step(self, *given, **named)
@@ -56,15 +56,15 @@ def stepped(self, *given, **named):
                       "compiler": os.environ.get("TORCHDYNAMO_DISABLE")}), flush=True)
     os._exit(0)
 
-with cli.importing():
-    from dscl import train
+with cli.disable_gc_for_imports():
+    from dscl.training import trainer
     from dscl.engine.engine import Engine
 step, Engine.step = Engine.step, stepped
 sys.exit(cli.main(["train", *sys.argv[2:]]))
 """
 
 
-def answers(commands: list[list[str]]) -> list[tuple[int, list[str], list[str]]]:
+def run_commands(commands: list[list[str]]) -> list[tuple[int, list[str], list[str]]]:
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     done = subprocess.run(
         [sys.executable, "-c", COMMANDS, json.dumps(commands), json.dumps(HEAVY)],
@@ -75,10 +75,10 @@ def answers(commands: list[list[str]]) -> list[tuple[int, list[str], list[str]]]
     return found
 
 
-def test_help_and_wrong_words_import_nothing_heavy() -> None:
+def test_help_and_wrong_arguments_import_nothing_heavy() -> None:
     helps = [["--help"], *([verb, "--help"] for verb in ("train", "plan", "eval", "compare", "export"))]
     wrong = [[], ["nonsense"], ["trian", RECIPE], ["train"], ["train", RECIPE, "--fast"], ["train", "no-such.yaml"]]
-    found = answers([*helps, *wrong])
+    found = run_commands([*helps, *wrong])
     for words, (status, lines, heavy) in zip([*helps, *wrong], found, strict=True):
         assert not heavy, words
         assert (status, len(lines)) == ((2, 1) if words in wrong else (0, 0)), (words, lines)
@@ -111,16 +111,16 @@ WRONG = {
 }
 
 
-def test_a_wrong_recipe_is_told_before_anything_heavy_is_imported() -> None:
-    """In one line, with status 2, and before ranks are started: a wrong key, a wrong value, a method and its keys."""
+def test_a_wrong_recipe_is_refused_before_heavy_imports() -> None:
+    """One line and status 2, before ranks are started, for a wrong key, value, method or method key."""
     commands = [["train", RECIPE, word] for word in WRONG]
-    for words, (status, lines, heavy), told in zip(commands, answers(commands), WRONG.values(), strict=True):
+    for words, (status, lines, heavy), told in zip(commands, run_commands(commands), WRONG.values(), strict=True):
         assert not heavy, words
         assert (status, len(lines)) == (2, 1), (words, lines)
         assert lines[0].startswith(f"dscl: {told}"), words
 
 
-def test_so_do_all_verbs_that_read_a_recipe(tmp_path: Path) -> None:
+def test_all_verbs_refuse_a_wrong_recipe_before_heavy_imports(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(Path(RECIPE).read_text("utf-8"))
     commands = [
         ["train", RECIPE, "--nproc", "2", "train.lrr=1"],
@@ -133,14 +133,14 @@ def test_so_do_all_verbs_that_read_a_recipe(tmp_path: Path) -> None:
         ["eval", str(tmp_path), "train.lr=1"],
         ["eval", str(tmp_path / "none")],
     ]
-    for words, (status, lines, heavy) in zip(commands, answers(commands), strict=True):
+    for words, (status, lines, heavy) in zip(commands, run_commands(commands), strict=True):
         assert not heavy, words
         assert (status, len(lines)) == (2, 1), (words, lines)
         assert any(what in lines[0] for what in ("no such key", "only evaluate.* can", "no run there")), lines
 
 
 def test_training_imports_only_what_it_uses(tmp_path: Path) -> None:
-    """Up to the end of the first step; garbage is looked for again by then, and the compiler's switch is as it was."""
+    """Up to the end of the first step. By then garbage collection is on, and the compiler's variable is restored."""
     for task in ("a", "b"):
         folder = tmp_path / task
         folder.mkdir()
@@ -174,7 +174,7 @@ def test_training_imports_only_what_it_uses(tmp_path: Path) -> None:
     assert found["compiler"] is None
 
 
-def test_typed_keys_are_those_of_the_classes_they_are_for() -> None:
+def test_config_classes_agree_with_the_methods() -> None:
     from dscl.methods.registry import METHODS
     from dscl.model.backbone import DTYPES
     from dscl.training import evaluation
@@ -187,8 +187,8 @@ def test_typed_keys_are_those_of_the_classes_they_are_for() -> None:
     assert tuple(evaluation.METRICS) == METRICS
 
 
-def test_the_table_of_the_benchmark() -> None:
-    """Medians, and ratios to the first line."""
+def test_the_table_of_bench_start() -> None:
+    """The medians, and their ratios to the first line."""
     found = {"import": [2.0, 4.0, 3.0], "help": [0.1, 0.3, 0.15], "first step": [6.0, 5.0, 9.0]}
     most = {"import": None, "help": 0.5, "first step": 6.0}
     assert bench_start.table(found, most, as_json=False)[2:] == [
@@ -203,7 +203,7 @@ def test_the_table_of_the_benchmark() -> None:
     }  # fmt: skip
 
 
-def test_the_benchmark_takes_no_failure_for_an_answer() -> None:
+def test_bench_start_stops_at_an_unexpected_status() -> None:
     assert bench_start.seconds([sys.executable, "-c", "pass"], 0) > 0.0
     with pytest.raises(SystemExit, match="status 0"):
         bench_start.seconds([sys.executable, "-c", "import sys; print('a', file=sys.stderr)"], 2)

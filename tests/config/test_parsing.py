@@ -1,4 +1,4 @@
-"""What the user types is checked strictly: names, types, bounds, YAML and overrides; every refusal is one line."""
+"""Recipes are checked strictly: names, types, bounds, YAML and overrides; every error is one line."""
 
 from __future__ import annotations
 
@@ -14,55 +14,55 @@ from typing import Any
 import pytest
 import yaml
 
-from dscl.config.parsing import key, nearest, override, parse, plain, read_yaml
+from dscl.config.parsing import apply_overrides, config_key, did_you_mean, parse_config, read_yaml, to_plain_data
 from dscl.utils.errors import UserError
 
 
 @dataclass(frozen=True)
 class Inner:
-    rank: int = key(8, at_least=1)
-    names: tuple[str, ...] = key(("a", "b"))
+    rank: int = config_key(8, at_least=1)
+    names: tuple[str, ...] = config_key(("a", "b"))
 
 
 @dataclass(frozen=True)
 class Config:
-    name: str = key()
-    rate: float = key(0.5, above=0.0, at_most=10.0)
-    steps: int = key(1, at_least=1)
-    flag: bool = key(False)
-    kind: str = key("full", choices=("full", "lora"))
-    note: str | None = key(None)
-    size: float | None = key(None, at_least=0)
-    columns: Mapping[str, str] | None = key(None)
-    shape: dict[str, Any] | None = key(None)
-    inner: Inner = key(Inner)
-    other: Inner | None = key(None)
+    name: str = config_key()
+    rate: float = config_key(0.5, above=0.0, at_most=10.0)
+    steps: int = config_key(1, at_least=1)
+    flag: bool = config_key(False)
+    kind: str = config_key("full", choices=("full", "lora"))
+    note: str | None = config_key(None)
+    size: float | None = config_key(None, at_least=0)
+    columns: Mapping[str, str] | None = config_key(None)
+    shape: dict[str, Any] | None = config_key(None)
+    inner: Inner = config_key(Inner)
+    other: Inner | None = config_key(None)
 
 
-def refusal(given: Any) -> str:
+def read_refusal(given: Any) -> str:
     with pytest.raises(UserError) as caught:
-        parse(Config, given)
+        parse_config(Config, given)
     assert len(str(caught.value).splitlines()) == 1
     return str(caught.value)
 
 
 def test_defaults_and_values() -> None:
-    assert parse(Config, {"name": "x"}) == Config("x")
+    assert parse_config(Config, {"name": "x"}) == Config("x")
     given = {"name": "x", "rate": 3, "inner": {"names": ["c"]}, "other": {"rank": 2}, "columns": {"a": "b"}}
-    config = parse(Config, given)
+    config = parse_config(Config, given)
     assert config == Config("x", rate=3.0, inner=Inner(names=("c",)), other=Inner(rank=2), columns={"a": "b"})
     assert type(config.rate) is float
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.rate = 1.0  # type: ignore[misc]
 
 
-def test_plain_is_the_opposite_of_parse() -> None:
-    config = parse(Config, {"name": "x", "rate": 1e-5, "other": {"names": []}, "shape": {"a": [1, {"b": None}]}})
-    assert parse(Config, yaml.safe_load(yaml.safe_dump(plain(config)))) == config
+def test_to_plain_data_is_the_inverse_of_parse_config() -> None:
+    config = parse_config(Config, {"name": "x", "rate": 1e-5, "other": {"names": []}, "shape": {"a": [1, {"b": None}]}})
+    assert parse_config(Config, yaml.safe_load(yaml.safe_dump(to_plain_data(config)))) == config
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "expected_message"),
     [
         # names, at every depth
         ({"name": "x", "stesp": 1}, r"^stesp: no such key \(did you mean 'steps'\?\); allowed here: name, rate"),
@@ -120,23 +120,23 @@ def test_plain_is_the_opposite_of_parse() -> None:
         ({"name": "x", "kind": "lorra"}, r"^kind: given 'lorra'; allowed: full, lora \(did you mean 'lora'\?\)$"),
     ],
 )
-def test_refusals(given: Any, told: str) -> None:
-    assert re.search(told, refusal(given)), refusal(given)
+def test_refusals(given: Any, expected_message: str) -> None:
+    assert re.search(expected_message, read_refusal(given)), read_refusal(given)
 
 
 def test_numbers_that_yaml_reads_as_text() -> None:
     for text in ("1e-4", "1E-4", "+.5e-3", "2e0", "3.", "7"):
-        assert parse(Config, {"name": "x", "rate": text}).rate == float(text)
-    assert parse(Config, yaml.safe_load("{name: x, rate: 1e-4}")).rate == 1e-4
+        assert parse_config(Config, {"name": "x", "rate": text}).rate == float(text)
+    assert parse_config(Config, yaml.safe_load("{name: x, rate: 1e-4}")).rate == 1e-4
 
 
-def test_nearest_says_nothing_when_nothing_is_near() -> None:
-    assert nearest("epoch", ["epochs", "lr"]) == " (did you mean 'epochs'?)"
-    assert nearest("qqq", ["epochs", "lr"]) == ""
+def test_did_you_mean_suggests_similar_names_only() -> None:
+    assert did_you_mean("epoch", ["epochs", "lr"]) == " (did you mean 'epochs'?)"
+    assert did_you_mean("qqq", ["epochs", "lr"]) == ""
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "expected_message"),
     [
         (b"", r"holds nothing \(null\); a recipe is a mapping"),
         (b"- a\n- b", r"holds a list; a recipe is a mapping"),
@@ -156,23 +156,23 @@ def test_nearest_says_nothing_when_nothing_is_near() -> None:
         (b"a: b\n" * 200_001, r"longer than 1,000,000 characters"),
     ],
 )
-def test_files_that_are_no_recipe(tmp_path: Path, content: bytes, told: str) -> None:
+def test_invalid_recipe_files_are_refused(tmp_path: Path, content: bytes, expected_message: str) -> None:
     path = tmp_path / "r.yaml"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=told) as caught:
+    with pytest.raises(UserError, match=expected_message) as caught:
         read_yaml(str(path))
     assert str(caught.value).startswith(f"{path}: ")
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_file_that_is_not_there_or_a_folder(tmp_path: Path) -> None:
+def test_a_missing_file_or_a_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none\.yaml: no such recipe; give the path of a YAML file$"):
         read_yaml(str(tmp_path / "none.yaml"))
     with pytest.raises(UserError, match=r": cannot be read \(Is a directory\); give the path of a YAML file$"):
         read_yaml(str(tmp_path))
 
 
-def test_merge_keys_may_be_given_again(tmp_path: Path) -> None:
+def test_merged_keys_may_be_overridden(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text("base: &b {x: 1, y: 2}\none: {<<: *b, x: 3}\ntwo: {in: &c {<<: *b, y: 5}, <<: *c}\n")
     given = read_yaml(str(path))
@@ -180,11 +180,11 @@ def test_merge_keys_may_be_given_again(tmp_path: Path) -> None:
     assert given["two"] == {"in": {"x": 1, "y": 5}, "x": 1, "y": 5}
 
 
-def test_alias_that_holds_itself(tmp_path: Path) -> None:
+def test_a_recursive_alias_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text("a: &a [*a]\n")
     with pytest.raises(UserError, match="an alias that holds itself"):
-        override(read_yaml(str(path)), [])
+        apply_overrides(read_yaml(str(path)), [])
 
 
 @pytest.mark.parametrize(
@@ -203,22 +203,24 @@ def test_alias_that_holds_itself(tmp_path: Path) -> None:
 )
 def test_overrides(assignment: str, expected: dict[str, Any]) -> None:
     given = {"a": {"x": 1}, "list": [{"k": 1}, {"k": 2}], "s": "t"}
-    assert override(given, [assignment]) == expected
+    assert apply_overrides(given, [assignment]) == expected
     assert given == {"a": {"x": 1}, "list": [{"k": 1}, {"k": 2}], "s": "t"}
 
 
-def test_later_overrides_win_and_fill_null_sections() -> None:
-    assert override({"a": None}, ["a.b=1", "a.c=2", "a.b=3"]) == {"a": {"b": 3, "c": 2}}
-    assert override({"a": {"name": "x"}}, ["a.name=", "a.shape.size=4"]) == {"a": {"name": None, "shape": {"size": 4}}}
+def test_later_overrides_win_and_create_null_sections() -> None:
+    assert apply_overrides({"a": None}, ["a.b=1", "a.c=2", "a.b=3"]) == {"a": {"b": 3, "c": 2}}
+    assert apply_overrides({"a": {"name": "x"}}, ["a.name=", "a.shape.size=4"]) == {
+        "a": {"name": None, "shape": {"size": 4}}
+    }
 
 
-def test_override_of_an_alias_leaves_its_twin_alone() -> None:
+def test_an_override_of_an_alias_changes_one_place_only() -> None:
     shared = {"k": 1}
-    assert override({"list": [shared, shared]}, ["list.0.k=2"]) == {"list": [{"k": 2}, {"k": 1}]}
+    assert apply_overrides({"list": [shared, shared]}, ["list.0.k=2"]) == {"list": [{"k": 2}, {"k": 1}]}
 
 
 @pytest.mark.parametrize(
-    ("assignment", "told"),
+    ("assignment", "expected_message"),
     [
         ("=b", r"^'=b': an override is written KEY=VALUE, for example train\.lr=1e-4$"),
         ("a", r"^'a': an override is written KEY=VALUE"),
@@ -240,13 +242,13 @@ def test_override_of_an_alias_leaves_its_twin_alone() -> None:
         ("a=*b", r"not valid YAML"),
     ],
 )
-def test_overrides_that_are_refused(assignment: str, told: str) -> None:
+def test_invalid_overrides_are_refused(assignment: str, expected_message: str) -> None:
     given = {"a": {"x": 1}, "list": [{"k": 1}, {"k": 2}], "empty": [], "s": "t"}
-    with pytest.raises(UserError, match=told) as caught:
-        override(given, [assignment])
+    with pytest.raises(UserError, match=expected_message) as caught:
+        apply_overrides(given, [assignment])
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_reading_settings_needs_no_torch() -> None:
+def test_parsing_imports_no_torch() -> None:
     check = "import sys, dscl.config.parsing; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], cwd=Path(__file__).parents[2]).returncode == 0

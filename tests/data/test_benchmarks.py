@@ -205,7 +205,7 @@ def test_every_recipe_is_here() -> None:
 @pytest.mark.parametrize("recipe", FOLDERS)
 def test_a_recipe_loads_its_stream(recipe: str, here: Path) -> None:
     FOLDERS[recipe]()
-    assert read_recipe(str(RECIPES / f"{recipe}.yaml")).deepspeed_path().is_file()
+    assert read_recipe(str(RECIPES / f"{recipe}.yaml")).find_deepspeed_json().is_file()
     for task in stream_of(recipe):
         assert task.train, task.name
         assert task.test, task.name

@@ -16,10 +16,10 @@ from safetensors import safe_open
 
 from dscl.distributed import comm
 from dscl.engine.engine import Engine
-from dscl.engine.zero_shards import Shards
-from dscl.recipe.recipe import Recipe, resolve
+from dscl.engine.zero_shards import ZeroShards
+from dscl.recipe.recipe import Recipe, resolve_recipe
 from dscl.training import checkpoint, trainer
-from dscl.utils.errors import Failure, UserError
+from dscl.utils.errors import ExternalFailure, UserError
 from tests.support.runs import (
     copy,
     failing,
@@ -109,20 +109,20 @@ def test_a_run_that_died_ends_as_one_that_did_not(
 
 
 def run_forgetting_moments(document: dict[str, Any]) -> None:
-    original = Shards.restore
+    original = ZeroShards.restore_shards
 
-    def partial(self: Shards, read: Any, steps: int) -> None:
+    def partial(self: ZeroShards, read: Any, steps: int) -> None:
         def zero(name: str, kind: str, start: int, stop: int) -> torch.Tensor:
             values: torch.Tensor = read(name, kind, start, stop)
             return values if kind == "master" else torch.zeros_like(values)
 
         original(self, zero, steps)
 
-    Shards.restore = partial  # type: ignore[method-assign]
+    ZeroShards.restore_shards = partial  # type: ignore[method-assign]
     try:
         run_until(document, [("step", 6)])
     finally:
-        Shards.restore = original  # type: ignore[method-assign]
+        ZeroShards.restore_shards = original  # type: ignore[method-assign]
 
 
 def test_losing_the_moments_would_be_noticed(ranks: Any, undisturbed: Any, tasks: Path) -> None:
@@ -191,7 +191,7 @@ def full_disk(document: dict[str, Any], call: int) -> tuple[str, str]:
 def test_a_full_disk_keeps_the_checkpoint_before(ranks: Any, undisturbed: Any, tasks: Path) -> None:
     document = recipe_of(tasks, "full")
     for kind, message in ranks(2)(full_disk, document, 3):
-        assert kind == "Failure"
+        assert kind == "ExternalFailure"
         assert "No space left on device" in message
         assert "step-00000003 is intact" in message
     assert [p.name for p in sorted((tasks / "full" / "checkpoints").iterdir())] == ["step-00000000", "step-00000003"]
@@ -292,7 +292,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(ranks: Any, undist
 def test_a_loss_that_is_not_finite_stops_the_run(ranks: Any, tasks: Path, stage: int) -> None:
     name = f"nan{stage}"
     for kind, message in ranks(2)(exploding, recipe_of(tasks, name, stage), 5):
-        assert kind == "Failure"
+        assert kind == "ExternalFailure"
         assert "task colour, step 5: the loss is nan" in message
         assert "train.json, record" in message
     assert sorted(p.name for p in (tasks / name / "checkpoints").iterdir())[-1] == "step-00000003"
@@ -312,7 +312,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(ranks: Any, tasks: Path, st
     name = f"slope{stage}{precision}"
     document = recipe_of(tasks, name, stage, train__precision=precision, checkpoint__every=4)
     for kind, message in ranks(2)(exploding, document, 4, endless_slope):
-        assert kind == "Failure"
+        assert kind == "ExternalFailure"
         assert "task colour, step 4: the gradient is not finite" in message
     assert sorted(p.name for p in (tasks / name / "checkpoints").iterdir()) == ["step-00000000"]
 
@@ -344,9 +344,9 @@ def test_packing_changes_no_loss(ranks: Any, tasks: Path, stage: int) -> None:
     changes = {"train__global_batch": 12, "train__epochs": 1}
     ranks(2)(run, recipe_of(tasks, f"loose{stage}", stage, **changes))
     ranks(2)(run, recipe_of(tasks, f"packed{stage}", stage, **changes, train__packing=True))
-    loose, packed = metrics(tasks / f"loose{stage}"), metrics(tasks / f"packed{stage}")
-    assert [r["loss"] for r in packed] == pytest.approx([r["loss"] for r in loose], rel=1e-5)
-    assert {r["targets"] for r in loose} == {r["targets"] for r in packed}
+    loose, triangle_size = metrics(tasks / f"loose{stage}"), metrics(tasks / f"packed{stage}")
+    assert [r["loss"] for r in triangle_size] == pytest.approx([r["loss"] for r in loose], rel=1e-5)
+    assert {r["targets"] for r in loose} == {r["targets"] for r in triangle_size}
 
 
 @pytest.mark.parametrize(
@@ -362,7 +362,7 @@ def test_a_task_with_fewer_samples_than_ranks(ranks: Any, tasks: Path, stage: in
 def scored(run_dir: Path) -> str:
     said = io.StringIO()
     with redirect_stdout(said):
-        trainer.evaluate(str(run_dir), [])
+        trainer.evaluate_run(str(run_dir), [])
     return said.getvalue()
 
 
@@ -414,9 +414,9 @@ def standing(document: dict[str, Any], which: str) -> Any:
     original = Engine.step
 
     def step(self: Engine, *a: Any, **k: Any) -> Any:
-        kept = {(f.name, f.start): f.master.clone() for f in self.shards.fragments() if which in f.name}
+        kept = {(f.name, f.start): f.master.clone() for f in self.shards.local_shards() if which in f.name}
         result = original(self, *a, **k)
-        for fragment in self.shards.fragments():
+        for fragment in self.shards.local_shards():
             if which in fragment.name:
                 fragment.master.copy_(kept[(fragment.name, fragment.start)])
         return result
@@ -424,7 +424,7 @@ def standing(document: dict[str, Any], which: str) -> Any:
     Engine.step = step  # type: ignore[method-assign]
     try:
         return run_listening(document)
-    except Failure as failure:
+    except ExternalFailure as failure:
         return str(failure)
     finally:
         Engine.step = original  # type: ignore[method-assign]
@@ -486,7 +486,7 @@ def test_a_run_of_a_version_that_lacked_a_key_goes_on(ranks: Any, undisturbed: A
 
 
 def test_recipes_round_trip(tasks: Path) -> None:
-    recipe = resolve(recipe_of(tasks, "trip"))
-    again = resolve(yaml.safe_load(recipe.text()))
+    recipe = resolve_recipe(recipe_of(tasks, "trip"))
+    again = resolve_recipe(yaml.safe_load(recipe.to_yaml()))
     assert isinstance(again, Recipe)
-    assert again.document() == recipe.document()
+    assert again.to_dict() == recipe.to_dict()

@@ -11,12 +11,12 @@ import torch
 
 from dscl.distributed import comm
 from dscl.methods.registry import METHODS
-from dscl.recipe.recipe import resolve
+from dscl.recipe.recipe import resolve_recipe
 from dscl.training import trainer
-from dscl.utils.errors import Stopped
+from dscl.utils.errors import RunStopped
 from tests.support.every_method import document
 from tests.support.five_tasks import NAMES, scores, statistics, tasks
-from tests.support.runs import Told, large_eps, metrics, run_with_eps
+from tests.support.runs import StopAtPoll, large_eps, metrics, run_with_eps
 
 __all__ = ["tasks"]  # the fixture
 Chain = tuple[tuple[int, str], ...]
@@ -66,8 +66,10 @@ def test_the_table_covers_all_pairs() -> None:
 
 def run_for(changed: Any, places: int) -> str:
     """Stop at that many places at which a run asks: after a step, or within an evaluation. The newest checkpoint."""
-    with large_eps(), pytest.raises(Stopped):
-        trainer.train(resolve(changed), Told(places - (comm.world() > 1)))  # others hear of it when they ask next
+    with large_eps(), pytest.raises(RunStopped):
+        trainer.train(
+            resolve_recipe(changed), StopAtPoll(places - (comm.world_size() > 1))
+        )  # others hear of it when they ask next
     return max(path.name for path in Path(changed["run_dir"], "checkpoints").iterdir())
 
 

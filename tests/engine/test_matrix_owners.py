@@ -1,4 +1,4 @@
-"""Owners: the deal is balanced, and a matrix reaches its owner whole and comes back in place, however it is held."""
+"""Owners of matrices: work is balanced, and every owner gets whole matrices, however the ranks hold their shards."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from dscl.distributed import comm
-from dscl.engine.matrix_owners import BUCKET, Rounds, Stretch, deal
-from dscl.maths.subspace import READINGS, hold_flops
+from dscl.engine.matrix_owners import MAX_ROUND_ELEMENTS, OwnerExchange, ShardSlice, assign_owners
+from dscl.maths.subspace import PROJECTIONS, projection_flops
 
 CPU = torch.device("cpu")
-LAYER = {
+LAYER_SHAPES = {
     **{f"{name}_proj": (4096, 4096) for name in "qkvo"},
     "gate_proj": (11008, 4096),
     "up_proj": (11008, 4096),
@@ -22,151 +22,166 @@ LAYER = {
 }
 
 
-def costs(reading: str) -> dict[str, float]:
-    """Of every matrix of a LLaMA with 7B parameters, half of each protected."""
+def llama_7b_costs(reading: str) -> dict[str, float]:
+    """The projection cost of every matrix of a LLaMA model with 7B parameters, with half of each protected."""
     half = 2048
     return {
-        f"model.layers.{layer}.{name}": float(hold_flops(reading, *shape, half, half))
+        f"model.layers.{layer}.{name}": float(projection_flops(reading, *shape, half, half))
         for layer in range(32)
-        for name, shape in LAYER.items()
+        for name, shape in LAYER_SHAPES.items()
     }
 
 
-@pytest.mark.parametrize("reading", READINGS)
-def test_the_work_of_a_large_model_is_balanced(reading: str) -> None:
-    work = costs(reading)
-    owners = deal(work, 64)
-    assert sorted(owners) == sorted(work)
+@pytest.mark.parametrize("reading", PROJECTIONS)
+def test_work_is_balanced_for_a_7b_model(reading: str) -> None:
+    costs = llama_7b_costs(reading)
+    owners = assign_owners(costs, 64)
+    assert sorted(owners) == sorted(costs)
     load = Counter[int]()
     for name, owner in owners.items():
-        load[owner] += work[name]  # type: ignore[assignment]
+        load[owner] += costs[name]  # type: ignore[assignment]
     assert set(load) == set(range(64))
-    assert max(load.values()) <= 1.15 * sum(work.values()) / 64
+    assert max(load.values()) <= 1.15 * sum(costs.values()) / 64
 
 
-def test_the_deal_depends_on_the_work_alone() -> None:
-    work = costs("input")
-    mixed = list(work)
+def test_owners_do_not_depend_on_the_order_of_matrices() -> None:
+    costs = llama_7b_costs("input")
+    mixed = list(costs)
     random.Random(1).shuffle(mixed)
-    assert deal({name: work[name] for name in mixed}, 7) == deal(work, 7)
+    assert assign_owners({name: costs[name] for name in mixed}, 7) == assign_owners(costs, 7)
 
 
-def test_more_ranks_than_matrices() -> None:
-    owners = deal({"a": 1.0, "b": 3.0, "c": 2.0}, 8)
+def test_owners_with_more_ranks_than_matrices() -> None:
+    owners = assign_owners({"a": 1.0, "b": 3.0, "c": 2.0}, 8)
     assert len(set(owners.values())) == 3
-    assert deal({}, 3) == {}
+    assert assign_owners({}, 3) == {}
 
 
-# Ways in which the ranks may hold a matrix: where each one's stretch begins and ends.
-def by_chance(size: int, world: int, draw: random.Random) -> list[tuple[int, int]]:
-    """Cut anywhere; some ranks may hold nothing, or one of them everything."""
-    cuts = sorted(draw.choice((0, size, draw.randint(0, size))) for _ in range(world - 1))
+# Layouts: each returns every rank's (start, stop) in a flattened matrix.
+def random_cuts(size: int, world: int, rng: random.Random) -> list[tuple[int, int]]:
+    """Random boundaries. Some ranks may hold nothing, or one rank everything."""
+    cuts = sorted(rng.choice((0, size, rng.randint(0, size))) for _ in range(world - 1))
     return list(zip([0, *cuts], [*cuts, size], strict=True))
 
 
-def everywhere(size: int, world: int, _: random.Random) -> list[tuple[int, int]]:
-    """As at ZeRO 0."""
+def replicated(size: int, world: int, _: random.Random) -> list[tuple[int, int]]:
+    """Every rank holds everything, as at ZeRO 0."""
     return [(0, size)] * world
 
 
-def scattered(size: int, world: int, _: random.Random) -> list[tuple[int, int]]:
+def equal_chunks(size: int, world: int, _: random.Random) -> list[tuple[int, int]]:
     """As at ZeRO 3: equal chunks, of which the last may be short or missing."""
     chunk = -(-size // world)
     return [(min(rank * chunk, size), min((rank + 1) * chunk, size)) for rank in range(world)]
 
 
-def one_after_another(size: int, world: int, draw: random.Random) -> list[tuple[int, int]]:
+def packed_in_order(size: int, world: int, rng: random.Random) -> list[tuple[int, int]]:
     """As at ZeRO 1 and 2: most matrices are complete on one rank, some lie across two."""
-    at = draw.randrange(world)
-    cut = size if world == 1 else draw.choice((size, draw.randint(0, size)))
-    held = [(0, 0)] * world
-    held[at] = (0, cut)
+    at = rng.randrange(world)
+    cut = size if world == 1 else rng.choice((size, rng.randint(0, size)))
+    slices = [(0, 0)] * world
+    slices[at] = (0, cut)
     if cut < size:
-        held[(at + 1) % world] = (cut, size)
-    return held
+        slices[(at + 1) % world] = (cut, size)
+    return slices
 
 
-def anyhow(size: int, world: int, draw: random.Random) -> list[tuple[int, int]]:
-    return draw.choice((by_chance, everywhere, scattered, one_after_another))(size, world, draw)
+def mixed_layout(size: int, world: int, rng: random.Random) -> list[tuple[int, int]]:
+    """One of the other layouts, chosen at random."""
+    return rng.choice((random_cuts, replicated, equal_chunks, packed_in_order))(size, world, rng)
 
 
-PLANS = {f.__name__: f for f in (by_chance, everywhere, scattered, one_after_another, anyhow)}
-STRIDE = 1000  # more than any matrix here has elements: a value tells its matrix and its place in it
+LAYOUTS = {f.__name__: f for f in (random_cuts, replicated, equal_chunks, packed_in_order, mixed_layout)}
+STRIDE = 1000  # larger than any matrix here, so that a value encodes its matrix and its position
 
 
-def visited(plan: str, seed: int, at_once: int, change: bool) -> tuple[int, int, list[str]]:
-    """Random matrices held in this way are visited, twice: in how many rounds and exchanges, and what went wrong.
+def exchange_and_check(layout: str, seed: int, max_elements: int, write_back: bool) -> tuple[int, int, list[str]]:
+    """Process random matrices of a layout twice. Returns the numbers of rounds and of all-to-alls, and all problems.
 
-    What goes wrong on one rank must not keep the others waiting, so it is told at the end.
+    Problems are returned and not raised, because an exception on one rank would leave the others waiting.
     """
-    draw, world, me = random.Random(seed), comm.world(), comm.rank()
-    shapes = {f"m{i}": torch.Size((draw.randint(1, 9), draw.randint(1, 9))) for i in range(11)}
-    owners = {name: draw.randrange(world) for name in shapes}
-    held = {name: PLANS[plan](shape.numel(), world, draw)[me] for name, shape in shapes.items()}
-    wholes = {n: 1.0 + STRIDE * i + torch.arange(shapes[n].numel()) for i, n in enumerate(shapes)}
-    views = {name: wholes[name][slice(*held[name])].clone() for name in shapes}
-    held_here = {name: Stretch(*ends) for name, ends in held.items() if ends[0] < ends[1]}
-    rounds = Rounds(owners, shapes, held_here, CPU)
+    rng, world, rank = random.Random(seed), comm.world_size(), comm.rank()
+    shapes = {f"m{i}": torch.Size((rng.randint(1, 9), rng.randint(1, 9))) for i in range(11)}
+    owners = {name: rng.randrange(world) for name in shapes}
+    slices = {name: LAYOUTS[layout](shape.numel(), world, rng)[rank] for name, shape in shapes.items()}
+    expected = {n: 1.0 + STRIDE * i + torch.arange(shapes[n].numel()) for i, n in enumerate(shapes)}
+    local_tensors = {name: expected[name][slice(*slices[name])].clone() for name in shapes}
+    local_slices = {name: ShardSlice(*ends) for name, ends in slices.items() if ends[0] < ends[1]}
+    owner_exchange = OwnerExchange(owners, shapes, local_slices, CPU)
     largest = max(shape.numel() for shape in shapes.values())
-    seen: list[list[str]] = [[]]
-    came: list[torch.Tensor] = []
-    exchange, calls = comm.exchange, [0]
-    wrong: list[str] = []
+    visited_names: list[list[str]] = [[]]
+    received: list[torch.Tensor] = []
+    all_to_all, num_calls = comm.all_to_all, [0]
+    problems: list[str] = []
 
-    def check(right: bool, what: str) -> None:
-        if not right:
-            wrong.append(what)
+    def check(condition: bool, problem: str) -> None:
+        if not condition:
+            problems.append(problem)
 
-    def watched(sent: Any, sizes: Any) -> list[torch.Tensor]:
-        calls[0] += 1
-        arrived = exchange(sent, sizes)
-        came.extend(arrived)
-        return arrived
+    def recording_all_to_all(sent: Any, sizes: Any) -> list[torch.Tensor]:
+        num_calls[0] += 1
+        arrived_tensors = all_to_all(sent, sizes)
+        received.extend(arrived_tensors)
+        return arrived_tensors
 
-    def act(name: str, weight: torch.Tensor) -> None:
-        seen[-1].append(name)
-        check(torch.equal(weight, wholes[name].view(shapes[name])), f"{name} is shown with other values")
-        if change:
+    def check_matrix(name: str, weight: torch.Tensor) -> None:
+        visited_names[-1].append(name)
+        check(torch.equal(weight, expected[name].view(shapes[name])), f"the owner got {name} with wrong values")
+        if write_back:
             weight.neg_()
 
-    def said(done: int, of: int) -> None:
-        check(done == len(seen), "a round is not told")
-        check(sum(shapes[name].numel() for name in seen[-1]) <= max(at_once, largest), "too much at once")
-        seen.append([])
+    def on_progress(done: int, of: int) -> None:
+        check(done == len(visited_names), "a round was not reported")
+        check(
+            sum(shapes[name].numel() for name in visited_names[-1]) <= max(max_elements, largest),
+            "too many elements in a round",
+        )
+        visited_names.append([])
 
-    comm.exchange = watched
+    comm.all_to_all = recording_all_to_all
     try:
-        for names in (list(shapes), draw.sample(list(shapes), 5)):
-            seen[:], came[:] = [[]], []
-            rounds.visit(names, views, act, change=change, at_once=at_once, said=said)
-            mine = sorted(name for name in names if owners[name] == me)
-            check(sorted(name for turn in seen for name in turn) == mine, "others are shown than mine, once each")
-            for value in torch.cat([torch.empty(0), *came]).tolist():
-                place = int(abs(value)) - 1
-                name, at = f"m{place // STRIDE}", place % STRIDE
-                # On the way there only what is mine to work on, on the way back only what is mine to hold.
-                there = (value > 0) == (wholes[name][0] > 0)
-                right = owners[name] == me if there else held[name][0] <= at < held[name][1]
-                check(right, f"an element of {name} came that is none of mine")
-            for name in names if change else ():
-                wholes[name].neg_()
-            for name, view in views.items():
-                check(torch.equal(view, wholes[name][slice(*held[name])]), f"{name} came back with other values")
+        for names in (list(shapes), rng.sample(list(shapes), 5)):
+            visited_names[:], received[:] = [[]], []
+            owner_exchange.apply_on_owners(
+                names,
+                local_tensors,
+                check_matrix,
+                write_back=write_back,
+                max_elements=max_elements,
+                on_progress=on_progress,
+            )
+            owned = sorted(name for name in names if owners[name] == rank)
+            visited = sorted(name for round_names in visited_names for name in round_names)
+            check(visited == owned, "not each owned matrix was passed exactly once")
+            for value in torch.cat([torch.empty(0), *received]).tolist():
+                code = int(abs(value)) - 1
+                name, position = f"m{code // STRIDE}", code % STRIDE
+                # An owner receives unchanged elements of its own matrices; a rank gets back elements of its own slice.
+                is_unchanged = (value > 0) == (expected[name][0] > 0)
+                is_needed = owners[name] == rank if is_unchanged else slices[name][0] <= position < slices[name][1]
+                check(is_needed, f"an element of {name} was sent to a rank that does not need it")
+            for name in names if write_back else ():
+                expected[name].neg_()
+            for name, view in local_tensors.items():
+                check(torch.equal(view, expected[name][slice(*slices[name])]), f"{name} was returned with wrong values")
     finally:
-        comm.exchange = exchange
-    return len(seen) - 1, calls[0], wrong
+        comm.all_to_all = all_to_all
+    return len(visited_names) - 1, num_calls[0], problems
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-@pytest.mark.parametrize("plan", PLANS)
-def test_matrices_reach_their_owners_and_come_back(ranks: Any, world: int, plan: str) -> None:
-    for seed, change in ((1, True), (2, True), (3, False)):
-        told = {at_once: ranks(world)(visited, plan, seed, at_once, change) for at_once in (1, 120, BUCKET)}
-        for results in told.values():
-            assert [wrong for *_, wrong in results] == [[]] * world
-            assert len({turns for turns, _, _ in results}) == 1  # all ranks go through the same rounds
-        turns = [results[0][0] for results in told.values()]
-        assert turns[0] >= turns[1] >= turns[2] == 1
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_owners_get_whole_matrices_and_shards_return(ranks: Any, world: int, layout: str) -> None:
+    for seed, write_back in ((1, True), (2, True), (3, False)):
+        results_by_limit = {
+            max_elements: ranks(world)(exchange_and_check, layout, seed, max_elements, write_back)
+            for max_elements in (1, 120, MAX_ROUND_ELEMENTS)
+        }
+        for results in results_by_limit.values():
+            assert [problems for *_, problems in results] == [[]] * world
+            assert len({num_rounds for num_rounds, _, _ in results}) == 1  # all ranks do the same rounds
+        num_rounds = [results[0][0] for results in results_by_limit.values()]
+        assert num_rounds[0] >= num_rounds[1] >= num_rounds[2] == 1
         if world > 1:
-            there = plan != "everywhere"  # where every rank holds everything, nothing has to travel first
-            assert told[BUCKET][0][1] == 2 * (there + change)
+            needs_gather = layout != "replicated"  # if every rank holds everything, owners need not be sent anything
+            assert results_by_limit[MAX_ROUND_ELEMENTS][0][1] == 2 * (needs_gather + write_back)

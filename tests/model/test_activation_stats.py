@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from dscl.distributed import comm
-from dscl.model.activation_stats import Changes, Moments
-from dscl.model.adapters.injection import LLAMA_PROJECTIONS, matching
+from dscl.model.activation_stats import ActivationStats, LayerImportance
+from dscl.model.adapters.injection import LLAMA_PROJECTIONS, match_target_layers
 from tests.support.moments import felt_moments, second_moment, watching
 from tests.support.toy_model import VOCABULARY, model, rows, summed_loss
 
@@ -26,12 +26,12 @@ def block(number: int) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, torch.randint(0, 4, ids.shape, generator=draw).double() / 2
 
 
-def gathered(numbers: Iterable[int]) -> Moments:
-    module, moments = model(), Moments(felt=False)
-    layers = matching(module, LLAMA_PROJECTIONS)
-    with torch.no_grad(), moments.gathering(module, layers):
+def gathered(numbers: Iterable[int]) -> ActivationStats:
+    module, moments = model(), ActivationStats(gradient_weighted=False)
+    layers = match_target_layers(module, LLAMA_PROJECTIONS)
+    with torch.no_grad(), moments.collect_stats(module, layers):
         for number in numbers:
-            ids, moments.counted = block(number)
+            ids, moments.token_mask = block(number)
             module(input_ids=ids, use_cache=False)
     return moments
 
@@ -51,7 +51,7 @@ def test_sums_equal_those_of_plain_hooks() -> None:
     assert len(inputs[0]) == 14
     for layer in inputs[0]:
         expected = torch.stack([second_moment(inputs[n][layer], block(n)[1]) for n in range(4)]).sum(0)
-        got = moments.of(layer)
+        got = moments.second_moment(layer)
         assert got is not None
         assert got.dtype == torch.float64
         assert close(got, expected, 1e-6)
@@ -67,30 +67,30 @@ def test_sums_equal_those_of_hidden_states() -> None:
         state = states[index].double()
         scale = (state.square().mean(-1, keepdim=True) + layer.input_layernorm.variance_epsilon).rsqrt()
         expected = second_moment(state * scale * layer.input_layernorm.weight.double(), counted)
-        assert close(moments.of(f"model.layers.{index}.self_attn.v_proj"), expected, 1e-6)  # type: ignore[arg-type]
+        assert close(moments.second_moment(f"model.layers.{index}.self_attn.v_proj"), expected, 1e-6)  # type: ignore[arg-type]
 
 
-def test_layers_that_are_given_the_same_share_a_sum() -> None:
+def test_layers_with_the_same_input_share_a_sum() -> None:
     moments = gathered(range(2))
-    assert len(moments.site) == 14
+    assert len(moments.source_layer) == 14
     assert len(moments.sums) == 8
-    for layer, site in moments.site.items():
+    for layer, source_layer in moments.source_layer.items():
         place, _, name = layer.rpartition(".")
-        assert site == f"{place}.{SITES.get(name, name)}"
-    assert moments.of("lm_head") is None
+        assert source_layer == f"{place}.{SITES.get(name, name)}"
+    assert moments.second_moment("lm_head") is None
 
 
-def test_tokens_without_weight_do_not_count() -> None:
+def test_masked_tokens_do_not_count() -> None:
     module = model()
     ids = block(0)[0]
     counted = torch.ones(ids.shape, dtype=torch.float64)
     counted[:, -3:] = 0
     sums = []
     for last in (ids[:, -3:], (ids[:, -3:] + 1) % VOCABULARY, torch.empty(ROWS, 0, dtype=torch.long)):
-        moments = Moments(felt=False)
+        moments = ActivationStats(gradient_weighted=False)
         given = torch.cat([ids[:, :-3], last], 1)
-        moments.counted = counted[:, : given.shape[1]]
-        with torch.no_grad(), moments.gathering(module, matching(module, LLAMA_PROJECTIONS)):
+        moments.token_mask = counted[:, : given.shape[1]]
+        with torch.no_grad(), moments.collect_stats(module, match_target_layers(module, LLAMA_PROJECTIONS)):
             module(input_ids=given, use_cache=False)
         sums.append(moments.sums)
     for other in sums[1:]:
@@ -98,42 +98,42 @@ def test_tokens_without_weight_do_not_count() -> None:
 
 
 def of_my_blocks(count: int) -> dict[str, torch.Tensor]:
-    moments = gathered(range(comm.rank(), count, comm.world()))
-    return {layer: comm.sum_(moments.sums[layer]) for layer in sorted(moments.sums)}
+    moments = gathered(range(comm.rank(), count, comm.world_size()))
+    return {layer: comm.all_reduce_sum(moments.sums[layer]) for layer in sorted(moments.sums)}
 
 
-def test_sums_do_not_depend_on_the_ranks(ranks: Any) -> None:
+def test_sums_do_not_depend_on_the_number_of_ranks(ranks: Any) -> None:
     expected = ranks(1)(of_my_blocks, 4)[0]
     for found in ranks(2)(of_my_blocks, 4):
         assert sorted(found) == sorted(expected)
         assert all(close(found[layer], expected[layer], 1e-12) for layer in expected)
 
 
-def test_what_the_loss_feels_is_its_gradient() -> None:
-    module, moments = model(), Moments(felt=True)
-    with moments.gathering(module, matching(module, LLAMA_PROJECTIONS)):
+def test_gradient_weighted_sums_equal_autograd() -> None:
+    module, moments = model(), ActivationStats(gradient_weighted=True)
+    with moments.collect_stats(module, match_target_layers(module, LLAMA_PROJECTIONS)):
         for toy in rows(0):
             summed_loss(module, toy).backward()
     expected = felt_moments(rows(0))
     assert sorted(moments.sums) == sorted(expected)
     for layer, of_layer in expected.items():
         assert close(moments.sums[layer], of_layer, 1e-6)
-        assert moments.of(layer) is moments.sums[layer]
+        assert moments.second_moment(layer) is moments.sums[layer]
 
 
-def test_changes_are_mean_cosines() -> None:
+def test_layer_importance_is_the_mean_cosine() -> None:
     module = model()
     ids, counted = block(7)
-    changes, states = Changes(2, torch.device("cpu")), []
-    changes.counted = counted
+    changes, states = LayerImportance(2, torch.device("cpu")), []
+    changes.token_mask = counted
     with ExitStack() as stack, torch.no_grad():
         for layer in module.model.layers:
             hook = layer.register_forward_hook(lambda _m, given, output: states.append((given[0], output)))
             stack.callback(hook.remove)
-        with changes.gathering(module.model.layers):
+        with changes.collect_stats(module.model.layers):
             for _ in range(2):
                 module(input_ids=ids, use_cache=False)
-    for index, mean in enumerate(changes.means().tolist()):
+    for index, mean in enumerate(changes.mean_similarity().tolist()):
         before, after = (state.double()[counted > 0] for state in states[index])
         expected = torch.nn.functional.cosine_similarity(before, after, dim=-1).mean()
         assert mean == pytest.approx(float(expected), rel=1e-12)

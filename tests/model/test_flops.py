@@ -11,17 +11,17 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from dscl.methods.base import Facts
+from dscl.methods.base import RunInfo
 from dscl.methods.registry import find_method
-from dscl.model.backbone import checkpoint_activations
-from dscl.model.flops import cost_of
+from dscl.model.backbone import enable_activation_checkpointing
+from dscl.model.flops import count_flops
 
 SHAPE = {
     "hidden_size": 32, "intermediate_size": 88, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 300, "max_position_embeddings": 64,
 }  # fmt: skip
 ROWS, WIDTH, KEPT = 3, 24, 5
-FACTS = Facts(0, ("a", "b", "c"), "", "", "", 40, "fp32")
+FACTS = RunInfo(0, ("a", "b", "c"), "", "", "", 40, "fp32")
 LORA = {"rank": 4, "targets": ["q_proj", "down_proj"]}
 METHODS: list[dict[str, Any]] = [
     {"name": "sequential"},
@@ -46,7 +46,7 @@ def prepared(method: dict[str, Any], tied: bool = True, again: bool = False) -> 
     made = kind(kind.Config(**{**method, **({"lora": lora(method["lora"])} if "lora" in method else {})}), FACTS)
     plain = LlamaForCausalLM(config)
     if again:
-        checkpoint_activations(plain)
+        enable_activation_checkpointing(plain)
     model: nn.Module = made.prepare(plain)
     return model.train()
 
@@ -72,11 +72,11 @@ def counted(model: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: "-".join(map(str, method.values()))[:40])
-def test_the_count_is_what_is_computed(method: dict[str, Any]) -> None:
+def test_count_equals_torchs_flop_counter(method: dict[str, Any]) -> None:
     model = prepared(method)
-    cost = cost_of(model)
+    cost = count_flops(model)
     # Eager attention computes all pairs of a row, those that are masked too.
-    expected = cost.of(ROWS * WIDTH, ROWS * WIDTH * WIDTH, ROWS * KEPT)
+    expected = cost.total_flops(ROWS * WIDTH, ROWS * WIDTH * WIDTH, ROWS * KEPT)
     if method["name"] == "olora":  # of weights with weights, whatever the tokens
         penalty = sum(2 * m.in_features * m.rank * len(m.bank_a) for m in model.modules() if hasattr(m, "bank_a"))
         assert counted_without_overlap(model) == pytest.approx(expected, rel=1e-12)
@@ -88,36 +88,36 @@ def test_the_count_is_what_is_computed(method: dict[str, Any]) -> None:
 def counted_without_overlap(model: nn.Module, times: int = 1) -> int:
     nothing = torch.zeros(())
     for module in model.modules():
-        if hasattr(module, "overlap"):
-            module.overlap = lambda value: nothing
-    overlap = sum(2 * m.in_features * m.rank * len(m.bank_a) for m in model.modules() if hasattr(m, "overlap"))
+        if hasattr(module, "on_overlap"):
+            module.on_overlap = lambda value: nothing
+    overlap = sum(2 * m.in_features * m.rank * len(m.bank_a) for m in model.modules() if hasattr(m, "on_overlap"))
     return counted(model) - times * overlap
 
 
 @pytest.mark.parametrize("method", [*METHODS, *AT_LAST], ids=lambda method: "-".join(map(str, method.values()))[:60])
-def test_recomputation_is_told_apart(method: dict[str, Any]) -> None:
+def test_recomputation_is_counted_separately(method: dict[str, Any]) -> None:
     """Of whole layers from the first that something trains in or below, and of none under it."""
     plain, again = prepared(method), prepared(method, again=True)
-    cost, without = cost_of(again), cost_of(plain)
-    assert (without.again_token, without.again_pair) == (0.0, 0.0)
+    cost, without = count_flops(again), count_flops(plain)
+    assert (without.recompute_per_token, without.recompute_per_pair) == (0.0, 0.0)
     tokens, pairs = ROWS * WIDTH, ROWS * WIDTH * WIDTH
-    once = cost.of(tokens, pairs, ROWS * KEPT)
-    assert once == without.of(tokens, pairs, ROWS * KEPT)
+    once = cost.total_flops(tokens, pairs, ROWS * KEPT)
+    assert once == without.total_flops(tokens, pairs, ROWS * KEPT)
     assert counted_without_overlap(plain) == pytest.approx(once, rel=1e-12)
-    assert counted_without_overlap(again, 2) == pytest.approx(once + cost.again(tokens, pairs), rel=1e-12)
+    assert counted_without_overlap(again, 2) == pytest.approx(once + cost.recompute_flops(tokens, pairs), rel=1e-12)
 
 
-def test_what_is_frozen_below_costs_a_third() -> None:
-    full, above = cost_of(prepared({"name": "sequential"})), cost_of(prepared(METHODS[3]))
-    assert above.token < 0.6 * full.token
-    assert above.pair < 0.65 * full.pair
+def test_frozen_layers_below_cost_a_third() -> None:
+    full, above = count_flops(prepared({"name": "sequential"})), count_flops(prepared(METHODS[3]))
+    assert above.per_token < 0.6 * full.per_token
+    assert above.per_pair < 0.65 * full.per_pair
 
 
 @pytest.mark.parametrize("kind", ["opt", "gpt2"])
-def test_of_a_model_that_is_built_otherwise_nothing_is_said(kind: str) -> None:
+def test_other_model_structures_are_not_counted(kind: str) -> None:
     small = {
         "opt": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "word_embed_proj_dim": 16},
         "gpt2": {"n_embd": 16, "n_layer": 1, "n_head": 2},
     }[kind]
     config = AutoConfig.for_model(kind, vocab_size=30, **small)
-    assert cost_of(AutoModelForCausalLM.from_config(config)) is None
+    assert count_flops(AutoModelForCausalLM.from_config(config)) is None

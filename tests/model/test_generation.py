@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
-from dscl.data.batches import prompt_batch
-from dscl.model.generation import TOKENS_AT_ONCE, generate, label_likelihoods
+from dscl.data.batches import collate_prompts
+from dscl.model.generation import MAX_TREE_TOKENS, generate, label_log_probs
 from tests.support.decoding import EOS, LABELS, PAD, PROMPTS, alone
 from tests.support.toy_model import VOCABULARY, model
 
-BATCH = prompt_batch(PROMPTS, PAD)
+BATCH = collate_prompts(PROMPTS, PAD)
 
 
 def expected(module: Any, labels: list[list[int]]) -> torch.Tensor:
@@ -21,11 +21,11 @@ def expected(module: Any, labels: list[list[int]]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_likelihoods_equal_one_plain_pass_each(attention: str) -> None:
+def test_label_log_probs_equal_one_plain_pass_per_label(attention: str) -> None:
     module = model()
     module.set_attn_implementation(attention)
     with torch.no_grad():
-        got = label_likelihoods(module, BATCH, LABELS, PAD)
+        got = label_log_probs(module, BATCH, LABELS, PAD)
     torch.testing.assert_close(got, expected(module, LABELS), rtol=1e-5, atol=1e-5)
 
 
@@ -36,29 +36,29 @@ def passes(module: Any) -> list[tuple[int, ...]]:
     return shapes
 
 
-def test_what_labels_share_is_computed_once() -> None:
+def test_shared_label_prefixes_are_computed_once() -> None:
     module = model()
     shapes = passes(module)
     labels = [[11, 12, 13, EOS], [14, EOS], [11, 12, 15, EOS], [16], [11, EOS]]
     with torch.no_grad():
-        got = label_likelihoods(module, BATCH, labels, PAD)
+        got = label_log_probs(module, BATCH, labels, PAD)
     assert shapes == [(5, BATCH.input_ids.shape[1]), (5, 5)]  # 11, 11 12, 11 12 13, 11 12 15 and 14
     torch.testing.assert_close(got, expected(module, labels), rtol=1e-5, atol=1e-5)
 
 
-def test_many_labels_are_ranked_some_at_a_time() -> None:
+def test_many_labels_are_processed_in_parts() -> None:
     """So that memory does not grow with the label set."""
     module = model()
     shapes = passes(module)
     labels = [[token, *([12] * (token % 5)), EOS] for token in range(20, 51)]
     with torch.no_grad():
-        got = label_likelihoods(module, BATCH, labels, PAD)
+        got = label_log_probs(module, BATCH, labels, PAD)
     assert len(shapes) > 3
-    assert max(shape[1] for shape in shapes[1:]) <= TOKENS_AT_ONCE
+    assert max(shape[1] for shape in shapes[1:]) <= MAX_TREE_TOKENS
     torch.testing.assert_close(got, expected(module, labels), rtol=1e-5, atol=1e-5)
 
 
-def test_attention_in_windows_reads_label_by_label() -> None:
+def test_sliding_window_attention_processes_single_labels() -> None:
     """No mask of a tree's can be given to it; and the window is that of a plain pass."""
     torch.manual_seed(0)
     module = MistralForCausalLM(
@@ -69,7 +69,7 @@ def test_attention_in_windows_reads_label_by_label() -> None:
     ).eval()  # fmt: skip
     shapes = passes(module)
     with torch.no_grad():
-        got = label_likelihoods(module, BATCH, LABELS, PAD)
+        got = label_log_probs(module, BATCH, LABELS, PAD)
     assert [shape[1] for shape in shapes[1:]] == [1, 2, 3]
     torch.testing.assert_close(got, expected(module, LABELS), rtol=1e-5, atol=1e-5)
 
@@ -77,7 +77,7 @@ def test_attention_in_windows_reads_label_by_label() -> None:
 def test_single_token_labels_need_no_second_pass() -> None:
     module = model()
     with torch.no_grad():
-        got = label_likelihoods(module, BATCH, [[5], [6]], PAD)
+        got = label_log_probs(module, BATCH, [[5], [6]], PAD)
     torch.testing.assert_close(got, expected(module, [[5], [6]]), rtol=1e-5, atol=1e-5)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from dscl.model.adapters.injection import LLAMA_PROJECTIONS, LoraConfig, add_lora
+from dscl.model.adapters.injection import LLAMA_PROJECTIONS, LoraConfig, inject_lora
 from dscl.utils.errors import UserError
 from tests.support.small_models import PIECES, SHAPE
 
@@ -28,11 +28,11 @@ def adapters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_starts_as_nothing_and_alone_trains(dtype: torch.dtype) -> None:
+def test_lora_starts_at_zero_and_alone_is_trainable(dtype: torch.dtype) -> None:
     model = tiny(dtype)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     expected = copy.deepcopy(model)(input_ids=IDS).logits
-    model = add_lora(model, LoraConfig(rank=4), seed=0)
+    model = inject_lora(model, LoraConfig(rank=4), seed=0)
     assert torch.equal(model(input_ids=IDS).logits, expected)
     trained = adapters(model)
     assert len(trained) == 2 * len(LLAMA_PROJECTIONS) * SHAPE["num_hidden_layers"]
@@ -46,8 +46,8 @@ def test_it_starts_as_nothing_and_alone_trains(dtype: torch.dtype) -> None:
     assert all(p.abs().sum() > 0 for name, p in trained.items() if "lora_B" in name)
 
 
-def test_the_output_is_base_plus_scaled_product() -> None:
-    model = add_lora(tiny(), LoraConfig(rank=4, alpha=6.0, targets=("gate_proj",)), seed=0)
+def test_output_is_base_plus_scaled_product() -> None:
+    model = inject_lora(tiny(), LoraConfig(rank=4, alpha=6.0, targets=("gate_proj",)), seed=0)
     layer = model.model.layers[1].mlp.gate_proj  # type: ignore[union-attr,index]
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     assert a.shape == (4, 64)
@@ -58,8 +58,8 @@ def test_the_output_is_base_plus_scaled_product() -> None:
     torch.testing.assert_close(layer(x), expected)
 
 
-def test_drawn_by_seed_and_name_with_the_spread_of_peft() -> None:
-    first, again, other = (adapters(add_lora(tiny(), LoraConfig(rank=16), seed)) for seed in (1, 1, 2))
+def test_lora_a_depends_on_seed_and_name_with_pefts_std() -> None:
+    first, again, other = (adapters(inject_lora(tiny(), LoraConfig(rank=16), seed)) for seed in (1, 1, 2))
     torch.manual_seed(99)  # what else was drawn makes no difference
     downs = {name for name in first if "lora_A" in name}
     assert len(downs) == len(first) / 2
@@ -73,13 +73,13 @@ def test_drawn_by_seed_and_name_with_the_spread_of_peft() -> None:
 
 @pytest.mark.parametrize(("targets", "count"), [(("q_proj", "v_proj"), 4), (("model.layers.1.mlp.up_proj",), 1)])
 def test_targets_by_ending_or_full_name(targets: tuple[str, ...], count: int) -> None:
-    trained = adapters(add_lora(tiny(), LoraConfig(targets=targets), seed=0))
+    trained = adapters(inject_lora(tiny(), LoraConfig(targets=targets), seed=0))
     assert len(trained) == 2 * count
     assert all(any(f"{target}.lora_" in name for target in targets) for name in trained)
 
 
 @pytest.mark.parametrize("target", ["qproj", "proj", "norm", ""])
-def test_a_target_that_is_none(target: str) -> None:
+def test_unknown_targets_are_refused(target: str) -> None:
     with pytest.raises(UserError, match=r"^method.lora.targets: given .*; layers here: down.*lm_head.*q_proj") as said:
-        add_lora(tiny(), LoraConfig(targets=("q_proj", target)), seed=0)
+        inject_lora(tiny(), LoraConfig(targets=("q_proj", target)), seed=0)
     assert repr(target) in str(said.value)

@@ -29,7 +29,7 @@ def model(tied: bool) -> Any:
 @pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("packing", [False, True])
-def test_logits_are_those_of_the_whole_rows_and_made_of_targets_alone(packing: bool, tied: bool, adapted: bool) -> None:
+def test_answer_logits_equal_full_logits_at_targets(packing: bool, tied: bool, adapted: bool) -> None:
     rows = [[0, 1], [2, 3]] if packing else [[0], [1], [2], [3]]
     batch, module = collate(rows, SAMPLES, 0, packing), model(tied)
     if adapted:
@@ -39,9 +39,9 @@ def test_logits_are_those_of_the_whole_rows_and_made_of_targets_alone(packing: b
     ).logits.flatten(0, 1)
     seen: list[int] = []
     module.get_output_embeddings().register_forward_hook(lambda _m, given, _o: seen.append(given[0].numel() // 16))
-    torch.testing.assert_close(answer_logits(module, batch), whole[batch.places], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(answer_logits(module, batch), whole[batch.loss_positions], rtol=1e-5, atol=1e-5)
     assert seen == [sum(len(answer) for _, answer in SAMPLES.values())]
-    expected = functional.cross_entropy(whole[batch.places], batch.labels, reduction="sum")
+    expected = functional.cross_entropy(whole[batch.loss_positions], batch.labels, reduction="sum")
     loss = answer_loss(module, batch)
     torch.testing.assert_close(loss, expected)
     wanted = [p for p in module.parameters() if p.requires_grad]
@@ -49,7 +49,7 @@ def test_logits_are_those_of_the_whole_rows_and_made_of_targets_alone(packing: b
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_a_pass_that_fails_leaves_the_model_as_it_was() -> None:
+def test_failed_pass_leaves_the_model_unchanged() -> None:
     batch, module = collate([[0]], SAMPLES, 0, False), model(tied=False)
     broken = module.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -60,7 +60,7 @@ def test_a_pass_that_fails_leaves_the_model_as_it_was() -> None:
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lm_head, "AT_ONCE", 4 * 32)  # four rows of the vocabulary
+    monkeypatch.setattr(lm_head, "MAX_LOGITS", 4 * 32)  # four rows of the vocabulary
 
 
 def gradients(module: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -70,7 +70,7 @@ def gradients(module: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("trained", ["all", "but the head", "the head"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_loss_in_parts_and_its_gradients_are_the_whole_ones(trained: str, tied: bool, small_parts: None) -> None:
+def test_chunked_loss_and_gradients_equal_the_full_ones(trained: str, tied: bool, small_parts: None) -> None:
     """In fp64, with an answer that does not count among the others."""
     batch, module = collate([[0, 1], [2, 3]], SAMPLES, 0, True), model(tied).double()
     module.lm_head.bias = torch.nn.Parameter(torch.randn(32, dtype=torch.float64))
@@ -81,7 +81,7 @@ def test_a_loss_in_parts_and_its_gradients_are_the_whole_ones(trained: str, tied
     assert logits.shape[0] == 9
     whole = module(
         input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids, use_cache=False
-    ).logits.flatten(0, 1)[batch.places]
+    ).logits.flatten(0, 1)[batch.loss_positions]
     expected = functional.cross_entropy(whole, batch.labels, reduction="sum")
     rows: list[int] = []
     made = lm_head.functional.linear
@@ -107,7 +107,7 @@ def test_a_loss_in_parts_and_its_gradients_are_the_whole_ones(trained: str, tied
     assert "forward" not in vars(module.lm_head)
 
 
-def test_parts_in_bf16_are_about_as_exact_as_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunked_loss_in_bf16_is_as_exact_as_the_full_one(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     hidden, weight = (torch.randn(*size, dtype=torch.float64).bfloat16() for size in ((512, 64), (1000, 64)))
     labels = torch.randint(0, 1000, (512,))
@@ -119,7 +119,7 @@ def test_parts_in_bf16_are_about_as_exact_as_the_whole(monkeypatch: pytest.Monke
                 functional.linear(*given).to(torch.promote_types(kind, torch.float32)), labels, reduction="sum"
             )
         else:
-            loss = lm_head.PartByPart.apply(*given, None, labels, rows, True)
+            loss = lm_head.ChunkedCrossEntropy.apply(*given, None, labels, rows, True)
         (loss / 509).backward()
         return [loss.detach(), *(tensor.grad for tensor in given)]
 
@@ -133,8 +133,8 @@ def test_parts_in_bf16_are_about_as_exact_as_the_whole(monkeypatch: pytest.Monke
     assert parts[2] < 3 * whole[2]  # added up over eight parts, each of which is rounded
 
 
-@pytest.mark.parametrize("kind", lm_head.PLAIN)
-def test_the_logits_of_these_models_are_what_the_head_gives(kind: str, small_parts: None) -> None:
+@pytest.mark.parametrize("kind", lm_head.PLAIN_HEAD_MODELS)
+def test_plain_head_models_return_the_heads_output(kind: str, small_parts: None) -> None:
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         kind, vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
@@ -148,10 +148,10 @@ def test_the_logits_of_these_models_are_what_the_head_gives(kind: str, small_par
     torch.testing.assert_close(answer_loss(adapted, batch), expected)
 
 
-def test_a_model_of_another_kind_gets_the_whole_loss(small_parts: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_model_types_use_the_full_loss(small_parts: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """It may scale or bound its logits; then a loss cannot stand in their place."""
     batch, module = collate([[0, 1], [2, 3]], SAMPLES, 0, True), model(False)
     expected = functional.cross_entropy(answer_logits(module, batch), batch.labels, reduction="sum")
     module.config.model_type = "gemma2"
-    monkeypatch.setattr(lm_head, "_in_parts", None)
+    monkeypatch.setattr(lm_head, "_chunked_answer_loss", None)
     torch.testing.assert_close(answer_loss(module, batch), expected)

@@ -22,10 +22,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dscl.model.adapters import peft_files
-from dscl.model.adapters.peft_files import Adapter, Pair, file_name, read_adapter, write_adapter
-from dscl.utils.errors import Failure, UserError
+from dscl.model.adapters.peft_files import LoraAdapter, LoraWeights, read_adapter, task_file_name, write_adapter
+from dscl.utils.errors import ExternalFailure, UserError
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG_FILE, ADAPTER_WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 IDS = torch.arange(40).view(2, 20) % 37
 UPPER = [f"model.layers.{i}.self_attn.{p}" for i in (2, 3) for p in ("q_proj", "v_proj")]
@@ -52,20 +52,20 @@ def shapes(plain: LlamaForCausalLM) -> dict[str, tuple[int, int]]:
     return {name: (module.out_features, module.in_features) for name, module in linear.items()}
 
 
-def drawn(shapes: Mapping[str, tuple[int, int]], modules: list[str], rank: int = 4, scale: float = 2.0) -> Adapter:
+def drawn(shapes: Mapping[str, tuple[int, int]], modules: list[str], rank: int = 4, scale: float = 2.0) -> LoraAdapter:
     torch.manual_seed(11)
     layers = {}
     for module in modules:
         out, into = shapes[module]
-        layers[module] = Pair(torch.randn(rank, into) / 6, torch.randn(out, rank) / 6, scale)
-    return Adapter("task", "models/base", layers)
+        layers[module] = LoraWeights(torch.randn(rank, into) / 6, torch.randn(out, rank) / 6, scale)
+    return LoraAdapter("task", "models/base", layers)
 
 
 @contextmanager
-def attached(model: nn.Module, adapter: Adapter) -> Iterator[None]:
+def attached(model: nn.Module, adapter: LoraAdapter) -> Iterator[None]:
     """The reference: base + scale · B(A x), written out."""
 
-    def hook(pair: Pair) -> Callable[..., torch.Tensor]:
+    def hook(pair: LoraWeights) -> Callable[..., torch.Tensor]:
         return lambda module, inputs, output: output + pair.scale * (inputs[0] @ pair.a.float().T @ pair.b.float().T)
 
     hooks = [model.get_submodule(m).register_forward_hook(hook(pair)) for m, pair in adapter.layers.items()]
@@ -75,8 +75,8 @@ def attached(model: nn.Module, adapter: Adapter) -> Iterator[None]:
 
 
 @torch.no_grad()
-def logits(model: Any, adapter: Adapter | None = None) -> torch.Tensor:
-    with attached(model, adapter or Adapter("", "", {})):
+def logits(model: Any, adapter: LoraAdapter | None = None) -> torch.Tensor:
+    with attached(model, adapter or LoraAdapter("", "", {})):
         return model(input_ids=IDS).logits
 
 
@@ -84,9 +84,9 @@ def adapted(model: PeftModel) -> dict[str, LoraLayer]:
     return {n: m for n, m in model.get_base_model().named_modules() if isinstance(m, LoraLayer)}
 
 
-def same(one: Adapter, other: Adapter) -> bool:
+def same(one: LoraAdapter, other: LoraAdapter) -> bool:
     """Bit for bit, in the same order, with the same types."""
-    return (one.name, one.base, list(one.layers)) == (other.name, other.base, list(other.layers)) and all(
+    return (one.name, one.base_model, list(one.layers)) == (other.name, other.base_model, list(other.layers)) and all(
         x.scale == y.scale
         and (x.a.dtype, x.b.dtype) == (y.a.dtype, y.b.dtype)
         and torch.equal(x.a, y.a)
@@ -125,50 +125,48 @@ def test_peft_loads_what_is_written(
     assert set(adapted(loaded)) == set(adapter.layers)
 
 
-def test_the_configuration_is_in_the_words_that_servers_know(
-    shapes: dict[str, tuple[int, int]], tmp_path: Path
-) -> None:
+def test_configuration_has_only_keys_that_servers_know(shapes: dict[str, tuple[int, int]], tmp_path: Path) -> None:
     write_adapter(tmp_path / "task", drawn(shapes, UPPER, rank=4, scale=2.0))
-    config = json.loads((tmp_path / "task" / CONFIG).read_text())
+    config = json.loads((tmp_path / "task" / CONFIG_FILE).read_text())
     assert config["target_modules"] == ["q_proj", "v_proj"]
     assert config["layers_to_transform"] == [2, 3]
     assert (config["r"], config["lora_alpha"]) == (4, 8)
     assert isinstance(config["lora_alpha"], int)
     assert (config["task_type"], config["inference_mode"]) == ("CAUSAL_LM", True)
     assert config["base_model_name_or_path"] == "models/base"
-    assert sorted(p.name for p in tmp_path.rglob("*")) == [CONFIG, WEIGHTS, "task"]
+    assert sorted(p.name for p in tmp_path.rglob("*")) == [CONFIG_FILE, ADAPTER_WEIGHTS_FILE, "task"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("rank", "alpha"), [(8, 32), (3, 0.3), (7, 16), (5, 1.1), (1, 0), (6, -2)])
-def test_written_and_read_is_the_same_to_the_last_bit(
+def test_write_and_read_round_trip_is_bitwise_equal(
     rank: int, alpha: float, dtype: torch.dtype, shapes: dict[str, tuple[int, int]], tmp_path: Path
 ) -> None:
     adapter = drawn(shapes, UPPER, rank, alpha / rank)
-    layers = {m: Pair(p.a.to(dtype), p.b.to(dtype), p.scale) for m, p in adapter.layers.items()}
-    write_adapter(tmp_path / "task", Adapter("task", "models/base", layers))
-    assert same(read_adapter(tmp_path / "task", shapes), Adapter("task", "models/base", layers))
+    layers = {m: LoraWeights(p.a.to(dtype), p.b.to(dtype), p.scale) for m, p in adapter.layers.items()}
+    write_adapter(tmp_path / "task", LoraAdapter("task", "models/base", layers))
+    assert same(read_adapter(tmp_path / "task", shapes), LoraAdapter("task", "models/base", layers))
 
 
-def test_parts_of_larger_tensors_are_written_alone(shapes: dict[str, tuple[int, int]], tmp_path: Path) -> None:
+def test_views_of_larger_tensors_are_written_alone(shapes: dict[str, tuple[int, int]], tmp_path: Path) -> None:
     """As they lie in a bank, stacked by task, trainable or transposed."""
     bank = torch.randn(5, 4, 32, requires_grad=True)
     columns = torch.randn(3, 4, 32)
-    layers = {m: Pair(bank[i], columns[2].T, 1.0) for i, m in enumerate(UPPER) if m.endswith("q_proj")}
-    write_adapter(tmp_path / "task", Adapter("task", "", layers))
-    assert (tmp_path / "task" / WEIGHTS).stat().st_size < 4 * 4 * 4 * 32 + 2000
-    assert same(read_adapter(tmp_path / "task", shapes), Adapter("task", "", layers))
+    layers = {m: LoraWeights(bank[i], columns[2].T, 1.0) for i, m in enumerate(UPPER) if m.endswith("q_proj")}
+    write_adapter(tmp_path / "task", LoraAdapter("task", "", layers))
+    assert (tmp_path / "task" / ADAPTER_WEIGHTS_FILE).stat().st_size < 4 * 4 * 4 * 32 + 2000
+    assert same(read_adapter(tmp_path / "task", shapes), LoraAdapter("task", "", layers))
 
 
-def test_layers_of_different_rank_or_scale_are_not_written(shapes: dict[str, tuple[int, int]], tmp_path: Path) -> None:
+def test_layers_of_different_rank_or_scale_are_refused(shapes: dict[str, tuple[int, int]], tmp_path: Path) -> None:
     first, second = UPPER[:2]
     for rank, scale in ((3, 2.0), (4, 1.0)):
         layers = {**drawn(shapes, [first]).layers, **drawn(shapes, [second], rank, scale).layers}
         with pytest.raises(AssertionError):
-            write_adapter(tmp_path / "task", Adapter("task", "", layers))
+            write_adapter(tmp_path / "task", LoraAdapter("task", "", layers))
 
 
-def test_an_adapter_is_replaced_whole(
+def test_adapter_folder_is_replaced_atomically(
     shapes: dict[str, tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "task"
@@ -179,7 +177,9 @@ def test_an_adapter_is_replaced_whole(
     with monkeypatch.context() as patched:
         for broken in ("fsync", "replace"):  # a full disk while it is written, and a failure when it is put in place
             patched.setattr(os, broken, lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-            with pytest.raises(Failure, match=r"task: the adapter cannot be written \(No space left on device\)"):
+            with pytest.raises(
+                ExternalFailure, match=r"task: the adapter cannot be written \(No space left on device\)"
+            ):
                 write_adapter(folder, new)
             assert same(read_adapter(folder, shapes), old)
 
@@ -190,16 +190,16 @@ def test_an_adapter_is_replaced_whole(
     assert not (folder / "README.md").exists()
 
 
-def test_names_of_files_are_safe_and_of_one_task_each(tmp_path: Path) -> None:
+def test_task_file_names_are_safe_and_unique(tmp_path: Path) -> None:
     plain = ["agnews", "C-STANCE", "task_002", "two words"]
-    assert [file_name(name) for name in plain] == plain
+    assert [task_file_name(name) for name in plain] == plain
     odd = [
         ".", "..", "a/b", "a%2Fb", "../up", "a.partial", "a", "a.old", "\0", "a\n", "任务", "x" * 150, "x" * 151,
-        "x" * 152, "务" * 90, "务" * 91, "x" * 100, file_name("x" * 152), "version 1.5", "~", "A", "-",
+        "x" * 152, "务" * 90, "务" * 91, "x" * 100, task_file_name("x" * 152), "version 1.5", "~", "A", "-",
     ]  # fmt: skip
     for name in odd:
-        (tmp_path / file_name(name)).mkdir()  # fails on one that is there
-        (tmp_path / (file_name(name) + ".partial")).mkdir()
+        (tmp_path / task_file_name(name)).mkdir()  # fails on one that is there
+        (tmp_path / (task_file_name(name) + ".partial")).mkdir()
     assert len(list(tmp_path.iterdir())) == 2 * len(odd)
 
 
@@ -235,7 +235,7 @@ def saved_by_peft(model: nn.Module, folder: Path, **options: Any) -> PeftModel:
         },
     ],
 )
-def test_what_peft_wrote_is_read(
+def test_adapters_of_peft_are_read(
     options: dict[str, Any], model: LlamaForCausalLM, shapes: dict[str, tuple[int, int]], tmp_path: Path
 ) -> None:
     plain = copy.deepcopy(model)
@@ -279,7 +279,10 @@ def made(model: LlamaForCausalLM, tmp_path: Path) -> Path:
 
 
 def rename(folder: Path, change: Callable[[str], str]) -> None:
-    save_file({change(name): tensor for name, tensor in load_file(folder / WEIGHTS).items()}, folder / WEIGHTS)
+    save_file(
+        {change(name): tensor for name, tensor in load_file(folder / ADAPTER_WEIGHTS_FILE).items()},
+        folder / ADAPTER_WEIGHTS_FILE,
+    )
 
 
 @pytest.mark.parametrize(
@@ -290,7 +293,9 @@ def rename(folder: Path, change: Callable[[str], str]) -> None:
         lambda name: name.removeprefix("base_model.model."),
     ],
 )
-def test_other_layouts_of_names(change: Callable[[str], str], made: Path, shapes: dict[str, tuple[int, int]]) -> None:
+def test_other_tensor_name_layouts_are_read(
+    change: Callable[[str], str], made: Path, shapes: dict[str, tuple[int, int]]
+) -> None:
     before = read_adapter(made, shapes)
     rename(made, change)
     assert same(read_adapter(made, shapes), before)
@@ -305,10 +310,10 @@ def test_targets_that_peft_takes_from_the_model(
     assert same(read_adapter(made, shapes), before)
 
 
-def test_what_was_read_does_not_change_with_the_file(made: Path, shapes: dict[str, tuple[int, int]]) -> None:
+def test_read_tensors_do_not_change_with_the_file(made: Path, shapes: dict[str, tuple[int, int]]) -> None:
     adapter = read_adapter(made, shapes)
     before = copy.deepcopy(adapter)
-    with open(made / WEIGHTS, "r+b") as file:
+    with open(made / ADAPTER_WEIGHTS_FILE, "r+b") as file:
         file.seek(-64, os.SEEK_END)
         file.write(bytes(64))
     assert same(adapter, before)
@@ -330,20 +335,20 @@ Q = "base_model.model.model.layers.1.self_attn.q_proj.lora_{}.weight"
 
 
 def configured(folder: Path, **values: Any) -> None:
-    path = folder / CONFIG
+    path = folder / CONFIG_FILE
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
 def without(folder: Path, key: str) -> None:
-    path = folder / CONFIG
+    path = folder / CONFIG_FILE
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != key}))
 
 
 def stored(folder: Path, **tensors: torch.Tensor | None) -> None:
     """Change the weights: A and B are those of layer 1's q_proj, other names stand as they are; None removes."""
     names = {key: Q.format(key) if key in "AB" else key for key in tensors}
-    kept = {**load_file(folder / WEIGHTS), **{names[key]: value for key, value in tensors.items()}}
-    save_file({name: value for name, value in kept.items() if value is not None}, folder / WEIGHTS)
+    kept = {**load_file(folder / ADAPTER_WEIGHTS_FILE), **{names[key]: value for key, value in tensors.items()}}
+    save_file({name: value for name, value in kept.items() if value is not None}, folder / ADAPTER_WEIGHTS_FILE)
 
 
 def with_value(shape: tuple[int, ...], value: float) -> torch.Tensor:
@@ -356,15 +361,18 @@ def with_value(shape: tuple[int, ...], value: float) -> torch.Tensor:
     ("damage", "message"),
     [
         # files
-        (lambda f: (f / CONFIG).unlink(), f"no {CONFIG} there"),
-        (lambda f: (f / WEIGHTS).unlink(), f"no {WEIGHTS} there"),
-        (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-1]), "not a readable safetensors file"),
-        (lambda f: (f / WEIGHTS).write_bytes(b""), "not a readable safetensors file"),
-        (lambda f: (f / WEIGHTS).write_bytes(b"\xff" * 400), "not a readable safetensors file"),
-        (lambda f: (f / CONFIG).write_text("{"), "not readable JSON"),
-        (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe"), "not readable JSON"),
-        (lambda f: (f / CONFIG).write_text("[" * 100000), "not readable JSON"),
-        (lambda f: (f / CONFIG).write_text("[]"), "peft_type is a list"),
+        (lambda f: (f / CONFIG_FILE).unlink(), f"no {CONFIG_FILE} there"),
+        (lambda f: (f / ADAPTER_WEIGHTS_FILE).unlink(), f"no {ADAPTER_WEIGHTS_FILE} there"),
+        (
+            lambda f: (f / ADAPTER_WEIGHTS_FILE).write_bytes((f / ADAPTER_WEIGHTS_FILE).read_bytes()[:-1]),
+            "not a readable safetensors file",
+        ),
+        (lambda f: (f / ADAPTER_WEIGHTS_FILE).write_bytes(b""), "not a readable safetensors file"),
+        (lambda f: (f / ADAPTER_WEIGHTS_FILE).write_bytes(b"\xff" * 400), "not a readable safetensors file"),
+        (lambda f: (f / CONFIG_FILE).write_text("{"), "not readable JSON"),
+        (lambda f: (f / CONFIG_FILE).write_bytes(b"\xff\xfe"), "not readable JSON"),
+        (lambda f: (f / CONFIG_FILE).write_text("[" * 100000), "not readable JSON"),
+        (lambda f: (f / CONFIG_FILE).write_text("[]"), "peft_type is a list"),
         # kinds of adapter
         (lambda f: configured(f, peft_type="LOHA"), "peft_type is 'LOHA' (str); allowed: LORA"),
         (lambda f: without(f, "peft_type"), "peft_type is nothing (null); allowed: LORA"),
@@ -390,7 +398,7 @@ def with_value(shape: tuple[int, ...], value: float) -> torch.Tensor:
         (lambda f: stored(f, **{Q.format("B").replace("weight", "bias"): torch.zeros(32)}), "lora_B.bias; allowed"),
         (lambda f: stored(f, B=None), "for model.layers.1.self_attn.q_proj only lora_A is there"),
         (lambda f: stored(f, A=None), "for model.layers.1.self_attn.q_proj only lora_B is there"),
-        (lambda f: save_file({}, f / WEIGHTS), "holds no tensors"),
+        (lambda f: save_file({}, f / ADAPTER_WEIGHTS_FILE), "holds no tensors"),
         (
             lambda f: stored(f, **{Q.format("A.other"): torch.zeros(4, 32)}),
             "holds 2 adapters (one without a name, other); one in a folder is allowed",
@@ -427,11 +435,11 @@ def with_value(shape: tuple[int, ...], value: float) -> torch.Tensor:
         (lambda f: configured(f, alpha_pattern=[2]), "alpha_pattern makes no sense"),
         (
             lambda f: configured(f, layers_to_transform=[2]),
-            f"holds weights for model.layers.1.self_attn.q_proj, which {CONFIG} does not target",
+            f"holds weights for model.layers.1.self_attn.q_proj, which {CONFIG_FILE} does not target",
         ),
         (
             lambda f: configured(f, target_modules=["q_proj", "v_proj", "o_proj"]),
-            f"lacks model.layers.1.self_attn.o_proj, which {CONFIG} targets",
+            f"lacks model.layers.1.self_attn.o_proj, which {CONFIG_FILE} targets",
         ),
         (lambda f: configured(f, target_modules="*", layers_to_transform=None), "make no sense"),
         (lambda f: configured(f, target_modules=5), "make no sense"),
@@ -444,7 +452,9 @@ def with_value(shape: tuple[int, ...], value: float) -> torch.Tensor:
         (lambda f: stored(f, A=torch.zeros(4, 32).to(torch.float8_e4m3fn)), "is of type F8_E4M3; allowed"),
     ],
 )
-def test_refusals(damage: Callable[[Path], None], message: str, made: Path, shapes: dict[str, tuple[int, int]]) -> None:
+def test_damaged_adapters_are_refused(
+    damage: Callable[[Path], None], message: str, made: Path, shapes: dict[str, tuple[int, int]]
+) -> None:
     read_adapter(made, shapes)  # was in order
     damage(made)
     assert message in refusal(made, shapes)
@@ -456,15 +466,15 @@ class Bomb:
 
 
 def test_pickled_weights_are_never_read(made: Path, shapes: dict[str, tuple[int, int]]) -> None:
-    (made / WEIGHTS).unlink()
+    (made / ADAPTER_WEIGHTS_FILE).unlink()
     (made / "adapter_model.bin").write_bytes(pickle.dumps(Bomb()))
     said = refusal(made, shapes)
     assert "adapter_model.bin is pickled" in said
     assert "write it with save_pretrained" in said
 
 
-def test_no_folder(tmp_path: Path, shapes: dict[str, tuple[int, int]]) -> None:
-    assert f"no {CONFIG} there" in refusal(tmp_path / "nowhere", shapes)
+def test_missing_folder_is_refused(tmp_path: Path, shapes: dict[str, tuple[int, int]]) -> None:
+    assert f"no {CONFIG_FILE} there" in refusal(tmp_path / "nowhere", shapes)
 
 
 @pytest.mark.parametrize(
@@ -482,7 +492,7 @@ def test_no_folder(tmp_path: Path, shapes: dict[str, tuple[int, int]]) -> None:
         {"target_modules": ["q_proj"], "layer_replication": [[0, 3], [1, 4]]},
     ],
 )
-def test_adapters_of_peft_that_do_more_than_lora(
+def test_adapters_beyond_plain_lora_are_refused(
     options: dict[str, Any], model: LlamaForCausalLM, shapes: dict[str, tuple[int, int]], tmp_path: Path
 ) -> None:
     with warnings.catch_warnings():
@@ -500,4 +510,4 @@ def test_every_option_of_peft_is_known_here() -> None:
         "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
         "velora_config", "qalora_group_size", "ensure_weight_tying",
     }  # fmt: skip
-    assert set(LoraConfig().to_dict()) <= harmless | set(peft_files.OFF)
+    assert set(LoraConfig().to_dict()) <= harmless | set(peft_files.UNSUPPORTED_OPTIONS)

@@ -14,60 +14,64 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dscl.model.adapters.routing import Routing
-from dscl.model.adapters.sub_experts import Experts, Shape, add_experts
-from dscl.model.adapters.task_masks import KIND, Claims, open_claims, read_claims, write_claims
+from dscl.model.adapters.sub_experts import SubExpertBank, SubExpertShape, inject_sub_experts
+from dscl.model.adapters.task_masks import KIND, TaskMasks, read_matching_masks, read_task_masks, write_task_masks
 from dscl.utils import checksummed
-from dscl.utils.errors import Failure, UserError
+from dscl.utils.errors import ExternalFailure, UserError
 from tests.support.sub_experts import IN, OUT, scramble, shape_of
 
 NAMES = ("one", "two", "three")
 
 
-def experts_of(shape: Shape, dtype: torch.dtype = torch.float32, layers: str = "pq", out: int = OUT) -> Experts:
+def experts_of(
+    shape: SubExpertShape, dtype: torch.dtype = torch.float32, layers: str = "pq", out: int = OUT
+) -> SubExpertBank:
     torch.manual_seed(0)
     model = nn.ModuleDict({name: nn.Linear(IN, out, dtype=dtype) for name in layers})
-    found = add_experts(model, shape, Routing(len(NAMES), 0), layers)
+    found = inject_sub_experts(model, shape, Routing(len(NAMES), 0), layers)
     for each in found.layers.values():
         each.make_trainable()
     return found
 
 
-def learned(folder: Path, shape: Shape, dtype: torch.dtype = torch.float32) -> tuple[Experts, list[Claims]]:
+def learned(
+    folder: Path, shape: SubExpertShape, dtype: torch.dtype = torch.float32
+) -> tuple[SubExpertBank, list[TaskMasks]]:
     """Three tasks, each with a sub-expert more, and their files."""
     experts, every = experts_of(shape, dtype), []
     for task, name in enumerate(NAMES):
-        experts.count = shape.experts + task
-        experts.prepare(reuse=True)
+        experts.num_open = shape.experts + task
+        experts.open_for_training(reuse=True)
         for number, layer in enumerate(experts.layers.values()):
             scramble(layer, 10 * task + number)
         trained = {
             f"{path}.{own}": getattr(layer, own).detach().float()
             for path, layer in experts.layers.items()
-            for own in layer.trained
+            for own in layer.trainable_names
         }
-        every.append(Claims(name, tuple(experts.names), shape, experts.claim(name, trained)))
-        write_claims(folder / f"{name}.safetensors", every[-1])
+        every.append(TaskMasks(name, tuple(experts.names), shape, experts.freeze_task_params(name, trained)))
+        write_task_masks(folder / f"{name}.safetensors", every[-1])
     return experts, every
 
 
-def read_all(folder: Path, experts: Experts) -> list[Claims]:
+def read_all(folder: Path, experts: SubExpertBank) -> list[TaskMasks]:
     every = []
     for name in NAMES:
-        every.append(read_claims(folder / f"{name}.safetensors", name, tuple(experts.names), experts))
-        experts.take(name, every[-1].layers)
+        every.append(read_matching_masks(folder / f"{name}.safetensors", name, tuple(experts.names), experts))
+        experts.load_task_params(name, every[-1].layers)
     return every
 
 
 @pytest.mark.parametrize("atoms", [True, False])
 @pytest.mark.parametrize("top", [2, 0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_files_give_back_every_bit(tmp_path: Path, atoms: bool, top: int, dtype: torch.dtype) -> None:
+def test_files_restore_every_bit(tmp_path: Path, atoms: bool, top: int, dtype: torch.dtype) -> None:
     shape = shape_of(atoms, top=top, most=6)
     experts, every = learned(tmp_path, shape, dtype)
     fresh = experts_of(shape, dtype)
     for ours, theirs in zip(every, read_all(tmp_path, fresh), strict=True):
-        assert (ours.task, ours.before, ours.shape, ours.sizes()) == (
-            theirs.task, theirs.before, theirs.shape, theirs.sizes(),
+        assert (ours.task, ours.previous_tasks, ours.shape, ours.byte_sizes()) == (
+            theirs.task, theirs.previous_tasks, theirs.shape, theirs.byte_sizes(),
         )  # fmt: skip
     for name, layer in experts.layers.items():
         for kind in ("held_a", "held_b", "seats", "routers", *(f"opens_{mask}" for mask in layer.mask_shapes)):
@@ -75,10 +79,10 @@ def test_files_give_back_every_bit(tmp_path: Path, atoms: bool, top: int, dtype:
         assert layer.held_a.any()
         for slot in range(len(NAMES)):
             assert layer.seats[slot].sum() == shape.experts + slot
-    assert fresh.count == experts.count == 6
+    assert fresh.num_open == experts.num_open == 6
 
 
-def test_the_same_claims_are_the_same_bytes(tmp_path: Path) -> None:
+def test_equal_task_masks_give_equal_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         learned(tmp_path / name, shape_of(most=6))
@@ -87,40 +91,42 @@ def test_the_same_claims_are_the_same_bytes(tmp_path: Path) -> None:
         assert first == second
 
 
-def test_the_file_holds_what_its_bytes_are_counted_as(tmp_path: Path) -> None:
+def test_byte_sizes_equal_the_stored_bytes(tmp_path: Path) -> None:
     """Each claimed value once, over all tasks; a bit for each atom; the token router of the experts that are open."""
     shape = shape_of(most=6)
     experts, every = learned(tmp_path, shape)
-    sizes = [claims.sizes() for claims in every]
-    assert sum(part["parameters"] for part in sizes) == 4 * sum(layer.claimed for layer in experts.layers.values())
+    sizes = [claims.byte_sizes() for claims in every]
+    assert sum(part["parameters"] for part in sizes) == 4 * sum(
+        layer.num_frozen_params for layer in experts.layers.values()
+    )
     columns = -(-shape.columns // 8)
     for part, count in zip(sizes, (4, 5, 6), strict=True):
         assert part["masks"] == len(experts.layers) * (columns + shape.most)
         assert part["routers"] == len(experts.layers) * count * IN * 4
 
 
-def test_nothing_new_to_claim_is_a_file_too(tmp_path: Path) -> None:
+def test_task_without_new_parameters_has_a_file(tmp_path: Path) -> None:
     """A task whose mask opens only what is claimed already leaves no values."""
     shape = shape_of(share=1.0, most=4)
     experts, fresh = experts_of(shape), experts_of(shape)
     for name in NAMES[:2]:
-        experts.prepare(reuse=True)
+        experts.open_for_training(reuse=True)
         trained = {
             f"{path}.{own}": getattr(layer, own).detach().float()
             for path, layer in experts.layers.items()
-            for own in layer.trained
+            for own in layer.trainable_names
         }
-        claims = Claims(name, tuple(experts.names), shape, experts.claim(name, trained))
-        write_claims(tmp_path / name, claims)
-        back = read_claims(tmp_path / name, name, tuple(fresh.names), fresh)
-        fresh.take(name, back.layers)
+        claims = TaskMasks(name, tuple(experts.names), shape, experts.freeze_task_params(name, trained))
+        write_task_masks(tmp_path / name, claims)
+        back = read_matching_masks(tmp_path / name, name, tuple(fresh.names), fresh)
+        fresh.load_task_params(name, back.layers)
     assert back.layers["p"]["a"].numel() == back.layers["q"]["b"].numel() == 0
-    assert back.sizes()["parameters"] == 0
+    assert back.byte_sizes()["parameters"] == 0
 
 
-def refusal(path: Path, task: str, before: tuple[str, ...], experts: Experts) -> str:
+def refusal(path: Path, task: str, before: tuple[str, ...], experts: SubExpertBank) -> str:
     with pytest.raises(UserError) as caught:
-        read_claims(path, task, before, experts)
+        read_matching_masks(path, task, before, experts)
     told = str(caught.value)
     assert "\n" not in told
     assert str(path) in told
@@ -129,7 +135,7 @@ def refusal(path: Path, task: str, before: tuple[str, ...], experts: Experts) ->
     return told
 
 
-def test_a_file_of_another_task_order_or_place_is_refused(tmp_path: Path) -> None:
+def test_file_of_another_task_order_is_refused(tmp_path: Path) -> None:
     shape = shape_of(most=6)
     learned(tmp_path, shape)
     fresh = experts_of(shape)
@@ -213,14 +219,14 @@ def another_format(header: Any, _tensors: Any) -> None:
     [
         (short_mask, "p: mask_atoms holds 2, the layer needs 3"),
         (without_a_router, "q: router holds nothing, the layer needs 96"),
-        (fewer_values, "p: 143 values of a, the mask claims 144"),
-        (no_values, "p: no values of b, the mask claims 96"),
+        (fewer_values, "p: 143 values of a, the mask needs 144"),
+        (no_values, "p: no values of b, the mask needs 96"),
         (not_finite, "p: values of b that are not finite"),
         (router_not_finite, "q: values of its token router that are not finite"),
         (another_format, "of format 99, this version reads 1"),
     ],
 )
-def test_a_file_whose_parts_do_not_fit_is_refused(tmp_path: Path, change: Any, told: str) -> None:
+def test_file_with_tensors_that_do_not_fit_is_refused(tmp_path: Path, change: Any, told: str) -> None:
     shape = shape_of(most=6)
     learned(tmp_path, shape)
     path = tmp_path / "one.safetensors"
@@ -228,7 +234,7 @@ def test_a_file_whose_parts_do_not_fit_is_refused(tmp_path: Path, change: Any, t
     assert told in refusal(path, "one", (), experts_of(shape))
 
 
-def test_damage_is_noticed_wherever_it_is(tmp_path: Path) -> None:
+def test_any_damaged_byte_is_detected(tmp_path: Path) -> None:
     shape = shape_of(most=6)
     learned(tmp_path, shape)
     path, fresh = tmp_path / "one.safetensors", experts_of(shape)
@@ -241,7 +247,7 @@ def test_damage_is_noticed_wherever_it_is(tmp_path: Path) -> None:
     path.write_bytes(b"")
     assert "damaged" in refusal(path, "one", (), fresh)
     save_file({"x": torch.zeros(2)}, path)
-    assert "not what sub-experts leave" in refusal(path, "one", (), fresh)
+    assert "not a task's sub-experts" in refusal(path, "one", (), fresh)
     path.write_bytes(whole)
     rewritten(path, lambda _header, tensors: tensors["p|a"].mul_(2), sound=False)
     assert "does not match its checksum" in refusal(path, "one", (), fresh)
@@ -250,7 +256,7 @@ def test_damage_is_noticed_wherever_it_is(tmp_path: Path) -> None:
     assert "does not match its checksum" in refusal(path, "two", (), fresh)
 
 
-def test_a_write_that_fails_leaves_the_file_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_write_keeps_the_previous_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = shape_of(most=6)
     _, every = learned(tmp_path, shape)
     path = tmp_path / "one.safetensors"
@@ -266,11 +272,13 @@ def test_a_write_that_fails_leaves_the_file_before(tmp_path: Path, monkeypatch: 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checksummed, "save_file", apart)
-    write_claims(tmp_path / "new.safetensors", every[1])
-    assert open_claims(tmp_path / "new.safetensors").task == "two"
+    write_task_masks(tmp_path / "new.safetensors", every[1])
+    assert read_task_masks(tmp_path / "new.safetensors").task == "two"
     monkeypatch.setattr(checksummed, "save_file", full)
-    with pytest.raises(Failure, match=r"one.safetensors: cannot be written .*No space left.*; make room") as caught:
-        write_claims(path, every[1])
+    with pytest.raises(
+        ExternalFailure, match=r"one.safetensors: cannot be written .*No space left.*; make room"
+    ) as caught:
+        write_task_masks(path, every[1])
     assert "\n" not in str(caught.value)
     assert path.read_bytes() == whole
-    assert open_claims(path).task == "one"
+    assert read_task_masks(path).task == "one"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dscl.monitoring.metrics_file import MetricsFile
-from dscl.utils.errors import Failure
+from dscl.utils.errors import ExternalFailure
 
 
 def record(step: int) -> dict:
@@ -34,7 +34,7 @@ def test_a_resumed_run_writes_the_same_bytes(tmp_path: Path, killed_after: int, 
         file.write(json.dumps(record(killed_after + 1)).encode()[:torn])
 
     again = MetricsFile(first.path)
-    again.rewind(resumed_from)
+    again.truncate_after(resumed_from)
     assert steps_of(first.path) == list(range(1, resumed_from + 1))
     again.write(record(s) for s in range(resumed_from + 1, 13))
     again.close()
@@ -46,18 +46,18 @@ def test_a_last_line_without_its_end_is_dropped_even_if_it_reads_well(tmp_path: 
     file = MetricsFile(tmp_path / "m.jsonl")
     file.write([record(1), record(2)])
     file.path.write_bytes(file.path.read_bytes()[:-1])
-    file.rewind(5)
+    file.truncate_after(5)
     assert steps_of(file.path) == [1]
 
 
 def test_what_comes_after_the_last_record_joins_it(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path / "m.jsonl")
-    file.amend({"seconds": 1.0})
+    file.add_to_last_record({"seconds": 1.0})
     assert not file.path.exists(), "there is no record yet"
     file.write([record(1), record(2)])
-    file.amend({"seconds": 1.0})
-    file.rewind(5)
-    file.amend({"seconds": 2.0, "others": 0.5})
+    file.add_to_last_record({"seconds": 1.0})
+    file.truncate_after(5)
+    file.add_to_last_record({"seconds": 2.0, "others": 0.5})
     file.write([record(3)])
     found = [json.loads(line) for line in file.path.read_text().splitlines()]
     assert found == [record(1), {**record(2), "seconds": 3.0, "others": 0.5}, record(3)]
@@ -66,7 +66,7 @@ def test_what_comes_after_the_last_record_joins_it(tmp_path: Path) -> None:
 
 def test_records_are_readable_by_others_at_once(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path / "deep" / "m.jsonl")
-    file.rewind(0)
+    file.truncate_after(0)
     file.write([record(1)])
     file.write([record(2), record(3)])
     assert steps_of(file.path) == [1, 2, 3]
@@ -82,15 +82,15 @@ def test_a_file_that_holds_something_else_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     for content in ('{"step": 1}\nnotes\n{"step": 2}\n', '{"step": 1}\n{"loss": 2}\n', "[1]\n"):
         path.write_text(content)
-        with pytest.raises(Failure, match=r"m\.jsonl, line \d: not a record"):
-            MetricsFile(path).rewind(1)
+        with pytest.raises(ExternalFailure, match=r"m\.jsonl, line \d: not a record"):
+            MetricsFile(path).truncate_after(1)
         assert path.read_text() == content
 
 
 def test_a_full_disk_is_told_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(Failure, match="cannot be written"):
+    with pytest.raises(ExternalFailure, match="cannot be written"):
         MetricsFile(tmp_path / "file" / "m.jsonl").write([record(1)])
     if Path("/dev/full").exists():
-        with pytest.raises(Failure, match="No space left"):
+        with pytest.raises(ExternalFailure, match="No space left"):
             MetricsFile(Path("/dev/full")).write([record(1)])

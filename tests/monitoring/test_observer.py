@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dscl.config.parsing import parse
-from dscl.maths.scores import build
+from dscl.config.parsing import parse_config
+from dscl.maths.scores import build_document
 from dscl.monitoring.observer import ObserveConfig, Observer
 from dscl.utils.errors import UserError
 
@@ -21,21 +21,21 @@ def record(step: int) -> dict:
 
 
 def document(rows: int) -> dict:
-    return build("m", ["a", "b"], ["accuracy"] * 2, [[0.5, 0.25]] * rows, [0.0, 0.0], rows == 2)
+    return build_document("m", ["a", "b"], ["accuracy"] * 2, [[0.5, 0.25]] * rows, [0.0, 0.0], rows == 2)
 
 
 def use(observer: Observer, steps: range) -> None:
     with observer:
-        observer.recipe("seed: 1")
+        observer.log_recipe("seed: 1")
         if steps.start == 1:
-            observer.scores(document(0))
+            observer.log_scores(document(0))
         for step in steps:
-            observer.step(record(step))
+            observer.log_steps(record(step))
             for name, done in TASKS:
-                observer.evaluating(name, 1, done)
+                observer.show_evaluation(name, 1, done)
             if step in (4, 10):
-                observer.scores(document(1 if step == 4 else 2))
-        observer.note("the end")
+                observer.log_scores(document(1 if step == 4 else 2))
+        observer.print_message("the end")
 
 
 def test_the_main_rank_writes_and_the_others_leave_no_trace(tmp_path: Path) -> None:
@@ -67,8 +67,8 @@ def test_several_records_at_once_are_as_good_as_one_by_one(tmp_path: Path) -> No
     for name, size in (("singly", 1), ("together", 5)):
         with Observer(tmp_path / name, config, True, TASKS, stream=io.StringIO()) as observer:
             for start in range(1, 11, size):
-                observer.step(*(record(s) for s in range(start, start + size)))
-            observer.step()
+                observer.log_steps(*(record(s) for s in range(start, start + size)))
+            observer.log_steps()
     singly, together = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in ("singly", "together"))
     assert singly == together
     assert not (tmp_path / "singly" / "tensorboard").exists()
@@ -77,17 +77,17 @@ def test_several_records_at_once_are_as_good_as_one_by_one(tmp_path: Path) -> No
 def test_seconds_between_steps_stand_in_the_next_record_or_else_in_the_last(tmp_path: Path) -> None:
     config = ObserveConfig(tensorboard=False, live="off")
     with Observer(tmp_path, config, True, TASKS, stream=io.StringIO()) as observer:
-        observer.scores(document(0), 4.0)
+        observer.log_scores(document(0), 4.0)
         for step in range(1, 5):
-            observer.step(record(step))
-        observer.saved(0.5)
-        observer.scores(document(1), 2.0)
+            observer.log_steps(record(step))
+        observer.log_save_time(0.5)
+        observer.log_scores(document(1), 2.0)
     with Observer(tmp_path, config, True, TASKS, 4, stream=io.StringIO()) as observer:
-        observer.scores(document(1), 1.0)
-        observer.saved(0.25)
+        observer.log_scores(document(1), 1.0)
+        observer.log_save_time(0.25)
         for step in range(5, 11):
-            observer.step(record(step))
-        observer.scores(document(2), 3.0)
+            observer.log_steps(record(step))
+        observer.log_scores(document(2), 3.0)
     found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [each["step"] for each in found] == list(range(1, 11))
     assert {each["step"]: each["evaluate_seconds"] for each in found if "evaluate_seconds" in each} == {
@@ -97,7 +97,7 @@ def test_seconds_between_steps_stand_in_the_next_record_or_else_in_the_last(tmp_
 
 
 def test_settings_are_checked() -> None:
-    assert parse(ObserveConfig, {"every": 5}, "observe") == ObserveConfig(every=5)
+    assert parse_config(ObserveConfig, {"every": 5}, "observe") == ObserveConfig(every=5)
     for wrong in ({"every": 0}, {"live": "of"}, {"tensorbord": True}):
         with pytest.raises(UserError, match=r"observe\."):
-            parse(ObserveConfig, wrong, "observe")
+            parse_config(ObserveConfig, wrong, "observe")

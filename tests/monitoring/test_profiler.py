@@ -10,20 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from dscl.config.parsing import parse
+from dscl.config.parsing import parse_config
 from dscl.monitoring.observer import ProfileConfig
 from dscl.monitoring.profiler import Tracer
 from dscl.utils import timers
-from dscl.utils.errors import Failure, UserError
+from dscl.utils.errors import ExternalFailure, UserError
 
 
 def step(tracer: Tracer, number: int, last: bool = False) -> str:
-    tracer.before(number)
-    with timers.part("forward"), timers.collective("all_reduce", torch.zeros(1)):
+    tracer.begin_step(number)
+    with timers.timed_part("forward"), timers.timed_collective("all_reduce", torch.zeros(1)):
         torch.ones(4, 4) @ torch.ones(4, 4)
-    with timers.part("optimizer"):
+    with timers.timed_part("optimizer"):
         torch.ones(1) + 1
-    return tracer.after(number, last)
+    return tracer.end_step(number, last)
 
 
 def names(path: Path) -> list[str]:
@@ -43,7 +43,7 @@ def test_a_trace_holds_the_steps_that_were_asked_for_under_the_names_of_their_pa
         "communication: all_reduce": 2,
     }
     assert "aten::mm" in found
-    timers.taken()
+    timers.collect_timings()
 
 
 def test_a_trace_ends_with_its_task(tmp_path: Path) -> None:
@@ -53,20 +53,20 @@ def test_a_trace_ends_with_its_task(tmp_path: Path) -> None:
     assert "steps-2-3" in step(tracer, 3, last=True)
     assert not step(tracer, 10)
     assert [path.name for path in (tmp_path / "traces").iterdir()] == ["rank-0-steps-2-3.json.gz"]
-    timers.taken()
+    timers.collect_timings()
 
 
 def test_nothing_is_written_without_being_asked(tmp_path: Path) -> None:
     tracer = Tracer(tmp_path, ProfileConfig())
     assert not any(step(tracer, number) for number in range(3))
     assert not list(tmp_path.iterdir())
-    timers.taken()
+    timers.collect_timings()
 
 
 @pytest.mark.parametrize("steps", [[3], [4, 2], [0, 2], [1, 2, 3]])
 def test_wrong_steps_are_refused(steps: list[int]) -> None:
     with pytest.raises(UserError, match=r"observe.profile.steps: given \["):
-        parse(ProfileConfig, {"steps": steps}, "observe.profile")
+        parse_config(ProfileConfig, {"steps": steps}, "observe.profile")
 
 
 def test_a_rank_that_is_not_there_is_refused(tmp_path: Path) -> None:
@@ -76,26 +76,26 @@ def test_a_rank_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 def test_steps_that_do_not_come_are_told(tmp_path: Path) -> None:
     tracer = Tracer(tmp_path, ProfileConfig(steps=(4, 6)))
-    assert tracer.missed(0, 10) == tracer.missed(5, 10) == ""
-    assert "steps 7 to 10 are to come" in tracer.missed(6, 10)
-    assert "given [4, 6]" in tracer.missed(0, 3)
-    assert Tracer(tmp_path, ProfileConfig()).missed(0, 10) == ""
+    assert tracer.explain_untraced(0, 10) == tracer.explain_untraced(5, 10) == ""
+    assert "steps 7 to 10 are to come" in tracer.explain_untraced(6, 10)
+    assert "given [4, 6]" in tracer.explain_untraced(0, 3)
+    assert Tracer(tmp_path, ProfileConfig()).explain_untraced(0, 10) == ""
 
 
 def test_leaving_within_a_trace_leaves_no_profiler_behind(tmp_path: Path) -> None:
     with suppress(ValueError), Tracer(tmp_path, ProfileConfig(steps=(1, 9))) as tracer:
         step(tracer, 1)
         raise ValueError
-    assert not timers._clock.named
+    assert not timers._recorder.trace_ranges
     with Tracer(tmp_path, ProfileConfig(steps=(2, 2))) as tracer:
         assert step(tracer, 2)
-    timers.taken()
+    timers.collect_timings()
 
 
 def test_when_memory_runs_out_what_was_in_it_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: Path(path).write_text("snapshot"))
     tracer = Tracer(tmp_path, ProfileConfig())
-    with pytest.raises(Failure, match=r"CUDA out of memory.*micro_batch") as told, tracer:
+    with pytest.raises(ExternalFailure, match=r"CUDA out of memory.*micro_batch") as told, tracer:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
     (path,) = (tmp_path / "traces").iterdir()
     assert str(path) in str(told.value)

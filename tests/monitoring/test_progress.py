@@ -64,7 +64,7 @@ def make(screen: Screen, every: int = 10, live: str = "auto", tasks=TASKS):  # t
 def run(progress: Progress, now: Time, steps: range, seconds: float) -> None:
     for step in steps:
         now.at += seconds
-        progress.steps([record(step)])
+        progress.show_steps([record(step)])
 
 
 def seconds_left(line: str) -> int:
@@ -87,8 +87,8 @@ def test_the_line_says_where_the_run_is() -> None:
 def test_a_shorter_line_leaves_nothing_of_a_longer_one() -> None:
     screen = Screen()
     progress, _ = make(screen)
-    progress.evaluating("a long name of a task", 1, 100)
-    progress.evaluating("b", 1, 2)
+    progress.show_evaluation("a long name of a task", 1, 100)
+    progress.show_evaluation("b", 1, 2)
     assert screen.seen() == ["evaluating b · 1/2"]
 
 
@@ -97,8 +97,8 @@ def test_the_line_never_wraps(columns: int, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(module, "_columns", lambda stream: columns)
     screen = Screen(columns)
     progress, _ = make(screen, every=1, tasks=[("x" * 70, 10)])
-    progress.steps([record(1)])
-    progress.steps([record(2)])
+    progress.show_steps([record(1)])
+    progress.show_steps([record(2)])
     assert len(screen.lines) == 1
     assert len(screen.seen()[0]) == columns - 1
     assert screen.seen()[0].endswith("…")
@@ -109,13 +109,13 @@ def test_a_note_stands_whole_above_the_live_line() -> None:
     progress, now = make(screen)
     run(progress, now, range(1, 11), 1.0)
     live = screen.seen()[-1]
-    progress.note("saved")
+    progress.print_message("saved")
     assert screen.seen() == ["saved", live]
     run(progress, now, range(11, 21), 1.0)
     assert screen.seen()[0] == "saved"
     assert "step 20/40" in screen.seen()[1]
     progress.close()
-    progress.note("done")
+    progress.print_message("done")
     assert screen.seen()[2:] == ["done", ""]
 
 
@@ -127,8 +127,8 @@ def test_time_left_counts_all_tasks_and_their_evaluations() -> None:
     assert seconds_left(screen.seen()[-1]) == 60 * 2
     for done in range(1, 6):
         now.at += 6.0
-        progress.evaluating("sst2", done, 5)
-    progress.evaluated()
+        progress.show_evaluation("sst2", done, 5)
+    progress.end_evaluation()
     run(progress, now, range(41, 51), 2.0)
     assert seconds_left(screen.seen()[-1]) == 50 * 2 + 30
 
@@ -137,10 +137,10 @@ def test_the_first_step_of_a_task_does_not_spoil_the_estimate() -> None:
     screen = Screen()
     progress, now = make(screen)
     now.at += 100.0
-    progress.steps([record(1)])
+    progress.show_steps([record(1)])
     run(progress, now, range(2, 41), 1.0)
     now.at += 300.0
-    progress.steps([record(41)])
+    progress.show_steps([record(41)])
     assert seconds_left(screen.seen()[-1]) == 59
 
 
@@ -151,7 +151,7 @@ def test_a_changed_pace_is_followed_whether_steps_come_singly_or_together() -> N
         progress, now = make(screen, tasks=[("t", 400)])
         for start in range(1, 301, together):
             now.at += (1.0 if start <= 150 else 3.0) * together
-            progress.steps([record(s) for s in range(start, start + together)])
+            progress.show_steps([record(s) for s in range(start, start + together)])
         shown.append(seconds_left(screen.seen()[-1]))
     assert shown[0] == pytest.approx(300, abs=2)
     assert shown[1] == pytest.approx(300, abs=2)
@@ -185,7 +185,7 @@ def test_live_on_overwrites_anywhere_and_off_shows_notes_alone() -> None:
     for screen, live in ((on, "on"), (off, "off")):
         progress, now = make(screen, live=live)
         run(progress, now, range(1, 21), 1.0)
-        progress.note("a note")
+        progress.print_message("a note")
         progress.close()
     assert on.getvalue().count("\r") >= 3
     assert off.getvalue() == "a note\n"
@@ -194,7 +194,7 @@ def test_live_on_overwrites_anywhere_and_off_shows_notes_alone() -> None:
 def test_a_record_without_loss_or_pace_is_shown_as_far_as_it_goes() -> None:
     screen = Screen()
     progress, _ = make(screen)
-    progress.steps([{"step": 1, "loss": None}])
+    progress.show_steps([{"step": 1, "loss": None}])
     assert re.fullmatch(r"task 1/2 sst2 · step 1/40 · \d+s left", screen.seen()[-1])
 
 
@@ -203,7 +203,7 @@ def test_work_between_tasks_has_an_estimate_and_is_no_steps_time() -> None:
     progress, now = make(screen)
     for done in range(1, 4):
         now.at += 10.0
-        progress.working("beginning sst2, matrices", done, 5)
+        progress.show_activity("beginning sst2, matrices", done, 5)
     assert screen.seen()[-1] == "beginning sst2, matrices · 3/5 · 20s left"
     run(progress, now, range(1, 2), 0.5)
     assert seconds_left(screen.seen()[-1]) == pytest.approx(99 * 0.5, abs=1)

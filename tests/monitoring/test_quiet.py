@@ -10,8 +10,8 @@ import pytest
 
 PROGRAM = """
 import sys
-from dscl.utils.quiet import quiet
-quiet()
+from dscl.utils.quiet import silence_libraries
+silence_libraries()
 heavy = [m for m in ("torch", "numpy", "deepspeed", "transformers", "datasets", "tensorboard") if m in sys.modules]
 assert not heavy, heavy
 

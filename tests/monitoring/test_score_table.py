@@ -6,19 +6,19 @@ import random
 
 import pytest
 
-from dscl.maths.scores import build
+from dscl.maths.scores import build_document
 from dscl.monitoring.score_table import score_table
-from dscl.utils.formatting import cells, clip, count, duration, shorten
+from dscl.utils.formatting import display_width, format_count, format_duration, truncate_end, truncate_middle
 
 
 def make(names: list[str], trained: int, before: bool = True) -> dict:
     draw = random.Random(0)
     first, *rows = [[round(draw.random(), 3) for _ in names] for _ in range(trained + 1)]
-    return build("m", names, ["accuracy"] * len(names), rows, first if before else None, False)
+    return build_document("m", names, ["accuracy"] * len(names), rows, first if before else None, False)
 
 
 def test_by_hand() -> None:
-    document = build("m", ["a", "newsgroup"], ["accuracy"] * 2, [[0.9, None], [0.5, 1.0]], [0.25, 0.125], True)
+    document = build_document("m", ["a", "newsgroup"], ["accuracy"] * 2, [[0.9, None], [0.5, 1.0]], [0.25, 0.125], True)
     assert score_table(document, 80).splitlines() == [
         "                     a  newsgroup",
         "before training  0.250      0.125",
@@ -52,8 +52,8 @@ def test_every_score_stands_in_its_row_within_the_width(stream: str, width: int,
     shown: list[list[float]] = [[] for _ in rows]
     for block in blocks:
         header, *lines = block.splitlines()
-        assert {cells(line) for line in (header, *lines)} == {cells(header)}
-        assert cells(header) <= width
+        assert {display_width(line) for line in (header, *lines)} == {display_width(header)}
+        assert display_width(header) <= width
         assert len(lines) == len(rows)
         for row, line in zip(shown, lines, strict=True):
             row += map(float, line.split()[2:])
@@ -76,19 +76,19 @@ def test_tasks_are_spread_evenly_over_the_parts() -> None:
 
 
 def test_columns_are_those_of_a_terminal() -> None:
-    assert [cells(text) for text in ("news", "新闻", "e\u0301te\u0301", "")] == [4, 4, 3, 0]
+    assert [display_width(text) for text in ("news", "新闻", "e\u0301te\u0301", "")] == [4, 4, 3, 0]
 
 
 @pytest.mark.parametrize("width", range(1, 14))
 def test_cutting(width: int) -> None:
     for text in ("abcdefghijkl", "情感分析情感", "é" * 12):
-        for cut in (clip(text, width), shorten(text, width)):
-            assert width - 1 <= cells(cut) <= width or cut == text
-            assert ("…" in cut) == (cells(text) > width)
-    assert shorten("abcdefghijkl", 7) == "abc…jkl"
+        for cut in (truncate_end(text, width), truncate_middle(text, width)):
+            assert width - 1 <= display_width(cut) <= width or cut == text
+            assert ("…" in cut) == (display_width(text) > width)
+    assert truncate_middle("abcdefghijkl", 7) == "abc…jkl"
 
 
 def test_short_forms() -> None:
-    shown = [duration(s) for s in (0, 59.4, 59.6, 130, 3599, 3600, 11100, 187200)]
+    shown = [format_duration(s) for s in (0, 59.4, 59.6, 130, 3599, 3600, 11100, 187200)]
     assert shown == ["0s", "59s", "1m00s", "2m10s", "59m59s", "1h00m", "3h05m", "2d04h"]
-    assert [count(v) for v in (0, 870, 3412, 1.25e6, 2e9)] == ["0", "870", "3.4k", "1.2M", "2.0G"]
+    assert [format_count(v) for v in (0, 870, 3412, 1.25e6, 2e9)] == ["0", "870", "3.4k", "1.2M", "2.0G"]

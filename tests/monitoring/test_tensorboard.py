@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dscl.maths.scores import build
+from dscl.maths.scores import build_document
 from dscl.monitoring.score_picture import CELL, INK, UNMEASURED, routing_picture, score_picture
 
 accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
@@ -40,19 +40,19 @@ def record(step: int) -> dict:
 
 
 def document(matrix: list, before: list | None = None, tasks: tuple[str, ...] = ("a", "b")) -> dict:
-    return build("m", tasks, ["accuracy"] * len(tasks), matrix, before, len(matrix) == len(tasks))
+    return build_document("m", tasks, ["accuracy"] * len(tasks), matrix, before, len(matrix) == len(tasks))
 
 
 def test_curves_scores_picture_and_recipe_read_back(tmp_path: Path) -> None:
-    from dscl.monitoring.tensorboard import Board
+    from dscl.monitoring.tensorboard import TensorBoardWriter
 
-    board = Board(tmp_path, 0)
-    board.text("recipe", "seed: 7", 0)
-    board.scores(document([], [0.125, 0.25]), 0)
-    board.step(record(1))
-    board.step({"step": 2, "loss": 0.5, "grad_norm": None})
-    board.scores(document([[0.75, 0.5]], [0.125, 0.25]), 2)
-    board.scores(document([[0.75, 0.5], [0.25, 1.0]], [0.125, 0.25]), 4)
+    board = TensorBoardWriter(tmp_path, 0)
+    board.add_text("recipe", "seed: 7", 0)
+    board.add_scores(document([], [0.125, 0.25]), 0)
+    board.add_step(record(1))
+    board.add_step({"step": 2, "loss": 0.5, "grad_norm": None})
+    board.add_scores(document([[0.75, 0.5]], [0.125, 0.25]), 2)
+    board.add_scores(document([[0.75, 0.5], [0.25, 1.0]], [0.125, 0.25]), 4)
     board.close()
 
     events = read(tmp_path)
@@ -72,8 +72,8 @@ def test_curves_scores_picture_and_recipe_read_back(tmp_path: Path) -> None:
 
 
 def test_every_number_of_a_record_has_its_curve(tmp_path: Path) -> None:
-    from dscl.monitoring.tensorboard import Board
-    from dscl.utils.timers import KINDS, PARTS
+    from dscl.monitoring.tensorboard import TensorBoardWriter
+    from dscl.utils.timers import COLLECTIVES, PARTS
 
     told = {
         "train": ["loss", "lr", "grad_norm", "epoch", "tokens_seen"],
@@ -81,17 +81,17 @@ def test_every_number_of_a_record_has_its_curve(tmp_path: Path) -> None:
                  "padding", "step_spread"],
         "perf/parts": [f"{part}_seconds" for part in PARTS],
         "mem": [f"{what}_bytes" for what in ("allocated", "reserved", "peak", "host")],
-        "comm": [f"{kind}_{what}" for kind in KINDS for what in ("bytes", "seconds")],
+        "comm": [f"{kind}_{what}" for kind in COLLECTIVES for what in ("bytes", "seconds")],
     }  # fmt: skip
     wanted = {"perf/step_seconds": 64.0}
     numbers = {"seconds": 64.0}
     for place, names in told.items():
         for name in names:
             numbers[f"memory_{name}" if place == "mem" else name] = wanted[f"{place}/{name}"] = float(len(wanted))
-    board = Board(tmp_path, 0)
-    board.step({"step": 3, "task": "a", "tokens": 9, **numbers})
-    board.took("evaluate_seconds", 2.0, 3)
-    board.took("save_seconds", 4.0, 3)
+    board = TensorBoardWriter(tmp_path, 0)
+    board.add_step({"step": 3, "task": "a", "tokens": 9, **numbers})
+    board.add_seconds("evaluate_seconds", 2.0, 3)
+    board.add_seconds("save_seconds", 4.0, 3)
     board.close()
     events = read(tmp_path)
     wanted |= {"perf/evaluate_seconds": 2.0, "perf/save_seconds": 4.0}
@@ -101,11 +101,11 @@ def test_every_number_of_a_record_has_its_curve(tmp_path: Path) -> None:
 
 
 def test_routing_and_what_was_held_out_read_back(tmp_path: Path) -> None:
-    from dscl.monitoring.tensorboard import Board
+    from dscl.monitoring.tensorboard import TensorBoardWriter
 
     shown = document([[0.75, 0.5]]) | {"confusion": CONFUSION, "heldout": [4.0, 3.5]}
-    board = Board(tmp_path, 0)
-    board.scores(shown, 5)
+    board = TensorBoardWriter(tmp_path, 0)
+    board.add_scores(shown, 5)
     board.close()
     events = read(tmp_path)
     assert scalars(events, "task/heldout_loss") == [(5, 3.5)]
@@ -128,12 +128,12 @@ def test_routing_shows_whose_prompts_were_answered_by_whom() -> None:
 def test_runs_can_be_compared_by_settings_and_scores(tmp_path: Path) -> None:
     from tensorboard.plugins.hparams import metadata
 
-    from dscl.monitoring.tensorboard import Board
+    from dscl.monitoring.tensorboard import TensorBoardWriter
 
-    board = Board(tmp_path, 0)
+    board = TensorBoardWriter(tmp_path, 0)
     complete = document([[0.75, 0.5], [0.25, 1.0]])
-    board.scores(complete, 4)
-    board.settled({"train.lr": 0.5, "method.name": "asr"}, complete["summary"])
+    board.add_scores(complete, 4)
+    board.add_hparams({"train.lr": 0.5, "method.name": "asr"}, complete["summary"])
     board.close()
     events = read(tmp_path)
     (told,) = (data for tag, data in events.PluginTagToContent("hparams").items() if "experiment" in tag)
@@ -146,18 +146,18 @@ def test_runs_can_be_compared_by_settings_and_scores(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("resumed_from", [0, 4])
 def test_what_came_after_the_checkpoint_is_gone_after_resuming(tmp_path: Path, resumed_from: int) -> None:
-    from dscl.monitoring.tensorboard import Board
+    from dscl.monitoring.tensorboard import TensorBoardWriter
 
-    killed = Board(tmp_path, 0)
-    killed.scores(document([], [0.5, 0.5]), 0)
+    killed = TensorBoardWriter(tmp_path, 0)
+    killed.add_scores(document([], [0.5, 0.5]), 0)
     for step in range(1, 7):
-        killed.step(record(step))
+        killed.add_step(record(step))
     killed.close()
-    again = Board(tmp_path, resumed_from)
+    again = TensorBoardWriter(tmp_path, resumed_from)
     if not resumed_from:
-        again.scores(document([], [0.5, 0.5]), 0)
+        again.add_scores(document([], [0.5, 0.5]), 0)
     for step in range(resumed_from + 1, 9):
-        again.step(record(step))
+        again.add_step(record(step))
     again.close()
     events = read(tmp_path)
     assert [step for step, _ in scalars(events, "train/loss")] == list(range(1, 9))

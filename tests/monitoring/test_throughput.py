@@ -10,24 +10,24 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dscl.data.batches import Step
+from dscl.data.batches import StepPlan
 from dscl.distributed import comm
-from dscl.monitoring.throughput import IN_A_ROW, MEMORY, Pace, measured
+from dscl.monitoring.throughput import CONSECUTIVE_REPORTS, MEMORY, Throughput, is_measured_metric
 from dscl.utils import timers
 
 
-def pace(said: list[str], world: int, module: nn.Module | None = None, peak: float | None = None) -> Pace:
+def pace(said: list[str], world: int, module: nn.Module | None = None, peak: float | None = None) -> Throughput:
     engine: Any = SimpleNamespace(
         module=nn.Linear(1, 1) if module is None else module, device=torch.device("cpu"), dtype=torch.float32
     )
-    made = Pace(engine, "x", peak, said.append)
+    made = Throughput(engine, "x", peak, said.append)
     made._hosts = [f"host{rank}" for rank in range(world)]
     return made
 
 
 def numbers_of(ranks: list[dict[str, float]]) -> torch.Tensor:
     """As the ranks tell them, each by the names of parts; `computed` are its tokens."""
-    width = len(timers.PARTS) + 2 * len(timers.KINDS) + len(MEMORY)
+    width = len(timers.PARTS) + 2 * len(timers.COLLECTIVES) + len(MEMORY)
     made = torch.zeros(len(ranks), width + 1, dtype=torch.float64)
     for row, told in zip(made, ranks, strict=True):
         for name, value in told.items():
@@ -39,13 +39,13 @@ def told(monkeypatch: pytest.MonkeyPatch, ranks: list[dict[str, float]], elapsed
     """What is said when that comes as often as it takes, and the numbers."""
     said: list[str] = []
     watched = pace(said, len(ranks))
-    plan = Step((0,), 1, 10, 10, 0.0)
+    plan = StepPlan((0,), 1, 10, 10, 0.0)
     numbers = {}
     with monkeypatch.context() as patch:
-        patch.setattr(comm, "world", lambda: len(ranks))
-        for _ in range(IN_A_ROW):
+        patch.setattr(comm, "world_size", lambda: len(ranks))
+        for _ in range(CONSECUTIVE_REPORTS):
             assert not said, "a single time may mean anything"
-            numbers = watched.numbers(numbers_of(ranks), elapsed, [plan], [])
+            numbers = watched.summarize(numbers_of(ranks), elapsed, [plan], [])
     return said, numbers
 
 
@@ -60,7 +60,7 @@ def test_a_slow_rank_is_held_against_the_others(monkeypatch: pytest.MonkeyPatch,
     assert f"rank {len(seconds) - 1} on host{len(seconds) - 1} is slow" in line
     assert "take 3.0 times as long as the others'" in line
     assert numbers["step_spread"] == pytest.approx(max(seconds) - min(seconds))
-    assert measured("step_spread")
+    assert is_measured_metric("step_spread")
 
 
 def test_one_of_two_ranks_is_told_from_a_quarter_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,11 +90,11 @@ def test_padding_and_operations_are_those_counted_by_hand(monkeypatch: pytest.Mo
         hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=2, vocab_size=words
     )
     watched = pace([], 2, LlamaForCausalLM(shape), peak=1e9)
-    monkeypatch.setattr(comm, "world", lambda: 2)
-    plans = [Step((0, 1), 3, 30, 120, 0.5), Step((2, 3), 4, 40, 200, 1.0)]
-    reviewed = [Step((0,), 2, 10, 55, 0.5)]
+    monkeypatch.setattr(comm, "world_size", lambda: 2)
+    plans = [StepPlan((0, 1), 3, 30, 120, 0.5), StepPlan((2, 3), 4, 40, 200, 1.0)]
+    reviewed = [StepPlan((0,), 2, 10, 55, 0.5)]
     ranks = numbers_of([{"computed": 60.0}, {"computed": 40.0}])
-    numbers = watched.numbers(ranks, 0.5, plans, reviewed)
+    numbers = watched.summarize(ranks, 0.5, plans, reviewed)
     assert numbers["padding"] == pytest.approx(1 - 80 / 100)
     assert numbers["tokens_per_s"] == pytest.approx(70 / 0.5)
     # Everything trains: twice as much backward as forward, where each weight takes 2 a token.

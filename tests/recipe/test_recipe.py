@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from dscl.config.deepspeed_json import OWNED_BY_JSON, OWNED_BY_RECIPE, read_settings
-from dscl.config.parsing import key_of, plain
-from dscl.recipe.recipe import MAY_CHANGE, SECTIONS, Recipe, difference, read_recipe, resolve
+from dscl.config.deepspeed_json import OWNED_BY_JSON, OWNED_BY_RECIPE, read_deepspeed_json
+from dscl.config.parsing import key_name, to_plain_data
+from dscl.recipe.recipe import CHANGEABLE_KEYS, SECTION_CONFIGS, Recipe, find_difference, read_recipe, resolve_recipe
 from dscl.utils.errors import UserError
 
 CONTRACT = """
@@ -45,7 +45,7 @@ def contract(tmp_path: Path) -> str:
 
 def refusal(given: dict[str, Any], **changes: Any) -> str:
     with pytest.raises(UserError) as caught:
-        resolve({**given, **changes})
+        resolve_recipe({**given, **changes})
     assert len(str(caught.value).splitlines()) == 1
     return str(caught.value)
 
@@ -59,10 +59,14 @@ def test_contract_is_a_complete_recipe_and_states_the_defaults(contract: str) ->
     recipe = read_recipe(contract)
     assert [task.name for task in recipe.stream] == ["agnews", "sst2"]
     assert (recipe.stream[0].epochs, recipe.stream[1].epochs) == (2, None)
-    bare = resolve({**yaml.safe_load(CONTRACT), "train": None, "evaluate": {}, "checkpoint": {}, "observe": None})
+    bare = resolve_recipe(
+        {**yaml.safe_load(CONTRACT), "train": None, "evaluate": {}, "checkpoint": {}, "observe": None}
+    )
     assert bare == dataclasses.replace(recipe, source=bare.source)
     for section in ("train", "evaluate", "checkpoint", "observe"):
-        assert yaml.safe_load(CONTRACT)[section].keys() == {key_of(f) for f in dataclasses.fields(SECTIONS[section])}
+        assert yaml.safe_load(CONTRACT)[section].keys() == {
+            key_name(f) for f in dataclasses.fields(SECTION_CONFIGS[section])
+        }
 
 
 def test_resolved_recipe_reads_back_as_itself(tmp_path: Path, contract: str) -> None:
@@ -71,15 +75,15 @@ def test_resolved_recipe_reads_back_as_itself(tmp_path: Path, contract: str) -> 
     for words in ([], odd):
         recipe = read_recipe(contract, words)
         again = tmp_path / "again.yaml"
-        again.write_text(recipe.text(), "utf-8")
+        again.write_text(recipe.to_yaml(), "utf-8")
         assert dataclasses.replace(read_recipe(str(again)), source=recipe.source) == recipe
-        assert difference(yaml.safe_load(recipe.text()), recipe.document()) == ""
+        assert find_difference(yaml.safe_load(recipe.to_yaml()), recipe.to_dict()) == ""
 
 
 def test_recipe_text_names_every_setting(small: dict[str, Any]) -> None:
-    document = yaml.safe_load(resolve(small).text())
-    for section, config in SECTIONS.items():
-        assert set(document[section]) == {key_of(field) for field in dataclasses.fields(config)}
+    document = yaml.safe_load(resolve_recipe(small).to_yaml())
+    for section, config in SECTION_CONFIGS.items():
+        assert set(document[section]) == {key_name(field) for field in dataclasses.fields(config)}
     assert set(document) == {field.name for field in dataclasses.fields(Recipe)} - {"source"}
 
 
@@ -95,12 +99,14 @@ def test_another_method_leaves_the_keys_of_the_one_before(contract: str) -> None
 
 
 def test_faithful_is_the_papers_settings_and_no_others(small: dict[str, Any]) -> None:
-    paper = resolve({**small, "method": {"name": "asr", "faithful": True}}).method
+    paper = resolve_recipe({**small, "method": {"name": "asr", "faithful": True}}).method
     assert (paper.feature_layer, paper.width, paper.ridge, paper.reject) == (4, 10000, 100.0, False)
     assert (paper.lora.rank, paper.lora.alpha, paper.lora.dropout, paper.lora.targets) == (
         8, 32.0, 0.1, ("q_proj", "v_proj"),
     )  # fmt: skip
-    again = resolve({**small, "method": resolve({**small, "method": plain(paper)}).document()["method"]}).method
+    again = resolve_recipe(
+        {**small, "method": resolve_recipe({**small, "method": to_plain_data(paper)}).to_dict()["method"]}
+    ).method
     assert again == paper
     assert "method.width: given 64 together with faithful: true, which sets 10000" in refusal(
         small, method={"name": "asr", "faithful": True, "width": 64}
@@ -182,7 +188,7 @@ def test_settings_of_the_recipe_are_refused_in_the_json(tmp_path: Path, name: st
     path = tmp_path / "z.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 1}, name: 1}))
     with pytest.raises(UserError, match=f"sets {name}, which belongs to the recipe; remove it and set") as caught:
-        read_settings(path)
+        read_deepspeed_json(path)
     assert OWNED_BY_RECIPE[name] in str(caught.value)
 
 
@@ -202,7 +208,7 @@ def test_zero_settings_that_would_do_nothing_or_harm_are_refused(tmp_path: Path,
     path = tmp_path / "z.json"
     path.write_text(json.dumps({"zero_optimization": zero}))
     with pytest.raises(UserError, match=told):
-        read_settings(path)
+        read_deepspeed_json(path)
 
 
 def test_a_profile_is_not_written_outside_the_run_directory(tmp_path: Path) -> None:
@@ -210,9 +216,9 @@ def test_a_profile_is_not_written_outside_the_run_directory(tmp_path: Path) -> N
     profiler = {"enabled": True, "profile_step": 2}
     path.write_text(json.dumps({"flops_profiler": {**profiler, "output_file": "/tmp/x/flops.txt"}}))
     with pytest.raises(UserError, match=r'flops_profiler\.output_file: given "/tmp/x/flops\.txt".*leave it out'):
-        read_settings(path)
+        read_deepspeed_json(path)
     path.write_text(json.dumps({"flops_profiler": {**profiler, "output_file": None}}))
-    assert read_settings(path)["flops_profiler"]["enabled"]
+    assert read_deepspeed_json(path)["flops_profiler"]["enabled"]
 
 
 @pytest.mark.parametrize("name", ["autotuning", "csv_monitor", "wandb", "comet", "nebula", "checkpoint"])
@@ -220,39 +226,41 @@ def test_what_else_of_deepspeed_writes_files_is_no_key(tmp_path: Path, name: str
     path = tmp_path / "z.json"
     path.write_text(json.dumps({name: {"enabled": True}}))
     with pytest.raises(UserError, match=f"no such key '{name}'"):
-        read_settings(path)
+        read_deepspeed_json(path)
 
 
 def test_deepspeed_file_is_found(tmp_path: Path, small: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "project" / "recipes"
     folder.mkdir(parents=True)
-    recipe = resolve({**small, "deepspeed": "own/z.json"}, source=str(folder / "r.yaml"))
+    recipe = resolve_recipe({**small, "deepspeed": "own/z.json"}, source=str(folder / "r.yaml"))
     with pytest.raises(
         UserError, match=r"^deepspeed: given 'own/z.json'; no such file here or beside the recipe"
     ) as caught:
-        recipe.deepspeed_path()
+        recipe.find_deepspeed_json()
     assert "dscl brings ds_configs/ with zero0.json, " in str(caught.value)
     for place in (tmp_path / "project", folder, tmp_path):  # each is nearer than the one before
         (place / "own").mkdir()
         (place / "own" / "z.json").write_text("{}")
-        assert recipe.deepspeed_path().resolve() == place / "own" / "z.json"
-    brought = resolve({**small, "deepspeed": "ds_configs/zero2.json"}, source=str(folder / "r.yaml")).deepspeed_path()
+        assert recipe.find_deepspeed_json().resolve() == place / "own" / "z.json"
+    brought = resolve_recipe(
+        {**small, "deepspeed": "ds_configs/zero2.json"}, source=str(folder / "r.yaml")
+    ).find_deepspeed_json()
     assert json.loads(brought.read_text())["zero_optimization"]["stage"] == 2
     with pytest.raises(UserError, match=r"\(did you mean 'zero3.json'\?\)"):
-        resolve({**small, "deepspeed": "ds_configs/zero_3.json"}).deepspeed_path()
+        resolve_recipe({**small, "deepspeed": "ds_configs/zero_3.json"}).find_deepspeed_json()
     with pytest.raises(UserError, match="no such file"):
-        resolve({**small, "deepspeed": "~nobody-of-this-name/z.json"}).deepspeed_path()
+        resolve_recipe({**small, "deepspeed": "~nobody-of-this-name/z.json"}).find_deepspeed_json()
 
 
 def test_home_folder_in_run_dir(small: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert resolve({**small, "run_dir": "~/out"}).folder == tmp_path / "out"
+    assert resolve_recipe({**small, "run_dir": "~/out"}).run_folder == tmp_path / "out"
 
 
 def test_difference_names_the_first_key_that_matters(contract: str) -> None:
     def changed(*words: str) -> str:
-        return difference(read_recipe(contract).document(), read_recipe(contract, words).document())
+        return find_difference(read_recipe(contract).to_dict(), read_recipe(contract, words).to_dict())
 
     assert changed() == ""
     assert changed("run_dir=b", "observe.every=1", "checkpoint.every=1", "evaluate.batch=2", "data.cache_dir=c") == ""
@@ -263,13 +271,13 @@ def test_difference_names_the_first_key_that_matters(contract: str) -> None:
     assert changed("stream=[{name: a, path: b}]") == "stream (there: 2 entries, given: 1 entries)"
     assert changed("model.name=", "model.shape={a: 1}").startswith("model.name (there: 'path-or-hub-id', given: None)")
     assert len(changed("model.name=" + "x" * 999)) < 200
-    assert difference(None, read_recipe(contract).document()) != ""  # a file that was cut short
+    assert find_difference(None, read_recipe(contract).to_dict()) != ""  # a file that was cut short
 
 
 def test_what_may_change_exists(small: dict[str, Any]) -> None:
     methods = ({"name": "asr"}, {"name": "osft"}, {"name": "moses", "weights": {"name": "osft"}})
-    documents = [resolve({**small, "method": method}).document() for method in methods]
-    for dotted in MAY_CHANGE:
+    documents = [resolve_recipe({**small, "method": method}).to_dict() for method in methods]
+    for dotted in CHANGEABLE_KEYS:
         nodes: list[Any] = documents
         for part in dotted.split("."):
             nodes = [node[part] for node in nodes if part in node]
@@ -285,7 +293,7 @@ def test_folder_is_where_everything_lies(contract: str, tmp_path: Path) -> None:
     assert [task.path for task in recipe.stream] == [f"{tmp_path}/data/agnews", f"{tmp_path}/sst2"]
     assert recipe.model.name == f"{tmp_path}/base"
     assert recipe.evaluate.heldout == f"{tmp_path}/texts.jsonl"
-    assert "folder" not in recipe.document()
+    assert "folder" not in recipe.to_dict()
     assert read_recipe(contract, [f"folder={tmp_path}"]).model.name == "path-or-hub-id"
     assert read_recipe(contract, [f"folder={tmp_path}", "stream.0.path=/data/x"]).stream[0].path == "/data/x"
     with pytest.raises(UserError, match=r"folder: given 'nowhere' \(str\), which is no folder; give the one"):
@@ -296,7 +304,7 @@ def test_order_picks_tasks_by_name(contract: str) -> None:
     assert [task.name for task in read_recipe(contract, ["order=[sst2, agnews]"]).stream] == ["sst2", "agnews"]
     picked = read_recipe(contract, ["order=[sst2]"])
     assert [task.path for task in picked.stream] == ["data/sst2"]
-    assert "order" not in picked.document()  # its stream is in that order
+    assert "order" not in picked.to_dict()  # its stream is in that order
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Seeds are averaged, and nothing else is: what differs in more is another row, or another table."""
+"""Grouping: runs that differ only in the seed form one row; other differences form other rows or tables."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from pathlib import Path
 
 import pytest
 
-from dscl.reporting.groups import Group, grouped
+from dscl.reporting.groups import ReportGroup, group_runs
 from dscl.reporting.runs import read_run
-from tests.reporting.made import run
+from tests.reporting.example_runs import write_run
 
 
-def groups_of(tmp_path: Path, *runs: tuple[str, ...], **settings: object) -> list[Group]:
-    return grouped([read_run(run(tmp_path / str(i), *words, **settings)) for i, words in enumerate(runs)])  # type: ignore[arg-type]
+def group_example_runs(tmp_path: Path, *runs: tuple[str, ...], **settings: object) -> list[ReportGroup]:
+    return group_runs([read_run(write_run(tmp_path / str(i), *words, **settings)) for i, words in enumerate(runs)])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     "word",
     ["seed=1", "observe.every=3", "checkpoint.every=3", "data.cache_dir=elsewhere", "stream.0.dev_limit=5"],
 )
-def test_runs_that_differ_in_this_alone_are_one_row(tmp_path: Path, word: str) -> None:
-    ((row,),) = [group.rows for group in groups_of(tmp_path, (), (word,))]
-    assert len(row.runs) + len(row.aside) == 2
+def test_runs_that_differ_only_in_run_keys_form_one_row(tmp_path: Path, word: str) -> None:
+    ((row,),) = [group.rows for group in group_example_runs(tmp_path, (), (word,))]
+    assert len(row.runs) + len(row.excluded) == 2
     assert row.label == "sequential"
 
 
@@ -36,15 +36,15 @@ def test_runs_that_differ_in_this_alone_are_one_row(tmp_path: Path, word: str) -
         (("stream.1.lr=0.1",), ("osft (stream.1.lr unset)", "osft (stream.1.lr 0.1)")),
     ],
 )
-def test_other_settings_are_another_row_and_named(tmp_path: Path, words: tuple, labels: tuple) -> None:
+def test_different_settings_form_labelled_rows(tmp_path: Path, words: tuple, labels: tuple) -> None:
     osft = ("method.name=osft", "method.share=0.3")
-    (group,) = groups_of(tmp_path, osft if words else (), (*osft, *words))
+    (group,) = group_example_runs(tmp_path, osft if words else (), (*osft, *words))
     assert tuple(row.label for row in group.rows) == labels
 
 
-def test_what_another_method_does_not_have_is_not_told(tmp_path: Path) -> None:
+def test_label_omits_settings_that_other_methods_lack(tmp_path: Path) -> None:
     lora = ("method.tune=lora", "method.lora.rank=8", "method.lora.alpha=16")
-    (group,) = groups_of(tmp_path, (), lora)
+    (group,) = group_example_runs(tmp_path, (), lora)
     assert [row.label for row in group.rows] == ["sequential (tune full)", "sequential (tune lora)"]
 
 
@@ -65,54 +65,66 @@ def test_what_another_method_does_not_have_is_not_told(tmp_path: Path) -> None:
         ("stream.0.template='{prompt}!'", "template"),
     ],
 )
-def test_other_budgets_are_another_table_that_says_so(tmp_path: Path, word: str, fact: str) -> None:
-    groups = groups_of(tmp_path, (), (word,))
+def test_different_budgets_form_tables_with_distinguishing_facts(tmp_path: Path, word: str, fact: str) -> None:
+    groups = group_example_runs(tmp_path, (), (word,))
     assert len(groups) == 2
     for group in groups:
-        assert fact in group.apart
-        assert set(group.apart) <= {fact, "samples scored"}
-    assert groups[0].apart[fact] != groups[1].apart[fact]
+        assert fact in group.distinguishing_facts
+        assert set(group.distinguishing_facts) <= {fact, "samples scored"}
+    assert groups[0].distinguishing_facts[fact] != groups[1].distinguishing_facts[fact]
 
 
-def test_other_tasks_and_orders_are_other_tables(tmp_path: Path) -> None:
-    runs = [run(tmp_path / str(i), tasks=tasks) for i, tasks in enumerate((("one", "two"), ("two", "one"), ("a", "b")))]
-    groups = grouped(map(read_run, runs))
+def test_different_tasks_or_orders_form_separate_tables(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / str(i), tasks=tasks)
+        for i, tasks in enumerate((("one", "two"), ("two", "one"), ("a", "b")))
+    ]
+    groups = group_runs(map(read_run, runs))
     assert [group.facts["tasks"] for group in groups] == ["one → two", "two → one", "a → b"]
-    assert all(not group.apart for group in groups)
+    assert all(not group.distinguishing_facts for group in groups)
 
 
-def test_other_metrics_are_another_table(tmp_path: Path) -> None:
-    runs = [run(tmp_path / "a"), run(tmp_path / "b", "seed=1", metrics=["rouge_l", "rouge_l"])]
-    assert len(grouped(map(read_run, runs))) == 1  # the recipes are one row; only somebody's hand makes this
-    runs[1] = run(tmp_path / "c", "method.name=osft", metrics=["rouge_l", "accuracy"])
-    groups = grouped(map(read_run, runs))
-    assert [group.apart for group in groups] == [{"metric": "accuracy"}, {"metric": "one rouge_l, two accuracy"}]
+def test_different_metrics_form_separate_tables(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", "seed=1", metrics=["rouge_l", "rouge_l"])]
+    assert len(group_runs(map(read_run, runs))) == 1  # the recipes are one row; only somebody's hand makes this
+    runs[1] = write_run(tmp_path / "c", "method.name=osft", metrics=["rouge_l", "accuracy"])
+    groups = group_runs(map(read_run, runs))
+    assert [group.distinguishing_facts for group in groups] == [
+        {"metric": "accuracy"},
+        {"metric": "one rouge_l, two accuracy"},
+    ]
 
 
 def test_the_dev_split_comes_last(tmp_path: Path) -> None:
-    assert [group.facts["split"] for group in groups_of(tmp_path, ("evaluate.split=dev",), ())] == ["test", "dev"]
-
-
-def test_a_run_without_scores_stands_with_its_like(tmp_path: Path) -> None:
-    runs = [
-        run(tmp_path / "a", "method.name=osft", scores=()),
-        run(tmp_path / "b"),
-        run(tmp_path / "c", "seed=1", scores=()),
+    assert [group.facts["split"] for group in group_example_runs(tmp_path, ("evaluate.split=dev",), ())] == [
+        "test",
+        "dev",
     ]
-    (group,) = grouped(map(read_run, runs))
-    assert [(row.label, len(row.runs), len(row.aside)) for row in group.rows] == [("sequential", 1, 1), ("osft", 0, 1)]
 
 
-def test_the_same_seed_counts_once_and_the_finished_run_is_it(tmp_path: Path) -> None:
-    runs = [run(tmp_path / "a", scores=()), run(tmp_path / "b"), run(tmp_path / "c")]
-    ((row,),) = [group.rows for group in grouped(map(read_run, runs))]
-    assert [of.folder.name for of in row.runs] == ["b"]
-    told = {of.folder.name: why for of, why in row.aside}
-    assert told["a"].startswith("unfinished")
-    assert told["c"] == f"seed 0 again, as in {runs[1]}, which is the one that counts"
+def test_run_without_scores_joins_the_matching_table(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / "a", "method.name=osft", scores=()),
+        write_run(tmp_path / "b"),
+        write_run(tmp_path / "c", "seed=1", scores=()),
+    ]
+    (group,) = group_runs(map(read_run, runs))
+    assert [(row.label, len(row.runs), len(row.excluded)) for row in group.rows] == [
+        ("sequential", 1, 1),
+        ("osft", 0, 1),
+    ]
+
+
+def test_duplicate_seed_counts_once_and_complete_run_is_preferred(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "a", scores=()), write_run(tmp_path / "b"), write_run(tmp_path / "c")]
+    ((row,),) = [group.rows for group in group_runs(map(read_run, runs))]
+    assert [run.folder.name for run in row.runs] == ["b"]
+    reasons = {run.folder.name: reason for run, reason in row.excluded}
+    assert reasons["a"].startswith("unfinished")
+    assert reasons["c"] == f"seed 0 again; the averages use {runs[1]}"
 
 
 def test_a_comparison_names_its_rows(tmp_path: Path) -> None:
-    runs = [read_run(run(tmp_path / name), name) for name in ("first", "second")]
-    (group,) = grouped(runs)
+    runs = [read_run(write_run(tmp_path / name), name) for name in ("first", "second")]
+    (group,) = group_runs(runs)
     assert [row.label for row in group.rows] == ["first", "second"]

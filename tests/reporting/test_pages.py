@@ -1,4 +1,4 @@
-"""The pages: whole, self-contained, and true to names that look like markup."""
+"""The HTML and Markdown reports: complete, self-contained, with all names escaped."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from dscl.reporting import report
-from dscl.reporting.charts import COLOURS, heat_map, ticks
-from dscl.reporting.markdown import plain
+from dscl.reporting.charts import NUM_COLOURS, axis_ticks, draw_heat_map
+from dscl.reporting.markdown import escape_markdown
 from dscl.reporting.published import TRACE
 from dscl.reporting.style import STYLE
-from dscl.utils.errors import Failure, UserError
-from tests.reporting.made import comparison, run
+from dscl.utils.errors import ExternalFailure, UserError
+from tests.reporting.example_runs import write_comparison, write_run
 
 VOID = ("meta", "br")
 ODD = '<b>&"|`*_'
@@ -50,7 +50,7 @@ class Page(HTMLParser):
         self.texts.append(data)
 
 
-def whole(folder: Path, tasks: tuple[str, ...] = ("one", "two")) -> None:
+def write_example_folder(folder: Path, tasks: tuple[str, ...] = ("one", "two")) -> None:
     """A comparison with everything in it."""
     count = len(tasks)
     scores = [[0.5 if j <= i else 0.1 for j in range(count)] for i in range(count)]
@@ -63,10 +63,10 @@ def whole(folder: Path, tasks: tuple[str, ...] = ("one", "two")) -> None:
     numbers = {"capacity_bytes": 5000.0, "lora_per_task_bytes": 9000.0}
     asr = {"scores": scores, "tasks": tasks, "before": [0.1] * count, "numbers": numbers, **routed}
     for seed in (0, 1):
-        run(folder / f"runs/asr/seed-{seed}", f"seed={seed}", "method.name=asr", **asr)
-    run(folder / "runs/free/seed-0", scores=scores, tasks=tasks)
-    run(folder / "runs/free/seed-1", "seed=1", scores=scores[:1], tasks=tasks)
-    run(folder / "runs/free/dev", "evaluate.split=dev", scores=scores, tasks=tasks)
+        write_run(folder / f"runs/asr/seed-{seed}", f"seed={seed}", "method.name=asr", **asr)
+    write_run(folder / "runs/free/seed-0", scores=scores, tasks=tasks)
+    write_run(folder / "runs/free/seed-1", "seed=1", scores=scores[:1], tasks=tasks)
+    write_run(folder / "runs/free/dev", "evaluate.split=dev", scores=scores, tasks=tasks)
     failed = [{"row": "free", "run": "free: seed 1", "status": 1, "said": "out of <memory>", "log": "free.log"}]
     tried = {"0.001": {"OP": 0.5, "BWT": -0.1}, "0.01": {"OP": 0.25, "BWT": None}}
     rows = {
@@ -74,11 +74,11 @@ def whole(folder: Path, tasks: tuple[str, ...] = ("one", "two")) -> None:
         "asr": {"rates": {}, "rate": 0.001, "runs": ["runs/asr/seed-0", "runs/asr/seed-1"], "failed": []},
     }
     rates = {f"free {ODD}": [0.001, 0.01, 0.1], "asr": [0.001]}
-    comparison(folder, rows, rates=rates, keeps=0.1, deviations=[f"free: {ODD}"])
+    write_comparison(folder, rows, rates=rates, keeps=0.1, deviations=[f"free: {ODD}"])
 
 
-def written(tmp_path: Path, *runs: Path) -> tuple[str, str]:
-    paths = report.write(runs or [tmp_path / "all"], tmp_path / "out")
+def render_report(tmp_path: Path, *runs: Path) -> tuple[str, str]:
+    paths = report.write_report(runs or [tmp_path / "all"], tmp_path / "out")
     assert paths == [tmp_path / "out" / "report.html", tmp_path / "out" / "report.md"]
     html, markdown = (path.read_text("utf-8") for path in paths)
     return html, markdown
@@ -87,9 +87,9 @@ def written(tmp_path: Path, *runs: Path) -> tuple[str, str]:
 @pytest.mark.parametrize(
     "tasks", [("one",), ("one", "two"), (ODD, "情感分析"), TRACE, tuple(f"task{i}" for i in range(30))]
 )
-def test_the_page_is_whole_and_fetches_nothing(tmp_path: Path, tasks: tuple[str, ...]) -> None:
-    whole(tmp_path / "all", tasks)
-    html, _ = written(tmp_path)
+def test_html_is_well_formed_and_loads_nothing(tmp_path: Path, tasks: tuple[str, ...]) -> None:
+    write_example_folder(tmp_path / "all", tasks)
+    html, _ = render_report(tmp_path)
     page = Page(html)
     fetching = [(name, value) for name, value in page.attributes if name in ("src", "srcset", "data", "xlink:href")]
     assert fetching == []
@@ -100,13 +100,13 @@ def test_the_page_is_whole_and_fetches_nothing(tmp_path: Path, tasks: tuple[str,
     assert not re.search(r"url\(|@import|@font-face|expression\(", html)
     assert all(not name.startswith("on") and name != "style" for name, _ in page.attributes)
     assert page.tags.count("table") > 4
-    for part in ("Score matrices", "Every task over time", "Where prompts went, at the end", "Training loss"):
+    for part in ("Score matrices", "Every task over time", "Routing of prompts at the end", "Training loss"):
         assert part in page.texts
 
 
-def test_names_stay_text(tmp_path: Path) -> None:
-    whole(tmp_path / "all", (ODD, "two"))
-    html, markdown = written(tmp_path)
+def test_names_are_escaped(tmp_path: Path) -> None:
+    write_example_folder(tmp_path / "all", (ODD, "two"))
+    html, markdown = render_report(tmp_path)
     page = Page(html)
     assert "b" not in page.tags
     assert f"{ODD} → two" in page.texts
@@ -116,23 +116,23 @@ def test_names_stay_text(tmp_path: Path) -> None:
     assert markdown.count('&lt;b&gt;&amp;"\\|\\`\\*\\_ → two') == 2
 
 
-def test_every_cell_of_a_table_stands_in_its_column(tmp_path: Path) -> None:
-    whole(tmp_path / "all", (ODD, "two"))
-    _, markdown = written(tmp_path)
+def test_markdown_tables_have_equal_columns(tmp_path: Path) -> None:
+    write_example_folder(tmp_path / "all", (ODD, "two"))
+    _, markdown = render_report(tmp_path)
     for block in markdown.split("\n\n"):
         if block.startswith("|"):
             assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
 
 
 def test_markdown_of_a_small_report(tmp_path: Path) -> None:
-    run(tmp_path / "a")
-    run(tmp_path / "b", "seed=1", scores=((0.6, None), (0.6, 0.7)))
-    run(tmp_path / "c", "method.name=osft", scores=((0.5, None),))
-    _, markdown = written(tmp_path, tmp_path / "a", tmp_path / "b", tmp_path / "c")
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", "seed=1", scores=((0.6, None), (0.6, 0.7)))
+    write_run(tmp_path / "c", "method.name=osft", scores=((0.5, None),))
+    _, markdown = render_report(tmp_path, tmp_path / "a", tmp_path / "b", tmp_path / "c")
     assert markdown.splitlines() == [
         "# dscl report",
         "",
-        "3 runs in 1 table; 1 not averaged, said below why",
+        "3 runs in 1 table; 1 not averaged, for the reasons below",
         "",
         "## 1. one → two",
         "",
@@ -149,16 +149,17 @@ def test_markdown_of_a_small_report(tmp_path: Path) -> None:
         "| sequential | 40 | 4s |",
         "| osft | - | - |",
         "",
-        f"- {plain(str(tmp_path / 'c'))}, osft, seed 0: unfinished: 1 of 2 tasks scored, 2 steps done, the last of one;"
+        f"- {escape_markdown(str(tmp_path / 'c'))}, osft, seed 0: unfinished: 1 of 2 tasks scored, 2 steps done, "
+        "the last of one;"
         " not averaged",
-        "- ± is the standard deviation over seeds (of the sample)",
+        "- ± is the sample standard deviation over seeds",
     ]
 
 
-def test_a_comparison_shows_all_that_was_tried(tmp_path: Path) -> None:
-    whole(tmp_path / "all")
-    _, markdown = written(tmp_path)
-    name = plain(f"free {ODD}")
+def test_comparison_lists_all_trials(tmp_path: Path) -> None:
+    write_example_folder(tmp_path / "all")
+    _, markdown = render_report(tmp_path)
+    name = escape_markdown(f"free {ODD}")
     assert (
         "Learning rates tried; chosen: the highest OP on the dev split, among the rates whose BWT there is at least "
         "-0.1 if there are any."
@@ -181,76 +182,76 @@ def test_a_comparison_shows_all_that_was_tried(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", ["{", "[]", "{}", '{"rows": 3}', '{"rows": {"a": []}}', '{"stream": "", "rates": {}, "rows": {"a": {}}}']
 )
-def test_a_damaged_comparison_is_named(tmp_path: Path, content: str) -> None:
-    run(tmp_path / "all" / "a")
+def test_damaged_comparison_is_reported(tmp_path: Path, content: str) -> None:
+    write_run(tmp_path / "all" / "a")
     (tmp_path / "all" / "comparison.json").write_text(content)
-    html, markdown = written(tmp_path)
+    html, markdown = render_report(tmp_path)
     assert "comparison.json is damaged" in html
     assert "comparison.json is damaged" in markdown
     assert "| sequential | 1 (0) |" in markdown
 
 
-def test_a_report_of_nothing_that_can_be_read_says_why(tmp_path: Path) -> None:
-    (run(tmp_path / "all") / "recipe.yaml").write_text("- 1")
-    html, markdown = written(tmp_path)
+def test_report_without_readable_runs_gives_the_reason(tmp_path: Path) -> None:
+    (write_run(tmp_path / "all") / "recipe.yaml").write_text("- 1")
+    html, markdown = render_report(tmp_path)
     Page(html)
     assert "recipe.yaml is damaged" in html
     assert "## Not read" in markdown
 
 
-def test_tasks_learnt_as_one_have_one_row_and_no_course(tmp_path: Path) -> None:
-    run(tmp_path / "all", "method.name=joint", scores=((None, None), (0.4, 0.6)))
-    html, markdown = written(tmp_path)
+def test_joint_training_has_one_matrix_row_and_no_curve(tmp_path: Path) -> None:
+    write_run(tmp_path / "all", "method.name=joint", scores=((None, None), (0.4, 0.6)))
+    html, markdown = render_report(tmp_path)
     assert "| joint | 1 (0) | 0.500 | - | - | - |" in markdown
     assert html.count('class="heat"') == 2
     assert 'class="none"' not in html
     assert "Every task over time" not in html
 
 
-def test_where_it_cannot_be_written(tmp_path: Path) -> None:
-    folder = run(tmp_path / "a")
+def test_unwritable_output_folder_is_reported(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="which is a file"):
-        report.write([folder], tmp_path / "file")
-    with pytest.raises(Failure, match="cannot be written"):
-        report.write([folder], tmp_path / "file" / "out")
+        report.write_report([folder], tmp_path / "file")
+    with pytest.raises(ExternalFailure, match="cannot be written"):
+        report.write_report([folder], tmp_path / "file" / "out")
 
 
-def test_numbers_on_a_heat_map_can_be_read() -> None:
+def test_heat_map_numbers_have_enough_contrast() -> None:
     """Ink against a cell of any score, light and dark: a contrast of 4 at least."""
     for ground, theme in (("--card", 0), ("--card", 1)):
         values = [dict(re.findall(r"(--[a-z0-9]+): (#[0-9a-f]{6})", block)) for block in STYLE.split("@media screen")][
             theme
         ]
         for i in range(101):
-            cell = _mixed(values[ground], values["--heat"], i / 100)
-            drawn = heat_map("", [[i / 100]], ["a"], ["b"])
+            cell = _blend(values[ground], values["--heat"], i / 100)
+            drawn = draw_heat_map("", [[i / 100]], ["a"], ["b"])
             ink = values["--high" if 'class="high"' in drawn else "--low"]
-            assert _contrast(_mixed(ink, ink, 0.0), cell) > 4.0
+            assert _contrast(_blend(ink, ink, 0.0), cell) > 4.0
 
 
-def test_every_colour_has_a_class() -> None:
-    assert len(re.findall(r"^\.c\d ", STYLE, re.MULTILINE)) == COLOURS
+def test_every_colour_has_a_css_class() -> None:
+    assert len(re.findall(r"^\.c\d ", STYLE, re.MULTILINE)) == NUM_COLOURS
 
 
 @pytest.mark.parametrize("most", [1e-6, 0.3, 0.999, 1.0, 5.0, 7.3, 1234.0, 2.5e9])
-def test_ticks_are_few_and_reach_the_top(most: float) -> None:
-    found = ticks(most)
+def test_axis_has_few_ticks_that_reach_the_maximum(most: float) -> None:
+    found = axis_ticks(most)
     assert found[0] == 0.0
     assert 3 <= len(found) <= 6
     assert found[-2] < most <= found[-1] * (1 + 1e-9)
 
 
-def test_json_of_python_is_read_as_it_is_written(tmp_path: Path) -> None:
+def test_non_finite_json_of_python_is_read(tmp_path: Path) -> None:
     """json.dumps writes NaN as a bare word; that is a score that is named, not a file that cannot be read."""
-    folder = run(tmp_path / "all")
+    folder = write_run(tmp_path / "all")
     document = json.loads((folder / "scores.json").read_text())
     document["matrix"][1][1] = float("nan")
     (folder / "scores.json").write_text(json.dumps(document))
-    assert "the score of two after two is nan" in written(tmp_path)[1]
+    assert "the score of two after two is nan" in render_report(tmp_path)[1]
 
 
-def _mixed(ground: str, over: str, share: float) -> list[float]:
+def _blend(ground: str, over: str, share: float) -> list[float]:
     pairs = [(int(ground[i : i + 2], 16), int(over[i : i + 2], 16)) for i in (1, 3, 5)]
     return [a + (b - a) * share for a, b in pairs]
 

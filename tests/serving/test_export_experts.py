@@ -1,4 +1,4 @@
-"""Runs of sub-experts, trained for real: served as they were evaluated, whole or one task at a time."""
+"""Really trained sub-experts: all tasks or a single task are served as they were evaluated."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 
 import dscl
 from dscl.cli.app import main
-from dscl.engine.engine import fill
+from dscl.engine.engine import load_parameters
 from dscl.serving import export, server
-from dscl.serving.bundle import open_base, part_of
+from dscl.serving.bundle import open_base_model, task_artifact_path
 from dscl.training import evaluation
 from tests.support.osft_runs import checkpoints, quick, stored
 from tests.support.runs import make_easy, recipe_of, run, write_tasks
@@ -75,9 +75,9 @@ def trained(ranks: Any, data: Path) -> Any:
 
 def plain_of(run_dir: Path) -> Any:
     """The bare base model."""
-    base = open_base(export.describe(run_dir))
+    base = open_base_model(export.describe_run(run_dir))
     module = base.build()
-    fill(module, base.weights.read)
+    load_parameters(module, base.weights.read)
     return module.eval()
 
 
@@ -105,12 +105,12 @@ def trained_here(document: dict[str, Any]) -> Answers:
 
 
 @pytest.mark.parametrize("kind", ["routed", "given", "dense"])
-def test_a_whole_run_answers_as_it_was_evaluated(trained: Any, data: Path, tmp_path: Path, kind: str) -> None:
+def test_trained_run_answers_as_evaluated(trained: Any, data: Path, tmp_path: Path, kind: str) -> None:
     run_dir = trained(kind)
     evaluated = {tuple(ids): row for ids, row in json.loads((run_dir / "answers.json").read_text())}
-    export.export(run_dir, tmp_path / "made")
+    export.export_run(run_dir, tmp_path / "made")
     scores = json.loads((run_dir / "scores.json").read_text())
-    for model in (dscl.load(tmp_path / "made"), server.open_model(export.describe(run_dir))):
+    for model in (dscl.load(tmp_path / "made"), server.open_model(export.describe_run(run_dir))):
         served: Answers = {}
         bare: Answers = {}
         for index, task in enumerate(TASKS):
@@ -127,21 +127,23 @@ def test_a_whole_run_answers_as_it_was_evaluated(trained: Any, data: Path, tmp_p
         assert sum(served[ids] == bare[ids] for ids in bare) < len(bare) / 4  # else nothing was seen
 
 
-def test_only_the_dense_weights_that_trained_are_written(trained: Any, tmp_path: Path) -> None:
+def test_export_holds_only_trained_dense_weights(trained: Any, tmp_path: Path) -> None:
     run_dir = trained("dense")
-    export.export(run_dir, tmp_path / "made")
+    export.export_run(run_dir, tmp_path / "made")
     written = load_file(tmp_path / "made" / "weights.safetensors")
     names = [*(f"self_attn.{each}" for each in "qkvo"), "mlp.gate", "mlp.up", "mlp.down"]
     assert set(written) == {f"model.layers.1.{name}_proj.weight" for name in names}
     held = checkpoints(run_dir)[-1]
     masters = stored(held)[0]
-    base = open_base(export.describe(run_dir))
+    base = open_base_model(export.describe_run(run_dir))
     for name, values in written.items():
         assert torch.equal(values.flatten(), masters[name])
         assert not torch.equal(values.flatten(), base.weights.read(name, values.shape, 0, values.numel()))
 
 
-def test_a_task_alone_answers_in_peft_as_here(trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_single_task_export_answers_alike_in_peft(
+    trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Trained with a uniform gate, or an adapter."""
     for kind in ("given", "asr"):
         run_dir, folder = trained(kind), tmp_path / kind
@@ -149,14 +151,14 @@ def test_a_task_alone_answers_in_peft_as_here(trained: Any, tmp_path: Path, caps
         assert main(["export", str(run_dir), str(folder), "--task", "animal"]) == 0
         assert "\nexact: yes" in capsys.readouterr().out
         assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
-        model = server.open_model(export.describe(run_dir))
+        model = server.open_model(export.describe_run(run_dir))
         bare: Any = plain_of(run_dir)
         prompts = ["animal red cat animal\nAnswer:", "blue\nAnswer:"]
         expected = logits_of(model, prompts, task="animal")
         assert (logits_of(model, prompts, task=None) - expected).abs().max() > 0.1
         peft = PeftModel.from_pretrained(bare, folder).eval()
         for prompt, logits in zip(prompts, expected, strict=True):
-            ((_, tensors),) = model._batches([prompt], 1)
+            ((_, tensors),) = model._make_batches([prompt], 1)
             with torch.no_grad():
                 found = peft(input_ids=tensors.input_ids, attention_mask=tensors.attention_mask).logits[0, -1]
             torch.testing.assert_close(found, logits, rtol=1e-5, atol=1e-5)
@@ -166,16 +168,16 @@ def test_a_task_alone_answers_in_peft_as_here(trained: Any, tmp_path: Path, caps
     ).read_bytes()
 
 
-def test_a_task_alone_with_a_token_router_says_that_it_is_not_exact(
+def test_single_task_export_with_token_router_is_reported_inexact(
     trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = trained("routed")
     capsys.readouterr()
     assert main(["export", str(run_dir), str(tmp_path / "lora"), "--task", "colour"]) == 0
     assert "exact: no, the task's token router sends every token to 2 sub-experts" in capsys.readouterr().out
-    model = server.open_model(export.describe(run_dir))
+    model = server.open_model(export.describe_run(run_dir))
     expected = logits_of(model, ["colour red\nAnswer:"], task="colour")
-    ((_, tensors),) = model._batches(["colour red\nAnswer:"], 1)
+    ((_, tensors),) = model._make_batches(["colour red\nAnswer:"], 1)
     peft = PeftModel.from_pretrained(plain_of(run_dir), tmp_path / "lora").eval()
     with torch.no_grad():
         found = peft(input_ids=tensors.input_ids, attention_mask=tensors.attention_mask).logits[0, -1]
@@ -183,7 +185,7 @@ def test_a_task_alone_with_a_token_router_says_that_it_is_not_exact(
 
 
 @pytest.mark.parametrize(
-    ("kind", "task", "told"),
+    ("kind", "task", "message"),
     [
         (
             "routed",
@@ -193,14 +195,14 @@ def test_a_task_alone_with_a_token_router_says_that_it_is_not_exact(
         ("dense", "colour", "has trained the base model's own weights too (method.weights)"),
     ],
 )
-def test_a_task_that_cannot_be_written_alone(
-    trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, task: str, told: str
+def test_invalid_single_task_exports_are_rejected(
+    trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, task: str, message: str
 ) -> None:
     run_dir = trained(kind)
     capsys.readouterr()
     assert main(["export", str(run_dir), str(tmp_path / "lora"), "--task", task]) == 2
     err = capsys.readouterr().err
-    for part in told.split(".*"):
+    for part in message.split(".*"):
         assert part in err
     assert err.count("\n") == 1
     assert not list(tmp_path.iterdir())
@@ -211,14 +213,14 @@ def test_a_task_that_cannot_be_written_alone(
     assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
 
 
-def test_generate_asks_for_the_task_where_it_was_given(
+def test_generate_requires_the_task_without_a_router(
     trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = trained("given")
     capsys.readouterr()
     assert main(["export", str(run_dir), str(tmp_path / "made")]) == 0
     shown = capsys.readouterr().out
-    assert "route: none; the tasks were given in training" in shown
+    assert "route: none; training was told each prompt's task" in shown
     assert ".generate(['a prompt'], task='colour')" in shown
     for place in (run_dir, tmp_path / "made"):
         asked = ["generate", str(place), "--prompt", "red\nAnswer:"]
@@ -226,14 +228,14 @@ def test_generate_asks_for_the_task_where_it_was_given(
         assert capsys.readouterr().out.startswith("[animal] ")
         assert main(asked) == 2
         err = capsys.readouterr().err
-        assert "trained with the task given" in err
+        assert "no task router, because its training was told each prompt's task" in err
         assert "tasks here: colour, animal" in err
         assert err.count("\n") == 1
 
 
-def test_damage_in_a_run_is_told(trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_run_files_are_reported(trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spoilt = shutil.copytree(trained("routed"), tmp_path / "spoilt")
-    part_of(spoilt, "experts", "colour").unlink()
+    task_artifact_path(spoilt, "experts", "colour").unlink()
     capsys.readouterr()
     assert main(["generate", str(spoilt), "--prompt", "red"]) == 1
     err = capsys.readouterr().err

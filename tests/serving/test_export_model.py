@@ -1,4 +1,4 @@
-"""Runs that trained the model's own weights, or one LoRA: exported, transformers and PEFT answer as the run does."""
+"""Exports of a whole model or of one LoRA: transformers and PEFT answer like the run."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dscl.cli.app import main
 from dscl.model import model_folder as model_folder
-from dscl.model.weights import INDEX
-from dscl.recipe.recipe import resolve
+from dscl.model.weights import INDEX_FILE
+from dscl.recipe.recipe import resolve_recipe
 from dscl.serving import export
 from dscl.training import trainer
-from dscl.training.checkpoint import Checkpoints, Masters
+from dscl.training.checkpoint import Checkpoints, MasterWeights
 from dscl.utils.errors import UserError
 from tests.support.memory import Peak
 from tests.support.osft_runs import quick
@@ -56,11 +56,11 @@ def trained(ranks: Any, tasks: Path, method: str, precision: str = "fp32") -> di
 
 def logits(document: dict[str, Any]) -> torch.Tensor:
     """Of the model as the run has it at its newest checkpoint."""
-    job = trainer.open_job(resolve(document))
-    with closing(job.engine()) as engine, torch.no_grad():
-        newest = Checkpoints(job.recipe.folder / "checkpoints", job.recipe.checkpoint).newest()
+    setup = trainer.build_setup(resolve_recipe(document))
+    with closing(setup.build_engine()) as engine, torch.no_grad():
+        newest = Checkpoints(setup.recipe.run_folder / "checkpoints", setup.recipe.checkpoint).find_newest()
         assert newest is not None
-        trainer.restore(newest, engine, job)
+        trainer.restore_checkpoint(newest, engine, setup)
         found: torch.Tensor = engine.module.eval()(input_ids=torch.tensor(IDS)).logits.float()
     return found
 
@@ -74,7 +74,7 @@ def shell(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("method", "precision"), [("sequential", "fp32"), ("sequential", "bf16"), ("osft", "fp32"), ("ewc", "fp32")]
 )
-def test_transformers_answers_as_the_run_does(
+def test_exported_model_in_transformers_matches_the_run(
     ranks: Any, tasks: Path, tmp_path: Path, method: str, precision: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     document = trained(ranks, tasks, method, precision)
@@ -86,21 +86,21 @@ def test_transformers_answers_as_the_run_does(
         found = model(input_ids=torch.tensor(IDS)).logits.float()
     assert torch.equal(found, ranks(1)(logits, document)[0])
     assert AutoTokenizer.from_pretrained(tmp_path / "model")("red cat").input_ids
-    told = json.loads((tmp_path / "model" / export.TASKS).read_text())
-    assert (told["method"], told["tasks"]) == (method, ["colour", "animal"])
+    training_info = json.loads((tmp_path / "model" / export.TASKS_FILE).read_text())
+    assert (training_info["method"], training_info["tasks"]) == (method, ["colour", "animal"])
     again = {**document, "model": {"name": str(tmp_path / "model")}, "run_dir": str(tmp_path / "again")}
-    resolved = trainer.open_job(resolve(again))  # it is a base model for a further stream
-    assert resolved.backbone.architecture.vocab_size == 300
+    resolved = trainer.build_setup(resolve_recipe(again))  # it is a base model for a further stream
+    assert resolved.backbone.hf_config.vocab_size == 300
 
 
-def test_peft_answers_as_the_run_does(ranks: Any, tasks: Path, tmp_path: Path) -> None:
+def test_exported_lora_in_peft_matches_the_run(ranks: Any, tasks: Path, tmp_path: Path) -> None:
     document = trained(ranks, tasks, "one lora")
     assert main(["export", document["run_dir"], str(tmp_path / "lora")]) == 0
-    job = trainer.open_job(resolve(document))
-    base = job.backbone.build()
+    setup = trainer.build_setup(resolve_recipe(document))
+    base = setup.backbone.build()
     with torch.no_grad():
         for name, parameter in base.named_parameters():
-            parameter.copy_(job.backbone.weights.read(name, parameter.shape, 0, parameter.numel()).view_as(parameter))
+            parameter.copy_(setup.backbone.weights.read(name, parameter.shape, 0, parameter.numel()).view_as(parameter))
         plain = base.eval()(input_ids=torch.tensor(IDS)).logits
         found = PeftModel.from_pretrained(base, str(tmp_path / "lora")).eval()(input_ids=torch.tensor(IDS)).logits
     (expected,) = ranks(1)(logits, document)
@@ -108,13 +108,11 @@ def test_peft_answers_as_the_run_does(ranks: Any, tasks: Path, tmp_path: Path) -
     assert not torch.allclose(plain, expected, atol=1e-3)
 
 
-def test_a_large_model_comes_in_pieces(
-    ranks: Any, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_model_is_sharded(ranks: Any, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     document = trained(ranks, tasks, "sequential")
     monkeypatch.setattr(model_folder.write_model, "__defaults__", (40_000,))
     assert main(["export", document["run_dir"], str(tmp_path / "pieces")]) == 0
-    index = json.loads((tmp_path / "pieces" / INDEX).read_text())
+    index = json.loads((tmp_path / "pieces" / INDEX_FILE).read_text())
     files = sorted(set(index["weight_map"].values()))
     assert len(files) > 2
     assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
@@ -124,24 +122,24 @@ def test_a_large_model_comes_in_pieces(
     assert torch.equal(found, ranks(1)(logits, document)[0])
 
 
-def test_what_is_no_such_export_is_not_overwritten(ranks: Any, tasks: Path, tmp_path: Path) -> None:
+def test_model_export_overwrites_only_a_model_export(ranks: Any, tasks: Path, tmp_path: Path) -> None:
     document = trained(ranks, tasks, "sequential")
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(UserError, match="something else is there"):
-        export.export(Path(document["run_dir"]), tmp_path)
-    export.export(Path(document["run_dir"]), tmp_path / "model")
-    export.export(Path(document["run_dir"]), tmp_path / "model")  # its own kind it replaces
+        export.export_run(Path(document["run_dir"]), tmp_path)
+    export.export_run(Path(document["run_dir"]), tmp_path / "model")
+    export.export_run(Path(document["run_dir"]), tmp_path / "model")  # its own kind it replaces
 
 
 def peak_of_export(run_dir: str, folder: Path) -> int:
     """Bytes that an export takes beyond what the process had before."""
     with Peak() as peak:
-        export.export(Path(run_dir), folder)
+        export.export_run(Path(run_dir), folder)
     return peak.growth
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is measured through /proc")
-def test_no_more_than_a_tensor_is_held(ranks: Any, tasks: Path, tmp_path: Path) -> None:
+def test_model_export_holds_one_tensor_in_memory(ranks: Any, tasks: Path, tmp_path: Path) -> None:
     """A model of 80 MB in 60 tensors, none above 4 MB, whose masters lie in a checkpoint of 240 MB."""
     document = recipe_of(tasks, "large", 2)
     document["model"]["shape"] |= {"hidden_size": 384, "num_hidden_layers": 8, "intermediate_size": 1600}
@@ -150,7 +148,7 @@ def test_no_more_than_a_tensor_is_held(ranks: Any, tasks: Path, tmp_path: Path) 
     document["checkpoint"] = {"every": 100, "keep": 1}
     document["evaluate"] = {"before": False}
     ranks(2)(run, document)
-    size = sum(p.numel() * 4 for p in trainer.open_job(resolve(document)).backbone.build().parameters())
+    size = sum(p.numel() * 4 for p in trainer.build_setup(resolve_recipe(document)).backbone.build().parameters())
     assert size > 70e6
     with closing(Pool(1)) as fresh:  # in which no earlier test has left memory
         (peak,) = fresh(peak_of_export, document["run_dir"], tmp_path / "model")
@@ -161,9 +159,9 @@ def test_no_more_than_a_tensor_is_held(ranks: Any, tasks: Path, tmp_path: Path) 
 def test_masters_cover_the_whole_model(ranks: Any, tasks: Path) -> None:
     """Nothing of a fully trained model is taken from the base by mistake."""
     document = trained(ranks, tasks, "sequential")
-    job = trainer.open_job(resolve(document))
-    newest = Checkpoints(job.recipe.folder / "checkpoints", job.recipe.checkpoint).newest()
+    setup = trainer.build_setup(resolve_recipe(document))
+    newest = Checkpoints(setup.recipe.run_folder / "checkpoints", setup.recipe.checkpoint).find_newest()
     assert newest is not None
     with torch.device("meta"):
-        shapes = {name: parameter.shape for name, parameter in job.backbone.build().named_parameters()}
-    assert set(Masters(newest, shapes).shapes) == set(shapes)
+        shapes = {name: parameter.shape for name, parameter in setup.backbone.build().named_parameters()}
+    assert set(MasterWeights(newest, shapes).shapes) == set(shapes)

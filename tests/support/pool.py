@@ -92,15 +92,15 @@ def _serve(link: Connection, rank: int, world: int, port: int) -> None:
         OMP_NUM_THREADS="1",
         DS_ACCELERATOR="cpu",
     )
-    from dscl.utils.quiet import quiet
+    from dscl.utils.quiet import silence_libraries
 
-    quiet()
+    silence_libraries()
     import torch
 
     from dscl.distributed import comm
 
     torch.set_num_threads(1)
-    with comm.session():
+    with comm.process_group():
         while True:
             try:
                 module, name, arguments = link.recv()

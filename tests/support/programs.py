@@ -195,7 +195,7 @@ def _become(arguments: Sequence[str], environment: Mapping[str, str], session: b
 
     launcher.subprocess = SimpleNamespace(Popen=ForkedRank)  # type: ignore[assignment]
     compare.subprocess = SimpleNamespace(Popen=ForkedRank, STDOUT=subprocess.STDOUT)  # type: ignore[assignment]
-    app.program()
+    app.run_and_exit()
 
 
 def refresh(words: Sequence[str], environment: Mapping[str, str], session: bool) -> None:

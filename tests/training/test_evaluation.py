@@ -7,17 +7,17 @@ from typing import Any
 import pytest
 import torch
 
-from dscl.data.batches import prompt_batch
+from dscl.data.batches import collate_prompts
 from dscl.data.task import Sample, Task, TaskConfig
-from dscl.methods.base import Facts
+from dscl.methods.base import RunInfo
 from dscl.methods.sequential import Sequential, SequentialConfig
 from dscl.model.generation import generate
-from dscl.training.evaluation import EvaluateConfig, Exam, loss_on, take
+from dscl.training.evaluation import EvalSet, EvaluateConfig, evaluate_task, mean_token_loss
 from tests.support.decoding import EOS, LABELS, PAD, PROMPTS, alone
 from tests.support.toy_model import make, model
 
 RIGHT = pytest.approx(4 / 5, abs=1e-12)  # each exam is made so that one of its five answers is wrong
-METHOD = Sequential(SequentialConfig(), Facts(0, (), "", "", "", 0, ""))
+METHOD = Sequential(SequentialConfig(), RunInfo(0, (), "", "", "", 0, ""))
 
 
 class Words:
@@ -30,7 +30,7 @@ class Words:
         return " ".join(str(i) for i in ids if not (skip_special_tokens and i in (PAD, EOS)))
 
 
-def exam(ranked: bool) -> Exam:
+def eval_set(ranked: bool) -> EvalSet:
     names = tuple(Words().decode(label, True) for label in LABELS)
     module = model()
     best = [max(range(3), key=lambda i, p=prompt: alone(module, p, LABELS[i])) for prompt in PROMPTS]
@@ -38,22 +38,22 @@ def exam(ranked: bool) -> Exam:
     samples = tuple(Sample("", answer, (answer,), "made") for answer in answers)
     if not ranked:
         with torch.no_grad():
-            rows = generate(module, prompt_batch(PROMPTS, PAD), 4, EOS, PAD)
+            rows = generate(module, collate_prompts(PROMPTS, PAD), 4, EOS, PAD)
         said = [Words().decode(row, True) for row in rows]
         assert all(said)
         samples = tuple(Sample("", s, (s if i != 2 else "no",), "made") for i, s in enumerate(said))
     task = Task(
         "toy", (), (), samples, names if ranked else None, "accuracy" if ranked else "rouge_l", TaskConfig("toy", "")
     )
-    return Exam(task, samples, PROMPTS, LABELS if ranked else None)
+    return EvalSet(task, samples, PROMPTS, LABELS if ranked else None)
 
 
 def score_at(stage: int, ranked: bool, batch: int, precision: str = "fp32") -> float:
     engine = make(stage, precision)
-    mark = take(exam(ranked), engine, METHOD, Words(), EvaluateConfig(batch=batch, max_new_tokens=4))
+    result = evaluate_task(eval_set(ranked), engine, METHOD, Words(), EvaluateConfig(batch=batch, max_new_tokens=4))
     engine.close()
-    assert mark.routed is None
-    return mark.score
+    assert result.routing_accuracy is None
+    return result.score
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ TEXTS = [[1, 5, 9, 3], [1, 2], [1, 7, 7, 7, 7, 4, 2], [1, 8, 3], [1, 6, 2, 9, 9,
 
 def loss_at(stage: int) -> float:
     engine = make(stage)
-    loss = loss_on(TEXTS, engine, METHOD, Words())
+    loss = mean_token_loss(TEXTS, engine, METHOD, Words())
     engine.close()
     return loss
 

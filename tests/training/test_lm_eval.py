@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dscl.training import lm_eval
-from dscl.training.lm_eval import Answering, ask
+from dscl.training.lm_eval import LmEvalModel, evaluate_with_lm_eval
 from dscl.utils.errors import UserError
 
 WORDS = ["the", "film", "was", "good", "bad", "dull", "a", "joy", "I", "loved", "it", ".", "!"]
@@ -36,19 +36,19 @@ class Words:
 
 
 @pytest.fixture
-def answering() -> Answering:
+def answering() -> LmEvalModel:
     torch.manual_seed(4)
     model = LlamaForCausalLM(SHAPE)
     model.lm_head.weight.data *= 20.0
     engine: Any = SimpleNamespace(module=model, device=torch.device("cpu"))
-    return Answering(engine, Words(), 2)
+    return LmEvalModel(engine, Words(), 2)
 
 
 def asked(*arguments: Any) -> Any:
     return SimpleNamespace(args=arguments)
 
 
-def plain(answering: Answering, ids: list[int], count: int) -> tuple[float, bool]:
+def plain(answering: LmEvalModel, ids: list[int], count: int) -> tuple[float, bool]:
     """log p of the last tokens, and whether each is the likeliest."""
     module: Any = answering.engine.module
     with torch.no_grad():
@@ -58,7 +58,7 @@ def plain(answering: Answering, ids: list[int], count: int) -> tuple[float, bool
     return total, all(int(said[at - 1].argmax()) == ids[at] for at in places)
 
 
-def test_continuations_are_judged_by_their_own_tokens(answering: Answering) -> None:
+def test_continuations_are_judged_by_their_own_tokens(answering: LmEvalModel) -> None:
     pairs = [("the film was", " good"), ("the film", " was a joy"), ("I", " loved it ."), ("", "bad"), ("it", "")]
     found = answering.loglikelihood([asked(*pair) for pair in pairs])
     for (context, continuation), (value, exact) in zip(pairs, found, strict=True):
@@ -66,13 +66,13 @@ def test_continuations_are_judged_by_their_own_tokens(answering: Answering) -> N
         expected, greedy = plain(answering, ids, count)
         assert value == pytest.approx(expected, abs=1e-4)
         assert exact == greedy
-    best = lm_eval.Answering(answering.engine, Words(), 4)
+    best = lm_eval.LmEvalModel(answering.engine, Words(), 4)
     (text,) = best.generate_until([asked("the film was", {"until": [], "max_gen_toks": 1})])
     if text:
         assert best.loglikelihood([asked("the film was", " " + text)])[0][1]
 
 
-def test_long_texts_are_judged_stretch_by_stretch(answering: Answering) -> None:
+def test_long_texts_are_judged_stretch_by_stretch(answering: LmEvalModel) -> None:
     text = " ".join(["the film was a joy ."] * 4)
     ids = Words()(text, add_special_tokens=False)["input_ids"]
     stretches = [ids[at : at + 11] for at in range(0, len(ids), 11)]
@@ -81,7 +81,7 @@ def test_long_texts_are_judged_stretch_by_stretch(answering: Answering) -> None:
     assert answering.loglikelihood_rolling([asked(text)]) == [pytest.approx(expected, abs=1e-3)]
 
 
-def test_answers_end_where_the_task_says(answering: Answering) -> None:
+def test_answers_end_where_the_task_says(answering: LmEvalModel) -> None:
     (whole,) = answering.generate_until([asked("I loved", {"max_gen_toks": 6})])
     ids = Words()("I loved")["input_ids"]
     module: Any = answering.engine.module
@@ -97,8 +97,8 @@ def test_answers_end_where_the_task_says(answering: Answering) -> None:
     assert short == whole[: whole.index(stop)]
 
 
-def test_without_lm_eval_there_is_one_line(monkeypatch: pytest.MonkeyPatch, answering: Answering) -> None:
+def test_without_lm_eval_there_is_one_line(monkeypatch: pytest.MonkeyPatch, answering: LmEvalModel) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UserError, match=r"--lm-eval: given arc,piqa, but lm-eval cannot be imported .*pip install"):
-        ask(["arc", "piqa"], None, answering.engine, Words(), 4)
-    assert ask([], None, answering.engine, Words(), 4) == {}
+        evaluate_with_lm_eval(["arc", "piqa"], None, answering.engine, Words(), 4)
+    assert evaluate_with_lm_eval([], None, answering.engine, Words(), 4) == {}

@@ -17,9 +17,9 @@ import torch
 import yaml
 
 from dscl.distributed import comm
-from dscl.recipe.recipe import resolve
+from dscl.recipe.recipe import resolve_recipe
 from dscl.training import preflight, trainer
-from dscl.training.preflight import divided, enough, measured
+from dscl.training.preflight import compare_with_needed, describe_differences, find_outliers
 from dscl.utils.errors import UserError
 from tests.support.programs import Program
 from tests.support.runs import recipe_of, run_listening, write_tasks
@@ -34,17 +34,17 @@ from tests.support.runs import recipe_of, run_listening, write_tasks
     ],
 )
 def test_who_has_what(values: list[tuple[str, str]], said: str) -> None:
-    assert divided(values) == said
+    assert describe_differences(values) == said
 
 
 def test_a_place_with_far_less_than_the_others_is_odd() -> None:
     values = [("a", 10.0), ("b", 9.0), ("c", 4.4), ("d", 11.0)]
-    finding = measured("speed", values, "{:.1f}".format, 3)
-    assert not finding.fine
-    assert finding.said == "c 4.4, where the median is 9.5"
-    assert measured("speed", values[:2] + values[3:], "{:.1f}".format, 3).said == "9.0 and more, median 10.0"
-    two = measured("speed", [("a", 10.0), ("b", 1.0)], "{:.1f}".format, 3)  # neither is the odd one
-    assert (two.fine, two.said) == (True, "a 10.0, b 1.0")
+    result = find_outliers("speed", values, "{:.1f}".format, 3)
+    assert not result.passed
+    assert result.message == "c 4.4, where the median is 9.5"
+    assert find_outliers("speed", values[:2] + values[3:], "{:.1f}".format, 3).message == "9.0 and more, median 10.0"
+    two = find_outliers("speed", [("a", 10.0), ("b", 1.0)], "{:.1f}".format, 3)  # neither is the odd one
+    assert (two.passed, two.message) == (True, "a 10.0, b 1.0")
 
 
 @pytest.mark.parametrize(
@@ -62,39 +62,39 @@ def test_a_slow_link_is_named(monkeypatch: pytest.MonkeyPatch, hosts: str, slow:
     passed = [8e-3 if rank == slow else 8e-4 for rank in range(count)]
     taken = iter(([1e-3] * count, [1e-3] * count, passed))  # all-reduce, all-to-all, the ring
     monkeypatch.setenv("WORLD_SIZE", str(count))
-    monkeypatch.setattr(preflight, "_seconds", lambda work: next(taken))
-    monkeypatch.setattr(preflight, "by_host", lambda mine: list(zip(hosts, mine or [None] * count, strict=True)))
-    findings = preflight.network(None)  # type: ignore[arg-type]
-    assert {finding.what: finding.said for finding in findings if not finding.fine} == odd
+    monkeypatch.setattr(preflight, "_best_seconds", lambda work: next(taken))
+    monkeypatch.setattr(preflight, "gather_by_host", lambda mine: list(zip(hosts, mine or [None] * count, strict=True)))
+    results = preflight.check_network(None)  # type: ignore[arg-type]
+    assert {result.subject: result.message for result in results if not result.passed} == odd
     if hosts == "aabb":
-        between = next(finding for finding in findings if finding.what == "links between hosts")
-        assert between.said == "b → a 5.24 GB/s, a → b 0.52 GB/s"
+        between = next(result for result in results if result.subject == "links between hosts")
+        assert between.message == "b → a 5.24 GB/s, a → b 0.52 GB/s"
 
 
 def test_a_place_with_less_than_is_foreseen_is_named() -> None:
     gib = float(1 << 30)
     free = [("a", 9 * gib), ("b", 3 * gib)]
-    fine = enough("memory", free, {"a": 3 * gib, "b": 3 * gib})
-    assert (fine.fine, fine.said) == (True, "3.0 GiB foreseen, 3.0 GiB free")
-    short = enough("memory", free, {"a": 9 * gib, "b": 4 * gib})
-    assert not short.fine
-    assert short.said == "b has 3.0 GiB free and needs 4.0 GiB; dscl plan says what would fit"
+    fine = compare_with_needed("memory", free, {"a": 3 * gib, "b": 3 * gib})
+    assert (fine.passed, fine.message) == (True, "3.0 GiB foreseen, 3.0 GiB free")
+    short = compare_with_needed("memory", free, {"a": 9 * gib, "b": 4 * gib})
+    assert not short.passed
+    assert short.message == "b has 3.0 GiB free and needs 4.0 GiB; dscl plan says what would fit"
 
 
 def test_free_memory_is_what_the_job_may_have(tmp_path: Path) -> None:
     """Of the machine 8 GiB are free; the job, within a group of 3 GiB, has used 1.5, of which files can be dropped."""
     (tmp_path / "proc" / "self").mkdir(parents=True)
     (tmp_path / "proc" / "meminfo").write_text("MemTotal: 99999999 kB\nMemAvailable: 8388608 kB\n")
-    assert preflight._free_host(tmp_path) == 8 * 2**30
+    assert preflight._free_host_memory(tmp_path) == 8 * 2**30
     (tmp_path / "proc" / "self" / "cgroup").write_text("0::/slurm/job/step\n")
-    assert preflight._free_host(tmp_path) == 8 * 2**30
-    job = tmp_path / "sys" / "fs" / "cgroup" / "slurm" / "job"
-    (job / "step").mkdir(parents=True)
-    (job / "step" / "memory.max").write_text("max\n")
-    (job / "memory.max").write_text(f"{3 * 2**30}\n")
-    (job / "memory.current").write_text(f"{3 * 2**29}\n")
-    (job / "memory.stat").write_text(f"anon {2**30}\ninactive_file {2**29}\n")
-    assert preflight._free_host(tmp_path) == 2 * 2**30
+    assert preflight._free_host_memory(tmp_path) == 8 * 2**30
+    job_folder = tmp_path / "sys" / "fs" / "cgroup" / "slurm" / "job"
+    (job_folder / "step").mkdir(parents=True)
+    (job_folder / "step" / "memory.max").write_text("max\n")
+    (job_folder / "memory.max").write_text(f"{3 * 2**30}\n")
+    (job_folder / "memory.current").write_text(f"{3 * 2**29}\n")
+    (job_folder / "memory.stat").write_text(f"anon {2**30}\ninactive_file {2**29}\n")
+    assert preflight._free_host_memory(tmp_path) == 2 * 2**30
 
 
 @pytest.fixture(scope="module")
@@ -146,37 +146,47 @@ def looked(
                 "data": {"cache_dir": "elsewhere"},
                 "observe": {**document["observe"], "live": "on"},
             }
-    room = preflight._free_host, preflight._free_disk, preflight._plan
+    room = preflight._free_host_memory, preflight._free_disk, preflight._run_dscl_plan
     if plan is not None:
-        preflight._plan = lambda job: (plan, "")
+        preflight._run_dscl_plan = lambda setup: (plan, "")
     if trouble == "full":
-        preflight._free_host = lambda: 1e6 if comm.rank() else 1e12
+        preflight._free_host_memory = lambda: 1e6 if comm.rank() else 1e12
         preflight._free_disk = lambda folder: 1e4
     shown: list[str] = []
     told = ""
-    sources, sight, cuda, flock = preflight._sources, preflight.SEEN_WITHIN, torch.version.cuda, fcntl.flock
-    preflight.SEEN_WITHIN = 1.0
+    sources, sight, cuda, flock = (
+        preflight._checksum_sources,
+        preflight.VISIBILITY_TIMEOUT,
+        torch.version.cuda,
+        fcntl.flock,
+    )
+    preflight.VISIBILITY_TIMEOUT = 1.0
     try:
         if trouble == "program" and comm.rank() == 1:
-            preflight._sources = lambda: "changed"
+            preflight._checksum_sources = lambda: "changed"
         if trouble == "CUDA" and comm.rank() == 1:
             torch.version.cuda = "9.9"
         if trouble == "own locks" and comm.rank() == 1:  # which others do not see
             fcntl.flock = lambda file, mode: None
         if trouble == "no locks":
             fcntl.flock = without_locks
-        job = trainer.open_job(resolve(document))
+        setup = trainer.build_setup(resolve_recipe(document))
         if fully:
-            preflight.examine(job, shown.append, strict)
+            preflight.run_checks(setup, shown.append, strict)
         else:
-            preflight.agree(job)
+            preflight.require_consistent_ranks(setup)
     except UserError as error:
         told = str(error)
     finally:
         os.chdir(before[0])
         time.time, socket.gethostname = before[1:]
-        preflight._sources, preflight.SEEN_WITHIN, torch.version.cuda, fcntl.flock = sources, sight, cuda, flock
-        preflight._free_host, preflight._free_disk, preflight._plan = room
+        preflight._checksum_sources, preflight.VISIBILITY_TIMEOUT, torch.version.cuda, fcntl.flock = (
+            sources,
+            sight,
+            cuda,
+            flock,
+        )
+        preflight._free_host_memory, preflight._free_disk, preflight._run_dscl_plan = room
     return shown, told
 
 
@@ -199,7 +209,7 @@ def test_like_ranks_agree_and_are_fit(ranks: Any, tasks: Path) -> None:
         assert told == ""
         assert all(line.startswith("ok ") for line in shown), shown
     text = "\n".join(results[0][0])
-    for what in (
+    for subject in (
         "programs",
         "recipe",
         "data and model",
@@ -211,7 +221,7 @@ def test_like_ranks_agree_and_are_fit(ranks: Any, tasks: Path) -> None:
         "memory of hosts",
         "disk for checkpoints",
     ):
-        assert f"ok   {what}: " in text
+        assert f"ok   {subject}: " in text
     assert not (tasks / "runs" / "fit").exists()  # it leaves nothing behind
 
 
@@ -304,11 +314,11 @@ def test_training_refuses_what_does_not_agree(ranks: Any, tasks: Path) -> None:
 
 def thorough(document: dict[str, Any], plan: dict[str, Any]) -> list[str]:
     """What a run that looks first is told by the doctor."""
-    original, preflight._plan = preflight._plan, lambda job: (plan, "")
+    original, preflight._run_dscl_plan = preflight._run_dscl_plan, lambda setup: (plan, "")
     try:
-        return run_listening(document, thorough=True)
+        return run_listening(document, check_cluster=True)
     finally:
-        preflight._plan = original
+        preflight._run_dscl_plan = original
 
 
 def test_a_run_that_looks_first_is_shown_what_was_found(ranks: Any, tasks: Path, plan: dict[str, Any]) -> None:
@@ -323,7 +333,7 @@ def test_a_run_that_looks_first_is_shown_what_was_found(ranks: Any, tasks: Path,
 
 def trained(document: dict[str, Any]) -> str:
     try:
-        trainer.train(resolve({**document, "train": {**document["train"], "lr": 1e-3 * (1 + comm.rank())}}))
+        trainer.train(resolve_recipe({**document, "train": {**document["train"], "lr": 1e-3 * (1 + comm.rank())}}))
     except UserError as error:
         return str(error)
     return ""

@@ -1,4 +1,4 @@
-"""A cached folder: made once by many, never half, made anew when damaged."""
+"""A cached folder: one of many processes builds it, it is never incomplete, and it is rebuilt when damaged."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from dscl.utils.cache import MARKER, folder_made_once, is_intact
-from dscl.utils.errors import Failure
+from dscl.utils.cache import MARKER_FILE, build_folder_once, is_intact
+from dscl.utils.errors import ExternalFailure
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PROCESS = """
 import sys, time
 from pathlib import Path
-from dscl.utils.cache import folder_made_once
+from dscl.utils.cache import build_folder_once
 
 cache, seconds = Path(sys.argv[1]), float(sys.argv[2])
 
@@ -30,11 +30,11 @@ def build(folder):
     time.sleep(seconds)
     (folder / "two").write_text("second half")
 
-print((folder_made_once(cache, "name", build) / "two").read_text())
+print((build_folder_once(cache, "name", build) / "two").read_text())
 """
 
 
-def start(cache: Path, seconds: float) -> subprocess.Popen[str]:
+def start_build(cache: Path, seconds: float) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", PROCESS, str(cache), str(seconds)]
     return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
 
@@ -43,18 +43,18 @@ def build(folder: Path) -> None:
     (folder / "two").write_text("second half")
 
 
-def fail(folder: Path) -> None:
+def fail_on_build(folder: Path) -> None:
     raise AssertionError("built again")
 
 
-def test_many_at_once_build_it_once(tmp_path: Path) -> None:
-    processes = [start(tmp_path, 0.5) for _ in range(3)]
+def test_concurrent_processes_build_the_folder_once(tmp_path: Path) -> None:
+    processes = [start_build(tmp_path, 0.5) for _ in range(3)]
     assert [process.communicate(timeout=60)[0] for process in processes] == ["second half\n"] * 3
     assert (tmp_path / "builds").read_text() == "x"
 
 
-def test_killed_half_way_leaves_no_half_cache(tmp_path: Path) -> None:
-    process = start(tmp_path, 600)
+def test_a_killed_build_leaves_no_partial_folder(tmp_path: Path) -> None:
+    process = start_build(tmp_path, 600)
     deadline = time.monotonic() + 60
     while not (tmp_path / "name.tmp" / "one").exists():
         assert time.monotonic() < deadline
@@ -62,12 +62,12 @@ def test_killed_half_way_leaves_no_half_cache(tmp_path: Path) -> None:
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     assert not (tmp_path / "name").exists()
-    folder = folder_made_once(tmp_path, "name", build)
-    assert [path.name for path in sorted(folder.iterdir())] == [MARKER, "two"]
+    folder = build_folder_once(tmp_path, "name", build)
+    assert [path.name for path in sorted(folder.iterdir())] == [MARKER_FILE, "two"]
     assert not (tmp_path / "name.tmp").exists()
 
 
-def flip(path: Path) -> None:
+def flip_a_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[3] ^= 1
     path.write_bytes(content)
@@ -76,33 +76,35 @@ def flip(path: Path) -> None:
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda folder: flip(folder / "two"),
+        lambda folder: flip_a_bit(folder / "two"),
         lambda folder: (folder / "two").write_text("second"),
         lambda folder: (folder / "two").unlink(),
-        lambda folder: (folder / MARKER).unlink(),
-        lambda folder: (folder / MARKER).write_text("{"),
+        lambda folder: (folder / MARKER_FILE).unlink(),
+        lambda folder: (folder / MARKER_FILE).write_text("{"),
     ],
 )
-def test_damage_is_seen_told_and_repaired(tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: object) -> None:
-    folder = folder_made_once(tmp_path, "name", build)
-    assert folder_made_once(tmp_path, "name", fail) == folder
+def test_a_damaged_folder_is_reported_and_rebuilt(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: object
+) -> None:
+    folder = build_folder_once(tmp_path, "name", build)
+    assert build_folder_once(tmp_path, "name", fail_on_build) == folder
     assert not caplog.messages
     damage(folder)  # type: ignore[operator]
     assert not is_intact(folder)
     with caplog.at_level(logging.WARNING, logger="dscl"):
-        assert folder_made_once(tmp_path, "name", build) == folder
+        assert build_folder_once(tmp_path, "name", build) == folder
     assert "is damaged and is built again" in caplog.text
     assert (folder / "two").read_text() == "second half"
 
 
-def test_a_build_that_fails_leaves_nothing(tmp_path: Path) -> None:
+def test_a_failed_build_leaves_no_folder(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="built again"):
-        folder_made_once(tmp_path, "name", fail)
+        build_folder_once(tmp_path, "name", fail_on_build)
     assert not (tmp_path / "name").exists()
-    assert folder_made_once(tmp_path, "name", build).is_dir()
+    assert build_folder_once(tmp_path, "name", build).is_dir()
 
 
-def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+def test_an_unwritable_cache_is_a_failure(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(Failure, match="the cache cannot be written"):
-        folder_made_once(tmp_path / "file", "name", build)
+    with pytest.raises(ExternalFailure, match="the cache cannot be written"):
+        build_folder_once(tmp_path / "file", "name", build)

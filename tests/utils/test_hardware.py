@@ -1,11 +1,11 @@
-"""A GPU's peak by its name: the whole words count, the longer ones first; of what is not known nothing is said."""
+"""The peak FLOPS of a GPU by its name: whole words match, longer names first; unknown GPUs have none."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from dscl.utils.hardware import peak, peak_of
+from dscl.utils.hardware import peak_flops, peak_flops_by_name
 
 
 @pytest.mark.parametrize(
@@ -21,14 +21,14 @@ from dscl.utils.hardware import peak, peak_of
         ("NVIDIA GB200", 2500.0),
     ],
 )
-def test_the_peak_is_that_of_the_named_device(name: str, tflops: float) -> None:
-    assert peak_of(name) == tflops * 1e12
+def test_peak_flops_by_gpu_name(name: str, tflops: float) -> None:
+    assert peak_flops_by_name(name) == tflops * 1e12
 
 
 @pytest.mark.parametrize("name", ["NVIDIA RTX A1000", "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA GeForce RTX 4090"])
-def test_of_what_is_not_known_nothing_is_said(name: str) -> None:
-    assert peak_of(name) is None
+def test_peak_flops_of_an_unknown_gpu_is_none(name: str) -> None:
+    assert peak_flops_by_name(name) is None
 
 
-def test_a_cpu_has_no_peak() -> None:
-    assert peak(torch.device("cpu"), torch.bfloat16) is None
+def test_a_cpu_has_no_peak_flops() -> None:
+    assert peak_flops(torch.device("cpu"), torch.bfloat16) is None

@@ -1,4 +1,4 @@
-"""The clock of a step: parts count for themselves alone, collectives with their bytes, and nothing outside of parts."""
+"""Timers: a part excludes its nested parts, collectives count their bytes, and nothing counts outside of parts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from dscl.utils import timers
 
 
-class Time:
+class FakeClock:
     def __init__(self) -> None:
         self.now = 0.0
 
@@ -20,24 +20,24 @@ class Time:
 
 
 @pytest.fixture
-def time(monkeypatch: pytest.MonkeyPatch) -> Iterator[Time]:
-    made = Time()
+def time(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeClock]:
+    made = FakeClock()
     monkeypatch.setattr(timers.time, "perf_counter", made)
-    timers.use(torch.device("cpu"))
+    timers.set_device(torch.device("cpu"))
     yield made
-    timers.use(torch.device("cpu"))
+    timers.set_device(torch.device("cpu"))
 
 
-def test_a_part_within_a_part_counts_for_itself_alone(time: Time) -> None:
+def test_the_time_of_a_part_excludes_nested_parts(time: FakeClock) -> None:
     for _ in range(2):
-        with timers.part("forward"):
+        with timers.timed_part("forward"):
             time.now += 1.0
-            with timers.part("router"):
+            with timers.timed_part("router"):
                 time.now += 0.25
-                with timers.collective("all_reduce", torch.zeros(3)):
+                with timers.timed_collective("all_reduce", torch.zeros(3)):
                     time.now += 2.0
             time.now += 4.0
-    seconds, sent, waited = timers.taken()
+    seconds, sent, waited = timers.collect_timings()
     assert {name: value for name, value in seconds.items() if value} == {
         "forward": 10.0,
         "router": 0.5,
@@ -46,29 +46,29 @@ def test_a_part_within_a_part_counts_for_itself_alone(time: Time) -> None:
     assert sent["all_reduce"] == 2 * 12
     assert waited["all_reduce"] == 4.0
     assert tuple(seconds) == timers.PARTS
-    assert tuple(sent) == tuple(waited) == timers.KINDS
-    assert not any(timers.taken().seconds.values()), "what was taken counts once"
+    assert tuple(sent) == tuple(waited) == timers.COLLECTIVES
+    assert not any(timers.collect_timings().seconds.values()), "collected timings must not be returned again"
 
 
-def test_what_is_outside_of_all_parts_is_not_a_steps(time: Time) -> None:
-    with timers.collective("broadcast", torch.zeros(8)):
+def test_nothing_is_measured_outside_of_all_parts(time: FakeClock) -> None:
+    with timers.timed_collective("broadcast", torch.zeros(8)):
         time.now += 1.0
-    with timers.part("optimizer"):
+    with timers.timed_part("optimizer"):
         time.now += 1.0
-    seconds, sent, waited = timers.taken()
+    seconds, sent, waited = timers.collect_timings()
     assert sum(seconds.values()) == seconds["optimizer"] == 1.0
     assert not any(sent.values())
     assert not any(waited.values())
 
 
-def test_a_part_ends_with_what_it_fails_with(time: Time) -> None:
-    with suppress(ValueError), timers.part("backward"):
+def test_a_part_is_timed_when_it_raises(time: FakeClock) -> None:
+    with suppress(ValueError), timers.timed_part("backward"):
         time.now += 1.0
         raise ValueError
-    assert timers.taken().seconds["backward"] == 1.0
+    assert timers.collect_timings().seconds["backward"] == 1.0
 
 
-def test_a_collective_that_goes_on_beside_the_step_costs_what_is_waited_for(time: Time) -> None:
+def test_an_asynchronous_collective_costs_only_the_wait(time: FakeClock) -> None:
     class Work:
         def wait(self) -> str:
             time.now += 0.5
@@ -81,18 +81,18 @@ def test_a_collective_that_goes_on_beside_the_step_costs_what_is_waited_for(time
         time.now += 0.125
         return Work()
 
-    counted = timers.counted("all_gather", gather, 1, "part")
-    with timers.part("forward"):
+    counted = timers.wrap_collective("all_gather", gather, 1, "part")
+    with timers.timed_part("forward"):
         started = counted(torch.zeros(8), torch.zeros(4, dtype=torch.bfloat16))
         named = counted(torch.zeros(8), part=[torch.zeros(2), torch.zeros(1)])
         time.now += 8.0
         assert not started.is_completed()
         assert started.wait() == named.wait() == "done"
-    seconds, sent, waited = timers.taken()
+    seconds, sent, waited = timers.collect_timings()
     assert (seconds["forward"], seconds["communication"]) == (8.0, 1.25)
     assert sent["all_gather"] == 8 + 12
     assert waited["all_gather"] == 1.25
 
 
-def test_a_collective_that_is_over_gives_what_it_gives() -> None:
-    assert timers.counted("broadcast", lambda tensor: None, 0, "tensor")(torch.zeros(1)) is None
+def test_a_synchronous_collective_returns_its_result() -> None:
+    assert timers.wrap_collective("broadcast", lambda tensor: None, 0, "tensor")(torch.zeros(1)) is None

@@ -1,1 +1,1 @@
-"""Modules that are put into a model: LoRA banks, sub-experts, their files and their routing."""
+"""Adapter modules that are injected into a model: LoRA banks and sub-experts, their files and their routing."""

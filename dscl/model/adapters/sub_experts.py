@@ -1,16 +1,20 @@
-"""The sub-expert layer: a frozen projection beside which low-rank experts run, masked for the task, gated by the token.
+"""The sub-expert layer (MoSEs): a frozen projection plus low-rank experts, masked per task and gated per token.
 
     y = x Wᵀ + ((x Aᵀ) ∘ gate) Bᵀ     A [columns, in], B [out, columns]: all experts' matrices side by side
-    gate = scale · experts · softmax(x Rᵀ), of the `top` largest, each for the `rank` columns of its expert
+    gate = scale · experts · softmax(x Rᵀ), kept for the `top` largest, repeated over the `rank` columns of each expert
 
-Two dense products and one pointwise (`dscl.maths.gates`), whoever is chosen: static shapes, no host that waits, and
-under ZeRO-3 every rank touches every tensor. Where a token uses few of very many columns, training sorts tokens by
-expert instead (`dscl.maths.grouped`), with all of that still true. A column of B with its row of A is an atom. A task's
-mask opens some of the atoms, and then folds into the gate, or some of the elements of A and B.
+The layer computes two dense products and one pointwise product (`dscl.maths.gates`), whichever experts a token uses.
+So shapes are static, the host never waits for the device, and under ZeRO-3 every rank touches every tensor. Where a
+token uses few of very many columns, training sorts tokens by expert instead (`dscl.maths.grouped`), which keeps these
+properties.
 
-What ended tasks have claimed stands in buffers, and the forward graph takes it from there: a later task may open it
-too, but no step, no weight decay and no rounding can change it, at any stage of ZeRO. What trains are the same tensors
-for every task; their claimed entries are not looked at.
+A task's mask selects parameters of A and B. A rank-1 mask has one bit for each column of B and its row of A (an "atom"
+in the names of tensors), and is multiplied into the gate or into B. An element mask has one bit for each element.
+
+When a task ends, the parameters in its mask are frozen: their values move into buffers, and the forward pass reads them
+from there. Masks of later tasks may include frozen parameters, but no optimizer step, weight decay or rounding changes
+them, at any ZeRO stage. All tasks train the same tensors; the forward pass ignores the trained values of frozen
+parameters.
 """
 
 from __future__ import annotations
@@ -25,262 +29,290 @@ from torch import nn
 from torch.nn import functional
 
 from dscl.maths import grouped
-from dscl.maths.gates import chosen, gates, weigh
-from dscl.maths.masks import count_of, opened, pack, strongest, unpack
-from dscl.model.adapters.injection import draw_a
-from dscl.model.adapters.routing import Projection, Routing, Rows, empty_like, put
-from dscl.model.flops import Product, low_rank
+from dscl.maths.gates import apply_gates, compute_gates, select_experts
+from dscl.maths.masks import mask_size, pack_bits, top_k_mask, trainable_top_k_mask, unpack_bits
+from dscl.model.adapters.injection import sample_lora_a
+from dscl.model.adapters.routing import AdaptedLinear, Routing, SlotAssignment, make_template_tensor, replace_module
+from dscl.model.flops import MatMul, low_rank_matmuls
 from dscl.model.weights import draw_normal
-from dscl.utils.errors import Failure
+from dscl.utils.errors import ExternalFailure
 
-SPREAD = 0.5  # of the scores at a task's start: what little training changes of the masks is deliberate
+SCORE_STD = 0.5  # standard deviation of the initial mask scores; large, so that training changes few mask entries
 Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Of the sub-experts beside each of a model's projections."""
+class SubExpertShape:
+    """Sizes of the sub-experts beside each projection. The field names are keys of the task-mask files."""
 
-    experts: int  # open at first
-    most: int  # that there is room for
-    rank: int
-    top: int  # experts of a token; 0: all of them, alike, without a token router
-    share: float  # of the first experts' parameters, what a task's mask opens
-    scale: float
-    atoms: bool  # masks are of atoms, not of elements
+    experts: int  # number of experts open for the first task
+    most: int  # maximal number of experts
+    rank: int  # of each expert
+    top: int  # experts per token; 0: every token uses all experts equally, and there is no token router
+    share: float  # size of a task's mask, as a fraction of the parameters of the first `experts` experts
+    scale: float  # factor on the experts' output (alpha / rank)
+    atoms: bool  # rank-1 masks instead of element masks
     dropout: float = 0.0
 
     @property
     def columns(self) -> int:
+        """Rows of A and columns of B: those of all experts that there may be."""
         return self.most * self.rank
 
-    def masks(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
-        """The shape of each mask beside a projection [rows, columns]."""
+    def mask_shapes(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
+        """The shape of each mask, by its name, beside a projection [out_features, in_features]."""
         if self.atoms:
             return {"atoms": (self.columns,)}
-        return {"a": (self.columns, columns), "b": (rows, self.columns)}
+        return {"a": (self.columns, in_features), "b": (out_features, self.columns)}
 
 
-class SubExperts(Projection):
-    """In training mode with the task that learns; else with the tasks that the rows are routed to."""
+class SubExpertLinear(AdaptedLinear):
+    """A projection with sub-experts.
 
-    held_a: torch.Tensor
-    held_b: torch.Tensor
-    seats: torch.Tensor
-    routers: torch.Tensor
+    In training mode, all tokens use the current task's masks. In evaluation mode, each row uses the masks, experts and
+    token router of the task in its slot.
+    """
 
-    def __init__(self, plain: nn.Linear, shape: Shape, routing: Routing, like: torch.Tensor) -> None:
-        super().__init__(plain)
+    held_a: torch.Tensor  # [columns, in]: values of frozen parameters; zero elsewhere
+    held_b: torch.Tensor  # [out, columns]
+    seats: torch.Tensor  # [tasks, experts], bool: the experts that each task may use
+    routers: torch.Tensor  # [tasks, experts, in]: the token router of each task
+
+    def __init__(self, base_layer: nn.Linear, shape: SubExpertShape, routing: Routing, template: torch.Tensor) -> None:
+        super().__init__(base_layer)
         self.shape, self.routing = shape, routing
-        tasks, size = routing.capacity, shape.columns
-        self._keep("held_a", like.new_zeros(size, self.in_features))  # what is claimed; zero elsewhere
-        self._keep("held_b", like.new_zeros(self.out_features, size))
-        self.open = shape.experts  # experts, now: the first so many; training computes no others
-        self._keep("seats", torch.ones(tasks, shape.most, dtype=torch.bool, device=like.device))  # for each task
-        self._keep("routers", like.new_zeros(tasks, shape.most if shape.top else 0, self.in_features))
-        self.mask_shapes = shape.masks(self.out_features, self.in_features)
-        first = shape.experts * shape.rank
-        self.first = {name: math.prod(s) // size * first for name, s in self.mask_shapes.items()}
-        self.counts = {name: count_of(shape.share, whole) for name, whole in self.first.items()}
-        for name, each in self.mask_shapes.items():
-            self._keep(f"opens_{name}", torch.zeros(tasks, *each, dtype=torch.bool, device=like.device))
-            self._keep(f"taken_{name}", torch.zeros(each, dtype=torch.bool, device=like.device))
-            self._keep(f"allowed_{name}", torch.zeros(each, dtype=torch.bool, device=like.device))
+        tasks, size = routing.num_slots, shape.columns
+        self._add_buffer("held_a", template.new_zeros(size, self.in_features))
+        self._add_buffer("held_b", template.new_zeros(self.out_features, size))
+        self.num_open = shape.experts  # the current task trains the first `num_open` experts
+        self._add_buffer("seats", torch.ones(tasks, shape.most, dtype=torch.bool, device=template.device))
+        self._add_buffer("routers", template.new_zeros(tasks, shape.most if shape.top else 0, self.in_features))
+        self.mask_shapes = shape.mask_shapes(self.out_features, self.in_features)
+        initial_columns = shape.experts * shape.rank
+        # The number of parameters of the first `experts` experts, and how many of them a task's mask selects.
+        self.initial_sizes = {name: math.prod(s) // size * initial_columns for name, s in self.mask_shapes.items()}
+        self.mask_counts = {name: mask_size(shape.share, total) for name, total in self.initial_sizes.items()}
+        for name, mask_shape in self.mask_shapes.items():
+            # The mask of each task; the frozen parameters; the parameters that the current task's mask may select.
+            self._add_buffer(f"opens_{name}", torch.zeros(tasks, *mask_shape, dtype=torch.bool, device=template.device))
+            self._add_buffer(f"taken_{name}", torch.zeros(mask_shape, dtype=torch.bool, device=template.device))
+            self._add_buffer(f"allowed_{name}", torch.zeros(mask_shape, dtype=torch.bool, device=template.device))
 
-    def _keep(self, name: str, tensor: torch.Tensor) -> None:
+    def _add_buffer(self, name: str, tensor: torch.Tensor) -> None:
         self.register_buffer(name, tensor, persistent=False)
 
-    def _of(self, kind: str) -> Tensors:
-        """`opens`, `taken`, `allowed` or `score`, by the mask's name."""
+    def _tensors_by_mask(self, kind: str) -> Tensors:
+        """The tensors `opens_*`, `taken_*`, `allowed_*` or `score_*` (the `kind`), by the mask's name."""
         return {name: getattr(self, f"{kind}_{name}") for name in self.mask_shapes}
 
-    def _sides(self, masks: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
-        """Masks as they apply to A and to B."""
+    def _side_masks(self, masks: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+        """The masks for A and for B, with shapes that broadcast to A and B."""
         return (masks["atoms"][:, None], masks["atoms"]) if self.shape.atoms else (masks["a"], masks["b"])
 
     def make_trainable(self) -> None:
-        """Add the tensors that train; `first_values` gives what a task starts from."""
-        self.sub_a, self.sub_b = (nn.Parameter(torch.zeros_like(held)) for held in (self.held_a, self.held_b))
-        for name, each in self.mask_shapes.items():
-            self.register_parameter(f"score_{name}", nn.Parameter(self.held_a.new_zeros(each)))
+        """Add the trainable tensors; `initial_expert_values` gives their values at the start of a task."""
+        self.sub_a, self.sub_b = (nn.Parameter(torch.zeros_like(side)) for side in (self.held_a, self.held_b))
+        for name, mask_shape in self.mask_shapes.items():
+            self.register_parameter(f"score_{name}", nn.Parameter(self.held_a.new_zeros(mask_shape)))
         if self.shape.top:
             self.token_router = nn.Parameter(self.held_a.new_zeros(self.shape.most, self.in_features))
 
     @property
-    def trained(self) -> list[str]:
-        """The names of these tensors."""
+    def trainable_names(self) -> list[str]:
+        """The names of the trainable tensors."""
         scores = [f"score_{name}" for name in self.mask_shapes]
         return ["sub_a", "sub_b", *scores, *(["token_router"] if self.shape.top else [])]
 
-    def beside(self) -> list[list[Product]]:
-        """What training computes beside the projection; how many columns, a grouped product decides by the tokens."""
-        shape, like = self.shape, self.held_a
-        experts = shape.top if self._sorts(like.device, like.dtype) else self.open
-        router = [[Product(self.in_features, self.open, True)]] if shape.top else []
-        return [*router, low_rank(self.in_features, experts * shape.rank, self.out_features, True)]
+    def adapter_matmuls(self) -> list[list[MatMul]]:
+        """The matrix products of a training pass beside the projection: the token router, and A and B."""
+        shape = self.shape
+        experts = shape.top if self._uses_grouped_mm(self.held_a.device, self.held_a.dtype) else self.num_open
+        router = [[MatMul(self.in_features, self.num_open, True)]] if shape.top else []
+        return [*router, low_rank_matmuls(self.in_features, experts * shape.rank, self.out_features, True)]
 
-    def _sorts(self, device: torch.device, kind: torch.dtype) -> bool:
-        """Whether tokens go to the columns of their own experts alone."""
+    def _uses_grouped_mm(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether tokens are sorted by expert, so that each token is multiplied only with its own experts."""
         shape, widths = self.shape, (self.in_features, self.out_features)
-        return grouped.pays(device, kind, self.open, shape.rank, shape.top, *widths)
+        return grouped.grouped_is_faster(device, dtype, self.num_open, shape.rank, shape.top, *widths)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.training:
-            return self._learn(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
-        y, rows = super().forward(x), self.routing.rows
-        if rows is None:
+            return self._training_forward(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+        y, assignment = super().forward(x), self.routing.assignment
+        if assignment is None:
             return y
-        return y + self._answer(x.reshape(len(rows.slots), -1, self.in_features), rows, y.dtype).reshape(y.shape)
+        return y + self._inference_output(
+            x.reshape(len(assignment.slots), -1, self.in_features), assignment, y.dtype
+        ).reshape(y.shape)
 
-    def _learn(self, x: torch.Tensor) -> torch.Tensor:
-        """[tokens, in], all of the task that learns."""
-        shape, (a, b) = self.shape, self._sides_that_learn()
-        where = x.device.type
-        cast = where in ("cpu", "cuda") and torch.is_autocast_enabled(where)
-        sort = self._sorts(x.device, torch.get_autocast_dtype(where) if cast else x.dtype)
-        at_once = a[:0] if shape.dropout or sort else a  # what reads x as it is: one product, and so is its gradient
-        router = self.token_router[: self.open] if shape.top else a[:0]
-        y, read = _Beside.apply(x, self.weight, self.bias, torch.cat([at_once, router]))
-        dropped = functional.dropout(x, shape.dropout) if shape.dropout else x
-        if sort:
-            return y.add_(self._sorted(dropped.to(y.dtype), a.to(y.dtype), b.to(y.dtype), read))
+    def _training_forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The output [tokens, out] for x [tokens, in], with the masks of the current task."""
+        shape, (a, b) = self.shape, self._training_matrices()
+        device_type = x.device.type
+        autocast = device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type)
+        grouped_path = self._uses_grouped_mm(x.device, torch.get_autocast_dtype(device_type) if autocast else x.dtype)
+        joint_a = a[:0] if shape.dropout or grouped_path else a  # shares one product with the router
+        router = self.token_router[: self.num_open] if shape.top else a[:0]
+        # The second output: [tokens, columns of joint_a, then one router logit for each open expert].
+        y, joint = _SharedInputLinear.apply(x, self.weight, self.bias, torch.cat([joint_a, router]))
+        dropped_x = functional.dropout(x, shape.dropout) if shape.dropout else x
+        if grouped_path:
+            return y.add_(self._grouped_output(dropped_x.to(y.dtype), a.to(y.dtype), b.to(y.dtype), joint))
         if shape.dropout:
-            low = functional.linear(dropped, a)
-            read = torch.cat([low, read], 1) if shape.top else low
-        low = weigh(read, self.open, shape.top, self._factor) if shape.top else read * shape.scale
+            low = functional.linear(dropped_x, a)
+            joint = torch.cat([low, joint], 1) if shape.top else low
+        low = apply_gates(joint, self.num_open, shape.top, self._gate_scale) if shape.top else joint * shape.scale
         return y.addmm_(low.to(y.dtype), b.to(y.dtype))
 
-    def _sorted(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """What is added, where so many columns stand side by side that tokens better go to those of their experts."""
-        a, b = (side.unflatten(0, (self.open, self.shape.rank)) for side in (a, b))
-        shares, few = chosen(logits, self.shape.top)
-        return grouped.mixed(x, a, b, few, (shares.gather(-1, few) * self._factor).to(x.dtype))
+    def _grouped_output(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """The experts' output [tokens, out], computed with tokens sorted by expert."""
+        a, b = (side.unflatten(0, (self.num_open, self.shape.rank)) for side in (a, b))
+        probs, expert_ids = select_experts(logits, self.shape.top)
+        return grouped.grouped_mixture(
+            x, a, b, expert_ids, (probs.gather(-1, expert_ids) * self._gate_scale).to(x.dtype)
+        )
 
     @property
-    def _factor(self) -> float:
-        """Of a gate: an expert with as large a share as all others gives `scale` times what it has."""
+    def _gate_scale(self) -> float:
+        """The factor on a softmax probability; with equal probabilities, each gate equals `scale`."""
         return self.shape.experts * self.shape.scale
 
-    def _sides_that_learn(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and Bᵀ of the open experts, as the task's masks open them; what they open of atoms counts in B, once."""
-        scores, allowed, taken = (
-            {name: self._now(name, of) for name, of in self._of(kind).items()} for kind in ("score", "allowed", "taken")
+    def _training_matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Masked A and Bᵀ of the open experts for the current task. A rank-1 mask is applied to B only."""
+        scores, allowed, frozen_mask = (
+            {name: self._open_part(name, tensor) for name, tensor in self._tensors_by_mask(kind).items()}
+            for kind in ("score", "allowed", "taken")
         )
-        masks = {name: strongest(scores[name], allowed[name], count) for name, count in self.counts.items()}
-        taken_a, taken_b = self._sides(taken)
-        a = frozen(taken_a, self._now("a", self.held_a), self._now("a", self.sub_a))
-        b = frozen(taken_b, self._now("b", self.held_b), self._now("b", self.sub_b))
+        masks = {
+            name: trainable_top_k_mask(scores[name], allowed[name], count) for name, count in self.mask_counts.items()
+        }
+        frozen_a, frozen_b = self._side_masks(frozen_mask)
+        a = merge_frozen_params(frozen_a, self._open_part("a", self.held_a), self._open_part("a", self.sub_a))
+        b = merge_frozen_params(frozen_b, self._open_part("b", self.held_b), self._open_part("b", self.sub_b))
         a, b = (a, b * masks["atoms"]) if self.shape.atoms else (a * masks["a"], b * masks["b"])
-        return a, b.T.contiguous()  # the gradient of Bᵀ is the faster product
+        return a, b.T.contiguous()  # the backward product is faster for Bᵀ than for B
 
-    def _now(self, name: str, mask: torch.Tensor) -> torch.Tensor:
-        """Of A or B, of a mask of theirs, or of what is as large: the part of the open experts."""
-        size = self.open * self.shape.rank
-        return mask[:, :size] if name == "b" else mask[:size]
+    def _open_part(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The part that belongs to the open experts, of a tensor shaped like A, B or a mask (`name`)."""
+        size = self.num_open * self.shape.rank
+        return tensor[:, :size] if name == "b" else tensor[:size]
 
-    def _answer(self, x: torch.Tensor, rows: Rows, kind: torch.dtype) -> torch.Tensor:
-        """What is added for [rows, tokens, in], each row of its own task."""
-        seats = self.seats[rows.index][:, None]
+    def _inference_output(self, x: torch.Tensor, assignment: SlotAssignment, dtype: torch.dtype) -> torch.Tensor:
+        """The experts' output [rows, tokens, out] for x [rows, tokens, in], each row with its own task."""
+        expert_mask = self.seats[assignment.slot_indices][:, None]
         if self.shape.top:
-            gate = gates(x @ self.routers[rows.index].transpose(1, 2), self.shape.top, self._factor, seats)
+            gate = compute_gates(
+                x @ self.routers[assignment.slot_indices].transpose(1, 2), self.shape.top, self._gate_scale, expert_mask
+            )
         else:
-            gate = seats.to(self.held_a.dtype) * self.shape.scale
+            gate = expert_mask.to(self.held_a.dtype) * self.shape.scale
         gate = gate[..., None].expand(*gate.shape, self.shape.rank).flatten(-2)
         if self.shape.atoms:
-            columns = self._of("opens")["atoms"][rows.index].to(gate) * rows.present[:, None]
-            return _low_rank(x, self.held_a, self.held_b, gate * columns[:, None])
-        added = x.new_zeros(*x.shape[:2], self.out_features, dtype=kind)
+            rank1_mask = (
+                self._tensors_by_mask("opens")["atoms"][assignment.slot_indices].to(gate) * assignment.has_slot[:, None]
+            )
+            return _gated_low_rank(x, self.held_a, self.held_b, gate * rank1_mask[:, None])
+        expert_y = x.new_zeros(*x.shape[:2], self.out_features, dtype=dtype)
         gate = gate.expand(*x.shape[:2], -1)
-        for slot, mine in rows.by_slot.items():
-            opens = {name: masks[slot] for name, masks in self._of("opens").items()}
-            a, b = self.held_a * opens["a"], self.held_b * opens["b"]
-            added.index_copy_(0, mine, _low_rank(x[mine], a, b, gate[mine]).to(kind))
-        return added
+        for slot, row_ids in assignment.rows_by_slot.items():
+            task_masks = {name: masks[slot] for name, masks in self._tensors_by_mask("opens").items()}
+            a, b = self.held_a * task_masks["a"], self.held_b * task_masks["b"]
+            expert_y.index_copy_(0, row_ids, _gated_low_rank(x[row_ids], a, b, gate[row_ids]).to(dtype))
+        return expert_y
 
-    # ---- claiming
+    # ---- masks and frozen parameters
 
-    def prepare(self, experts: int, reuse: bool) -> None:
-        """What the next task's mask may open: of the first so many experts, without `reuse` only what is unclaimed."""
-        self.open = experts
-        column = torch.arange(self.shape.columns, device=self.held_a.device) < experts * self.shape.rank
-        for name, taken in self._of("taken").items():
-            within = column[:, None] if name == "a" else column
-            getattr(self, f"allowed_{name}").copy_(within & (~taken | reuse))
+    def open_for_training(self, experts: int, reuse: bool) -> None:
+        """Open the first `experts` experts for the next task. Without `reuse`, its mask excludes frozen parameters."""
+        self.num_open = experts
+        is_open_column = torch.arange(self.shape.columns, device=self.held_a.device) < experts * self.shape.rank
+        for name, frozen_mask in self._tensors_by_mask("taken").items():
+            is_open = is_open_column[:, None] if name == "a" else is_open_column
+            getattr(self, f"allowed_{name}").copy_(is_open & (~frozen_mask | reuse))
 
-    def lacking(self, experts: int) -> int:
-        """How many of the first so many experts' parameters are unclaimed, short of what a mask opens; 0 if enough."""
-        short = 0
-        for name, taken in self._of("taken").items():
-            whole = self.first[name] // self.shape.experts * experts
-            short = max(short, self.counts[name] - (whole - int(taken.sum())))
-        return short
+    def count_missing_params(self, experts: int) -> int:
+        """How many trainable parameters the first `experts` experts lack for a mask without frozen ones; 0: none."""
+        missing = 0
+        for name, frozen_mask in self._tensors_by_mask("taken").items():
+            total_params = self.initial_sizes[name] // self.shape.experts * experts
+            missing = max(missing, self.mask_counts[name] - (total_params - int(frozen_mask.sum())))
+        return missing
 
     @torch.no_grad()
-    def claim(self, slot: int, trained: Tensors) -> Tensors:
-        """A task has ended: what its mask opens is claimed. Returns all that `take` needs to know of it."""
-        kind, allowed = self.held_a.dtype, self._of("allowed")
-        masks = {name: torch.zeros_like(where) for name, where in allowed.items()}
-        if not all(bool(tensor.to(kind).isfinite().all()) for tensor in trained.values()):
-            raise Failure("a sub-expert's values are not finite, so nothing is claimed; lower train.lr and run again")
-        for name, count in self.counts.items():  # of the same part as in training: of scores alike the same are taken
-            scores = self._now(name, trained[f"score_{name}"].to(kind))
-            self._now(name, masks[name]).copy_(opened(scores, self._now(name, allowed[name]), count))
-        new = self._hold(slot, masks)
-        kept = {f"mask_{name}": pack(mask) for name, mask in masks.items()}
-        kept |= {side: trained[f"sub_{side}"].to(kind)[where] for side, where in zip("ab", new, strict=True)}
-        kept["open"] = torch.arange(self.shape.most, device=self.held_a.device) < self.open
+    def freeze_task_params(self, slot: int, trained_tensors: Tensors) -> Tensors:
+        """Freeze the parameters in the mask of an ended task; returns the tensors for `load_task_params`."""
+        dtype, allowed = self.held_a.dtype, self._tensors_by_mask("allowed")
+        masks = {name: torch.zeros_like(mask) for name, mask in allowed.items()}
+        if not all(bool(tensor.to(dtype).isfinite().all()) for tensor in trained_tensors.values()):
+            raise ExternalFailure(
+                "a sub-expert's values are not finite, so the task cannot be saved; lower train.lr and run again"
+            )
+        for name, count in self.mask_counts.items():
+            # The slice is the same as in training, so that equal scores are selected alike.
+            scores = self._open_part(name, trained_tensors[f"score_{name}"].to(dtype))
+            self._open_part(name, masks[name]).copy_(top_k_mask(scores, self._open_part(name, allowed[name]), count))
+        new_masks = self._store_masks(slot, masks)
+        task_tensors = {f"mask_{name}": pack_bits(mask) for name, mask in masks.items()}
+        task_tensors |= {
+            side: trained_tensors[f"sub_{side}"].to(dtype)[new_mask]
+            for side, new_mask in zip("ab", new_masks, strict=True)
+        }
+        task_tensors["open"] = torch.arange(self.shape.most, device=self.held_a.device) < self.num_open
         if self.shape.top:
-            kept["router"] = trained["token_router"].to(kind)[: self.open]
-        self._settle(slot, new, kept)
-        return kept
+            task_tensors["router"] = trained_tensors["token_router"].to(dtype)[: self.num_open]
+        self._store_values(slot, new_masks, task_tensors)
+        return task_tensors
 
     @torch.no_grad()
-    def take(self, slot: int, kept: Tensors) -> None:
-        """Take back what `claim` gave, in the order in which the tasks ended."""
+    def load_task_params(self, slot: int, task_tensors: Tensors) -> None:
+        """Restore what `freeze_task_params` returned. Tasks must be restored in the order in which they ended."""
         shapes, device = self.mask_shapes, self.held_a.device
-        masks = {name: unpack(kept[f"mask_{name}"], shape).to(device) for name, shape in shapes.items()}
-        self._settle(slot, self._hold(slot, masks), kept)
+        masks = {name: unpack_bits(task_tensors[f"mask_{name}"], shape).to(device) for name, shape in shapes.items()}
+        self._store_values(slot, self._store_masks(slot, masks), task_tensors)
 
-    def unclaimed(self, masks: Tensors) -> tuple[int, int]:
-        """How many parameters of A and of B these masks open that nobody has claimed."""
-        a, b = self._sides({name: mask & ~getattr(self, f"taken_{name}") for name, mask in masks.items()})
+    def count_new_params(self, masks: Tensors) -> tuple[int, int]:
+        """How many parameters of A and of B are in these masks and not frozen yet."""
+        a, b = self._side_masks({name: mask & ~getattr(self, f"taken_{name}") for name, mask in masks.items()})
         return int(a.expand_as(self.held_a).sum()), int(b.expand_as(self.held_b).sum())
 
-    def _hold(self, slot: int, masks: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
-        """Make the masks the task's own; returns where in A and B they open what was unclaimed."""
-        before = {name: taken.clone() for name, taken in self._of("taken").items()}
+    def _store_masks(self, slot: int, masks: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+        """Set the masks of the task in this slot; returns masks of A and of B of the parameters newly frozen by it."""
+        previously_frozen = {name: frozen_mask.clone() for name, frozen_mask in self._tensors_by_mask("taken").items()}
         for name, mask in masks.items():
             getattr(self, f"opens_{name}")[slot] = mask
             getattr(self, f"taken_{name}").logical_or_(mask)
-        new = self._sides({name: mask & ~before[name] for name, mask in masks.items()})
-        return new[0].expand_as(self.held_a), new[1].expand_as(self.held_b)
+        new_masks = self._side_masks({name: mask & ~previously_frozen[name] for name, mask in masks.items()})
+        return new_masks[0].expand_as(self.held_a), new_masks[1].expand_as(self.held_b)
 
-    def _settle(self, slot: int, new: tuple[torch.Tensor, torch.Tensor], kept: Tensors) -> None:
-        for held, where, side in zip((self.held_a, self.held_b), new, "ab", strict=True):
-            held[where] = kept[side].to(held)
-        self.seats[slot] = kept["open"].to(self.seats)
+    def _store_values(self, slot: int, new_masks: tuple[torch.Tensor, torch.Tensor], task_tensors: Tensors) -> None:
+        """Copy a task's parameters, open experts and token router into the buffers."""
+        for frozen_values, new_mask, side in zip((self.held_a, self.held_b), new_masks, "ab", strict=True):
+            frozen_values[new_mask] = task_tensors[side].to(frozen_values)
+        self.seats[slot] = task_tensors["open"].to(self.seats)
         if self.shape.top:
-            self.routers[slot, : len(kept["router"])] = kept["router"].to(self.routers)
+            self.routers[slot, : len(task_tensors["router"])] = task_tensors["router"].to(self.routers)
 
     @property
-    def claimed(self) -> int:
-        """Parameters of A and B that are claimed."""
-        a, b = self._sides(self._of("taken"))
+    def num_frozen_params(self) -> int:
+        """How many parameters of A and B are frozen."""
+        a, b = self._side_masks(self._tensors_by_mask("taken"))
         return int(a.expand_as(self.held_a).sum()) + int(b.expand_as(self.held_b).sum())
 
-    def shared(self) -> torch.Tensor:
-        """[tasks, tasks]: how much of what one task opens the other opens too."""
-        rows = [masks.flatten(1).float() for masks in self._of("opens").values()]
-        return torch.stack([each @ each.T for each in rows]).double().sum(0)
+    def mask_overlap(self) -> torch.Tensor:
+        """[tasks, tasks]: how many parameters are in the masks of both tasks."""
+        flat_masks = [masks.flatten(1).float() for masks in self._tensors_by_mask("opens").values()]
+        return torch.stack([flat @ flat.T for flat in flat_masks]).double().sum(0)
 
 
-def frozen(taken: torch.Tensor, held: torch.Tensor, trained: torch.Tensor) -> torch.Tensor:
-    """What is claimed as it is held, without a gradient; the rest as it trains."""
-    return torch.where(taken, held, trained)
+def merge_frozen_params(
+    frozen_mask: torch.Tensor, frozen_values: torch.Tensor, trained_values: torch.Tensor
+) -> torch.Tensor:
+    """The frozen values where the mask is set, without a gradient; the trained values elsewhere."""
+    return torch.where(frozen_mask, frozen_values, trained_values)
 
 
-class _Beside(torch.autograd.Function):
-    """A projection, and another product of the same input; the two gradients to it are added up in place."""
+class _SharedInputLinear(torch.autograd.Function):
+    """A projection and a second product of the same input. The two gradients of the input are added in place."""
 
     @staticmethod
     def forward(
@@ -291,93 +323,105 @@ class _Beside(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        y, read = gradients
-        x, weight, other = (saved.to(y.dtype) for saved in ctx.saved_tensors)  # autocast may have cast them on the way
-        to_x, to_weight, to_bias, _ = ctx.needs_input_grad
+        grad_y, grad_other = gradients
+        x, weight, other = (saved.to(grad_y.dtype) for saved in ctx.saved_tensors)  # autocast may have cast the outputs
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         return (
-            (y @ weight).addmm_(read, other) if to_x else None,
-            y.T @ x if to_weight else None,
-            y.sum(0) if to_bias else None,
-            read.T @ x,
+            (grad_y @ weight).addmm_(grad_other, other) if needs_x else None,
+            grad_y.T @ x if needs_weight else None,
+            grad_y.sum(0) if needs_bias else None,
+            grad_other.T @ x,
         )
 
 
-def _low_rank(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+def _gated_low_rank(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """((x Aᵀ) ∘ gate) Bᵀ"""
     return functional.linear(functional.linear(x, a) * gate, b)
 
 
-class Experts:
-    """The sub-experts of one model, and the tasks that have claimed some of them."""
+class SubExpertBank:
+    """The sub-experts of one model, with a slot for each task that has ended."""
 
-    def __init__(self, model: nn.Module, shape: Shape, routing: Routing) -> None:
+    def __init__(self, model: nn.Module, shape: SubExpertShape, routing: Routing) -> None:
         self.shape, self.routing = shape, routing
-        self.layers = {name: m for name, m in model.named_modules() if isinstance(m, SubExperts)}
-        self.count = shape.experts  # open now
-        self.names: list[str] = []  # of the tasks that have ended, each in the slot of its place
+        self.layers = {name: m for name, m in model.named_modules() if isinstance(m, SubExpertLinear)}
+        self.num_open = shape.experts  # experts that the current task trains
+        self.names: list[str] = []  # tasks that have ended; the index is the slot
 
-    def lacking(self) -> int:
-        """The most that any layer is short of unclaimed parameters for a mask."""
-        return max(layer.lacking(self.count) for layer in self.layers.values())
+    def count_missing_params(self) -> int:
+        """How many trainable parameters a layer lacks for a mask without frozen ones; the largest of all layers."""
+        return max(layer.count_missing_params(self.num_open) for layer in self.layers.values())
 
-    def prepare(self, reuse: bool) -> None:
+    def open_for_training(self, reuse: bool) -> None:
+        """Open the first `num_open` experts for the next task. Without `reuse`, its masks exclude frozen parameters."""
         for layer in self.layers.values():
-            layer.prepare(self.count, reuse)
+            layer.open_for_training(self.num_open, reuse)
 
-    def trained(self) -> list[str]:
+    def trainable_names(self) -> list[str]:
         """The names of the tensors that train."""
-        return [f"{path}.{own}" for path, layer in self.layers.items() for own in layer.trained]
+        return [f"{path}.{own}" for path, layer in self.layers.items() for own in layer.trainable_names]
 
-    def claim(self, name: str, trained: Mapping[str, torch.Tensor]) -> dict[str, Tensors]:
-        """What a task leaves, by layer; `trained` by the tensors' full names."""
-        slot = self._seat(name)
+    def freeze_task_params(self, name: str, trained_tensors: Mapping[str, torch.Tensor]) -> dict[str, Tensors]:
+        """Freeze the parameters in the masks of a task that has ended; returns the tensors to save, by layer.
+
+        `trained_tensors`: by the parameters' full names.
+        """
+        slot = self._add_slot(name)
         return {
-            path: layer.claim(slot, {own: trained[f"{path}.{own}"] for own in layer.trained})
+            path: layer.freeze_task_params(
+                slot, {own: trained_tensors[f"{path}.{own}"] for own in layer.trainable_names}
+            )
             for path, layer in self.layers.items()
         }
 
-    def take(self, name: str, kept: Mapping[str, Tensors]) -> None:
-        slot = self._seat(name)
+    def load_task_params(self, name: str, task_tensors: Mapping[str, Tensors]) -> None:
+        """Restore what `freeze_task_params` returned for this task."""
+        slot = self._add_slot(name)
         for path, layer in self.layers.items():
-            layer.take(slot, kept[path])
-            self.count = int(layer.seats[slot].sum())
+            layer.load_task_params(slot, task_tensors[path])
+            self.num_open = int(layer.seats[slot].sum())
 
-    def _seat(self, name: str) -> int:
-        assert name not in self.names, f"{name} has claimed already"
+    def _add_slot(self, name: str) -> int:
+        assert name not in self.names, f"{name} has ended already"
         self.names.append(name)
         return len(self.names) - 1
 
-    def slot(self, name: str | None) -> int | None:
+    def get_slot(self, name: str | None) -> int | None:
         return None if name is None else self.names.index(name)
 
-    def shared(self) -> torch.Tensor:
-        """[tasks, tasks]: the share of what the one opens that the other opens too, in all layers."""
-        known = len(self.names)
-        counts = torch.stack([layer.shared().cpu() for layer in self.layers.values()]).sum(0)[:known, :known]
+    def mask_overlap(self) -> torch.Tensor:
+        """[tasks, tasks]: the fraction of the row task's masks that is also in the column task's, over all layers."""
+        num_tasks = len(self.names)
+        counts = torch.stack([layer.mask_overlap().cpu() for layer in self.layers.values()]).sum(0)[
+            :num_tasks, :num_tasks
+        ]
         return counts / counts.diagonal()[:, None].clamp_min(1)
 
-    def used(self) -> float:
-        """The share of the first experts' parameters that is claimed; above 1 where experts were added."""
-        whole = sum(
+    def frozen_share(self) -> float:
+        """Frozen parameters as a fraction of the parameters of the initial experts; above 1 if experts were added."""
+        total_params = sum(
             self.shape.experts * self.shape.rank * (m.in_features + m.out_features) for m in self.layers.values()
         )
-        return sum(layer.claimed for layer in self.layers.values()) / whole
+        return sum(layer.num_frozen_params for layer in self.layers.values()) / total_params
 
 
-def add_experts(model: nn.Module, shape: Shape, routing: Routing, targets: Iterable[str]) -> Experts:
+def inject_sub_experts(
+    model: nn.Module, shape: SubExpertShape, routing: Routing, targets: Iterable[str]
+) -> SubExpertBank:
     """Put sub-experts beside the named projections of a frozen model."""
-    like = empty_like(model)
+    template = make_template_tensor(model)
     for name in targets:
-        plain = model.get_submodule(name)
-        assert isinstance(plain, nn.Linear)
-        put(model, name, SubExperts(plain, shape, routing, like))
-    return Experts(model, shape, routing)
+        base_layer = model.get_submodule(name)
+        assert isinstance(base_layer, nn.Linear)
+        replace_module(model, name, SubExpertLinear(base_layer, shape, routing, template))
+    return SubExpertBank(model, shape, routing)
 
 
-def first_values(seed: int, name: str, shape: torch.Size, start: int, stop: int) -> torch.Tensor:
-    """What a task starts from: nothing is added yet, and chance decides which parameters its masks open."""
+def initial_expert_values(seed: int, name: str, shape: torch.Size, start: int, stop: int) -> torch.Tensor:
+    """Elements [start, stop) of a trainable tensor at the start of a task: B is zero, A and the scores are random."""
     kind = name.rpartition(".")[2]
     if kind == "sub_b":
         return torch.zeros(stop - start)
     if kind.startswith("score_"):
-        return draw_normal(seed, name, start, stop, SPREAD)
-    return draw_a(seed, name, shape, start, stop)
+        return draw_normal(seed, name, start, stop, SCORE_STD)
+    return sample_lora_a(seed, name, shape, start, stop)

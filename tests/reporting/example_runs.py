@@ -1,4 +1,4 @@
-"""Run directories as training leaves them, with whatever numbers a test needs."""
+"""Write example run directories and comparisons for the tests, with chosen scores and metrics."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 
 import yaml
 
-from dscl.config.parsing import override
-from dscl.maths.scores import build
+from dscl.config.parsing import apply_overrides
+from dscl.maths.scores import build_document
 
 TASKS = ("one", "two")
 
 
-def recipe(*assignments: str, tasks: Sequence[str] = TASKS) -> dict[str, Any]:
+def make_recipe(*assignments: str, tasks: Sequence[str] = TASKS) -> dict[str, Any]:
     stream = [
         {"name": name, "path": f"data/{name}", "metric": None, "epochs": None, "train_limit": 50, "test_limit": 20}
         for name in tasks
     ]
-    whole: dict[str, Any] = {
+    recipe: dict[str, Any] = {
         "run_dir": "out/somewhere",
         "seed": 0,
         "model": {"name": "base", "shape": None},
@@ -33,10 +33,10 @@ def recipe(*assignments: str, tasks: Sequence[str] = TASKS) -> dict[str, Any]:
         "checkpoint": {"every": 100},
         "observe": {"every": 10},
     }
-    return override(whole, assignments)
+    return apply_overrides(recipe, assignments)
 
 
-def run(
+def write_run(
     folder: Path,
     *assignments: str,
     scores: Sequence[Sequence[float | None]] = ((0.8, None), (0.6, 0.9)),
@@ -49,12 +49,12 @@ def run(
     """A run of `steps` steps a task, 10 tokens and a second each; `numbers` stand in each task's last record,
     in an earlier task's with half of the bytes."""
     folder.mkdir(parents=True)
-    whole = recipe(*assignments, f"run_dir={folder}", tasks=tasks)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(whole, sort_keys=False, allow_unicode=True), "utf-8")
+    recipe = make_recipe(*assignments, f"run_dir={folder}", tasks=tasks)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), "utf-8")
     rows = [list(row) for row in scores]
     if rows:
-        document = build(
-            whole["method"]["name"], tasks, ["accuracy"] * len(tasks), rows, before, len(rows) == len(tasks)
+        document = build_document(
+            recipe["method"]["name"], tasks, ["accuracy"] * len(tasks), rows, before, len(rows) == len(tasks)
         )
         (folder / "scores.json").write_text(json.dumps(document | others), "utf-8")
     with open(folder / "metrics.jsonl", "w", encoding="utf-8") as file:
@@ -69,6 +69,6 @@ def run(
     return folder
 
 
-def comparison(folder: Path, rows: Mapping[str, Any], **others: Any) -> None:
+def write_comparison(folder: Path, rows: Mapping[str, Any], **others: Any) -> None:
     document = {"stream": "stream.yaml", "rates": {row: [0.001] for row in rows}, "rows": rows, "deviations": []}
     (folder / "comparison.json").write_text(json.dumps(document | others), "utf-8")

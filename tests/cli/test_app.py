@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -270,6 +271,15 @@ def test_exit_statuses(error: BaseException, status: int, told: str, capsys: pyt
     assert capsys.readouterr().err == told
     assert guarded(lambda: guarded(failing(error))) == status  # told by the inner one alone
     assert capsys.readouterr().err == told
+
+
+@pytest.mark.parametrize(("kind", "chosen"), [("cpu", "cpu"), ("cuda", None)])
+def test_deepspeed_hears_that_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch, kind: str, chosen: str | None) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "")  # restored afterwards
+    monkeypatch.delenv("DS_ACCELERATOR")
+    monkeypatch.setattr(comm, "device", lambda: SimpleNamespace(type=kind))
+    app._choose_accelerator()
+    assert os.environ.get("DS_ACCELERATOR") == chosen
 
 
 def test_internal_failure_shows_its_traceback_once(capsys: pytest.CaptureFixture[str]) -> None:

@@ -132,17 +132,34 @@ def test_what_is_protected_stays_so_for_all_later_tasks(reading: str, claim: lis
     assert grown > TARGETS  # and it does grow
 
 
-def test_a_task_protects_the_strongest_directions_of_its_change() -> None:
+@pytest.mark.parametrize("rest", ["frozen", "free", "protected"])
+def test_what_trains_besides_the_targets(rest: str) -> None:
+    alone = Alone(rest=rest, targets=["q_proj"], share=0.25)
+    matrices = {name for name, weight in alone.weights.items() if weight.ndim == 2}
+    targets = {name for name in matrices if "q_proj" in name}
+    training = {name for name, weight in alone.weights.items() if weight.requires_grad}
+    assert len(targets) == SHAPE.num_hidden_layers
+    assert training == {"frozen": targets, "free": set(alone.weights), "protected": matrices}[rest]
+    assert set(alone.names) == (matrices if rest == "protected" else targets)  # those under the constraint
+
+
+@pytest.mark.parametrize(("reading", "share"), [("input", 0.25), ("two_sided", 0.0)])
+def test_a_task_protects_the_strongest_directions_of_its_change(reading: str, share: float) -> None:
     """Against the singular vectors of what the task added to each weight."""
-    alone = Alone(claim_energy=0.6, claim=["updates"], share=0.25)
+    alone = Alone(reading=reading, claim_energy=0.6, claim=["updates"], share=share)
     before = {name: alone.weights[name].data.clone() for name in alone.names}
     alone.learn("one")
     for name, space in alone.spaces().items():
         change = (alone.weights[name].data - before[name]).double()
-        claimed = space.right[:, int(0.25 * min(change.shape)) :].double()
-        strongest = torch.linalg.svd(change).Vh[: claimed.shape[1]]
+        decomposed = torch.linalg.svd(change)
+        claimed = space.right[:, int(share * min(change.shape)) :].double()
+        strongest = decomposed.Vh[: claimed.shape[1]].T
         assert claimed.shape[1] >= 1
-        assert torch.allclose(claimed @ claimed.T, strongest.T @ strongest, atol=1e-4)
+        assert torch.allclose(claimed @ claimed.T, strongest @ strongest.T, atol=1e-4)
+        if reading == "two_sided":
+            left, strongest = space.left.double(), decomposed.U[:, : space.left.shape[1]]
+            assert left.shape[1] >= 1
+            assert torch.allclose(left @ left.T, strongest @ strongest.T, atol=1e-4)
 
 
 def test_a_part_of_the_room_is_the_most_that_a_task_gets() -> None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -278,6 +279,15 @@ def test_exit_statuses(
         run_with_error_report(lambda: run_with_error_report(raise_error(error))) == status
     )  # only the inner call reports the error
     assert capsys.readouterr().err == expected_message
+
+
+@pytest.mark.parametrize(("kind", "chosen"), [("cpu", "cpu"), ("cuda", None)])
+def test_the_accelerator_is_the_cpu_without_a_gpu(monkeypatch: pytest.MonkeyPatch, kind: str, chosen: str | None) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "")  # restored afterwards
+    monkeypatch.delenv("DS_ACCELERATOR")
+    monkeypatch.setattr(comm, "device", lambda: SimpleNamespace(type=kind))
+    app._choose_accelerator()
+    assert os.environ.get("DS_ACCELERATOR") == chosen
 
 
 def test_an_internal_error_shows_its_traceback_once(capsys: pytest.CaptureFixture[str]) -> None:

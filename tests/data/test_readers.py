@@ -103,6 +103,14 @@ def test_superni_file_and_folder_are_divided(write: Write, read: Read) -> None:
         assert len(pairs(task.train) | pairs(task.dev) | pairs(task.test)) == count
 
 
+@pytest.mark.parametrize("lacking", ["Definition", "Instances"])
+def test_a_superni_file_needs_both_parts(write: Write, read: Read, lacking: str) -> None:
+    content = superni("x", 9)
+    del content[lacking]
+    with pytest.raises(UserError, match="not a SuperNI task"):
+        read(write("task.json", content), format="superni")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

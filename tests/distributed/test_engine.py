@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import importlib
+import inspect
 import itertools
 import os
 from pathlib import Path
@@ -325,6 +328,15 @@ def test_what_is_written_between_tasks_is_not_undone_by_the_next_step(ranks: Any
     for at_once, left, moved in ranks(2)(changed_then_stepped, stage):
         assert at_once == left == 0.0
         assert moved > 1.0
+
+
+def test_what_a_collective_sends_is_the_argument_that_deepspeed_has_there() -> None:
+    """Read from its source, for its methods are wrapped."""
+    source = ast.parse(inspect.getsource(importlib.import_module("deepspeed.comm.torch")))
+    backend = next(node for node in source.body if isinstance(node, ast.ClassDef) and node.name == "TorchBackend")
+    methods = {node.name: node for node in backend.body if isinstance(node, ast.FunctionDef)}
+    for name, (_, place, argument) in dscl.engine.engine.COLLECTIVES.items():
+        assert [each.arg for each in methods[name].args.args][1 + place] == argument, name
 
 
 def whole_and_parts(stage: int) -> tuple[dict[str, torch.Tensor], Any]:

@@ -739,10 +739,13 @@ def test_the_models_texts_follow_its_distribution() -> None:
     model: Any = dataclasses.replace(built, hf_config=shape).build()
     load_parameters(model, RandomWeights(5, 0.08).read)
     model.eval()
+    said: list[tuple[int, int]] = []
     with torch.no_grad():
-        ids = torch.cat([ids[:counting] for ids, counting in sample_texts(model, 4000, 3, 0, torch.device("cpu"))])
+        blocks = sample_texts(model, 4000, 3, 0, torch.device("cpu"), lambda *done: said.append(done))
+        ids = torch.cat([ids[:counting] for ids, counting in blocks])
         expected = model(torch.tensor([[3, token] for token in range(7)])).logits.double().softmax(-1)
     assert ids.shape == (4000, 3)
+    assert said == [(3 * block + token, 3 * len(blocks)) for block in range(len(blocks)) for token in (1, 2)]
     assert (ids[:, 0] == 3).all()
     observed = torch.zeros(7, 7, dtype=torch.float64).index_put((ids[:, 1], ids[:, 2]), torch.ones(1).double(), True)
     second = 4000 * expected[0, 0]

@@ -18,7 +18,8 @@ from dscl.distributed import comm
 from dscl.engine.engine import Engine
 from dscl.engine.zero_shards import ZeroShards
 from dscl.recipe.recipe import Recipe, resolve_recipe
-from dscl.training import checkpoint, trainer
+from dscl.training import checkpoint, run_dir, trainer
+from dscl.training.setup import build_setup
 from dscl.utils.errors import ExternalFailure, UserError
 from tests.support.runs import (
     copy,
@@ -378,6 +379,28 @@ def test_eval_repeats_the_last_row(ranks: Any, tasks: Path, stage: int) -> None:
         assert line["tasks_trained"] == 2
 
 
+def prepared(document: dict[str, Any]) -> list[tuple[float, bool, bool]]:
+    """Of each task: its highest rate, and whether it is evaluated on the dev split, and on the test split."""
+    setup = build_setup(resolve_recipe(document))
+    return [
+        (
+            max(map(task_data.learning_rate, range(task_data.num_steps))),
+            task_data.eval_set.samples == task_data.task.dev,
+            task_data.eval_set.samples == task_data.task.test,
+        )
+        for task_data in setup.tasks
+    ]
+
+
+@pytest.mark.parametrize(("split", "on"), [("dev", (True, False)), ("test", (False, True))])
+def test_a_tasks_own_rate_and_the_split_that_is_evaluated(
+    ranks: Any, tasks: Path, split: str, on: tuple[bool, bool]
+) -> None:
+    document = recipe_of(tasks, "prepared", evaluate__split=split, train__schedule="constant", train__warmup=0.0)
+    document["stream"][1]["lr"] = 0.02
+    assert ranks(1)(prepared, document) == [[(3e-3, *on), (0.02, *on)]]
+
+
 def test_packing_with_flash_attention_needs_single_rows(ranks: Any, tasks: Path) -> None:
     """transformers' flash attention looks for packed samples only in batches of one row, and would mix them."""
     document = recipe_of(tasks, "flash", train__packing=True, model__attention="flash_attention_2")
@@ -392,6 +415,46 @@ def test_a_damaged_later_checkpoint_does_not_count_as_kept(ranks: Any, killed: P
     truncate(folder / "step-00000006")
     ranks(2)(run_until_killed, recipe_of(tasks, "later", checkpoint={"every": 1, "keep": 1}), 2)
     assert [p.name for p in sorted(folder.iterdir())] == ["step-00000004", "step-00000006"]
+
+
+def chosen(document: dict[str, Any], name: str) -> str:
+    """What is said where a checkpoint is asked for by its name."""
+    recipe = resolve_recipe(document)
+    try:
+        checkpoint.Checkpoints(recipe.run_folder / "checkpoints", recipe.checkpoint).find_checkpoint(name)
+    except ExternalFailure as error:
+        return str(error)
+    return ""
+
+
+def test_damage_to_one_ranks_share_of_a_chosen_checkpoint_ends_all_ranks(ranks: Any, killed: Path, tasks: Path) -> None:
+    folder = copy(killed, "chosen") / "checkpoints"
+    assert ranks(2)(chosen, recipe_of(tasks, "chosen"), "step-00000003") == ["", ""]
+    truncate(folder / "step-00000003")
+    for said in ranks(2)(chosen, recipe_of(tasks, "chosen"), "step-00000003"):
+        assert said.startswith("checkpoint step-00000003 is damaged (")
+
+
+def without_room_for(document: dict[str, Any], name: str) -> str:
+    """What a run says whose main rank cannot write that file of its folder."""
+    original = run_dir.write_text_atomically
+
+    def writing(path: Path, text: str) -> None:
+        if path.name == name:
+            raise OSError(28, "No space left on device")
+        original(path, text)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_dir, "write_text_atomically", writing)
+        with pytest.raises(UserError) as raised:
+            run(document)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "base.json"])
+def test_a_run_directory_that_the_main_rank_cannot_write_to_ends_all_ranks(ranks: Any, tasks: Path, name: str) -> None:
+    for said in ranks(2)(without_room_for, recipe_of(tasks, f"no {name}"), name):
+        assert "cannot be written (No space left on device); choose another" in said
 
 
 def test_scores_say_complete_only_when_the_last_checkpoint_is_there(ranks: Any, undisturbed: Any, tasks: Path) -> None:

@@ -165,6 +165,26 @@ def test_a_disk_that_is_full_is_told_and_the_one_before_is_there(ranks: Any, und
     assert outcome(tasks / "full") == outcome(undisturbed(*whole(tasks, 2, train__epochs=1)))
 
 
+def run_without_room_for_the_marker(document: dict[str, Any]) -> str:
+    original = checkpoint._write_bytes
+
+    def writing(path: Path, content: bytes) -> Any:
+        if path.name == MARKER_FILE:
+            raise OSError(28, "No space left on device")
+        return original(path, content)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "_write_bytes", writing)
+        with pytest.raises(ExternalFailure) as raised:
+            run(document)
+    return str(raised.value)
+
+
+def test_what_the_main_rank_cannot_write_ends_all_ranks(ranks: Any, tasks: Path) -> None:
+    for told in ranks(2)(run_without_room_for_the_marker, recipe_of(tasks, "no marker", 2, train__epochs=1)):
+        assert "No space left on device" in told
+
+
 def stop_at(document: dict[str, Any], place: int) -> list[str]:
     """The checkpoints that are there when the run has stopped."""
     with Slow(0.2), pytest.raises(RunStopped):
@@ -179,6 +199,25 @@ def test_a_run_that_stops_waits_for_what_is_being_written(ranks: Any, tasks: Pat
         assert names == ["step-00000000", "step-00000004"]  # before training, and where it stopped
     marker = json.loads((tasks / "stops" / "checkpoints" / names[-1] / MARKER_FILE).read_text())
     assert set(marker["files"]) == {"method.safetensors", "state.json", *(f"rank-{r:05d}.safetensors" for r in (0, 1))}
+
+
+def scores_written(document: dict[str, Any]) -> list[bool]:
+    """Run; whether the checkpoint after a task has its name when the task's scores are written, task by task."""
+    original, whole = trainer.write_scores, []
+
+    def publishing(recipe: Any, job: Any, position: Any) -> Any:
+        whole.append((recipe.run_folder / "checkpoints" / position.checkpoint_name() / MARKER_FILE).exists())
+        return original(recipe, job, position)
+
+    with Slow(0.2), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "write_scores", publishing)
+        run(document)
+    return whole
+
+
+def test_scores_are_written_when_their_checkpoint_is_there(ranks: Any, tasks: Path) -> None:
+    document = beside(tasks, "scores", 2, train__epochs=1, evaluate__before=False)
+    assert ranks(2)(scores_written, document) == [[True, True]] * 2
 
 
 def die_while_writing(document: dict[str, Any]) -> list[str]:
@@ -234,7 +273,8 @@ def test_the_best_outlives_the_newest(tmp_path: Path, by: str, best: str) -> Non
     assert found is not None
     assert found.name == best
     assert checkpoints.find_checkpoint(None) == folder / "step-00000040-scored"
-    assert checkpoints.find_checkpoint(best) == folder / best
+    for name in (best, "step-00000040-scored"):
+        assert checkpoints.find_checkpoint(name) == folder / name
 
 
 def test_one_that_is_not_there_is_refused(tmp_path: Path) -> None:

@@ -109,7 +109,8 @@ def test_a_run_goes_on_at_other_sizes(ranks: Any, undisturbed: Any, tasks: Path,
             ranks(world)(run_with_eps, changing)
     run_dir = Path(changing["run_dir"])
     expected, found = metrics(whole), metrics(run_dir)
-    for what in ("step", "task", "tokens", "targets"):  # no sample twice, and none lost
+    # No sample twice, and none lost; and what is stored for the tasks is counted on all ranks.
+    for what in ("step", "task", "tokens", "targets", "capacity_bytes"):
         assert [record.get(what) for record in found] == [record.get(what) for record in expected]
     assert [record["loss"] for record in found] == pytest.approx([record["loss"] for record in expected], rel=1e-4)
     assert scores(run_dir)["complete"]

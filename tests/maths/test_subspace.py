@@ -424,6 +424,21 @@ def test_growth_is_nested(reading: str, kind: torch.dtype) -> None:
         assert earlier.protected_norm(weight.double() - then.double()) < 2 * precision * size(first)
 
 
+@pytest.mark.parametrize("reading", READINGS)
+def test_what_is_released_moves_again_and_the_rest_stays(reading: str) -> None:
+    """What is fixed afterwards is what a space of the remaining directions alone would fix."""
+    weight = draw(0, 12, 10)
+    space = protected(reading, weight, 5, 4)
+    left = slice(1, 1) if reading == "input" else slice(1, 3)
+    right, other = space.right.clone(), space.left.clone()
+    space.release(slice(2, 4), left)
+    remaining = Subspace.empty(reading, weight)
+    rows = [] if reading == "input" else [0, 3]
+    remaining.grow(weight, right[:, [0, 1, 4]], other[:, rows])
+    for name, tensor in remaining.tensors().items():
+        torch.testing.assert_close(space.tensors()[name], tensor, rtol=1e-6, atol=1e-6)
+
+
 def test_growth_refuses_directions_that_are_held() -> None:
     weight = draw(0, 8, 8)
     space = protected("two_sided", weight, 3, 3)

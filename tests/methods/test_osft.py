@@ -137,17 +137,34 @@ def test_protected_directions_stay_protected_in_later_tasks(reading: str, claim:
     assert grown > TARGETS  # and it does grow
 
 
-def test_a_task_protects_the_strongest_directions_of_its_change() -> None:
+@pytest.mark.parametrize("rest", ["frozen", "free", "protected"])
+def test_what_trains_besides_the_targets(rest: str) -> None:
+    run = SingleRankOsft(rest=rest, targets=["q_proj"], share=0.25)
+    matrices = {name for name, weight in run.weights.items() if weight.ndim == 2}
+    targets = {name for name in matrices if "q_proj" in name}
+    training = {name for name, weight in run.weights.items() if weight.requires_grad}
+    assert len(targets) == SHAPE.num_hidden_layers
+    assert training == {"frozen": targets, "free": set(run.weights), "protected": matrices}[rest]
+    assert set(run.names) == (matrices if rest == "protected" else targets)  # those under the constraint
+
+
+@pytest.mark.parametrize(("reading", "share"), [("input", 0.25), ("two_sided", 0.0)])
+def test_a_task_protects_the_strongest_directions_of_its_change(reading: str, share: float) -> None:
     """Compared with the singular vectors of the task's change of each weight."""
-    run = SingleRankOsft(claim_energy=0.6, claim=["updates"], share=0.25)
+    run = SingleRankOsft(reading=reading, claim_energy=0.6, claim=["updates"], share=share)
     before = {name: run.weights[name].data.clone() for name in run.names}
     run.train_task("one")
     for name, space in run.get_subspaces().items():
         change = (run.weights[name].data - before[name]).double()
-        claimed = space.right[:, int(0.25 * min(change.shape)) :].double()
-        trainable_top_k_mask = torch.linalg.svd(change).Vh[: claimed.shape[1]]
+        decomposed = torch.linalg.svd(change)
+        claimed = space.right[:, int(share * min(change.shape)) :].double()
+        strongest = decomposed.Vh[: claimed.shape[1]].T
         assert claimed.shape[1] >= 1
-        assert torch.allclose(claimed @ claimed.T, trainable_top_k_mask.T @ trainable_top_k_mask, atol=1e-4)
+        assert torch.allclose(claimed @ claimed.T, strongest @ strongest.T, atol=1e-4)
+        if reading == "two_sided":
+            left, strongest = space.left.double(), decomposed.U[:, : space.left.shape[1]]
+            assert left.shape[1] >= 1
+            assert torch.allclose(left @ left.T, strongest @ strongest.T, atol=1e-4)
 
 
 def test_a_task_gets_at_most_its_part_of_the_free_directions() -> None:

@@ -92,6 +92,19 @@ def test_cudnn_attention_is_disabled(opened: Callable[..., Backbone]) -> None:
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
+def test_a_pass_in_training_keeps_no_cache(opened: Callable[..., Backbone]) -> None:
+    assert opened(shape=SHAPE).build()(torch.tensor([[1, 2]])).past_key_values is None
+
+
+def test_the_order_of_the_configurations_keys_is_not_part_of_the_fingerprint(
+    opened: Callable[..., Backbone], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = opened(shape=SHAPE)
+    before, keys = backbone.fingerprint(), backbone.hf_config.to_dict()
+    monkeypatch.setattr(type(backbone.hf_config), "to_dict", lambda self: dict(reversed(keys.items())))
+    assert backbone.fingerprint() == before
+
+
 def test_count_parameters_equals_the_built_model(opened: Callable[..., Backbone]) -> None:
     for tied in (True, False):
         backbone = opened(shape={**SHAPE, "tie_word_embeddings": tied})

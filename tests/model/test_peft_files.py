@@ -166,6 +166,21 @@ def test_layers_of_different_rank_or_scale_are_refused(shapes: dict[str, tuple[i
             write_adapter(tmp_path / "task", LoraAdapter("task", "", layers))
 
 
+def test_all_of_a_file_is_there_when_it_is_brought_to_the_disk(
+    shapes: dict[str, tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: dict[str, int] = {}
+
+    def sync(handle: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        synced[path.name] = os.fstat(handle).st_size
+
+    monkeypatch.setattr(os, "fsync", sync)
+    write_adapter(tmp_path / "task", drawn(shapes, UPPER))
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "task").iterdir()}
+    assert {name: synced[name] for name in sizes} == sizes
+
+
 def test_adapter_folder_is_replaced_atomically(
     shapes: dict[str, tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -91,4 +91,6 @@ def test_cutting(width: int) -> None:
 def test_short_forms() -> None:
     shown = [format_duration(s) for s in (0, 59.4, 59.6, 130, 3599, 3600, 11100, 187200)]
     assert shown == ["0s", "59s", "1m00s", "2m10s", "59m59s", "1h00m", "3h05m", "2d04h"]
-    assert [format_count(v) for v in (0, 870, 3412, 1.25e6, 2e9)] == ["0", "870", "3.4k", "1.2M", "2.0G"]
+    assert [format_count(v) for v in (0, 870, 1e3, 3412, 1e6, 1.25e6, 2e9)] == [
+        "0", "870", "1.0k", "3.4k", "1.0M", "1.2M", "2.0G",
+    ]  # fmt: skip

@@ -65,6 +65,11 @@ def test_what_a_task_needs_when_it_ends_has_to_fit_too() -> None:
     assert [fits(StageEstimate("a", {}, alone[1], None), alone, memory * GIB, 1) for memory in (21.9, 22)] == [0, 1]
 
 
+def test_micro_batches_are_those_of_the_first_step_of_the_first_task() -> None:
+    first: Any = SimpleNamespace(sampler=SimpleNamespace(micro_batches=lambda step, rank: [(step, rank)] * 3))
+    assert plan._micro_batches_per_step(SimpleNamespace(training_data={0: first}.__getitem__)) == 3  # type: ignore[arg-type]
+
+
 def test_time_of_a_step_is_that_of_the_stated_device_and_network() -> None:
     """Steps of 4 samples of 10 tokens, of which 4 are answered: 40 tokens, 4 · 55 pairs, 16 targets, on 2 ranks."""
     lengths = np.full(8, 6, np.int32), np.full(8, 4, np.int32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,15 +10,34 @@ import torch
 
 from dscl.data.batches import collate_prompts
 from dscl.data.task import Sample, Task, TaskConfig
+from dscl.distributed import comm
 from dscl.methods.base import RunInfo
 from dscl.methods.sequential import Sequential, SequentialConfig
 from dscl.model.generation import generate
 from dscl.training.evaluation import EvalSet, EvaluateConfig, evaluate_task, mean_token_loss
+from dscl.training.trainer import should_evaluate
 from tests.support.decoding import EOS, LABELS, PAD, PROMPTS, alone
-from tests.support.toy_model import make, model
+from tests.support.toy_model import VOCABULARY, make, model
 
 RIGHT = pytest.approx(4 / 5, abs=1e-12)  # each exam is made so that one of its five answers is wrong
 METHOD = Sequential(SequentialConfig(), RunInfo(0, (), "", "", "", 0, ""))
+
+
+@pytest.mark.parametrize(
+    ("tasks", "every", "expected"),
+    [
+        ("all", 1, ["abc", "abc", "abc"]),
+        ("seen", 1, ["a", "ab", "abc"]),
+        ("new", 1, ["a", "b", "abc"]),
+        ("seen", 2, ["", "ab", "abc"]),
+        ("new", 2, ["", "b", "abc"]),
+    ],
+)
+def test_which_tasks_are_evaluated_after_each(tasks: str, every: int, expected: list[str]) -> None:
+    settings = SimpleNamespace(evaluate=EvaluateConfig(tasks=tasks, every=every))
+    setup: Any = SimpleNamespace(recipe=settings, tasks="abc")
+    found = ["".join(name for task, name in enumerate("abc") if should_evaluate(setup, task, after)) for after in range(3)]
+    assert found == expected
 
 
 class Words:
@@ -70,6 +90,28 @@ def test_five_prompts_on_two_ranks_at_every_stage(ranks: Any, stage: int, ranked
 
 def test_more_ranks_than_prompts_of_a_batch(ranks: Any) -> None:
     assert ranks(2)(score_at, 3, True, 64) == [RIGHT] * 2
+
+
+def passes_of_generation() -> tuple[int, list[int]]:
+    """The first rank's prompt ends at once, the other's does not: passes through the model, and the answer."""
+    module = model()
+    with torch.no_grad():
+        (first,), (second,) = (
+            generate(module, collate_prompts([prompt], PAD), 4, VOCABULARY, PAD) for prompt in PROMPTS[:2]
+        )
+        assert first[0] not in second[:3]
+        count = [0]
+        module.register_forward_pre_hook(lambda *_: count.__setitem__(0, count[0] + 1))
+        (answer,) = generate(module, collate_prompts([PROMPTS[comm.rank()]], PAD), 4, first[0], PAD)
+    return count[0], answer
+
+
+def test_ranks_generate_as_long_as_any_of_them_has_to(ranks: Any) -> None:
+    """Under ZeRO-3 every pass needs all of them."""
+    (passes, first), (others, second) = ranks(2)(passes_of_generation)
+    assert passes == others >= 3
+    assert first == []
+    assert len(second) >= 3
 
 
 TEXTS = [[1, 5, 9, 3], [1, 2], [1, 7, 7, 7, 7, 4, 2], [1, 8, 3], [1, 6, 2, 9, 9, 9]]

@@ -305,6 +305,38 @@ def test_too_little_room_for_what_is_foreseen_is_told(ranks: Any, tasks: Path, p
     assert not any(line.startswith("BAD") for line in shown)
 
 
+def test_ranks_look_at_the_same_though_one_alone_sees_a_checkpoint(
+    ranks: Any, tasks: Path, plan: dict[str, Any], tmp_path: Path
+) -> None:
+    """As where run_dir is not shared. A rank that looked at more than the others would wait for them."""
+    places = [tmp_path / name for name in "ab"]
+    for place in places:
+        place.mkdir()
+        for task in ("colour", "animal"):
+            (place / task).symlink_to(tasks / task)
+    (places[0] / "runs" / "seen" / "checkpoints" / "step-00000003").mkdir(parents=True)
+    results = ranks(2)(looked, relative(tasks, "seen"), list(map(str, places)), "", True, False, plan)
+    assert not any("memory of hosts" in line for shown, _ in results for line in shown)
+
+
+def summed_by_the_network_test() -> set[int]:
+    """How many values each all-reduce adds up."""
+    original, sizes = comm.all_reduce_sum, set()
+
+    def adding(tensor: Any) -> Any:
+        sizes.add(tensor.numel())
+        return original(tensor)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comm, "all_reduce_sum", adding)
+        preflight.check_network(None)  # type: ignore[arg-type]
+    return sizes
+
+
+def test_the_network_is_measured_by_collectives(ranks: Any) -> None:
+    assert ranks(2)(summed_by_the_network_test) == [{preflight.MOVED // 16}] * 2
+
+
 def test_training_refuses_what_does_not_agree(ranks: Any, tasks: Path) -> None:
     """Also where the recipe alone differs, and no data by it."""
     results = ranks(2)(trained, recipe_of(tasks, "refused", 2))

@@ -2045,9 +2045,4 @@ TESTS_OF: dict[str, tuple[str, ...]] = {
 }
 
 # Why a drawn breakage that no test notices does no harm, by the name that `tools/mutants.py --list --drawn` gives it.
-HARMLESS: dict[str, str] = {
-    "030fba2424": "tokens of an expert come in another order, which changes no row of the result",
-    "01d0a0b5be": "one file descriptor stays open until the process ends",
-    "0017ee69e8": "a figure as a paper prints it; a test could only repeat it",
-    "01085b9538": "a figure as a paper prints it; a test could only repeat it",
-}
+HARMLESS: dict[str, str] = {}

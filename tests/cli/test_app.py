@@ -282,7 +282,9 @@ def test_exit_statuses(
 
 
 @pytest.mark.parametrize(("kind", "chosen"), [("cpu", "cpu"), ("cuda", None)])
-def test_the_accelerator_is_the_cpu_without_a_gpu(monkeypatch: pytest.MonkeyPatch, kind: str, chosen: str | None) -> None:
+def test_the_accelerator_is_the_cpu_without_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, kind: str, chosen: str | None
+) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "")  # restored afterwards
     monkeypatch.delenv("DS_ACCELERATOR")
     monkeypatch.setattr(comm, "device", lambda: SimpleNamespace(type=kind))

@@ -424,19 +424,19 @@ def test_growth_is_nested(reading: str, kind: torch.dtype) -> None:
         assert earlier.protected_norm(weight.double() - then.double()) < 2 * precision * size(first)
 
 
-@pytest.mark.parametrize("reading", READINGS)
-def test_what_is_released_moves_again_and_the_rest_stays(reading: str) -> None:
-    """What is fixed afterwards is what a space of the remaining directions alone would fix."""
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_removed_directions_move_again_and_the_rest_stays(projection: str) -> None:
+    """Afterwards the subspace equals one that was built of the remaining directions alone."""
     weight = draw(0, 12, 10)
-    space = protected(reading, weight, 5, 4)
-    left = slice(1, 1) if reading == "input" else slice(1, 3)
+    space = protected(projection, weight, 5, 4)
+    left = slice(1, 1) if projection == "input" else slice(1, 3)
     right, other = space.right.clone(), space.left.clone()
-    space.release(slice(2, 4), left)
-    remaining = Subspace.empty(reading, weight)
-    rows = [] if reading == "input" else [0, 3]
-    remaining.grow(weight, right[:, [0, 1, 4]], other[:, rows])
-    for name, tensor in remaining.tensors().items():
-        torch.testing.assert_close(space.tensors()[name], tensor, rtol=1e-6, atol=1e-6)
+    space.remove_directions(slice(2, 4), left)
+    remaining = ProtectedSubspace.empty(projection, weight)
+    rows = [] if projection == "input" else [0, 3]
+    remaining.add_directions(weight, right[:, [0, 1, 4]], other[:, rows])
+    for name, tensor in remaining.state_dict().items():
+        torch.testing.assert_close(space.state_dict()[name], tensor, rtol=1e-6, atol=1e-6)
 
 
 def test_growth_refuses_directions_that_are_held() -> None:

@@ -36,7 +36,9 @@ METHOD = Sequential(SequentialConfig(), RunInfo(0, (), "", "", "", 0, ""))
 def test_which_tasks_are_evaluated_after_each(tasks: str, every: int, expected: list[str]) -> None:
     settings = SimpleNamespace(evaluate=EvaluateConfig(tasks=tasks, every=every))
     setup: Any = SimpleNamespace(recipe=settings, tasks="abc")
-    found = ["".join(name for task, name in enumerate("abc") if should_evaluate(setup, task, after)) for after in range(3)]
+    found = [
+        "".join(name for task, name in enumerate("abc") if should_evaluate(setup, task, after)) for after in range(3)
+    ]
     assert found == expected
 
 

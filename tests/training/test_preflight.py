@@ -334,7 +334,7 @@ def summed_by_the_network_test() -> set[int]:
 
 
 def test_the_network_is_measured_by_collectives(ranks: Any) -> None:
-    assert ranks(2)(summed_by_the_network_test) == [{preflight.MOVED // 16}] * 2
+    assert ranks(2)(summed_by_the_network_test) == [{preflight.NETWORK_TEST_NUMEL // 16}] * 2
 
 
 def test_training_refuses_what_does_not_agree(ranks: Any, tasks: Path) -> None:

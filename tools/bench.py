@@ -367,14 +367,14 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
 
 def trainer(options: argparse.Namespace) -> Iterator[Found]:
     lora = {"name": "sequential", "tune": "lora", "lora": LORA}
-    triangle_size = {"packing": True, "global_batch": 64, "micro_batch": 16}
+    packed = {"packing": True, "global_batch": 64, "micro_batch": 16}
     cases: list[tuple[str, tuple[int, int], dict[str, Any], str]] = [
         ("full fine-tuning", LONG, {}, "≥ 1.0"),
         ("LoRA", LONG, {"method": lora}, "≥ 1.0"),
         (
             "LoRA, short samples of unlike lengths, which we pack",
             SHORT,
-            {"method": lora, "train": triangle_size},
+            {"method": lora, "train": packed},
             "≥ 1.5",
         ),
     ]

@@ -193,7 +193,7 @@ def side(options: argparse.Namespace, method: Method, settings: Mapping[str, Any
     engine.optimizer.before_step, engine.optimizer.after_step = map(
         around, (engine.optimizer.before_step, engine.optimizer.after_step)
     )
-    with clocks([*PARTS, (engine, "probe")]) as made.parts:
+    with clocks([*PARTS, (engine, "probe_activations")]) as made.parts:
         made.setup, _ = timed(lambda: engine.reset_optimizer(method.begin_task(0, "a", ranks_of(options, engine))))
     return made
 
@@ -352,7 +352,7 @@ def setup(options: argparse.Namespace, sides: dict[str, Side]) -> None:
             yield row(f"{reading}, basis: weights", mine, sides[reading].parts)
         other = side(options, constrained("input", basis=("activations",), claim=("activations", "sensitivity")))
         yield row("input, basis: activations", other.setup, other.parts)
-        with clocks([*PARTS, (other.engine, "probe")]) as parts:
+        with clocks([*PARTS, (other.engine, "probe_activations")]) as parts:
             ranks = ranks_of(options, other.engine)
             seconds, _ = timed(lambda: other.method.end_task(0, "a", ranks))
         yield row(

@@ -88,6 +88,9 @@ def recipe(folder: Path, method: str, stage: int) -> dict[str, Any]:
 
 def record(out: Path, only: str) -> None:
     """Run the cases as one of the ranks. The first rank writes what each has computed, a line a case."""
+    from dscl.utils.quiet import silence_libraries
+
+    silence_libraries()
     from dscl.distributed import comm
     from dscl.recipe.recipe import resolve_recipe
     from dscl.training.trainer import train

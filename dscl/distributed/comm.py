@@ -150,9 +150,9 @@ def all_to_all(inputs: Sequence[torch.Tensor], output_sizes: Sequence[int]) -> l
     """Send `inputs[i]` (flat) to rank i, and return the flat tensor from each rank, of `output_sizes` elements."""
     if world_size() == 1:
         return list(inputs)
-    received, triangle_size = inputs[0].new_empty(sum(output_sizes)), torch.cat(list(inputs))
-    with timers.timed_collective("all_to_all", triangle_size):
-        torch_dist.all_to_all_single(received, triangle_size, list(output_sizes), [part.numel() for part in inputs])
+    received, packed = inputs[0].new_empty(sum(output_sizes)), torch.cat(list(inputs))
+    with timers.timed_collective("all_to_all", packed):
+        torch_dist.all_to_all_single(received, packed, list(output_sizes), [part.numel() for part in inputs])
     return list(received.split(list(output_sizes)))
 
 

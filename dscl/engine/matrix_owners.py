@@ -230,11 +230,11 @@ class OwnerExchange:
         """Send each rank its list of shards; return the list of shards, of these sizes, that each rank sent."""
         if comm.world_size() == 1:
             return [()]
-        triangle_size = [
+        packed = [
             torch.cat([shard.to(self.device) for shard in shards]) if shards else torch.empty(0, device=self.device)
             for shards in sends
         ]
-        received = comm.all_to_all(triangle_size, [sum(sizes) for sizes in receive_sizes])
+        received = comm.all_to_all(packed, [sum(sizes) for sizes in receive_sizes])
         return [
             values.split(list(sizes)) if sizes else () for values, sizes in zip(received, receive_sizes, strict=True)
         ]

@@ -368,7 +368,7 @@ def spoilt(document: dict[str, Any], at: int) -> None:
     original, calls = Routing.on_feature_layer, [0]
 
     def spoiling(self: Routing, hidden: torch.Tensor) -> None:
-        if self._decide is None and self._spans:
+        if self._choose_slots is None and self._spans:
             calls[0] += 1
             if calls[0] == at:
                 hidden[0, -1] = float("nan")

@@ -360,9 +360,9 @@ def test_signs_of_chance_give_squared_gradients_on_average(tasks: Path) -> None:
     task_data, samples = setup.tasks[0], [3, 5, 8]
     lengths = torch.tensor([task_data.dataset.answer_lengths[i] for i in samples])
     for rows in ([[3], [5], [8]], [[5, 3], [8]]):
-        triangle_size = len(rows) == 2
+        packed = len(rows) == 2
         order = torch.tensor([samples.index(i) for row in rows for i in row])
-        batch = collate(rows, task_data.dataset, task_data.pad_id, triangle_size, task_data.bos_id)
+        batch = collate(rows, task_data.dataset, task_data.pad_id, packed, task_data.bos_id)
         assert batch.sample_ids == [samples[i] for i in order]
 
         def gradient(signs: torch.Tensor, batch: Batch = batch, order: torch.Tensor = order) -> torch.Tensor:

@@ -335,7 +335,7 @@ def test_what_a_collective_sends_is_the_argument_that_deepspeed_has_there() -> N
     source = ast.parse(inspect.getsource(importlib.import_module("deepspeed.comm.torch")))
     backend = next(node for node in source.body if isinstance(node, ast.ClassDef) and node.name == "TorchBackend")
     methods = {node.name: node for node in backend.body if isinstance(node, ast.FunctionDef)}
-    for name, (_, place, argument) in dscl.engine.engine.COLLECTIVES.items():
+    for name, (_, place, argument) in dscl.engine.engine.COLLECTIVE_SIGNATURES.items():
         assert [each.arg for each in methods[name].args.args][1 + place] == argument, name
 
 

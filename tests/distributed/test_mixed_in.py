@@ -164,7 +164,7 @@ def test_no_more_is_kept_than_was_asked_for(tasks: Path, tmp_path: Path) -> None
     method = build_setup(resolve_recipe(mixing(tasks, "most", {"name": "replay", "most": 8}))).method
     every = ReplayBuffer("any", tuple(([number], [0]) for number in range(30)))
     for index, expected in enumerate(([8], [4, 4], [2, 2, 2])):
-        ended: Any = method.end_task(index, NAMES[index], SimpleNamespace(samples=lambda: every))  # type: ignore[arg-type]
+        ended: Any = method.end_task(index, NAMES[index], SimpleNamespace(task_samples=lambda: every))  # type: ignore[arg-type]
         method.save_task_artifacts(tmp_path, NAMES[index])
         kept: list[ReplayBuffer] = list(method.replay_samples())  # type: ignore[call-overload]
         assert [len(each) for each in kept] == expected

@@ -345,9 +345,9 @@ def test_packing_changes_no_loss(ranks: Any, tasks: Path, stage: int) -> None:
     changes = {"train__global_batch": 12, "train__epochs": 1}
     ranks(2)(run, recipe_of(tasks, f"loose{stage}", stage, **changes))
     ranks(2)(run, recipe_of(tasks, f"packed{stage}", stage, **changes, train__packing=True))
-    loose, triangle_size = metrics(tasks / f"loose{stage}"), metrics(tasks / f"packed{stage}")
-    assert [r["loss"] for r in triangle_size] == pytest.approx([r["loss"] for r in loose], rel=1e-5)
-    assert {r["targets"] for r in loose} == {r["targets"] for r in triangle_size}
+    loose, packed = metrics(tasks / f"loose{stage}"), metrics(tasks / f"packed{stage}")
+    assert [r["loss"] for r in packed] == pytest.approx([r["loss"] for r in loose], rel=1e-5)
+    assert {r["targets"] for r in loose} == {r["targets"] for r in packed}
 
 
 @pytest.mark.parametrize(

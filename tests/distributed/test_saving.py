@@ -225,8 +225,8 @@ def die_while_writing(document: dict[str, Any]) -> list[str]:
     original = Checkpoints.finish_pending
 
     def dying(self: Checkpoints) -> None:
-        if self._writing is not None and self._writing.name == "step-00000006":
-            self._writing.wait()
+        if self._pending is not None and self._pending.name == "step-00000006":
+            self._pending.wait()
             raise Killed
         original(self)
 

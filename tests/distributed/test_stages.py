@@ -54,17 +54,17 @@ def test_a_method_at_every_stage(ranks: Any, undisturbed: Any, tasks: Path, meth
 
 def run_in_parts(document: dict[str, Any]) -> None:
     """With logits that are made a few rows at a time."""
-    before, original, served = lm_head.AT_ONCE, lm_head._in_parts, []
+    before, original, served = lm_head.MAX_LOGITS, lm_head._chunked_answer_loss, []
 
     def in_parts(*given: Any) -> Any:
         served.append(given)
         return original(*given)
 
-    lm_head.AT_ONCE, lm_head._in_parts = 1024, in_parts
+    lm_head.MAX_LOGITS, lm_head._chunked_answer_loss = 1024, in_parts
     try:
         run(document)
     finally:
-        lm_head.AT_ONCE, lm_head._in_parts = before, original
+        lm_head.MAX_LOGITS, lm_head._chunked_answer_loss = before, original
     assert served
 
 

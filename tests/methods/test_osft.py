@@ -242,8 +242,8 @@ def test_base_directions_are_the_strongest_of_their_source(basis: list[str]) -> 
         rows = given[0] * (felt[0].norm(dim=1, keepdim=True) if basis == ["sensitivity"] else 1.0)
         seen = rows.T @ rows
         moment = seen if len(basis) == 1 else moment + seen / seen.trace()
-    trainable_top_k_mask = torch.linalg.eigh(moment).eigenvectors.flip(1)[:, :8]
-    overlap = torch.linalg.svdvals(trainable_top_k_mask.T @ run.get_subspaces()[f"{name}.weight"].right.double())
+    strongest = torch.linalg.eigh(moment).eigenvectors.flip(1)[:, :8]
+    overlap = torch.linalg.svdvals(strongest.T @ run.get_subspaces()[f"{name}.weight"].right.double())
     assert overlap.min() > 1 - 1e-6
 
 

@@ -122,8 +122,9 @@ def test_large_model_is_sharded(ranks: Any, tasks: Path, tmp_path: Path, monkeyp
     assert torch.equal(found, ranks(1)(logits, document)[0])
 
 
-def test_model_export_overwrites_only_a_model_export(ranks: Any, tasks: Path, tmp_path: Path) -> None:
-    document = trained(ranks, tasks, "sequential")
+@pytest.mark.parametrize("method", ["sequential", "one lora"])
+def test_an_export_overwrites_only_an_export_of_its_kind(ranks: Any, tasks: Path, tmp_path: Path, method: str) -> None:
+    document = trained(ranks, tasks, method)
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(UserError, match="something else is there"):
         export.export_run(Path(document["run_dir"]), tmp_path)

@@ -175,7 +175,7 @@ def run_until(document: dict[str, Any], deaths: list[tuple[str, int]]) -> None:
         "save": (checkpoint.Checkpoints, "save"),
         "gather": (comm, "all_gather_objects"),
         "take": (trainer, "evaluate_task"),
-        "shares": (ZeroShards, "shares"),
+        "shares": (ZeroShards, "disjoint_shards"),
     }
     for name, count in deaths:
         owner, attribute = places[name]

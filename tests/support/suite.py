@@ -31,7 +31,6 @@ ROOM = 4 << 30  # bytes that must be free for temporary folders in memory
 ALONE = (
     "tests/distributed",
     "tests/launch",
-    "tests/distributed/test_launcher.py",
     "tests/training/test_preflight.py",
     "tests/cli/test_app.py",
 )

@@ -68,7 +68,7 @@ def test_activations_are_recomputed_only_where_memory_asks_for_it(monkeypatch: p
         return {**FOUND, "recompute": True} if case.recompute else {"full": "in a step"}
 
     monkeypatch.setattr(bench, "child", child)
-    monkeypatch.setattr(bench.dist, "device", lambda: argparse.Namespace(type="cuda"))
+    monkeypatch.setattr(bench.comm, "device", lambda: argparse.Namespace(type="cuda"))
     monkeypatch.setattr(bench, "is_flash_attn_2_available", lambda: False)
     options = argparse.Namespace(
         shape=["7B"], method=["full"], attention=None, rounds=1, samples=1, limit=9.0, offload=True

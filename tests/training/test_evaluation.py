@@ -119,14 +119,17 @@ def test_ranks_generate_as_long_as_any_of_them_has_to(ranks: Any) -> None:
 TEXTS = [[1, 5, 9, 3], [1, 2], [1, 7, 7, 7, 7, 4, 2], [1, 8, 3], [1, 6, 2, 9, 9, 9]]
 
 
-def loss_at(stage: int) -> float:
-    engine = make(stage)
-    loss = mean_token_loss(TEXTS, engine, METHOD, Words())
+def loss_at(stage: int) -> tuple[float, list[tuple[int, int]]]:
+    """The loss, and the progress that was reported."""
+    engine, progress = make(stage), []
+    loss = mean_token_loss(TEXTS, engine, METHOD, Words(), lambda *done: progress.append(done))
     engine.close()
-    return loss
+    return loss, progress
 
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_the_loss_on_texts_is_the_mean_over_their_tokens(ranks: Any, stage: int) -> None:
     expected = -sum(alone(model(), [text[0]], text[1:]) for text in TEXTS) / sum(len(text) - 1 for text in TEXTS)
-    assert ranks(2)(loss_at, stage) == [pytest.approx(expected, rel=1e-6)] * 2
+    for loss, progress in ranks(2)(loss_at, stage):
+        assert loss == pytest.approx(expected, rel=1e-6)
+        assert progress == [(1, 1)]  # of one batch a rank

@@ -143,7 +143,7 @@ def arm(moment: str, count: int) -> None:
     elif moment.startswith("writing tensors"):
         for owner in (checkpoint, import_module("dscl.utils.checksummed")):
             around(owner, "save_file", half_tensors)
-        around(import_module("dscl.model.adapters.peft_files"), "_write", half)
+        around(import_module("dscl.model.adapters.peft_files"), "_write_file", half)
     elif moment.startswith("writing other"):
         around(checkpoint, "_write_bytes", half)
     elif moment.startswith("writing scores"):

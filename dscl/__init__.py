@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """`dscl.load` is `dscl.serve.load`, imported when it is asked for: the command line starts by importing this."""
+    """Import `dscl.load` (`dscl.serving.server.load`) on first use, so that `import dscl` imports no heavy package."""
     if name == "load":
-        return import_module("dscl.serve").load
+        return import_module("dscl.serving.server").load
     raise AttributeError(f"module 'dscl' has no attribute {name!r}")

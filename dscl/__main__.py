@@ -1,5 +1,5 @@
-"""`python -m dscl` is the program `dscl`."""
+"""`python -m dscl` runs the command line interface."""
 
-from dscl.cli import program
+from dscl.cli.app import run_and_exit
 
-program()
+run_and_exit()

@@ -40,9 +40,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dscl.observe.quiet import quiet
+from dscl.utils.quiet import silence_libraries
 
-quiet()  # before the libraries are imported
+silence_libraries()  # before the libraries are imported
 
 import deepspeed  # noqa: E402
 import torch  # noqa: E402
@@ -50,21 +50,22 @@ import yaml  # noqa: E402
 from torch.nn import functional  # noqa: E402
 from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: E402
 
-from dscl import clock, dist  # noqa: E402
-from dscl.checkpoint import Checkpoints  # noqa: E402
 from dscl.data.batches import Batch  # noqa: E402
 from dscl.data.encode import encode_answers  # noqa: E402
-from dscl.engine import Engine, fill  # noqa: E402
-from dscl.evaluate import EvaluateConfig, take  # noqa: E402
-from dscl.job import Job, Lesson, open_job  # noqa: E402
-from dscl.methods import find_method  # noqa: E402
-from dscl.model.head import AT_ONCE, PartByPart, answer_loss  # noqa: E402
-from dscl.observe import Observer  # noqa: E402
-from dscl.observe.trace import Tracer  # noqa: E402
-from dscl.recipe import Recipe, resolve  # noqa: E402
-from dscl.rehearsal import Storages  # noqa: E402
-from dscl.spawn import outside  # noqa: E402
-from dscl.train import Position, asked, learn  # noqa: E402
+from dscl.distributed import comm  # noqa: E402
+from dscl.distributed.launcher import subprocess_environment  # noqa: E402
+from dscl.engine.engine import Engine, load_parameters  # noqa: E402
+from dscl.methods.registry import find_method  # noqa: E402
+from dscl.model.lm_head import MAX_LOGITS, ChunkedCrossEntropy, answer_loss  # noqa: E402
+from dscl.monitoring.observer import Observer  # noqa: E402
+from dscl.monitoring.profiler import Tracer  # noqa: E402
+from dscl.planning.simulate import MemoryTracker  # noqa: E402
+from dscl.recipe.recipe import Recipe, resolve_recipe  # noqa: E402
+from dscl.training.checkpoint import Checkpoints  # noqa: E402
+from dscl.training.evaluation import EvaluateConfig, evaluate_task  # noqa: E402
+from dscl.training.setup import RunSetup, TaskData, build_setup  # noqa: E402
+from dscl.training.trainer import TrainState, should_evaluate, train_task  # noqa: E402
+from dscl.utils import timers  # noqa: E402
 
 TOOLS = Path(__file__).resolve().parent
 BLOCK = 10  # steps that a side takes in its turn: as many as between two updates of what is watched
@@ -115,27 +116,27 @@ def main() -> None:
     parser.add_argument("--method", nargs="+", help="of `gpu`: full, osft, lora, asr, moses")
     parser.add_argument("--json", action="store_true", help="an object for each row, instead of a table")
     options = parser.parse_args()
-    if dist.world() > 1 and not set(options.section) <= set(SEVERAL):
+    if comm.world_size() > 1 and not set(options.section) <= set(SEVERAL):
         parser.error(f"--section: with more than one rank only {', '.join(SEVERAL)} can be measured")
     lines = [] if options.json else [machine(options), "", "| | ratio | target | |", "|---|---|---|---|"]
     show(*lines)
-    with dist.session():
+    with comm.process_group():
         for name in options.section:
             for found in sections[name](options):
                 row = f"| {found.what} | {found.figure} | {found.target} | {found.told} |"
                 lines.append(json.dumps(asdict(found)) if options.json else row)
                 show(lines[-1])
-    if options.out and dist.is_main():
+    if options.out and comm.is_main():
         options.out.write_text("\n".join(lines) + "\n", "utf-8")
 
 
 def show(*lines: str) -> None:
-    for line in lines if dist.is_main() else ():
+    for line in lines if comm.is_main() else ():
         print(line, flush=True)
 
 
 def machine(options: argparse.Namespace) -> str:
-    here = dist.device()
+    here = comm.device()
     name = torch.cuda.get_device_name(here) if here.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return (
         f"{name}; torch {torch.__version__}, DeepSpeed {deepspeed.__version__}; a LLaMA of {options.layers} layers of "
@@ -147,15 +148,15 @@ def machine(options: argparse.Namespace) -> str:
 
 
 def recipe_of(options: argparse.Namespace, folder: Path, words: tuple[int, int], **changed: Any) -> Recipe:
-    return resolve(document_of(options, folder, words, **changed), source=str(TOOLS))
+    return resolve_recipe(document_of(options, folder, words, **changed), source=str(TOOLS))
 
 
 def document_of(options: argparse.Namespace, folder: Path, words: tuple[int, int], **changed: Any) -> dict[str, Any]:
     """Of a recipe for one task of made-up texts, prompts of so many words each."""
     samples = BLOCK * changed.get("train", {}).get("global_batch", 16) * (options.rounds + 2)
-    if dist.is_main():
+    if comm.is_main():
         write_task(folder / "task", words, samples)
-    dist.barrier()
+    comm.barrier()
     heads = max(2, options.hidden // 64)
     document: dict[str, Any] = {
         "run_dir": str(folder / "run"),
@@ -175,7 +176,7 @@ def document_of(options: argparse.Namespace, folder: Path, words: tuple[int, int
             "lr": 1e-4,
             "schedule": "constant",
             "warmup": 0.0,
-            "precision": "bf16" if dist.device().type == "cuda" else "fp32",
+            "precision": "bf16" if comm.device().type == "cuda" else "fp32",
             "global_batch": 16,
             "micro_batch": 8,
         },
@@ -207,35 +208,35 @@ def write_task(folder: Path, words: tuple[int, int], samples: int) -> None:
 
 
 @contextmanager
-def opened(options: argparse.Namespace, words: tuple[int, int], **changed: Any) -> Iterator[tuple[Job, Engine]]:
+def opened(options: argparse.Namespace, words: tuple[int, int], **changed: Any) -> Iterator[tuple[RunSetup, Engine]]:
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
-        job = open_job(recipe_of(options, Path(dist.from_main(folder)), words, **changed))
-        with closing(job.engine()) as engine:
-            yield job, engine
-        dist.barrier()  # the first rank's folder goes when all are done
+        setup = build_setup(recipe_of(options, Path(comm.broadcast_from_main(folder)), words, **changed))
+        with closing(setup.build_engine()) as engine:
+            yield setup, engine
+        comm.barrier()  # the first rank's folder goes when all are done
     gc.collect()
 
 
 def among() -> str:
-    return f", on {dist.world()} ranks" if dist.world() > 1 else ""
+    return f", on {comm.world_size()} ranks" if comm.world_size() > 1 else ""
 
 
 # ---- sections
 
 
 def overhead(options: argparse.Namespace) -> Iterator[Found]:
-    with opened(options, LONG) as (job, engine):
-        lesson, by_hand = job.lesson(0), Bare(job)
+    with opened(options, LONG) as (setup, engine):
+        task_data, by_hand = setup.training_data(0), Bare(setup)
         plain: list[float] = []
         unwatched: list[float] = []
 
         def others(number: int) -> None:
             numbers = range(number - BLOCK, number)
-            by_hand.prepare(lesson, numbers)
-            plain.append(seconds(lambda: by_hand.steps(lesson, numbers)))
-            unwatched.append(seconds(lambda: steps(engine, job, lesson, numbers, watched=False)))
+            by_hand.prepare(task_data, numbers)
+            plain.append(seconds(lambda: by_hand.steps(task_data, numbers)))
+            unwatched.append(seconds(lambda: steps(engine, setup, task_data, numbers, watched=False)))
 
-        ours = watch(job, engine, lesson, others)
+        ours = watch(setup, engine, task_data, others)
         by_hand.close()
     yield Found(
         f"trainer: a step, everything included, over one of a bare DeepSpeed loop{among()}",
@@ -251,45 +252,45 @@ def overhead(options: argparse.Namespace) -> Iterator[Found]:
 class Bare:
     """DeepSpeed as its tutorial has it, on batches that are ready."""
 
-    def __init__(self, job: Job) -> None:
-        self.module = built(job)
+    def __init__(self, setup: RunSetup) -> None:
+        self.module = built(setup)
         self.optimizer = torch.optim.AdamW(
             [p for p in self.module.parameters() if p.requires_grad], lr=1e-4, fused=True
         )
         with redirect_stdout(io.StringIO()):
             self.engine, *_ = deepspeed.initialize(
-                model=self.module, optimizer=self.optimizer, config=deepspeed_config(job)
+                model=self.module, optimizer=self.optimizer, config=deepspeed_config(setup)
             )
         self.ready: dict[int, list[Batch]] = {}
 
-    def steps(self, lesson: Lesson, numbers: Sequence[int]) -> None:
+    def steps(self, task_data: TaskData, numbers: Sequence[int]) -> None:
         for number in numbers:
-            targets, batches = lesson.schedule.step(number).targets, self.ready[number]
+            targets, batches = task_data.sampler.step_plan(number).num_targets, self.ready[number]
             for batch in batches:
                 # DeepSpeed divides by the batches of a step, and averages over ranks.
-                loss = answer_loss(self.engine, batch) * (dist.world() * len(batches) / targets)
+                loss = answer_loss(self.engine, batch) * (comm.world_size() * len(batches) / targets)
                 self.engine.backward(loss)
                 self.engine.step()
 
-    def prepare(self, lesson: Lesson, numbers: Sequence[int]) -> None:
-        self.ready = {n: [batch.to(dist.device()) for batch in lesson.micro_batches(n)] for n in numbers}
+    def prepare(self, task_data: TaskData, numbers: Sequence[int]) -> None:
+        self.ready = {n: [batch.to(comm.device()) for batch in task_data.micro_batches(n)] for n in numbers}
 
     def close(self) -> None:
         self.engine.destroy()
 
 
-def built(job: Job) -> Any:
-    module = job.backbone.build().to(dist.device())
-    fill(module, job.backbone.weights.read)
+def built(setup: RunSetup) -> Any:
+    module = setup.backbone.build().to(comm.device())
+    load_parameters(module, setup.backbone.weights.read)
     return module
 
 
-def deepspeed_config(job: Job) -> dict[str, Any]:
-    train = job.recipe.train
+def deepspeed_config(setup: RunSetup) -> dict[str, Any]:
+    train = setup.recipe.train
     return {
-        **job.settings,
+        **setup.deepspeed_settings,
         "train_micro_batch_size_per_gpu": train.micro_batch,
-        "gradient_accumulation_steps": max(1, train.global_batch // train.micro_batch // dist.world()),
+        "gradient_accumulation_steps": max(1, train.global_batch // train.micro_batch // comm.world_size()),
         "gradient_clipping": train.grad_clip,
         "steps_per_print": None,
         "zero_force_ds_cpu_optimizer": False,
@@ -297,15 +298,15 @@ def deepspeed_config(job: Job) -> dict[str, Any]:
     }
 
 
-def watch(job: Job, engine: Engine, lesson: Lesson, between: Callable[[int], None]) -> list[float]:
+def watch(setup: RunSetup, engine: Engine, task_data: TaskData, between: Callable[[int], None]) -> list[float]:
     """The seconds of every block of the trainer's own loop; between blocks others have their turn."""
     found: list[float] = []
     began = 0.0
 
     class Seen(Observer):
-        def step(self, *records: Mapping[str, Any]) -> None:
+        def log_steps(self, *records: Mapping[str, Any]) -> None:
             nonlocal began
-            super().step(*records)
+            super().log_steps(*records)
             number = int(records[-1]["step"])
             if number % BLOCK == 0:
                 if number > BLOCK:  # the first block warms up
@@ -313,40 +314,40 @@ def watch(job: Job, engine: Engine, lesson: Lesson, between: Callable[[int], Non
                     between(number)
                 began = time.perf_counter()
 
-    recipe = job.recipe
-    (recipe.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(recipe.folder / "checkpoints", recipe.checkpoint)
-    tracer = Tracer(recipe.folder, recipe.observe.profile)
-    with Seen(recipe.folder, recipe.observe, dist.is_main(), job.steps()) as observer:
-        learn(engine, job, lesson, Position(), checkpoints, observer, tracer, None)
+    recipe = setup.recipe
+    (recipe.run_folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    checkpoints = Checkpoints(recipe.run_folder / "checkpoints", recipe.checkpoint)
+    tracer = Tracer(recipe.run_folder, recipe.observe.profile)
+    with Seen(recipe.run_folder, recipe.observe, comm.is_main(), setup.planned_steps()) as observer:
+        train_task(engine, setup, task_data, TrainState(), checkpoints, observer, tracer, None)
     return found[:-1]  # in the last one the task ends
 
 
-def steps(engine: Engine, job: Job, lesson: Lesson, numbers: Sequence[int], watched: bool = True) -> None:
+def steps(engine: Engine, setup: RunSetup, task_data: TaskData, numbers: Sequence[int], watched: bool = True) -> None:
     with unclocked() if not watched else nullcontext():
         for number in numbers:
-            plan = lesson.schedule.step(number)
-            engine.step(job.method.loss, lesson.micro_batches(number), targets=plan.targets, lr=1e-4)
-    clock.taken()
+            plan = task_data.sampler.step_plan(number)
+            engine.step(setup.method.loss, task_data.micro_batches(number), targets=plan.num_targets, lr=1e-4)
+    timers.collect_timings()
 
 
 @contextmanager
 def unclocked() -> Iterator[None]:
-    before = clock.part, clock.collective
+    before = timers.timed_part, timers.timed_collective
 
     def nothing(*_: Any) -> Any:
         return nullcontext()
 
-    clock.part = clock.collective = nothing  # type: ignore[assignment]
+    timers.timed_part = timers.timed_collective = nothing  # type: ignore[assignment]
     try:
         yield
     finally:
-        clock.part, clock.collective = before
+        timers.timed_part, timers.timed_collective = before
 
 
 def seconds(work: Callable[[], Any]) -> float:
     wait()
-    dist.barrier()
+    comm.barrier()
     began = time.perf_counter()
     work()
     wait()
@@ -354,7 +355,7 @@ def seconds(work: Callable[[], Any]) -> float:
 
 
 def wait() -> None:
-    if dist.device().type == "cuda":
+    if comm.device().type == "cuda":
         torch.cuda.synchronize()
 
 
@@ -370,20 +371,25 @@ def trainer(options: argparse.Namespace) -> Iterator[Found]:
     cases: list[tuple[str, tuple[int, int], dict[str, Any], str]] = [
         ("full fine-tuning", LONG, {}, "≥ 1.0"),
         ("LoRA", LONG, {"method": lora}, "≥ 1.0"),
-        ("LoRA, short samples of unlike lengths, which we pack", SHORT, {"method": lora, "train": packed}, "≥ 1.5"),
+        (
+            "LoRA, short samples of unlike lengths, which we pack",
+            SHORT,
+            {"method": lora, "train": packed},
+            "≥ 1.5",
+        ),
     ]
     for name, words, changed, target in cases:
-        with opened(options, words, **changed) as (job, engine):
-            lesson = job.lesson(0)
-            peer = Peer(job, lesson)
+        with opened(options, words, **changed) as (setup, engine):
+            task_data = setup.training_data(0)
+            peer = Peer(setup, task_data)
             theirs: list[float] = []
 
             def turn(_number: int, peer: Peer = peer, theirs: list[float] = theirs) -> None:
                 theirs.append(peer.block())
 
-            ours = watch(job, engine, lesson, turn)
+            ours = watch(setup, engine, task_data, turn)
             peer.close()
-            tokens = sum(lesson.schedule.step(n).tokens for n in range(BLOCK)) / BLOCK
+            tokens = sum(task_data.sampler.step_plan(n).num_tokens for n in range(BLOCK)) / BLOCK
         yield Found(
             f"{name}: useful tokens a second, over those of Hugging Face's Trainer",
             ratio(theirs, ours),
@@ -396,24 +402,27 @@ class Peer:
     """Hugging Face's Trainer on the same samples in the same order, block by block: it goes on in a thread of its own,
     which runs only while `block` waits for it."""
 
-    def __init__(self, job: Job, lesson: Lesson) -> None:
-        train = job.recipe.train
-        order = [i for n in range(lesson.schedule.steps) for i in lesson.schedule.step(n).samples]
-        rows = [dict(zip(("prompt", "answer"), lesson.data[i], strict=True)) for i in order]
-        model = find_method("sequential")(job.recipe.method, job.facts).prepare(built(job))
+    def __init__(self, setup: RunSetup, task_data: TaskData) -> None:
+        train = setup.recipe.train
+        order = [i for n in range(task_data.sampler.num_steps) for i in task_data.sampler.step_plan(n).sample_ids]
+        rows = [dict(zip(("prompt", "answer"), task_data.dataset[i], strict=True)) for i in order]
+        model = find_method("sequential")(setup.recipe.method, setup.run_info).prepare(built(setup))
         arguments = TrainingArguments(
-            output_dir=str(job.recipe.folder / "peer"), max_steps=lesson.schedule.steps, save_strategy="no",
+            output_dir=str(setup.recipe.run_folder / "peer"), max_steps=task_data.sampler.num_steps, save_strategy="no",
             per_device_train_batch_size=train.micro_batch, report_to=[], disable_tqdm=True, logging_steps=BLOCK,
-            gradient_accumulation_steps=train.global_batch // train.micro_batch // dist.world(), learning_rate=1e-4,
+            gradient_accumulation_steps=train.global_batch // train.micro_batch // comm.world_size(),
+            learning_rate=1e-4,
             lr_scheduler_type="constant", max_grad_norm=train.grad_clip, optim="adamw_torch_fused", weight_decay=0.0,
-            bf16=train.precision == "bf16", use_cpu=dist.device().type == "cpu", remove_unused_columns=False,
-            deepspeed=settings_of(job),
+            bf16=train.precision == "bf16", use_cpu=comm.device().type == "cpu", remove_unused_columns=False,
+            deepspeed=settings_of(setup),
         )  # fmt: skip
-        pad = lesson.pad
+        pad = task_data.pad_id
 
         def collated(samples: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
             width = -(-max(len(s["prompt"]) + len(s["answer"]) for s in samples) // 8) * 8
-            ids, mask, labels = (torch.full((len(samples), width), fill) for fill in (pad, 0, -100))
+            ids, mask, labels = (
+                torch.full((len(samples), width), load_parameters) for load_parameters in (pad, 0, -100)
+            )
             for row, sample in enumerate(samples):
                 whole = [*sample["prompt"], *sample["answer"]]
                 ids[row, : len(whole)] = torch.tensor(whole)
@@ -478,18 +487,18 @@ class Peer:
         self._thread.join()
 
 
-def settings_of(job: Job) -> dict[str, Any]:
+def settings_of(setup: RunSetup) -> dict[str, Any]:
     """The same, as transformers wants it: what its own arguments say stands there as `auto`."""
     own = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-    settings = {**copy.deepcopy(deepspeed_config(job)), **dict.fromkeys(own, "auto")}
+    settings = {**copy.deepcopy(deepspeed_config(setup)), **dict.fromkeys(own, "auto")}
     del settings["steps_per_print"]
     return settings
 
 
 def head(options: argparse.Namespace) -> Iterator[Found]:
-    here = dist.device()
+    here = comm.device()
     width, vocabulary, kind = HEADS["cuda" if here.type == "cuda" else "cpu"]
-    targets, rows = TARGETS, AT_ONCE // vocabulary
+    targets, rows = TARGETS, MAX_LOGITS // vocabulary
     hidden = torch.randn(targets, width, device=here, dtype=kind, requires_grad=True)
     weight = torch.randn(vocabulary, width, device=here, dtype=kind).mul_(0.02).requires_grad_()
     labels = torch.randint(0, vocabulary, (targets,), device=here)
@@ -499,13 +508,13 @@ def head(options: argparse.Namespace) -> Iterator[Found]:
         functional.cross_entropy(logits, labels, reduction="sum").backward()
 
     def parts() -> None:
-        PartByPart.apply(hidden, weight, None, labels, rows, True).backward()
+        ChunkedCrossEntropy.apply(hidden, weight, None, labels, rows, True).backward()
 
     def peak_of(work: Callable[[], None]) -> int:
         hidden.grad = weight.grad = None
-        with Storages() as storages:
+        with MemoryTracker() as tracker:
             work()
-        return storages.peak
+        return tracker.peak
 
     peaks = [peak_of(work) for work in (parts, whole)]
     pairs = [(seconds(parts), seconds(whole)) for _ in range(options.rounds)]
@@ -520,20 +529,20 @@ def head(options: argparse.Namespace) -> Iterator[Found]:
 
 
 def evaluation(options: argparse.Namespace) -> Iterator[Found]:
-    with opened(options, LONG) as (job, engine), torch.no_grad():
-        exam, module, tokenizer = job.lessons[0].exam, engine.module.eval(), job.backbone.tokenizer
+    with opened(options, LONG) as (setup, engine), torch.no_grad():
+        eval_set, module, tokenizer = setup.tasks[0].eval_set, engine.module.eval(), setup.backbone.tokenizer
         labels = encode_answers(LABELS, tokenizer)
 
         def one_by_one() -> None:
-            if dist.is_main() or engine.stage == 3:  # where each pass needs all ranks
-                for prompt in exam.prompts:
+            if comm.is_main() or engine.stage == 3:  # where each pass needs all ranks
+                for prompt in eval_set.prompt_ids:
                     for label in labels:
                         ids = torch.tensor([[*prompt, *label]], device=engine.device)
                         module(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-            dist.barrier()
+            comm.barrier()
 
         def together() -> None:
-            take(exam, engine, job.method, tokenizer, EvaluateConfig(batch=16))
+            evaluate_task(eval_set, engine, setup.method, tokenizer, EvaluateConfig(batch=16))
 
         together()
         pairs = [(seconds(one_by_one), seconds(together)) for _ in range(max(2, options.rounds // 2))]
@@ -541,18 +550,18 @@ def evaluation(options: argparse.Namespace) -> Iterator[Found]:
     took = statistics.median(all_)
     yield Found(
         f"evaluation: {len(LABELS)} labels one by one on one rank, over batches of 16{among()}", ratio(one, all_), "",
-        f"{1e3 * took / len(exam.prompts):.1f} ms a prompt here",
+        f"{1e3 * took / len(eval_set.prompt_ids):.1f} ms a prompt here",
     )  # fmt: skip
-    if dist.world() == 1:
-        yield from left_out(job, took)
+    if comm.world_size() == 1:
+        yield from left_out(setup, took)
 
 
-def left_out(job: Job, took: float) -> Iterator[Found]:
+def left_out(setup: RunSetup, took: float) -> Iterator[Found]:
     """How much of a stream's evaluation is asked for, where `took` are the seconds of one task's."""
-    stream = replace(job, lessons=job.lessons * STREAM)
+    stream = replace(setup, tasks=setup.tasks * STREAM)
     for said in ({"tasks": "seen"}, {"tasks": "new"}, {"every": 4}, {"tasks": "new", "every": 4}):
-        wanted = replace(stream, recipe=replace(job.recipe, evaluate=EvaluateConfig(**said)))
-        passes = sum(asked(wanted, task, after) for after in range(STREAM) for task in range(STREAM))
+        wanted = replace(stream, recipe=replace(setup.recipe, evaluate=EvaluateConfig(**said)))
+        passes = sum(should_evaluate(wanted, task, after) for after in range(STREAM) for task in range(STREAM))
         keys = ", ".join(f"evaluate.{key}={value}" for key, value in said.items())
         yield Found(
             f"evaluation after each of {STREAM} tasks: {keys}, over all tasks each time", f"{passes / STREAM**2:.3f}",
@@ -568,7 +577,9 @@ def start(options: argparse.Namespace) -> Iterator[Found]:
         for how in ("all made anew", "tokenizer and data found"):
             began = time.time()
             words = [str(TOOLS / "bench_start.py"), str(recipe), f"run_dir={folder}/{how.replace(' ', '-')}"]
-            child = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=outside())
+            child = subprocess.run(
+                [sys.executable, *words], capture_output=True, text=True, env=subprocess_environment()
+            )
             if child.returncode:
                 yield Found(f"start, {how}", "", "", f"failed: status {child.returncode}; {child.stderr[-200:]!r}")
                 return
@@ -605,7 +616,9 @@ def gpu(options: argparse.Namespace) -> Iterator[Found]:
 
 def told_by(*words: str) -> Iterator[Found]:
     """The rows of another script, as they come."""
-    child = subprocess.Popen([sys.executable, *words, "--json"], stdout=subprocess.PIPE, text=True, env=outside())
+    child = subprocess.Popen(
+        [sys.executable, *words, "--json"], stdout=subprocess.PIPE, text=True, env=subprocess_environment()
+    )
     assert child.stdout is not None
     for line in child.stdout:
         if line.startswith("{"):

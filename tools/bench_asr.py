@@ -25,19 +25,19 @@ import peft
 import torch
 from transformers import LlamaConfig
 
-from dscl import dist
-from dscl.config import parse
-from dscl.data.batches import Batch, collate, prompt_batch
-from dscl.engine import Engine
-from dscl.maths.rls import gather
+from dscl.config.parsing import parse_config
+from dscl.data.batches import Batch, collate, collate_prompts
+from dscl.distributed import comm
+from dscl.engine.engine import Engine
+from dscl.maths.rls import compute_statistics
 from dscl.methods.asr import Asr, AsrConfig
-from dscl.methods.base import Facts, Method, Ranks
+from dscl.methods.base import Method, RunInfo, TaskContext
 from dscl.methods.sequential import Sequential, SequentialConfig
-from dscl.model.backbone import Backbone, ModelConfig, locate
-from dscl.model.decode import generate
-from dscl.model.head import answer_loss
-from dscl.model.weights import DrawnWeights, StoredWeights
-from dscl.observe.quiet import quiet
+from dscl.model.backbone import Backbone, ModelConfig, resolve_model_folder
+from dscl.model.generation import generate
+from dscl.model.lm_head import answer_loss
+from dscl.model.weights import RandomWeights, SafetensorsWeights
+from dscl.utils.quiet import silence_libraries
 
 PROMPT, ANSWER, ROWS = 120, 8, 8
 ADAPTERS, NEW_TOKENS = 8, 24
@@ -54,8 +54,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20, help="how often each side is timed")
     parser.add_argument("--json", action="store_true", help="also the bars as objects, for tools/bench.py")
     options = parser.parse_args()
-    quiet()
-    with dist.session():
+    silence_libraries()
+    with comm.process_group():
         built = backbone(options)
         torch.manual_seed(0)
         for section in options.section:
@@ -63,47 +63,47 @@ def main() -> None:
 
 
 def backbone(options: argparse.Namespace) -> Backbone:
-    dtype = torch.bfloat16 if dist.device().type == "cuda" else torch.float32
+    dtype = torch.bfloat16 if comm.device().type == "cuda" else torch.float32
     if options.model:
-        folder = locate(options.model, "--model")
+        folder = resolve_model_folder(options.model, "--model")
         config = LlamaConfig.from_pretrained(folder, local_files_only=True)
-        return Backbone(ModelConfig(name=options.model), config, None, StoredWeights(Path(folder)), dtype)
+        return Backbone(ModelConfig(name=options.model), config, None, SafetensorsWeights(Path(folder)), dtype)
     config = LlamaConfig(
         hidden_size=options.hidden, num_hidden_layers=options.layers, num_attention_heads=options.hidden // 64,
         num_key_value_heads=max(1, options.hidden // 128), intermediate_size=options.hidden * 11 // 4 // 64 * 64,
         vocab_size=4096, tie_word_embeddings=True,
     )  # fmt: skip
-    return Backbone(ModelConfig(shape={}), config, None, DrawnWeights(0, 0.02), dtype)
+    return Backbone(ModelConfig(shape={}), config, None, RandomWeights(0, 0.02), dtype)
 
 
 def engine_of(built: Backbone, method: Method) -> Engine:
     precision = "bf16" if built.dtype == torch.bfloat16 else "fp32"
     made = Engine({}, build=built.build, read=built.weights.read, prepare=method.prepare, precision=precision)
-    made.start_over(method.begin_task(0, "a", alone(made)))
+    made.reset_optimizer(method.begin_task(0, "a", alone(made)))
     return made
 
 
-def alone(engine: Engine) -> Ranks:
+def alone(engine: Engine) -> TaskContext:
     def nothing(*_: Any) -> Any:
         return iter(())
 
-    return Ranks(
+    return TaskContext(
         engine.device,
         engine.module,
-        engine.probe,
+        engine.probe_activations,
         nothing,
-        engine.shards.whole,
-        engine.visit,
-        dist.sum_,
+        engine.shards.gather_full_weights,
+        engine.apply_on_owners,
+        comm.all_reduce_sum,
         *[nothing] * 6,
     )
 
 
 def asr(**settings: Any) -> Asr:
-    return Asr(parse(AsrConfig, {"name": "asr", "lora": LORA, **settings}), FACTS)
+    return Asr(parse_config(AsrConfig, {"name": "asr", "lora": LORA, **settings}), FACTS)
 
 
-FACTS = Facts(0, ("a",), "", "", "", 0, "")
+FACTS = RunInfo(0, ("a",), "", "", "", 0, "")
 
 
 def batch(first: bool, number: int = 0) -> Batch:
@@ -115,19 +115,19 @@ def batch(first: bool, number: int = 0) -> Batch:
 def step(built: Backbone, options: argparse.Namespace) -> None:
     method = asr()
     engine = engine_of(built, method)
-    deciding = method.deciding
-    width = deciding.router.spec.width
+    task_router = method.task_router
+    width = task_router.router.spec.width
 
     def train(first: bool) -> Callable[[], None]:
         def one() -> None:
             engine.step(method.loss, [batch(first), batch(first)], targets=2 * ROWS * ANSWER, lr=1e-3)
-            deciding._samples, deciding._rows = [], deciding._rows[-1:]
+            task_router._sample_ids, task_router._features = [], task_router._features[-1:]
 
         return one
 
     gathering, plain = compared(train(True), train(False), options.rounds)
-    rows = deciding._rows[0][:1].repeat(800, 1)
-    (end,) = timed([lambda: gather(rows, deciding.router.expansion)], 3)
+    rows = task_router._features[0][:1].repeat(800, 1)
+    (end,) = timed([lambda: compute_statistics(rows, task_router.router.feature_map)], 3)
     each = end / (len(rows) / (2 * ROWS))
     print(f"step: {1e3 * plain:.1f} ms; gathering features {gathering / plain:.4f} of it")
     print(f"      the sums at the end of a task of {len(rows)} samples at E = {width}, spread over an epoch's steps: "
@@ -137,8 +137,8 @@ def step(built: Backbone, options: argparse.Namespace) -> None:
 
 
 def frozen(built: Backbone, options: argparse.Namespace) -> None:
-    layers = built.architecture.num_hidden_layers
-    everywhere = Sequential(parse(SequentialConfig, {"tune": "lora", "lora": LORA}), FACTS)
+    layers = built.hf_config.num_hidden_layers
+    everywhere = Sequential(parse_config(SequentialConfig, {"tune": "lora", "lora": LORA}), FACTS)
     engine = engine_of(built, everywhere)
 
     def work(engine: Engine) -> Callable[[], None]:
@@ -156,9 +156,9 @@ def frozen(built: Backbone, options: argparse.Namespace) -> None:
 @torch.no_grad()
 def mixed(built: Backbone, options: argparse.Namespace) -> None:
     names = tuple(f"task{i}" for i in range(ADAPTERS))
-    config = parse(AsrConfig, {"name": "asr", "lora": LORA, "feature_layer": 1})
-    method = Asr(config, Facts(0, names, "", "", "", 0, ""))
-    model = built.build().to(dist.device()).eval()
+    config = parse_config(AsrConfig, {"name": "asr", "lora": LORA, "feature_layer": 1})
+    method = Asr(config, RunInfo(0, names, "", "", "", 0, ""))
+    model = built.build().to(comm.device()).eval()
     for name, parameter in model.named_parameters():
         parameter.copy_(built.weights.read(name, parameter.shape, 0, parameter.numel()).view_as(parameter))
     plain = copy.deepcopy(model)
@@ -176,11 +176,11 @@ def mixed(built: Backbone, options: argparse.Namespace) -> None:
     generator = torch.Generator().manual_seed(1)
     rows = 2 * ADAPTERS
     prompts = [torch.randint(5, 4000, (64,), generator=generator).tolist() for _ in range(rows)]
-    given = prompt_batch(prompts, 0).to(dist.device())
+    given = collate_prompts(prompts, 0).to(comm.device())
     slots = [row % ADAPTERS for row in range(rows)]
 
     def ours() -> Any:
-        with method.routing.answering(given.prompts, lambda _: slots):
+        with method.routing.route_prompts(given.prompt_spans, lambda _: slots):
             return generate(model, given, NEW_TOKENS, -1, 0)
 
     def peers() -> Any:
@@ -233,7 +233,7 @@ def timed(works: list[Callable[[], Any]], rounds: int) -> list[float]:
 
 
 def wait() -> None:
-    if dist.device().type == "cuda":
+    if comm.device().type == "cuda":
         torch.cuda.synchronize()
 
 

@@ -33,13 +33,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from dscl import dist
+from dscl.distributed import comm
 from dscl.maths import gates as gates_maths
 from dscl.maths import grouped as grouped_maths
-from dscl.maths.masks import strongest
+from dscl.maths.masks import trainable_top_k_mask
+from dscl.model.adapters.routing import Routing
+from dscl.model.adapters.sub_experts import SubExpertLinear, SubExpertShape, merge_frozen_params
 from dscl.model.backbone import DTYPES
-from dscl.model.experts import Shape, SubExperts, frozen
-from dscl.model.routing import Routing
 
 SHARE, SCALE = 0.5, 2.0
 TASKS, ROWS = 8, 16
@@ -50,7 +50,7 @@ BESIDE_LORA, BESIDE_BARE, WIDE = 1.3, 1.15, 2048
 SHORTEST = 0.005  # seconds: what is faster is timed several times in a row
 clock = time.perf_counter
 Work = Callable[[], Any]
-Product = tuple[int, int, int, bool]  # rows, inner, columns, and whether it is added to what is there
+MatMul = tuple[int, int, int, bool]  # rows, inner, columns, and whether it is added to what is there
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--top", type=int, default=2, help="experts of a token")
     parser.add_argument("--columns", type=int, nargs="*", default=[64, 256, 512, 1024, 2048], help="experts x rank")
     parser.add_argument("--ranks", type=int, nargs="*", default=[8, 32, 128], help="of an expert, in the grid")
-    parser.add_argument("--device", default=str(dist.device()))
+    parser.add_argument("--device", default=str(comm.device()))
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU, else fp32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on CPUs")
     parser.add_argument("--cpu-time", action="store_true", help="count what this process computes, not what it waits")
@@ -148,7 +148,7 @@ def grid(options: argparse.Namespace) -> None:
                 f"{found[SORTED] / found[BARE]:.3f}" if SORTED in found else "-",
                 f"{count[GROUPED] / count[BARE]:.3f}", f"{found[LORA] / found[BARE]:.3f}",
                 f"{found[LOOP] / found[BARE]:.3f}", min((AT_ONCE, SORTED), key=lambda way: found.get(way, math.inf)),
-                SORTED if grouped_maths.pays(*kind, *sizes) else AT_ONCE,
+                SORTED if grouped_maths.grouped_is_faster(*kind, *sizes) else AT_ONCE,
             ]  # fmt: skip
 
     table([f"{options.tokens[0]} tokens, width", "columns", "experts", "rank", "at once over bare", "floor",
@@ -156,7 +156,7 @@ def grid(options: argparse.Namespace) -> None:
 
 
 def forced(sort: bool, work: Work) -> Any:
-    with mock.patch.object(grouped_maths, "pays", return_value=sort):
+    with mock.patch.object(grouped_maths, "grouped_is_faster", return_value=sort):
         return work()
 
 
@@ -168,7 +168,7 @@ def sides(
     x = drawn(options, tokens, width).requires_grad_()
     out = drawn(options, tokens, width)
     lora = [nn.Parameter(each.detach().clone()) for each in (layer.sub_a, layer.sub_b)]
-    own = [getattr(layer, name) for name in layer.trained]
+    own = [getattr(layer, name) for name in layer.trainable_names]
     works: dict[str, Work] = {
         BARE: partial(passed, partial(functional.linear, weight=layer.weight), x, out, []),
         LORA: partial(passed, lambda x: plain_lora(x, layer.weight, *lora), x, out, lora),
@@ -176,14 +176,16 @@ def sides(
     }
     if masks:
         other = layer_of(options, width, experts, rank, top, atoms=False)
-        works[ELEMENTS] = partial(passed, other.forward, x, out, [getattr(other, name) for name in other.trained])
+        works[ELEMENTS] = partial(
+            passed, other.forward, x, out, [getattr(other, name) for name in other.trainable_names]
+        )
         if gates_maths.kernel_fits(drawn(options, 1, experts * (rank + 1)), experts, rank):
             works[STEPWISE] = partial(without_kernel, works[LAYER])
     for name, rival in RIVALS.items():
         if name == GROUPED and rank * x.element_size() % 16:
             continue  # it asks for rows of whole 16 bytes
         works[name] = partial(passed, partial(rival, layer), x, out, own)
-        agree(name, works[name](), works[LAYER](), ["output", "x", *layer.trained])
+        agree(name, works[name](), works[LAYER](), ["output", "x", *layer.trainable_names])
     return works
 
 
@@ -195,7 +197,7 @@ def without_kernel(work: Work) -> Any:
         gates_maths.kernel_fits = fits
 
 
-def no_kernel(read: torch.Tensor, experts: int, rank: int) -> bool:
+def no_kernel(projected: torch.Tensor, num_experts: int, rank: int) -> bool:
     return False
 
 
@@ -208,22 +210,22 @@ def passed(
 
 def layer_of(
     options: argparse.Namespace, width: int, experts: int, rank: int, top: int, atoms: bool = True, tasks: int = 1
-) -> SubExperts:
+) -> SubExpertLinear:
     """In training, with values as if it had learned for a while."""
     torch.manual_seed(0)
     like = torch.empty(0, dtype=options.dtype, device=options.device)
     plain = nn.Linear(width, width, bias=False, dtype=like.dtype, device=like.device).requires_grad_(False)
-    shape = Shape(experts=experts, most=experts, rank=rank, top=top, share=SHARE, scale=SCALE, atoms=atoms)
-    made = SubExperts(plain, shape, Routing(tasks, 0), like)
+    shape = SubExpertShape(experts=experts, most=experts, rank=rank, top=top, share=SHARE, scale=SCALE, atoms=atoms)
+    made = SubExpertLinear(plain, shape, Routing(tasks, 0), like)
     made.make_trainable()
-    made.prepare(experts, reuse=True)
+    made.open_for_training(experts, reuse=True)
     scramble(made)
     return made.train()
 
 
 @torch.no_grad()
-def scramble(layer: SubExperts) -> None:
-    for name in layer.trained:
+def scramble(layer: SubExpertLinear) -> None:
+    for name in layer.trainable_names:
         getattr(layer, name).normal_(std=layer.in_features**-0.5)
 
 
@@ -238,7 +240,7 @@ def plain_lora(x: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.
     return torch.addmm(functional.linear(x, weight), SCALE * functional.linear(x, a), b.T)
 
 
-def loop(layer: SubExperts, x: torch.Tensor) -> torch.Tensor:
+def loop(layer: SubExpertLinear, x: torch.Tensor) -> torch.Tensor:
     """Expert by expert, each on its own tokens; the host waits once, to learn how many these are."""
     rank, (a, b) = layer.shape.rank, opened_sides(layer)
     tokens, gates, sizes = sorted_by_expert(layer, x)
@@ -248,7 +250,7 @@ def loop(layer: SubExperts, x: torch.Tensor) -> torch.Tensor:
     return functional.linear(x, layer.weight).index_add_(0, tokens, torch.cat(added))
 
 
-def grouped(layer: SubExperts, x: torch.Tensor) -> torch.Tensor:
+def grouped(layer: SubExpertLinear, x: torch.Tensor) -> torch.Tensor:
     """All experts' products in one call, each on its own tokens; no host waits."""
     rank, (a, b) = layer.shape.rank, opened_sides(layer)
     tokens, gates, sizes = sorted_by_expert(layer, x)
@@ -260,15 +262,15 @@ def grouped(layer: SubExperts, x: torch.Tensor) -> torch.Tensor:
 RIVALS = {LOOP: loop, GROUPED: grouped}
 
 
-def opened_sides(layer: SubExperts) -> tuple[torch.Tensor, torch.Tensor]:
+def opened_sides(layer: SubExpertLinear) -> tuple[torch.Tensor, torch.Tensor]:
     """A and Bᵀ of the task that learns, as in the layer; the mask of atoms is cheapest in B."""
     scores, allowed, taken = (getattr(layer, f"{kind}_atoms") for kind in ("score", "allowed", "taken"))
-    mask = strongest(scores, allowed, layer.counts["atoms"])
-    b = frozen(taken, layer.held_b, layer.sub_b) * mask
-    return frozen(taken[:, None], layer.held_a, layer.sub_a), b.T.contiguous()
+    mask = trainable_top_k_mask(scores, allowed, layer.mask_counts["atoms"])
+    b = merge_frozen_params(taken, layer.held_b, layer.sub_b) * mask
+    return merge_frozen_params(taken[:, None], layer.held_a, layer.sub_a), b.T.contiguous()
 
 
-def sorted_by_expert(layer: SubExperts, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def sorted_by_expert(layer: SubExpertLinear, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of the [tokens · top] choices, expert by expert: their tokens, gates [.., 1], and how many each expert has."""
     shape = layer.shape
     gates, chosen = functional.linear(x, layer.token_router).float().softmax(-1).topk(shape.top)
@@ -296,17 +298,17 @@ def answers(options: argparse.Namespace) -> None:
             layer = layer_of(options, width, options.experts, options.rank, options.top, atoms, TASKS)
             for task in range(TASKS):
                 scramble(layer)
-                layer.claim(task, {name: getattr(layer, name) for name in layer.trained})
+                layer.freeze_task_params(task, {name: getattr(layer, name) for name in layer.trainable_names})
             layer.eval()
             x = drawn(options, ROWS, tokens, width)
 
-            def work(slots: Sequence[int | None], layer: SubExperts = layer, x: torch.Tensor = x) -> Work:
-                with layer.routing.using(slots, x):
-                    kept = layer.routing.rows
+            def work(slots: Sequence[int | None], layer: SubExpertLinear = layer, x: torch.Tensor = x) -> Work:
+                with layer.routing.use_slots(slots, x):
+                    kept = layer.routing.assignment
                 assert kept is not None
 
                 def answer() -> torch.Tensor:
-                    layer.routing.rows = kept  # what is on the device already stays there, as in generating
+                    layer.routing.assignment = kept  # what is on the device already stays there, as in generating
                     return layer(x)
 
                 return answer
@@ -337,7 +339,7 @@ def arithmetic(options: argparse.Namespace) -> None:
     size = torch.empty(0, dtype=options.dtype).element_size()
     rows = []
     for width, tokens in product(options.width, options.tokens):
-        found = products(width, tokens, options.experts, options.rank, options.top)
+        found = matmul_chains(width, tokens, options.experts, options.rank, options.top)
         flops, moved = ({name: sum(map(each, one)) for name, one in found.items()} for each in (flops_of, numbers_of))
         for name in found:
             rows.append([
@@ -349,11 +351,11 @@ def arithmetic(options: argparse.Namespace) -> None:
            "FLOP a byte"], rows)  # fmt: skip
 
 
-def products(width: int, tokens: int, experts: int, rank: int, top: int) -> dict[str, list[Product]]:
+def matmul_chains(width: int, tokens: int, experts: int, rank: int, top: int) -> dict[str, list[MatMul]]:
     """Of projections width x width. A and the token router may read x together, so they count as one."""
     bare = [(tokens, width, width, False)] * 2
 
-    def beside(tokens: int, into: int, out: int) -> list[Product]:
+    def beside(tokens: int, into: int, out: int) -> list[MatMul]:
         return [
             (tokens, width, into, False), (tokens, out, width, True),  # forward
             (tokens, width, out, False), (out, tokens, width, False),  # backward through B
@@ -368,15 +370,15 @@ def products(width: int, tokens: int, experts: int, rank: int, top: int) -> dict
 
 
 def operations(width: int, tokens: int, experts: int, rank: int, top: int) -> dict[str, int]:
-    return {name: sum(map(flops_of, each)) for name, each in products(width, tokens, experts, rank, top).items()}
+    return {name: sum(map(flops_of, each)) for name, each in matmul_chains(width, tokens, experts, rank, top).items()}
 
 
-def flops_of(each: Product) -> int:
+def flops_of(each: MatMul) -> int:
     rows, inner, columns, _ = each
     return 2 * rows * inner * columns
 
 
-def numbers_of(each: Product) -> int:
+def numbers_of(each: MatMul) -> int:
     rows, inner, columns, added = each
     return rows * inner + inner * columns + rows * columns * (2 if added else 1) if inner and columns else 0
 

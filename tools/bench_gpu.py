@@ -31,26 +31,27 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from dscl.observe.quiet import quiet
+from dscl.utils.quiet import silence_libraries
 
-quiet()  # before the libraries are imported
+silence_libraries()  # before the libraries are imported
 
 import torch  # noqa: E402
 from transformers import LlamaConfig  # noqa: E402
 from transformers.utils import is_flash_attn_2_available  # noqa: E402
 
-from dscl import dist  # noqa: E402
-from dscl.config import parse  # noqa: E402
+from dscl.config.parsing import parse_config  # noqa: E402
 from dscl.data.batches import collate  # noqa: E402
-from dscl.engine import Engine  # noqa: E402
-from dscl.hardware import peak  # noqa: E402
-from dscl.maths.subspace import hold_flops  # noqa: E402
-from dscl.methods import Facts, Method, find_method  # noqa: E402
+from dscl.distributed import comm  # noqa: E402
+from dscl.distributed.launcher import subprocess_environment  # noqa: E402
+from dscl.engine.engine import Engine  # noqa: E402
+from dscl.maths.subspace import projection_flops  # noqa: E402
+from dscl.methods.base import Method, RunInfo  # noqa: E402
 from dscl.methods.osft import Osft  # noqa: E402
+from dscl.methods.registry import find_method  # noqa: E402
 from dscl.model.backbone import Backbone, ModelConfig  # noqa: E402
-from dscl.model.cost import cost_of  # noqa: E402
-from dscl.model.weights import DrawnWeights  # noqa: E402
-from dscl.spawn import outside  # noqa: E402
+from dscl.model.flops import count_flops  # noqa: E402
+from dscl.model.weights import RandomWeights  # noqa: E402
+from dscl.utils.hardware import peak_flops  # noqa: E402
 
 SHAPES: dict[str, dict[str, Any]] = {
     "7B": {  # Llama 2
@@ -106,7 +107,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.child:
         case = Case(**json.loads(options.child))
-        with dist.session():
+        with comm.process_group():
             print(json.dumps(attempt(case, config_of(case))), flush=True)
         return
     if not options.json:
@@ -116,7 +117,7 @@ def main() -> None:
 
 
 def rows(options: argparse.Namespace) -> Iterator[dict[str, str]]:
-    if dist.device().type != "cuda":
+    if comm.device().type != "cuda":
         yield row_of("gpu: no GPU here, nothing was measured")
         return
     attention = options.attention or ATTENTION[: 1 + is_flash_attn_2_available()]
@@ -140,7 +141,7 @@ def tried(case: Case, limit: float) -> dict[str, Any]:
 def child(case: Case, limit: float) -> dict[str, Any]:
     words = [sys.executable, __file__, "--child", json.dumps(asdict(case))]
     try:
-        done = subprocess.run(words, capture_output=True, text=True, env=outside(), timeout=limit)
+        done = subprocess.run(words, capture_output=True, text=True, env=subprocess_environment(), timeout=limit)
     except subprocess.TimeoutExpired:
         return {"failed": f"took longer than {limit:.0f} s (--limit)"}
     if done.returncode == 0:
@@ -197,12 +198,12 @@ def attempt(case: Case, config: LlamaConfig) -> dict[str, Any]:
 
 
 def built(case: Case, config: LlamaConfig) -> tuple[Engine, Method]:
-    here = dist.device()
+    here = comm.device()
     model = ModelConfig(shape={}, attention=case.attention, activation_checkpointing=case.recompute)
-    bare = Backbone(model, config, None, DrawnWeights(0, 0.02), torch.bfloat16)
+    bare = Backbone(model, config, None, RandomWeights(0, 0.02), torch.bfloat16)
     given = METHODS[case.method][1]
     kind = find_method(given["name"])
-    method = kind(parse(kind.Config, given, "method"), Facts(0, ("a",), "", "", "", case.length, "bf16"))
+    method = kind(parse_config(kind.Config, given, "method"), RunInfo(0, ("a",), "", "", "", case.length, "bf16"))
     settings: dict[str, Any] = json.loads(ZERO.read_text("utf-8"))
     if case.offload:  # not pinned: that is taken in powers of two, so up to twice as much of the host
         settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
@@ -213,13 +214,13 @@ def built(case: Case, config: LlamaConfig) -> tuple[Engine, Method]:
 
     engine = Engine(
         settings, build=build, read=filling(here), prepare=method.prepare, constraint=method.constraint,
-        steering=method.steering, precision="bf16",
+        gradient_hook=method.gradient_hook, precision="bf16",
     )  # fmt: skip
     if engine.constraint is None:
         nobody: Any = None  # none of these asks other ranks for anything
-        engine.start_over(method.begin_task(0, "a", nobody))
+        engine.reset_optimizer(method.begin_task(0, "a", nobody))
     else:
-        method.rehearse()  # as much is protected as after a decomposition, which takes minutes
+        method.estimate_memory()  # as much is protected as after a decomposition, which takes minutes
         draw_directions(method)
     return engine, method
 
@@ -228,7 +229,7 @@ def draw_directions(method: Method) -> None:
     """Products with zeros are quicker than others, so what is protected is drawn; one basis serves all of its size."""
     assert isinstance(method, Osft)
     drawn: dict[torch.Size, torch.Tensor] = {}
-    for space in method._spaces.values():
+    for space in method._subspaces.values():
         for side in (space.right, space.left):
             if side.shape not in drawn:
                 drawn[side.shape] = torch.linalg.qr(torch.randn_like(side)).Q
@@ -239,10 +240,10 @@ def projections(method: Method) -> float:
     """The operations of a step's projections, by the time that they take as operations in bf16."""
     assert isinstance(method, Osft)
     once = sum(
-        hold_flops(space.reading, len(space.left), len(space.right), space.right.shape[1], space.left.shape[1])
-        for space in method._spaces.values()
+        projection_flops(space.projection, len(space.left), len(space.right), space.right.shape[1], space.left.shape[1])
+        for space in method._subspaces.values()
     )
-    return once * (FP32 / method.every + TF32 * method.gradients)
+    return once * (FP32 / method.project_every + TF32 * method.project_gradients)
 
 
 def filling(here: torch.device) -> Callable[[str, torch.Size, int, int], torch.Tensor]:
@@ -261,10 +262,13 @@ def large(case: Case, config: LlamaConfig, engine: Engine, method: Method) -> di
     ids = torch.randint(5, config.vocab_size, (length,), generator=generator).tolist()
     # Not packed: with nothing to keep apart, sdpa takes its fastest kernel.
     batch = collate([[0]], {0: (ids[:1], ids[1:])}, 0, False, None, True).to(here)
-    work = cost_of(engine.module)
+    work = count_flops(engine.module)
     assert work is not None
     pairs = length * (length + 1) // 2
-    useful, again = (case.samples * count for count in (work.of(length, pairs, targets), work.again(length, pairs)))
+    useful, again = (
+        case.samples * count
+        for count in (work.total_flops(length, pairs, targets), work.recompute_flops(length, pairs))
+    )
     held = projections(method) if engine.constraint is not None else 0.0
 
     def step() -> float:
@@ -279,14 +283,14 @@ def large(case: Case, config: LlamaConfig, engine: Engine, method: Method) -> di
     if here.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     took = statistics.median(step() for _ in range(case.rounds))
-    most = peak(here, torch.bfloat16)
+    most = peak_flops(here, torch.bfloat16)
     return {
         "seconds": took,
         "tokens": case.samples * length / took,
         "tflops": useful / took / 1e12,
         "mfu": useful / took / most if most else None,
         "floor": (useful + again + held) / most if most else None,
-        "peak_gib": dist.peak_memory() / 2**30,
+        "peak_gib": comm.max_peak_memory() / 2**30,
         "host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     }
 

@@ -40,34 +40,39 @@ from peft import OSFConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dscl import dist
-from dscl.config import parse
+from dscl.config.deepspeed_json import read_deepspeed_json
+from dscl.config.parsing import parse_config
 from dscl.data.batches import Batch, collate
-from dscl.data.memory import Kept
-from dscl.engine import Engine
-from dscl.maths.subspace import READINGS, Subspace, count_by_share, hold_flops
+from dscl.data.replay_buffer import ReplayBuffer
+from dscl.distributed import comm
+from dscl.engine.engine import Engine
+from dscl.engine.matrix_owners import assign_owners
+from dscl.maths.subspace import PROJECTIONS, ProtectedSubspace, projection_flops, rank_from_ratio
 from dscl.methods import osft
-from dscl.methods.base import Facts, Method, Ranks
+from dscl.methods.base import Method, RunInfo, TaskContext
 from dscl.methods.osft import Osft, OsftConfig
 from dscl.methods.sequential import Sequential, SequentialConfig
+from dscl.model.adapters.injection import LLAMA_PROJECTIONS
 from dscl.model.backbone import DTYPES, Backbone, ModelConfig
-from dscl.model.head import answer_loss
-from dscl.model.surgery import LLAMA_PROJECTIONS
-from dscl.model.weights import DrawnWeights
-from dscl.observe.quiet import quiet
-from dscl.owners import deal
-from dscl.settings import read_settings
+from dscl.model.lm_head import answer_loss
+from dscl.model.weights import RandomWeights
+from dscl.utils.quiet import silence_libraries
 
 ANSWER = 8  # tokens of each row that are answered, for which logits are made
 SHARE = 0.5
 EVERY = 8
 LR = 1e-4
-FACTS = Facts(0, ("a", "b"), "", "", "", 0, "")
+FACTS = RunInfo(0, ("a", "b"), "", "", "", 0, "")
 SHAPES: dict[str, dict[str, Any]] = {
     "7b": {"hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 11008, "num_attention_heads": 32},
 }
 BARS = {"input, gradients too": 1.15, "two_sided": 1.15, f"two_sided, every {EVERY}": 1.03}
-PARTS = [(osft, "sample_texts"), (osft, "right_directions"), (osft, "moment_directions"), (Subspace, "grow")]
+PARTS = [
+    (osft, "sample_texts"),
+    (osft, "right_singular_directions"),
+    (osft, "moment_eigenvectors"),
+    (ProtectedSubspace, "add_directions"),
+]
 clock = time.perf_counter
 Clocked = tuple[float, float]  # seconds of a step, and those of them that are the method's own
 
@@ -97,7 +102,7 @@ def main() -> None:
         plan(options)
         return
     settle(options)
-    with dist.session():
+    with comm.process_group():
         told(options)
         if {"step", "setup", "memory"} & set(options.section):
             alone(options)
@@ -109,15 +114,15 @@ def main() -> None:
 
 def settle(options: argparse.Namespace) -> None:
     global clock
-    quiet()
+    silence_libraries()
     torch.set_num_threads(options.threads)
     clock = time.process_time if options.cpu_time else time.perf_counter
 
 
 def told(options: argparse.Namespace) -> None:
-    here = dist.device()
+    here = comm.device()
     device = torch.cuda.get_device_name(here) if here.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    size = backbone(options).parameters()
+    size = backbone(options).count_parameters()
     micro = options.rows * options.length
     clocked = ", CPU time" if options.cpu_time else ""
     print(f"{device}{clocked}; torch {torch.__version__}; {options.precision}; LLaMA of {size / 1e6:.1f}M parameters "
@@ -135,11 +140,11 @@ def backbone(options: argparse.Namespace) -> Backbone:
         hidden_size=options.hidden, num_hidden_layers=options.layers, num_attention_heads=heads,
         num_key_value_heads=heads, intermediate_size=options.intermediate, vocab_size=options.vocab,
     )  # fmt: skip
-    return Backbone(ModelConfig(shape={}), config, None, DrawnWeights(0, 0.02), DTYPES[options.precision])
+    return Backbone(ModelConfig(shape={}), config, None, RandomWeights(0, 0.02), DTYPES[options.precision])
 
 
 def free() -> Sequential:
-    return Sequential(parse(SequentialConfig, {"name": "sequential", "tune": "full"}), FACTS)
+    return Sequential(parse_config(SequentialConfig, {"name": "sequential", "tune": "full"}), FACTS)
 
 
 def constrained(reading: str, **settings: Any) -> Osft:
@@ -152,7 +157,7 @@ def constrained(reading: str, **settings: Any) -> Osft:
         "gradients": False,
         **settings,
     }
-    return Osft(parse(OsftConfig, {"name": "osft", **given}), FACTS)
+    return Osft(parse_config(OsftConfig, {"name": "osft", **given}), FACTS)
 
 
 @dataclass
@@ -165,10 +170,12 @@ class Side:
     setup: float = 0.0
     parts: dict[str, float] = field(default_factory=dict)  # of the set-up
 
-    def step(self, micro_batches: Sequence[Batch], hold: bool = True) -> Clocked:
-        targets = dist.world() * sum(len(batch.samples) for batch in micro_batches) * ANSWER
+    def step(self, micro_batches: Sequence[Batch], project: bool = True) -> Clocked:
+        targets = comm.world_size() * sum(len(batch.sample_ids) for batch in micro_batches) * ANSWER
         before = self.own
-        seconds, _ = timed(lambda: self.engine.step(answer_loss, micro_batches, targets=targets, lr=LR, hold=hold))
+        seconds, _ = timed(
+            lambda: self.engine.step(answer_loss, micro_batches, targets=targets, lr=LR, project=project)
+        )
         return seconds, self.own - before
 
 
@@ -183,9 +190,11 @@ def side(options: argparse.Namespace, method: Method, settings: Mapping[str, Any
 
         return clocked
 
-    engine.optimizer.before, engine.optimizer.after = map(around, (engine.optimizer.before, engine.optimizer.after))
-    with clocks([*PARTS, (engine, "probe")]) as made.parts:
-        made.setup, _ = timed(lambda: engine.start_over(method.begin_task(0, "a", ranks_of(options, engine))))
+    engine.optimizer.before_step, engine.optimizer.after_step = map(
+        around, (engine.optimizer.before_step, engine.optimizer.after_step)
+    )
+    with clocks([*PARTS, (engine, "probe_activations")]) as made.parts:
+        made.setup, _ = timed(lambda: engine.reset_optimizer(method.begin_task(0, "a", ranks_of(options, engine))))
     return made
 
 
@@ -215,7 +224,7 @@ def peft_side(options: argparse.Namespace) -> Side:
     return Side(engine, setup=spent)
 
 
-def ranks_of(options: argparse.Namespace, engine: Engine) -> Ranks:
+def ranks_of(options: argparse.Namespace, engine: Engine) -> TaskContext:
     """The samples of an ended task are those of one step."""
 
     def refuse(problem: str) -> None:
@@ -224,18 +233,18 @@ def ranks_of(options: argparse.Namespace, engine: Engine) -> Ranks:
     def seen(_: int) -> Iterator[Batch]:
         yield from batches(options, options.micro)
 
-    return Ranks(
+    return TaskContext(
         engine.device,
         engine.module,
-        engine.probe,
+        engine.probe_activations,
         seen,
-        engine.shards.whole,
-        engine.visit,
-        dist.sum_,
+        engine.shards.gather_full_weights,
+        engine.apply_on_owners,
+        comm.all_reduce_sum,
         lambda *_: None,
         refuse,
-        lambda: Kept("", ()),
-        engine.shards.fragments,
+        lambda: ReplayBuffer("", ()),
+        engine.shards.local_shards,
         lambda *_: [],
         lambda *_: None,
     )
@@ -248,7 +257,7 @@ def batches(options: argparse.Namespace, count: int, first: int = 0) -> list[Bat
         size = (options.rows, options.length - ANSWER)
         prompts = torch.randint(5, options.vocab, size, generator=draw).tolist()
         samples = {row: (prompt, [7] * ANSWER) for row, prompt in enumerate(prompts)}
-        made.append(collate([[row] for row in samples], samples, 0, False).to(dist.device()))
+        made.append(collate([[row] for row in samples], samples, 0, False).to(comm.device()))
     return made
 
 
@@ -278,7 +287,7 @@ def alone(options: argparse.Namespace) -> None:
 def steps(options: argparse.Namespace, sides: dict[str, Side]) -> None:
     many, one = batches(options, options.micro), batches(options, 1)
     works = {name: partial(s.step, many) for name, s in sides.items()}
-    works["no projection"] = partial(sides["two_sided"].step, many, hold=False)
+    works["no projection"] = partial(sides["two_sided"].step, many, project=False)
     few = {name: partial(sides[name].step, one) for name in ("plain", "input", "two_sided", "PEFT")}
     for work in few.values():
         work()
@@ -294,12 +303,12 @@ def steps(options: argparse.Namespace, sides: dict[str, Side]) -> None:
 
 def show(options: argparse.Namespace, title: str, found: Mapping[str, Clocked], micro: int) -> None:
     """Beside each ratio the floor: what it would be if every operation took as long as those of a plain step."""
-    whole = micro * step_flops(backbone(options).architecture, options.rows, options.length, ANSWER)
+    whole = micro * step_flops(backbone(options).hf_config, options.rows, options.length, ANSWER)
     plain = found["plain"][0]
     rows = []
     for name, (seconds, own) in found.items():
         floor = 1 + own_flops(options, name) / whole
-        known = name.split(",")[0] in READINGS
+        known = name.split(",")[0] in PROJECTIONS
         rows.append([
             name, f"{seconds:.3f}", f"{seconds / plain:.3f}", f"{1 + own / plain:.3f}" if known else "",
             f"{floor:.3f}" if known else "", f"{seconds / plain - floor:+.3f}" if known else "",
@@ -315,15 +324,15 @@ def show(options: argparse.Namespace, title: str, found: Mapping[str, Clocked], 
 def counts(options: argparse.Namespace, found: Mapping[str, Clocked]) -> None:
     """Operations and bytes: what has to be done at least, and how fast it was done."""
     built = backbone(options)
-    whole = options.micro * step_flops(built.architecture, options.rows, options.length, ANSWER)
-    shapes = targets(built.architecture).values()
+    whole = options.micro * step_flops(built.hf_config, options.rows, options.length, ANSWER)
+    shapes = targets(built.hf_config).values()
     rows = [["plain", f"{whole / 1e9:.0f}", f"{whole / found['plain'][0] / 1e9:.0f}",
-             f"{28 * built.parameters() / 1e9:.2f}", "1"]]  # fmt: skip
-    for reading in READINGS:
+             f"{28 * built.count_parameters() / 1e9:.2f}", "1"]]  # fmt: skip
+    for reading in PROJECTIONS:
         flops, (_, own) = own_flops(options, reading), found[reading]
-        moved = sum(hold_bytes(reading, m, n, count_by_share(SHARE, m, n)) for m, n in shapes)
+        moved = sum(hold_bytes(reading, m, n, rank_from_ratio(SHARE, m, n)) for m, n in shapes)
         rows.append([f"{reading}: its own", f"{flops / 1e9:.0f}", f"{flops / own / 1e9:.0f}",
-                     f"{moved / 1e9:.2f}", f"{moved / 28 / built.parameters():.2f}"])  # fmt: skip
+                     f"{moved / 1e9:.2f}", f"{moved / 28 / built.count_parameters():.2f}"])  # fmt: skip
     table(["In a step", "GFLOP", "GFLOP/s reached", "GB moved at least (plain: AdamW's)", "over AdamW's"], rows)
 
 
@@ -336,14 +345,14 @@ def setup(options: argparse.Namespace, sides: dict[str, Side]) -> None:
 
     def rows() -> Iterator[list[str]]:
         yield row("PEFT: get_peft_model", theirs, {})
-        for reading in READINGS:
+        for reading in PROJECTIONS:
             mine = sides[reading].setup
             what = f"OSFT, {reading}: set-up of PEFT's OSF over it"
             tell(options, what, f"{theirs / mine:.1f}", "≥ 10", f"{mine:.1f} s")
             yield row(f"{reading}, basis: weights", mine, sides[reading].parts)
         other = side(options, constrained("input", basis=("activations",), claim=("activations", "sensitivity")))
         yield row("input, basis: activations", other.setup, other.parts)
-        with clocks([*PARTS, (other.engine, "probe")]) as parts:
+        with clocks([*PARTS, (other.engine, "probe_activations")]) as parts:
             ranks = ranks_of(options, other.engine)
             seconds, _ = timed(lambda: other.method.end_task(0, "a", ranks))
         yield row(
@@ -357,23 +366,23 @@ def setup(options: argparse.Namespace, sides: dict[str, Side]) -> None:
 
 
 def memory(options: argparse.Namespace, sides: dict[str, Side]) -> None:
-    shapes = targets(backbone(options).architecture)
+    shapes = targets(backbone(options).hf_config)
     rows = []
     plain = 0
-    for name in ("plain", *READINGS, "PEFT"):
+    for name in ("plain", *PROJECTIONS, "PEFT"):
         one = sides[name]
-        kept = one.method.owned() if isinstance(one.method, Osft) else {}
+        kept = one.method.matrix_state_dict() if isinstance(one.method, Osft) else {}
         bases = sum(map(size, kept.values()))
         weights = sum(map(size, [*one.engine.module.parameters(), *one.engine.module.buffers()]))
-        state = sum(size(f.gradient if f.holder.grad is not None else f.master)
+        state = sum(size(f.gradient if f.optimizer_tensor.grad is not None else f.master)
                     + size(f.master) * (f.master.dtype != one.engine.dtype)
-                    + sum(map(size, f.moments.values())) for f in one.engine.shards.fragments())  # fmt: skip
+                    + sum(map(size, f.moments.values())) for f in one.engine.shards.local_shards())  # fmt: skip
         whole = weights + state + bases
         plain = plain or whole
         owners = []
-        if name in READINGS:
+        if name in PROJECTIONS:
             for ranks in (2, 4, 8):
-                given = deal({k: float(hold_flops(name, m, n, *[count_by_share(0.5, m, n)] * 2))
+                given = assign_owners({k: float(projection_flops(name, m, n, *[rank_from_ratio(0.5, m, n)] * 2))
                               for k, (m, n) in shapes.items()}, ranks)  # fmt: skip
                 owners.append(max(owned_bytes(name, shapes, given, ranks)))
         rows.append([name, *(mib(value) for value in (weights, state, bases)), *(map(mib, owners or [0, 0, 0])),
@@ -403,7 +412,7 @@ def rank(options: argparse.Namespace, number: int, port: int) -> None:
     ranks = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": options.nproc, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in ranks.items()} | {"MASTER_ADDR": "127.0.0.1"})
     settle(options)
-    with dist.session():
+    with comm.process_group():
         for stage in (1, 3):
             sharded(options, stage)
 
@@ -411,21 +420,21 @@ def rank(options: argparse.Namespace, number: int, port: int) -> None:
 def sharded(options: argparse.Namespace, stage: int) -> None:
     """The step, the bytes that the exchange of stretches takes, and who keeps what, on all ranks together."""
     folder = Path(__file__).resolve().parent.parent / "ds_configs"
-    settings = read_settings(folder / f"zero{stage}.json")
+    settings = read_deepspeed_json(folder / f"zero{stage}.json")
     sides = {"plain": side(options, free(), settings)}
     sides |= {reading: side(options, constrained(reading), settings) for reading in ("input", "two_sided")}
-    each = max(1, options.micro // dist.world())
-    mine = batches(options, each, first=dist.rank() * each)
+    each = max(1, options.micro // comm.world_size())
+    mine = batches(options, each, first=comm.rank() * each)
     away: dict[str, list[int]] = {name: [] for name in sides}
     waited: dict[str, list[float]] = {name: [] for name in sides}
     now = ""
-    exchange = dist.exchange
+    all_to_all = comm.all_to_all
 
-    def counted(sent: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
-        seconds, arrived = timed(lambda: exchange(sent, sizes))
-        away[now][-1] += sum(size(part) for to, part in enumerate(sent) if to != dist.rank())
+    def counted(inputs: Sequence[torch.Tensor], output_sizes: Sequence[int]) -> list[torch.Tensor]:
+        seconds, received = timed(lambda: all_to_all(inputs, output_sizes))
+        away[now][-1] += sum(size(part) for rank, part in enumerate(inputs) if rank != comm.rank())
         waited[now][-1] += seconds
-        return arrived
+        return received
 
     def work(name: str) -> Callable[[], Clocked]:
         def one() -> Clocked:
@@ -433,33 +442,33 @@ def sharded(options: argparse.Namespace, stage: int) -> None:
             now = name
             away[name].append(0)
             waited[name].append(0.0)
-            dist.barrier()
+            comm.barrier()
             return sides[name].step(mine)
 
         return one
 
-    dist.exchange = counted
+    comm.all_to_all = counted
     try:
         for name in sides:
             work(name)()
         found = race({name: work(name) for name in sides}, options.rounds)
     finally:
-        dist.exchange = exchange
-    kept = {name: sum(map(size, s.method.owned().values()))
+        comm.all_to_all = all_to_all
+    kept = {name: sum(map(size, s.method.matrix_state_dict().values()))
             for name, s in sides.items() if s.method is not None}  # fmt: skip
-    gathered = dist.gather((kept, {name: values[-1] for name, values in away.items()}))
-    whole = each * step_flops(backbone(options).architecture, options.rows, options.length, ANSWER)
-    if dist.is_main():
+    gathered = comm.all_gather_objects((kept, {name: values[-1] for name, values in away.items()}))
+    whole = each * step_flops(backbone(options).hf_config, options.rows, options.length, ANSWER)
+    if comm.is_main():
         plain = found["plain"][0]
         rows = []
         for name, (seconds, own) in found.items():
-            floor = 1 + own_flops(options, name) / dist.world() / whole
+            floor = 1 + own_flops(options, name) / comm.world_size() / whole
             rows.append([
                 name, f"{seconds:.3f}", f"{seconds / plain:.3f}", f"{1 + own / plain:.3f}", f"{floor:.3f}",
                 f"{seconds / plain - floor:+.3f}", f"{numbers.median(waited[name]) / plain:.3f}",
                 ", ".join(mib(there[1][name]) for there in gathered), ", ".join(mib(of[0][name]) for of in gathered),
             ])  # fmt: skip
-        title = f"ZeRO {stage}, {dist.world()} ranks, {each * dist.world()} micro-batches"
+        title = f"ZeRO {stage}, {comm.world_size()} ranks, {each * comm.world_size()} micro-batches"
         table([title, "seconds", "over plain", "own", "floor", "gap", "exchange over plain", "MiB sent, by rank",
                "MiB of bases, by rank"], rows)  # fmt: skip
     for one in sides.values():
@@ -473,7 +482,7 @@ def sharded(options: argparse.Namespace, stage: int) -> None:
 def precision(options: argparse.Namespace) -> None:
     """`W V - A` and its product with `Vᵀ`, each in another precision, on one layer's matrices."""
     kinds = [("fp32", "fp32"), ("fp32", "bf16"), ("bf16", "bf16")]
-    if dist.device().type == "cuda":
+    if comm.device().type == "cuda":
         kinds += [("fp32", "tf32"), ("tf32", "tf32")]
     h, i = options.hidden, options.intermediate
     cases = [case(m, n, number) for number, (m, n) in enumerate([(h, h)] * 4 + [(i, h)] * 2 + [(h, i)])]
@@ -481,7 +490,7 @@ def precision(options: argparse.Namespace) -> None:
 
     def exact() -> None:
         for space, _, moved in cases:
-            space.hold_(moved.clone())
+            space.project_weight_(moved.clone())
 
     def other(first: str, second: str) -> Callable[[], None]:
         def one() -> None:
@@ -503,29 +512,29 @@ def precision(options: argparse.Namespace) -> None:
                 changed = moved.clone()
                 for number in range(times):
                     hold_in(space, changed, *(kind if number < 2 else ("fp32", "fp32")))
-                worst = max(worst, space.leak(changed - weight) / float(weight.double().norm()))
+                worst = max(worst, space.protected_norm(changed - weight) / float(weight.double().norm()))
             left[at] = f"{worst:.1e}"
         rows.append([*kind, f"{found[kind][0] / found['', ''][0]:.2f}", *left])
     table([f"two_sided: D = W V - A ({1e3 * found['', ''][0]:.1f} ms a layer by hold_)", "D Vᵀ", "time over hold_",
            "protected part of a step, over the weight", "after 1", "after 2", "and an exact one"], rows)  # fmt: skip
 
 
-def case(rows: int, columns: int, seed: int) -> tuple[Subspace, torch.Tensor, torch.Tensor]:
+def case(rows: int, columns: int, seed: int) -> tuple[ProtectedSubspace, torch.Tensor, torch.Tensor]:
     """A weight, what of it is protected, and the weight after a step."""
     draw = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=draw, dtype=torch.float64)
 
-    k = count_by_share(SHARE, rows, columns)
-    weight = (0.02 * normal(rows, columns)).float().to(dist.device())
-    bases = [torch.linalg.qr(normal(width, k))[0].to(dist.device()) for width in (columns, rows)]
-    space = Subspace.empty("two_sided", weight)
-    space.grow(weight, *bases)
+    k = rank_from_ratio(SHARE, rows, columns)
+    weight = (0.02 * normal(rows, columns)).float().to(comm.device())
+    bases = [torch.linalg.qr(normal(width, k))[0].to(comm.device()) for width in (columns, rows)]
+    space = ProtectedSubspace.empty("two_sided", weight)
+    space.add_directions(weight, *bases)
     return space, weight, weight + LR * normal(rows, columns).sign().to(weight)
 
 
-def hold_in(space: Subspace, weight: torch.Tensor, first: str, second: str) -> None:
+def hold_in(space: ProtectedSubspace, weight: torch.Tensor, first: str, second: str) -> None:
     """`Subspace.hold_` under `two_sided`, with the products in these precisions."""
     weight.sub_(product(product(weight, space.right, first) - space.image, space.right.T, second))
     weight.sub_(product(space.left, product(space.left.T, weight, first) - space.coimage, second))
@@ -552,12 +561,12 @@ def plan(options: argparse.Namespace) -> None:
           f"over {ranks} ranks; {options.tokens} tokens a rank and step, in rows of {options.length}; {SHARE:.0%} "
           f"of each rank protected; projected after every step")  # fmt: skip
     rows = []
-    for reading in READINGS:
+    for reading in PROJECTIONS:
         method = constrained(reading)
         with torch.device("meta"):
             method.prepare(LlamaForCausalLM(config))
-        costs = method.costs()
-        owners = deal(costs, ranks)
+        costs = method.matrix_costs()
+        owners = assign_owners(costs, ranks)
         loads, kept = [0.0] * ranks, owned_bytes(reading, shapes, owners, ranks)
         owned, matrices = [0] * ranks, [0] * ranks
         for name, owner in owners.items():
@@ -604,10 +613,10 @@ def step_flops(config: LlamaConfig, rows: int, length: int, kept: int) -> int:
 def own_flops(options: argparse.Namespace, name: str) -> float:
     """Of the projections within a step of one of the sides."""
     reading, *more = name.split(", ")
-    if reading not in READINGS:
+    if reading not in PROJECTIONS:
         return 0.0
-    shapes = targets(backbone(options).architecture).values()
-    once = sum(hold_flops(reading, m, n, *[count_by_share(SHARE, m, n)] * 2) for m, n in shapes)
+    shapes = targets(backbone(options).hf_config).values()
+    once = sum(projection_flops(reading, m, n, *[rank_from_ratio(SHARE, m, n)] * 2) for m, n in shapes)
     return once * (2.0 if "gradients too" in more else 1 / EVERY if f"every {EVERY}" in more else 1.0)
 
 
@@ -630,7 +639,7 @@ def owned_bytes(
     """What each rank keeps of the matrices that it owns."""
     kept = [0] * ranks
     for name, (m, n) in shapes.items():
-        kept[owners[name]] += basis_bytes(reading, m, n, count_by_share(SHARE, m, n))
+        kept[owners[name]] += basis_bytes(reading, m, n, rank_from_ratio(SHARE, m, n))
     return kept
 
 
@@ -688,7 +697,7 @@ def clocks(places: Sequence[tuple[Any, str]]) -> Iterator[dict[str, float]]:
 
 
 def wait() -> None:
-    if dist.device().type == "cuda":
+    if comm.device().type == "cuda":
         torch.cuda.synchronize()
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dscl.maths.rls import Expansion, Statistics, gather, solve
+from dscl.maths.rls import FeatureMap, TaskStatistics, compute_statistics, fit_router
 
 TASKS = 4
 BLOCK = 256
@@ -44,9 +44,9 @@ def seconds(action: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def statistics(expansion: Expansion, rows: int) -> dict[str, Statistics]:
+def statistics(expansion: FeatureMap, rows: int) -> dict[str, TaskStatistics]:
     states = [pooled(task, rows // TASKS, expansion.dim) for task in range(TASKS)]
-    return {f"task{t}": gather(expansion.rows(h), expansion).compact() for t, h in enumerate(states)}
+    return {f"task{t}": compute_statistics(expansion.quantize(h), expansion).compact() for t, h in enumerate(states)}
 
 
 def as_released(inverse: Tensor, feature: Tensor) -> Tensor:
@@ -67,12 +67,12 @@ def in_blocks(inverse: Tensor, features: Tensor) -> Tensor:
 
 def compare(width: int, rows: int, dim: int) -> dict[str, float]:
     """Prints all sides; returns how many times as long the released recursion takes."""
-    expansion = Expansion(dim, width, seed=0)
-    expansion.features(torch.zeros(1, dim, dtype=torch.int8))  # draws P, which is done once in a run
+    expansion = FeatureMap(dim, width, seed=0)
+    expansion.compute_features(torch.zeros(1, dim, dtype=torch.int8))  # draws P, which is done once in a run
     gathering, parts = seconds(lambda: statistics(expansion, rows))
-    given, _ = seconds(lambda: solve(parts, ridge=0.1))
-    choosing, solution = seconds(lambda: solve(parts))
-    features = expansion.features(expansion.rows(pooled(0, BLOCK, dim)))
+    given, _ = seconds(lambda: fit_router(parts, ridge=0.1))
+    choosing, solution = seconds(lambda: fit_router(parts))
+    features = expansion.compute_features(expansion.quantize(pooled(0, BLOCK, dim)))
 
     inverse = torch.eye(width) / 100
     released, _ = seconds(lambda: as_released(inverse, features[0]))
@@ -100,11 +100,11 @@ def compare(width: int, rows: int, dim: int) -> dict[str, float]:
 
 def measure_memory(width: int, rows: int, dim: int) -> None:
     before = peak()
-    expansion = Expansion(dim, width, seed=0)
+    expansion = FeatureMap(dim, width, seed=0)
     gathering, parts = seconds(lambda: statistics(expansion, rows))
     gathered = peak()
-    solving, solution = seconds(lambda: solve(parts))
-    features = expansion.features(expansion.rows(pooled(0, 8, dim)))
+    solving, solution = seconds(lambda: fit_router(parts))
+    features = expansion.compute_features(expansion.quantize(pooled(0, 8, dim)))
     routing, _ = seconds(lambda: solution.route(features))
     print(f"E = {width}, {rows} prompts of {dim} dimensions, {TASKS} tasks, {torch.get_num_threads()} threads")
     print(f"sums      {gathering:8.1f} s   peak {gathered:6.2f} GiB (of which {before:.2f} before anything was done)")

@@ -32,9 +32,9 @@ from functools import wraps  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
-from dscl import cli  # noqa: E402
-from dscl.observe.quiet import quiet  # noqa: E402
-from dscl.spawn import outside  # noqa: E402
+from dscl.cli import app  # noqa: E402
+from dscl.distributed.launcher import subprocess_environment  # noqa: E402
+from dscl.utils.quiet import silence_libraries  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 QUICKSTART = REPOSITORY / "launch" / "recipes" / "quickstart.yaml"
@@ -160,7 +160,7 @@ def written(metrics: Path) -> bool:
 
 
 def environment() -> dict[str, str]:
-    return {**outside(), "PYTHONPATH": str(REPOSITORY)}
+    return {**subprocess_environment(), "PYTHONPATH": str(REPOSITORY)}
 
 
 def tell(text: str) -> None:
@@ -171,24 +171,24 @@ def tell(text: str) -> None:
 
 
 def clock_parts(words: Sequence[str]) -> None:
-    quiet()  # before the libraries are imported
+    silence_libraries()  # before the libraries are imported
     began = time.perf_counter()
-    with cli.importing():
-        from dscl import train
-        from dscl.engine import Engine
+    with app.disable_gc_for_imports():
+        from dscl.engine.engine import Engine
+        from dscl.training import trainer
 
     spent["imports"] = time.perf_counter() - began
     for place, name, what in (
-        (train, "open_job", "tokenizer, data and checks"),
-        (train.doctor, "agree", "agreement of ranks"),
-        (train.Job, "engine", "model and DeepSpeed"),
-        (train.Observer, "__init__", "TensorBoard"),
-        (train, "examine", "evaluation before training"),
-        (train, "save", "checkpoints"),
+        (trainer, "build_setup", "tokenizer, data and checks"),
+        (trainer.preflight, "require_consistent_ranks", "agreement of ranks"),
+        (trainer.RunSetup, "build_engine", "model and DeepSpeed"),
+        (trainer.Observer, "__init__", "TensorBoard"),
+        (trainer, "evaluate_with_progress", "evaluation before training"),
+        (trainer, "save_checkpoint", "checkpoints"),
         (Engine, "step", "first step"),
     ):
         clock(place, name, what)
-    raise SystemExit(cli.main(["train", *words]))  # it comes here only if there was no step
+    raise SystemExit(app.main(["train", *words]))  # it comes here only if there was no step
 
 
 def clock(place: Any, name: str, what: str) -> None:

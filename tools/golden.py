@@ -88,24 +88,27 @@ def recipe(folder: Path, method: str, stage: int) -> dict[str, Any]:
 
 def record(out: Path, only: str) -> None:
     """Run the cases as one of the ranks. The first rank writes what each has computed, a line a case."""
-    from dscl import dist
-    from dscl.recipe import resolve
-    from dscl.train import train
+    from dscl.utils.quiet import silence_libraries
 
-    with dist.session():
+    silence_libraries()
+    from dscl.distributed import comm
+    from dscl.recipe.recipe import resolve_recipe
+    from dscl.training.trainer import train
+
+    with comm.process_group():
         for name, method, stage in cases():
             if only not in name:
                 continue
             document = recipe(out, method, stage)
             with open(os.devnull, "w") as nowhere:
                 sys.stdout = nowhere
-                train(resolve(document))
+                train(resolve_recipe(document))
                 sys.stdout = sys.__stdout__
-            if dist.is_main():
+            if comm.is_main():
                 with (out / "results.jsonl").open("a") as file:
                     file.write(json.dumps({"case": name, **computed(Path(document["run_dir"]))}) + "\n")
                 print(f"  {name}", flush=True)
-            dist.barrier()
+            comm.barrier()
 
 
 def computed(run_dir: Path) -> dict[str, Any]:

@@ -3,9 +3,10 @@
     python tools/growth.py [--ranks 2 8 64] [--widths 1024 2048 4096] [--hidden 512] [--layers 8]
 
 Bytes of a rank are counted by `dscl plan` (a step of the real engine, rehearsed on tensors without contents), at ZeRO 3
-in bf16; operations by dscl/model/cost.py, which torch's own counter confirms; what a task leaves in memory, by looking.
-The router is timed, and its times are set against the formula's by the first width. P: parameters; T: those that train;
-W: ranks; L layers of width H, I within, V words; n tokens that see c others each; E: the router's width; r: rank.
+in bf16; operations by dscl/model/flops.py, which torch's own counter confirms; what a task leaves in memory, by
+looking. The router is timed, and its times are set against the formula's by the first width. P: parameters; T: those
+that train; W: ranks; L layers of width H, I within, V words; n tokens that see c others each; E: the router's width;
+r: rank.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dscl.maths.rls import Expansion, gather, solve
-from dscl.model.cost import cost_of
+from dscl.maths.rls import FeatureMap, compute_statistics, fit_router
+from dscl.model.flops import count_flops
 
 VOCABULARY, LENGTH, MICRO_BATCHES = 512, 64, 2
 Row = tuple[str, str, str, float, float]  # what, formula, at, found, foretold
@@ -116,9 +117,9 @@ def model(options: argparse.Namespace) -> Iterator[Row]:
         at = f"{layers} layers of width {hidden}, {tokens} tokens"
         count = sum(p.numel() for p in built.parameters())
         yield "parameters", "2 V H + L (4 H² + 3 H I)", at, count, 2 * VOCABULARY * hidden + matrices
-        cost = cost_of(built)
+        cost = count_flops(built)
         assert cost is not None
-        found = cost.of(tokens, tokens * seen, tokens)
+        found = cost.total_flops(tokens, tokens * seen, tokens)
         formula = 6 * tokens * (matrices + VOCABULARY * hidden) + 12 * layers * hidden * tokens * seen
         yield "operations of a step", "6 n (P - V H) + 12 L H n c", at, found, formula
 
@@ -131,9 +132,9 @@ def tasks(options: argparse.Namespace) -> Iterator[Row]:
         what = "ASR: parameters of a task's adapters, above the first layer"
         yield what, "r (L - 1) (8 H + 3 (H + I))", f"r = {rank}", trained, formula
     drawn = torch.Generator().manual_seed(0)
-    expansion = Expansion(64, width, seed=0)
+    expansion = FeatureMap(64, width, seed=0)
     for count in (1, 4, 16):
-        sums = [gather(rows_of(expansion, 8, drawn), expansion).compact() for _ in range(count)]
+        sums = [compute_statistics(rows_of(expansion, 8, drawn), expansion).compact() for _ in range(count)]
         held = sum(tensor.nbytes for one in sums for tensor in one.tensors())
         yield (
             "ASR: sums for the router, bytes",
@@ -144,8 +145,8 @@ def tasks(options: argparse.Namespace) -> Iterator[Row]:
         )
 
 
-def rows_of(expansion: Expansion, count: int, drawn: torch.Generator) -> torch.Tensor:
-    return expansion.rows(torch.randn(count, expansion.dim, generator=drawn))
+def rows_of(expansion: FeatureMap, count: int, drawn: torch.Generator) -> torch.Tensor:
+    return expansion.quantize(torch.randn(count, expansion.dim, generator=drawn))
 
 
 def router(options: argparse.Namespace) -> Iterator[Row]:
@@ -162,13 +163,13 @@ def router(options: argparse.Namespace) -> Iterator[Row]:
 
 def routed(width: int, prompts: int, drawn: torch.Generator) -> list[float]:
     """Seconds for the sums of so many prompts, of two tasks, and for the solution."""
-    expansion = Expansion(64, width, seed=0)
+    expansion = FeatureMap(64, width, seed=0)
     some = [rows_of(expansion, prompts // 2, drawn) for _ in range(2)]
-    expansion.features(some[0][:1])  # draws what it expands by, once
-    parts = {str(i): gather(rows, expansion).compact() for i, rows in enumerate(some)}
+    expansion.compute_features(some[0][:1])  # draws what it expands by, once
+    parts = {str(i): compute_statistics(rows, expansion).compact() for i, rows in enumerate(some)}
     return [
-        fastest(lambda: [gather(rows, expansion) for rows in some]),
-        fastest(lambda: solve(parts, ridge=0.1)),
+        fastest(lambda: [compute_statistics(rows, expansion) for rows in some]),
+        fastest(lambda: fit_router(parts, ridge=0.1)),
     ]
 
 

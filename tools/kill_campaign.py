@@ -123,9 +123,9 @@ def arm(moment: str, count: int) -> None:
             lines.write(b'{"step": 12, "ta')
         die("writing metrics.jsonl")
 
-    checkpoint, torch = import_module("dscl.checkpoint"), import_module("torch")
+    checkpoint, torch = import_module("dscl.training.checkpoint"), import_module("torch")
     if moment.startswith("data preparation"):
-        around(import_module("dscl.cache"), "_write_marker", half_a_cache)
+        around(import_module("dscl.utils.cache"), "_write_marker", half_a_cache)
     elif moment == "forward":
         around(torch.nn.Embedding, "forward", lambda *_: die("forward"))
     elif moment == "backward":
@@ -135,26 +135,26 @@ def arm(moment: str, count: int) -> None:
         hook(lambda *_: die("optimizer") if due() else None)
     elif moment in ("beginning a task", "ending a task"):
         name = "begin_task" if moment.startswith("beginning") else "end_task"
-        for method in import_module("dscl.methods").METHODS.values():
+        for method in import_module("dscl.methods.registry").METHODS.values():
             if name in vars(method):
                 around(method, name, lambda *_: die(moment))
     elif moment == "evaluation":
-        around(import_module("dscl.train"), "leave_evaluation", lambda *_: die("evaluation"))
+        around(import_module("dscl.training.trainer"), "stop_if_requested", lambda *_: die("evaluation"))
     elif moment.startswith("writing tensors"):
-        for owner in (checkpoint, import_module("dscl.stamped")):
+        for owner in (checkpoint, import_module("dscl.utils.checksummed")):
             around(owner, "save_file", half_tensors)
-        around(import_module("dscl.model.adapters"), "_write", half)
+        around(import_module("dscl.model.adapters.peft_files"), "_write_file", half)
     elif moment.startswith("writing other"):
         around(checkpoint, "_write_bytes", half)
     elif moment.startswith("writing scores"):
-        for name in ("dscl.run_dir", "dscl.train"):
-            around(import_module(name), "write_whole", half_text)
+        for name in ("dscl.training.run_dir", "dscl.training.trainer"):
+            around(import_module(name), "write_text_atomically", half_text)
     elif moment.startswith("giving"):
         around(os, "replace", lambda _, to: die(f"naming {re.sub('[0-9]+', 'N', Path(to).name)}"))
     elif moment.startswith("removing"):
         around(checkpoint.shutil, "rmtree", half_removed, a_checkpoint)
     else:
-        around(import_module("dscl.observe.metrics").MetricsFile, "write", half_a_line)
+        around(import_module("dscl.monitoring.metrics_file").MetricsFile, "write", half_a_line)
 
 
 def rank(words: list[str]) -> NoReturn:
@@ -163,15 +163,15 @@ def rank(words: list[str]) -> NoReturn:
     if number == os.environ["RANK"]:
         arm(moment, int(count))
     sys.argv[1:] = words
-    import_module("dscl.cli").program()
+    import_module("dscl.cli.app").run_and_exit()
     raise AssertionError("still here")
 
 
 def start(recipe: Path, order: str, note: Path) -> tuple[int, str, str]:
     """One start of a run: its exit status, what it said, and where a rank died, if one did."""
     note.unlink(missing_ok=True)
-    code = "import sys; from dscl import spawn; spawn.PROGRAM = tuple(sys.argv[1:3])\n"
-    code += "sys.exit(spawn.spawn(2, ['train', sys.argv[3]]))"
+    code = "import sys; from dscl.distributed import launcher; launcher.PROGRAM = tuple(sys.argv[1:3])\n"
+    code += "sys.exit(launcher.spawn_ranks(2, ['train', sys.argv[3]]))"
     done = subprocess.run(
         [sys.executable, "-c", code, str(Path(__file__).resolve()), "--rank", str(recipe)],
         env={**os.environ, "OMP_NUM_THREADS": "1", ORDER: order, NOTE: str(note)},
@@ -184,16 +184,16 @@ def start(recipe: Path, order: str, note: Path) -> tuple[int, str, str]:
 
 def newest(run: Path) -> str:
     """The name of the newest whole checkpoint."""
-    checkpoint = import_module("dscl.checkpoint")
-    found = checkpoint.Checkpoints(run / "checkpoints", checkpoint.CheckpointConfig()).newest()
+    checkpoint = import_module("dscl.training.checkpoint")
+    found = checkpoint.Checkpoints(run / "checkpoints", checkpoint.CheckpointConfig()).find_newest()
     return found.name if found else ""
 
 
 def outcome(run: Path) -> list[Any]:
     """All that a run computed."""
-    measured = import_module("dscl.pace").measured
+    is_measured = import_module("dscl.monitoring.throughput").is_measured_metric
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    bare = [{name: value for name, value in record.items() if not measured(name)} for record in records]
+    bare = [{name: value for name, value in record.items() if not is_measured(name)} for record in records]
     last = sorted((run / "checkpoints").glob("step-*"))[-1]
     sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(last.iterdir())}
     return [bare, json.loads((run / "scores.json").read_text()), last.name, sums]

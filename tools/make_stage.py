@@ -24,9 +24,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dscl.cache import locked
-from dscl.errors import UserError
-from dscl.observe.quiet import quiet
+from dscl.utils.cache import hold_file_lock
+from dscl.utils.errors import UserError
+from dscl.utils.quiet import silence_libraries
 
 VERSION = 1  # of what this file makes; a change of it makes every stage new
 PER_SENTENCE = 4  # words of one sense in a sentence
@@ -127,7 +127,7 @@ def make_stage(folder: Path, seed: int, settings: Settings) -> bool:
     """Have the stage in `folder`; False where it is there already. It gets its name when all of it is written."""
     key = {"version": VERSION, "seed": seed, "settings": asdict(settings)}
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with locked(folder.parent / f"{folder.name}.lock"):
+    with hold_file_lock(folder.parent / f"{folder.name}.lock"):
         stored = _stored_key(folder)
         if stored == key:
             return False
@@ -178,7 +178,7 @@ def _pretrain(lines: Sequence[list[int]], seed: int, settings: Settings) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from dscl.maths.schedule import learning_rate
-    from dscl.observe.progress import Progress
+    from dscl.monitoring.progress import Progress
 
     torch.set_num_threads(1)  # the same weights on any number of cores, and steps too small to gain by more
     torch.manual_seed(seed)
@@ -212,7 +212,7 @@ def _pretrain(lines: Sequence[list[int]], seed: int, settings: Settings) -> Any:
         optimizer.step()
         optimizer.zero_grad()
         rate = sum(map(len, chosen)) / (time.monotonic() - started)
-        progress.steps([{"step": step + 1, "loss": loss.item(), "tokens_per_s": rate}])
+        progress.show_steps([{"step": step + 1, "loss": loss.item(), "tokens_per_s": rate}])
     progress.close()
     return model.cpu()
 
@@ -251,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the folder to make")
     parser.add_argument("--seed", default=0, type=_seed, metavar="N", help="decides everything in it (default 0)")
     parser.add_argument("--tasks", default=5, type=_tasks, metavar="N", help=f"up to {len(LABELS)} (default 5)")
-    quiet()
+    silence_libraries()
     try:
         given = parser.parse_args(arguments)
         started = time.monotonic()

@@ -55,7 +55,7 @@ TURNED: dict[type[ast.cmpop], tuple[str, str]] = {
     ast.Eq: ("==", "!="), ast.NotEq: ("!=", "=="), ast.Is: ("is", "is not"), ast.IsNot: (r"is\s+not", "is"),
     ast.In: ("in", "not in"), ast.NotIn: (r"not\s+in", "in"),
 }  # fmt: skip
-OVER_RANKS = ("sum_", "any_rank", "from_main", "gather")
+OVER_RANKS = ("all_reduce_sum", "any_rank_true", "broadcast_from_main", "all_gather_objects")
 DROPPED, TURN, MOVED, ALONE = "dropped", "turned", "moved", "without the other ranks"
 SHARES = {DROPPED: 0.35, TURN: 0.3, MOVED: 0.25, ALONE: 0.1}  # of each kind among those that are drawn
 
@@ -290,10 +290,10 @@ class Places:
             self._add(MOVED, *self._span(node), repr(not value if isinstance(value, bool) else value + 1))
         elif isinstance(node, ast.Call) and node.args and isinstance(node.func, ast.Attribute):
             whole = ast.unparse(node.func)
-            if node.func.attr == "sum_" or whole in [f"dist.{name}" for name in OVER_RANKS]:
+            if node.func.attr == "sum_" or whole in [f"comm.{name}" for name in OVER_RANKS]:
                 start, stop = self._span(node.args[0])
                 own = f"({self._source[start:stop].decode()})"
-                self._add(ALONE, *self._span(node), f"[{own}]" if node.func.attr == "gather" else own)
+                self._add(ALONE, *self._span(node), f"[{own}]" if node.func.attr == "all_gather_objects" else own)
 
     def _span(self, node: Any) -> tuple[int, int]:
         return self._begins[node.lineno - 1] + node.col_offset, self._begins[node.end_lineno - 1] + node.end_col_offset

@@ -1,7 +1,7 @@
-"""The typed keys of every method, by its name in a recipe. The methods themselves are in `dscl.methods`.
+"""The typed keys of every method, by the method's name in a recipe.
 
-A method's class names its keys again as `Config`. They are here, and not beside the class, because a recipe is checked
-before torch is imported.
+The methods themselves are in `dscl.methods`; each refers to its class here as `Config`. The keys are declared here, and
+not beside the method, because a recipe is checked before torch is imported.
 """
 
 from __future__ import annotations
@@ -9,26 +9,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from dscl.config import key, nearest
-from dscl.errors import UserError
-from dscl.maths.readings import READINGS
+from dscl.config.parsing import config_key, did_you_mean
+from dscl.maths.readings import PROJECTIONS
+from dscl.utils.errors import UserError
 
 LLAMA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    rank: int = key(8, at_least=1, help="rank of the adapters")
-    alpha: float = key(16.0, above=0.0, help="the adapter's output is scaled by alpha / rank")
-    dropout: float = key(0.0, at_least=0.0, at_most=0.99, help="dropout on the adapters' input")
-    targets: tuple[str, ...] = key(LLAMA_PROJECTIONS, help="names (or endings of names) of the layers that get one")
+    rank: int = config_key(8, at_least=1, help="rank of the adapters")
+    alpha: float = config_key(16.0, above=0.0, help="the adapter's output is scaled by alpha / rank")
+    dropout: float = config_key(0.0, at_least=0.0, at_most=0.99, help="dropout on the adapters' input")
+    targets: tuple[str, ...] = config_key(
+        LLAMA_PROJECTIONS, help="names (or endings of names) of the layers that get an adapter"
+    )
 
 
 @dataclass(frozen=True)
 class SequentialConfig:
-    name: str = key("sequential")
-    tune: str = key("full", choices=("full", "lora"), help="all weights, or one LoRA shared by all tasks")
-    lora: LoraConfig | None = key(None, help="the LoRA's settings, with tune: lora")
+    name: str = config_key("sequential")
+    tune: str = config_key("full", choices=("full", "lora"), help="train all weights, or one LoRA shared by all tasks")
+    lora: LoraConfig | None = config_key(None, help="the LoRA's settings, with tune: lora")
 
     def __post_init__(self) -> None:
         if self.tune == "full" and self.lora is not None:
@@ -37,17 +39,17 @@ class SequentialConfig:
 
 @dataclass(frozen=True)
 class JointConfig(SequentialConfig):
-    name: str = key("joint")
+    name: str = config_key("joint")
 
 
 @dataclass(frozen=True)
 class ReplayConfig(SequentialConfig):
-    name: str = key("replay")
-    share: float | None = key(
-        None, above=0.0, at_most=1.0, help="of each task's samples, how many are kept; default: 0.1, without `most`"
+    name: str = config_key("replay")
+    share: float | None = config_key(
+        None, above=0.0, at_most=1.0, help="share of each task's samples that is kept; default: 0.1, without `most`"
     )
-    most: int | None = key(
-        None, at_least=1, help="instead: samples kept in all, an equal number of each task that has ended"
+    most: int | None = config_key(
+        None, at_least=1, help="instead of `share`: the size of the buffer, equally many samples of each finished task"
     )
 
     def __post_init__(self) -> None:
@@ -60,42 +62,46 @@ class ReplayConfig(SequentialConfig):
 
 @dataclass(frozen=True)
 class AgemConfig(ReplayConfig):
-    name: str = key("agem")
+    name: str = config_key("agem")
 
 
 @dataclass(frozen=True)
 class EwcConfig(SequentialConfig):
-    name: str = key("ewc")
-    strength: float = key(1000.0, above=0.0, help="of the penalty (the paper's λ)")
-    memory: float = key(
-        1.0, at_least=0.0, at_most=1.0, help="what is left of earlier tasks' information when one ends (μ)"
+    name: str = config_key("ewc")
+    strength: float = config_key(1000.0, above=0.0, help="weight of the quadratic penalty (the paper's λ)")
+    memory: float = config_key(
+        1.0, at_least=0.0, at_most=1.0, help="factor on the earlier tasks' Fisher information at the end of a task (μ)"
     )
-    samples: int = key(512, at_least=1, help="of a task, by which its information is measured")
+    samples: int = config_key(512, at_least=1, help="samples of a task for its Fisher information")
 
 
 @dataclass(frozen=True)
 class LwfConfig(SequentialConfig):
-    name: str = key("lwf")
-    strength: float = key(1.0, above=0.0, help="of what was said, beside the task's own loss (λ)")
-    temperature: float = key(2.0, above=0.0, help="by which logits are divided for it (T)")
-    tokens: int = key(64, at_least=1, help="how many of the likeliest tokens are recorded at each target")
+    name: str = config_key("lwf")
+    strength: float = config_key(1.0, above=0.0, help="weight of the distillation loss (λ)")
+    temperature: float = config_key(2.0, above=0.0, help="temperature of the distillation (T): divides the logits")
+    tokens: int = config_key(
+        64, at_least=1, help="how many of the teacher's most likely tokens are recorded at each position"
+    )
 
 
 @dataclass(frozen=True)
 class LoraPerTaskConfig:
-    name: str = key("lora_per_task")
-    lora: LoraConfig | None = key(None, help="the adapters; default: as in sequential")
+    name: str = config_key("lora_per_task")
+    lora: LoraConfig | None = config_key(None, help="the adapters; default: as in sequential")
 
 
 @dataclass(frozen=True)
 class OloraConfig:
-    name: str = key("olora")
-    lora: LoraConfig | None = key(None, help="the adapters; default: as in sequential")
-    orthogonality: float = key(0.5, at_least=0.0, help="how much a new LoRA's overlap with earlier ones costs (λ)")
+    name: str = config_key("olora")
+    lora: LoraConfig | None = config_key(None, help="the adapters; default: as in sequential")
+    orthogonality: float = config_key(
+        0.5, at_least=0.0, help="weight of the orthogonality loss between a new LoRA and the earlier ones (λ)"
+    )
 
 
-# ASR's settings in its paper; a recipe that asks for them may not ask for others.
-ASR_PAPER: dict[str, Any] = {
+# The settings of ASR's paper. With `faithful: true` a recipe may not set another value for these keys.
+ASR_PAPER_SETTINGS: dict[str, Any] = {
     "feature_layer": 4,
     "width": 10000,
     "ridge": 100.0,
@@ -106,40 +112,46 @@ ASR_PAPER: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class AsrConfig:
-    name: str = key("asr")
-    faithful: bool = key(False, help="the paper's settings and its features in floating point; sets all keys below")
-    feature_layer: int | None = key(
+    name: str = config_key("asr")
+    faithful: bool = config_key(
+        False, help="the paper's settings and its features in floating point; sets all keys below"
+    )
+    feature_layer: int | None = config_key(
         None,
         at_least=1,
-        help="layers below are never adapted, the features are its input; default: an eighth of all, from 2",
+        help="the router reads this layer's input, and layers below get no adapter; default: an eighth of all, at "
+        "least 2",
     )
-    width: int | None = key(None, at_least=8, at_most=65536, help="features; default: twice the hidden size, from 2048")
-    ridge: float | None = key(
-        None, above=0.0, help="in units of the features' mean square; default: chosen from the statistics"
+    width: int | None = config_key(
+        None, at_least=8, at_most=65536, help="number of random features; default: twice the hidden size, at least 2048"
     )
-    reject: bool | None = key(None, help="prompts far from every task go to the base model; default: true")
-    lora: LoraConfig | None = key(None, help="the adapters; default: as in sequential")
+    ridge: float | None = config_key(
+        None, above=0.0, help="ridge in units of the features' mean square; default: chosen from the statistics"
+    )
+    reject: bool | None = config_key(None, help="answer prompts far from every task with the base model; default: true")
+    lora: LoraConfig | None = config_key(None, help="the adapters; default: as in sequential")
 
     def __post_init__(self) -> None:
-        default = ASR_PAPER if self.faithful else {"reject": True, "lora": LoraConfig()}
-        for name, value in default.items():
-            given = getattr(self, name)
-            if self.faithful and given is not None and given != value:
+        presets = ASR_PAPER_SETTINGS if self.faithful else {"reject": True, "lora": LoraConfig()}
+        for name, preset in presets.items():
+            chosen = getattr(self, name)
+            if self.faithful and chosen is not None and chosen != preset:
                 raise UserError(
-                    f"method.{name}: given {given} together with faithful: true, which sets {value}; remove one of them"
+                    f"method.{name}: given {chosen} together with faithful: true, which sets {preset}; remove one of "
+                    "them"
                 )
-            object.__setattr__(self, name, value if given is None else given)
+            object.__setattr__(self, name, preset if chosen is None else chosen)
 
 
-# Where directions come from. Of several sources each counts alike.
-SOURCES = {
-    "weights": "those in which the weights are strong",
-    "activations": "in which the layer's inputs are",
-    "sensitivity": "in which they are where the loss feels the layer's output",
-    "updates": "in which the task changed the weights",
+# What the protected directions of a weight matrix are computed from. Several sources have equal weight.
+DIRECTION_SOURCES = {
+    "weights": "the largest singular directions of the weights",
+    "activations": "the directions of the layer's inputs",
+    "sensitivity": "the directions of the inputs, weighted by the gradient of the loss for the layer's output",
+    "updates": "the directions in which the task changed the weights",
 }
-# OSFT's settings in its paper; a recipe that asks for them may not ask for others.
-OSFT_PAPER: dict[str, Any] = {
+# The settings of OSFT's paper. With `faithful: true` a recipe may not set another value for these keys.
+OSFT_PAPER_SETTINGS: dict[str, Any] = {
     "reading": "paper",
     "basis": ("weights",),
     "allocate": "importance",
@@ -148,7 +160,7 @@ OSFT_PAPER: dict[str, Any] = {
     "claim": (),
     "gradients": True,
 }
-OSFT_DEFAULT: dict[str, Any] = {
+OSFT_DEFAULTS: dict[str, Any] = {
     "reading": "input",
     "basis": ("activations",),
     "allocate": "fixed",
@@ -160,61 +172,78 @@ OSFT_DEFAULT: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class OsftConfig:
-    name: str = key("osft")
-    faithful: bool = key(False, help="the paper's settings: sets the keys from `reading` to `gradients`")
-    reading: str | None = key(
+    name: str = config_key("osft")
+    faithful: bool = config_key(False, help="the paper's settings: sets the keys from `reading` to `gradients`")
+    reading: str | None = config_key(
         None,
-        choices=READINGS,
-        help="what may not change: the outputs of protected inputs; that and the protected outputs; or, as the paper "
-        "prints it, only what leads from the ones to the others; default: input",
+        choices=PROJECTIONS,
+        help="what of a weight matrix is protected. input: its effect on the protected input directions; two_sided: "
+        "also its effect into the protected output directions; paper: only what maps protected inputs to protected "
+        "outputs, as the paper prints it; default: input",
     )
-    basis: tuple[str, ...] | None = key(
+    basis: tuple[str, ...] | None = config_key(
         None,
-        help="the base model's directions to protect, of weights, activations and sensitivity, the last two on texts "
-        "that the model makes up; default: activations",
+        help="sources of the base model's protected directions: one or more of weights, activations and sensitivity; "
+        "the last two are measured on texts that the model generates; default: activations",
     )
-    allocate: str | None = key(
+    allocate: str | None = config_key(
         None,
         choices=("fixed", "importance", "energy"),
-        help="`share` is of each matrix's rank; or the most that the paper's importance gives; or of the energy",
+        help="what `share` is a share of. fixed: each matrix's rank; importance: of that at most, by the paper's layer "
+        "importance; energy: the energy of the directions",
     )
-    share: float | None = key(None, at_least=0.0, at_most=1.0, help="how much is protected at the start; default: 0.33")
-    least: float | None = key(None, at_least=0.0, at_most=1.0, help="with allocate: importance, the least share")
-    claim: tuple[str, ...] | None = key(
+    share: float | None = config_key(
+        None, at_least=0.0, at_most=1.0, help="how much is protected before the first task; default: 0.33"
+    )
+    least: float | None = config_key(
+        None, at_least=0.0, at_most=1.0, help="with allocate: importance, the smallest share of a matrix"
+    )
+    claim: tuple[str, ...] | None = config_key(
         None,
-        help="a finished task's directions to protect for good, of updates, activations and sensitivity, on its own "
-        "samples; []: none; default: all three",
+        help="sources of the directions that are protected after each task: any of updates, activations and "
+        "sensitivity, measured on the task's samples; []: protect none; default: all three",
     )
-    claim_energy: float | None = key(
-        None, at_least=0.0, at_most=1.0, help="the share of their energy that is protected; default: 0.99"
+    claim_energy: float | None = config_key(
+        None, at_least=0.0, at_most=1.0, help="protect the directions with this share of the energy; default: 0.99"
     )
-    when_short: str = key(
+    when_short: str = config_key(
         "share",
         choices=("share", "give_back", "stop"),
-        help="a task that needs more room than its part of what is free gets that part; or gets all, and the base "
-        "gives back its weakest directions where the next task finds too little; or all, and that task is refused",
+        help="if a task needs more directions than its part of the free ones. share: it gets its part; give_back: it "
+        "gets all it needs, and the base model gives up its weakest directions when a later task has too few; stop: it "
+        "gets all it needs, and a later task with too few is refused",
     )
-    gradients: bool | None = key(
-        None, help="free the gradients of their protected part too, before AdamW scales by their size; default: true"
+    gradients: bool | None = config_key(
+        None, help="also project the gradients, before AdamW normalises them; default: true"
     )
-    project_every: int = key(1, at_least=1, help="steps between projections; one always comes before a checkpoint")
-    targets: tuple[str, ...] = key(LLAMA_PROJECTIONS, help="names (or endings of names) of the constrained layers")
-    rest: str = key(
-        "frozen", choices=("frozen", "free", "protected"), help="embeddings, head and norms; norms are never protected"
+    project_every: int = config_key(
+        1, at_least=1, help="optimizer steps between two projections; the weights are always projected before a save"
+    )
+    targets: tuple[str, ...] = config_key(
+        LLAMA_PROJECTIONS, help="names (or endings of names) of the constrained layers"
+    )
+    rest: str = config_key(
+        "frozen",
+        choices=("frozen", "free", "protected"),
+        help="how embeddings, head and norms are treated; norms are never protected",
     )
 
     def __post_init__(self) -> None:
-        for name, value in (OSFT_PAPER if self.faithful else OSFT_DEFAULT).items():
-            given = getattr(self, name)
-            if self.faithful and given is not None and given != value:
+        for name, preset in (OSFT_PAPER_SETTINGS if self.faithful else OSFT_DEFAULTS).items():
+            chosen = getattr(self, name)
+            if self.faithful and chosen is not None and chosen != preset:
                 raise UserError(
-                    f"method.{name}: given {given} together with faithful: true, which sets {value}; remove one of them"
+                    f"method.{name}: given {chosen} together with faithful: true, which sets {preset}; remove one of "
+                    "them"
                 )
-            object.__setattr__(self, name, value if given is None else given)
-        for name, allowed in (("basis", tuple(SOURCES)[:3]), ("claim", tuple(SOURCES)[1:])):
-            given = getattr(self, name)
-            if not set(given) <= set(allowed) or len(set(given)) < len(given) or (name == "basis" and not given):
-                raise UserError(f"method.{name}: given {list(given)}; allowed: one or several of {', '.join(allowed)}")
+            object.__setattr__(self, name, preset if chosen is None else chosen)
+        for name, allowed in (("basis", tuple(DIRECTION_SOURCES)[:3]), ("claim", tuple(DIRECTION_SOURCES)[1:])):
+            sources = getattr(self, name)
+            is_invalid = not set(sources) <= set(allowed) or len(set(sources)) < len(sources)
+            if is_invalid or (name == "basis" and not sources):
+                raise UserError(
+                    f"method.{name}: given {list(sources)}; allowed: one or several of {', '.join(allowed)}"
+                )
         if not self.claim and self.claim_energy is not None:
             raise UserError(
                 f"method.claim_energy: given {self.claim_energy} with claim: [], which has no use for it; remove it"
@@ -233,61 +262,76 @@ class OsftConfig:
 
 @dataclass(frozen=True)
 class MosesConfig:
-    name: str = key("moses")
-    masks: str = key(
-        "atom", choices=("atom", "element"), help="what a mask opens: pairs of a column and a row, or single entries"
+    name: str = config_key("moses")
+    masks: str = config_key(
+        "atom",
+        choices=("atom", "element"),
+        help="what a task's mask selects: rank-1 pairs of a column and a row, or single entries of the matrices",
     )
-    experts: int = key(8, at_least=1, help="sub-experts beside each projection")
-    rank: int = key(8, at_least=1, help="rank of a sub-expert")
-    most: int | None = key(
-        None, at_least=1, help="sub-experts that there is room for; default: what the stream can need"
+    experts: int = config_key(8, at_least=1, help="initial number of sub-experts beside each projection")
+    rank: int = config_key(8, at_least=1, help="rank of a sub-expert")
+    most: int | None = config_key(
+        None, at_least=1, help="maximum number of sub-experts; default: what the stream can need"
     )
-    share: float = key(
-        0.25, above=0.0, at_most=1.0, help="of the first sub-experts' parameters, how much a task's mask opens"
+    share: float = config_key(
+        0.25, above=0.0, at_most=1.0, help="share of the initial sub-experts' parameters that a task's mask selects"
     )
-    gate: str = key(
-        "token", choices=("token", "uniform"), help="a router sends every token to a few sub-experts; or all alike"
+    gate: str = config_key(
+        "token",
+        choices=("token", "uniform"),
+        help="token: a router sends every token to top_k sub-experts; uniform: every token to all, with equal weight",
     )
-    top_k: int | None = key(None, at_least=1, help="sub-experts that a token is sent to; default: 2, or all if fewer")
-    reuse: bool = key(True, help="a task's mask may open what earlier tasks have claimed")
-    when_full: str = key(
+    top_k: int | None = config_key(
+        None, at_least=1, help="number of sub-experts for each token; default: 2, or all if fewer"
+    )
+    reuse: bool = config_key(True, help="a task's mask may select parameters that earlier tasks have frozen")
+    when_full: str = config_key(
         "grow",
         choices=("grow", "reuse", "stop"),
-        help="a task that finds too little unclaimed gets a further sub-expert, or makes do, or is refused",
+        help="if too few parameters are free for a task: add a sub-expert, train on fewer, or stop with an error",
     )
-    alpha: float = key(64.0, above=0.0, help="what is added is scaled by alpha / rank")
-    dropout: float = key(0.0, at_least=0.0, at_most=0.99, help="dropout on the sub-experts' input")
-    targets: tuple[str, ...] = key(
-        ("q_proj", "k_proj", "v_proj", "o_proj"), help="names (or endings of names) of the layers that get them"
+    alpha: float = config_key(64.0, above=0.0, help="the sub-experts' output is scaled by alpha / rank")
+    dropout: float = config_key(0.0, at_least=0.0, at_most=0.99, help="dropout on the sub-experts' input")
+    targets: tuple[str, ...] = config_key(
+        ("q_proj", "k_proj", "v_proj", "o_proj"), help="names (or endings of names) of the layers that get sub-experts"
     )
-    task_inference: str = key(
+    task_inference: str = config_key(
         "rls",
         choices=("given", "key", "rls"),
-        help="who says which task a prompt belongs to: the caller, a key for each task, or the analytic router",
+        help="how the task of a prompt is found. given: by the caller; key: by the most similar task key; rls: by the "
+        "analytic router",
     )
-    feature_layer: int | None = key(
+    feature_layer: int | None = config_key(
         None,
         at_least=1,
-        help="layers below are never changed, the features are its input; default: an eighth of all, from 2",
+        help="the router reads this layer's input, and layers below are never changed; default: an eighth of all, at "
+        "least 2",
     )
-    width: int | None = key(
-        None, at_least=8, at_most=65536, help="with rls: features; default: twice the hidden size, from 2048"
+    width: int | None = config_key(
+        None,
+        at_least=8,
+        at_most=65536,
+        help="with rls: number of random features; default: twice the hidden size, at least 2048",
     )
-    ridge: float | None = key(
-        None, above=0.0, help="with rls: in units of the features' mean square; default: chosen from the statistics"
+    ridge: float | None = config_key(
+        None,
+        above=0.0,
+        help="with rls: ridge in units of the features' mean square; default: chosen from the statistics",
     )
-    reject: bool | None = key(None, help="with rls: prompts far from every task go to the bare model; default: true")
-    weights: OsftConfig | None = key(
-        None, help="the dense weights of the layers that have sub-experts: frozen, or {name: osft, ...}"
+    reject: bool | None = config_key(
+        None, help="with rls: answer prompts far from every task with the base model; default: true"
+    )
+    weights: OsftConfig | None = config_key(
+        None, help="how the dense weights of the same layers are trained: {name: osft, ...}; default: frozen"
     )
 
     def __post_init__(self) -> None:
-        unused = {
+        unused_keys = {
             "given": ("feature_layer", "width", "ridge", "reject"),
             "key": ("width", "ridge", "reject"),
             "rls": (),
         }
-        for name in unused[self.task_inference]:
+        for name in unused_keys[self.task_inference]:
             if getattr(self, name) is not None:
                 raise UserError(
                     f"method.{name}: given {getattr(self, name)} with task_inference: {self.task_inference}, which has "
@@ -337,9 +381,9 @@ METHOD_CONFIGS: dict[str, type] = {
 }
 
 
-def method_config(name: str) -> type:
-    """The keys of a method, each a frozen dataclass whose first field is `name`."""
+def find_config_class(name: str) -> type:
+    """The config class of the method with this name: a frozen dataclass whose first field is `name`."""
     if name not in METHOD_CONFIGS:
-        given = nearest(str(name), METHOD_CONFIGS)
-        raise UserError(f"method.name: given {name!r}; allowed: {', '.join(METHOD_CONFIGS)}{given}")
+        suggestion = did_you_mean(str(name), METHOD_CONFIGS)
+        raise UserError(f"method.name: given {name!r}; allowed: {', '.join(METHOD_CONFIGS)}{suggestion}")
     return METHOD_CONFIGS[name]

@@ -1,6 +1,6 @@
-"""The typed keys of every section of a recipe, with their bounds and what each is for.
+"""The typed keys of every section of a recipe, each with its bounds and a line of help.
 
-The keys of methods are in `methods` beside this file. Neither file imports a heavy package, so a recipe is checked
+The keys of the methods are in `dscl.config.methods`. Neither file imports a heavy package, so a recipe is checked
 before torch is imported.
 """
 
@@ -12,55 +12,68 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dscl.config import key
-from dscl.errors import UserError
+from dscl.config.parsing import config_key
 from dscl.maths.schedule import SCHEDULES
+from dscl.utils.errors import UserError
 
 PRECISIONS = ("fp32", "bf16", "fp16")
-FORMATS = ("trace", "cl_benchmark", "superni", "jsonl", "datasets")
+DATA_FORMATS = ("trace", "cl_benchmark", "superni", "jsonl", "datasets")
 METRICS = ("accuracy", "exact_match", "first_letter", "rouge_l", "edit_similarity", "code_similarity", "sari")
-BEST = ("OP", "BWT", "heldout")
+BEST_CRITERIA = ("OP", "BWT", "heldout")
 
 
 @dataclass(frozen=True)
 class TopConfig:
-    """The keys of the recipe that stand in no section."""
+    """The recipe keys outside of all sections."""
 
-    run_dir: str = key(help="where the run writes everything")
-    seed: int = key(0, at_least=0, at_most=2**63 - 1, help="decides data order, fresh weights and splits")
-    deepspeed: str = key("ds_configs/zero1.json", help="a DeepSpeed JSON: ZeRO stage, offload, communication")
+    run_dir: str = config_key(help="the folder into which the run writes everything")
+    seed: int = config_key(0, at_least=0, at_most=2**63 - 1, help="random seed of data order, fresh weights and splits")
+    deepspeed: str = config_key(
+        "ds_configs/zero1.json", help="path of a DeepSpeed JSON: ZeRO stage, offload, communication"
+    )
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    name: str | None = key(None, help="a model folder, or a hub id such as meta-llama/Llama-2-7b-hf")
-    shape: dict[str, Any] | None = key(None, help="LLaMA configuration keys of a model to build with fresh weights")
-    tokenizer: str | None = key(
+    name: str | None = config_key(None, help="a model folder, or a hub id such as meta-llama/Llama-2-7b-hf")
+    shape: dict[str, Any] | None = config_key(
+        None, help="LLaMA configuration keys of a model to build with fresh weights"
+    )
+    tokenizer: str | None = config_key(
         None, help="a tokenizer's folder or hub id; default: the model's, or one trained for it"
     )
-    attention: str = key("sdpa", choices=("sdpa", "eager", "flash_attention_2"), help="attention implementation")
-    activation_checkpointing: bool = key(False, help="recompute activations in the backward pass to save memory")
+    attention: str = config_key("sdpa", choices=("sdpa", "eager", "flash_attention_2"), help="attention implementation")
+    activation_checkpointing: bool = config_key(False, help="recompute activations in the backward pass to save memory")
 
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """One entry of `stream`; any key may also stand under `stream_defaults`."""
+    """One entry of `stream`. Any of these keys may also stand under `stream_defaults`, for all entries."""
 
-    name: str = key(help="what the task is called in the scores")
-    path: str = key(help="a folder or a file; with format: datasets also a hub id")
-    format: str | None = key(None, choices=FORMATS, help="the layout; recognised by content when left out")
-    metric: str | None = key(None, choices=METRICS, help="default: accuracy where there is a label set, else rouge_l")
-    template: str | None = key(None, help="the prompt, with {prompt} or the format's own fields, and {labels}")
-    labels: tuple[str, ...] | None = key(None, help="the label set, in place of the one that the data names")
-    columns: Mapping[str, str] | None = key(None, help="which columns hold prompt and answer (jsonl and datasets)")
-    chat: bool = key(False, help="wrap prompt and answer in the tokenizer's chat template")
-    epochs: int | None = key(None, at_least=1, help="in place of train.epochs")
-    lr: float | None = key(None, above=0, help="in place of train.lr")
-    train_limit: int | None = key(None, at_least=1, help="train on a random subset of this size")
-    dev_limit: int | None = key(None, at_least=1, help="the same for the dev split")
-    test_limit: int | None = key(None, at_least=1, help="the same for the test split")
-    dev_share: float = key(
-        0.1, at_least=0.0, at_most=0.5, help="carved from train (at most 500 samples) where the data has no dev split"
+    name: str = config_key(help="the task's name in the scores")
+    path: str = config_key(help="a folder or a file; with format: datasets also a hub id of a data set")
+    format: str | None = config_key(
+        None, choices=DATA_FORMATS, help="the layout of the data; default: recognised by content"
+    )
+    metric: str | None = config_key(
+        None, choices=METRICS, help="default: accuracy where there is a label set, else rouge_l"
+    )
+    template: str | None = config_key(None, help="the prompt, with {prompt} or the format's own fields, and {labels}")
+    labels: tuple[str, ...] | None = config_key(None, help="the label set, in place of the one in the data")
+    columns: Mapping[str, str] | None = config_key(
+        None, help="names of the columns with prompt and answer (formats jsonl and datasets)"
+    )
+    chat: bool = config_key(False, help="wrap prompt and answer in the tokenizer's chat template")
+    epochs: int | None = config_key(None, at_least=1, help="in place of train.epochs")
+    lr: float | None = config_key(None, above=0, help="in place of train.lr")
+    train_limit: int | None = config_key(None, at_least=1, help="train on a random subset of this size")
+    dev_limit: int | None = config_key(None, at_least=1, help="the same for the dev split")
+    test_limit: int | None = config_key(None, at_least=1, help="the same for the test split")
+    dev_share: float = config_key(
+        0.1,
+        at_least=0.0,
+        at_most=0.5,
+        help="share of train (at most 500 samples) that becomes the dev split if the data has none",
     )
 
 
@@ -68,8 +81,10 @@ class TaskConfig:
 class DataConfig:
     """The recipe's `data` section."""
 
-    bad_records: str = key("stop", choices=("stop", "skip"), help="at a record that is not valid: stop, or skip it")
-    cache_dir: str | None = key(None, help="where tokenised splits are kept; default $DSCL_CACHE or ~/.cache/dscl")
+    bad_records: str = config_key("stop", choices=("stop", "skip"), help="at an invalid record: stop, or skip it")
+    cache_dir: str | None = config_key(
+        None, help="the folder of tokenised splits; default $DSCL_CACHE or ~/.cache/dscl"
+    )
 
     @property
     def cache(self) -> Path:
@@ -78,60 +93,84 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    lr: float = key(3.0e-4, above=0.0, help="peak learning rate")
-    schedule: str = key("cosine", choices=SCHEDULES, help="decay after the warm-up, per task")
-    warmup: float = key(0.03, at_least=0.0, at_most=1.0, help="share of a task's steps in which the rate rises")
-    weight_decay: float = key(0.0, at_least=0.0, help="AdamW's decoupled weight decay")
-    grad_clip: float = key(1.0, at_least=0.0, help="largest norm of a step's gradient; 0: no limit")
-    epochs: int = key(1, at_least=1, help="passes over each task's training split")
-    global_batch: int = key(16, at_least=1, help="samples in an optimizer step, over all ranks")
-    micro_batch: int = key(4, at_least=1, help="rows that a rank passes through the model at once")
-    max_length: int = key(256, at_least=8, help="tokens in a row; longer prompts are cut, answers never")
-    packing: bool = key(False, help="put several samples into one row")
-    precision: str = key("bf16", choices=PRECISIONS, help="precision of weights and activations; masters are fp32")
-    non_finite: str = key("stop", choices=("stop", "skip"), help="at a loss that is not finite: stop, or skip the step")
+    lr: float = config_key(3.0e-4, above=0.0, help="peak learning rate")
+    schedule: str = config_key("cosine", choices=SCHEDULES, help="decay after the warm-up, per task")
+    warmup: float = config_key(
+        0.03, at_least=0.0, at_most=1.0, help="share of a task's steps in which the learning rate rises"
+    )
+    weight_decay: float = config_key(0.0, at_least=0.0, help="AdamW's decoupled weight decay")
+    grad_clip: float = config_key(1.0, at_least=0.0, help="maximum norm of a step's gradient; 0: no clipping")
+    epochs: int = config_key(1, at_least=1, help="passes over each task's training split")
+    global_batch: int = config_key(16, at_least=1, help="samples of an optimizer step, summed over all ranks")
+    micro_batch: int = config_key(4, at_least=1, help="rows of a rank's forward pass")
+    max_length: int = config_key(256, at_least=8, help="tokens in a row; longer prompts are cut, answers never")
+    packing: bool = config_key(False, help="put several samples into one row")
+    precision: str = config_key(
+        "bf16", choices=PRECISIONS, help="precision of weights and activations; masters are fp32"
+    )
+    non_finite: str = config_key(
+        "stop", choices=("stop", "skip"), help="at a loss that is inf or nan: stop the run, or skip the step"
+    )
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    mode: str = key(
-        "rank", choices=("rank", "generate"), help="rank the labels (tasks without labels generate), or generate"
+    mode: str = config_key(
+        "rank",
+        choices=("rank", "generate"),
+        help="rank: take the label with the highest likelihood (tasks without labels generate); or generate",
     )
-    batch: int = key(16, at_least=1, help="prompts that a rank evaluates at once")
-    max_new_tokens: int = key(32, at_least=1, help="longest generated answer")
-    tasks: str = key(
+    batch: int = config_key(16, at_least=1, help="prompts that a rank evaluates at once")
+    max_new_tokens: int = config_key(32, at_least=1, help="longest generated answer")
+    tasks: str = config_key(
         "all",
         choices=("all", "seen", "new"),
-        help="after each task evaluate all, those trained so far, or that one alone and all after the last; forgetting "
-        "needs `seen`, FWT `all`",
+        help="which tasks to evaluate after each task: all; those seen so far; or the new one only, and all after the "
+        "last. Forgetting needs at least `seen`, FWT needs `all`",
     )
-    every: int = key(1, at_least=1, help="evaluate after so many tasks, and after the last; BWT and the like need all")
-    split: str = key("test", choices=("test", "dev"), help="dev: to choose settings without looking at the test split")
-    given: bool = key(False, help="where a method finds out a prompt's task, evaluate with the task given as well")
-    before: bool = key(True, help="also evaluate before any training; FWT needs it, and tasks: all")
-    heldout: str | None = key(
-        None, help="texts (.jsonl with `text`, or lines) whose mean loss shows what the model can do in general"
+    every: int = config_key(
+        1, at_least=1, help="evaluate after every so many tasks, and after the last; BWT and forgetting need 1"
+    )
+    split: str = config_key(
+        "test", choices=("test", "dev"), help="the split to evaluate; dev: to tune settings without the test split"
+    )
+    given: bool = config_key(False, help="for a method with a task router: also evaluate with the true task given")
+    before: bool = config_key(
+        True, help="also evaluate before any training (zero-shot); FWT needs that, and tasks: all"
+    )
+    heldout: str | None = config_key(
+        None, help="file of texts (.jsonl with `text`, or lines); their mean loss measures the model's general ability"
     )
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every: int = key(200, at_least=1, help="optimizer steps between checkpoints; one is always written after a task")
-    keep: int = key(2, at_least=1, help="how many of the newest are kept")
-    grace: float = key(120.0, above=0.0, help="seconds that a signal leaves for coming to a step's end and saving")
-    async_: bool = key(False, help="write beside training; takes host memory for a copy of what is written")
-    best: str | None = key(
-        None, choices=BEST, help="keep the one after the task, too, where this was best (heldout: the loss, lowest)"
+    every: int = config_key(
+        200, at_least=1, help="optimizer steps between checkpoints; one is always written after a task"
+    )
+    keep: int = config_key(2, at_least=1, help="how many of the newest checkpoints are kept")
+    grace: float = config_key(
+        120.0, above=0.0, help="seconds after a signal for finishing the step and saving a checkpoint"
+    )
+    async_: bool = config_key(
+        False, help="write checkpoints while training goes on; needs host memory for a copy of what is written"
+    )
+    best: str | None = config_key(
+        None,
+        choices=BEST_CRITERIA,
+        help="also keep the checkpoint after the task with the best value of this (heldout: the lowest loss)",
     )
 
 
 @dataclass(frozen=True)
 class ProfileConfig:
-    steps: tuple[int, ...] = key((), help="the first and the last step of the run that a trace shows, e.g. [10, 14]")
-    ranks: tuple[int, ...] = key((0,), help="which ranks write one")
-    shapes: bool = key(False, help="with the shapes of all tensors")
-    memory: bool = key(
-        False, help="keep who allocated what on the GPU (costs a little), for the snapshot when it runs out"
+    steps: tuple[int, ...] = config_key(
+        (), help="the first and the last step of the trace, e.g. [10, 14]; default: no trace"
+    )
+    ranks: tuple[int, ...] = config_key((0,), help="the ranks that write a trace")
+    shapes: bool = config_key(False, help="record tensor shapes in the trace")
+    memory: bool = config_key(
+        False, help="record GPU allocations (costs a little time), for a memory snapshot when the GPU is out of memory"
     )
 
     def __post_init__(self) -> None:
@@ -148,33 +187,38 @@ class ProfileConfig:
 
 @dataclass(frozen=True)
 class ObserveConfig:
-    every: int = key(10, at_least=1, help="steps between two updates of TensorBoard and of the progress line")
-    tensorboard: bool = key(True, help="write TensorBoard events into run_dir/tensorboard")
-    peak_tflops: float | None = key(
-        None, above=0.0, help="what one device can do at this precision, for MFU; default: known of common GPUs in bf16"
+    every: int = config_key(10, at_least=1, help="steps between two updates of TensorBoard and of the progress line")
+    tensorboard: bool = config_key(True, help="write TensorBoard events into run_dir/tensorboard")
+    peak_tflops: float | None = config_key(
+        None,
+        above=0.0,
+        help="peak TFLOPS of one device at this precision, for MFU; default: known for common GPUs in bf16",
     )
-    profile: ProfileConfig = key(ProfileConfig, help="traces for Perfetto")
-    live: str = key(
+    profile: ProfileConfig = config_key(ProfileConfig, help="profiler traces for Perfetto")
+    live: str = config_key(
         "auto",
         choices=("auto", "on", "off"),
-        help="progress; auto: one live line on a terminal, plain lines elsewhere; on: always live; off: none",
+        help="progress output; auto: one live line on a terminal, plain lines elsewhere; on: always live; off: none",
     )
 
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """The section `compare` of a comparison's file."""
+    """The section `compare` of the file for `dscl compare`."""
 
-    rates: tuple[float, ...] = key((), help="the learning rates that every row tries, where it names none of its own")
-    rows: Mapping[str, Mapping[str, Any]] = key(
-        dict, help="by name: a method's keys, and `rates` of its own; default: what --methods names, with its defaults"
+    rates: tuple[float, ...] = config_key(
+        (), help="the learning rates that every row without rates of its own tries on dev"
     )
-    seeds: tuple[int, ...] = key((0, 1, 2), help="of the runs on the test split")
-    search_limit: int | None = key(
-        None, at_least=1, help="training samples a task while rates are tried; default: as in the runs"
+    rows: Mapping[str, Mapping[str, Any]] = config_key(
+        dict,
+        help="by name: a method's keys, and optionally `rates`; default: the methods of --methods with their defaults",
     )
-    keeps: float | None = key(
-        None, at_least=0.0, help="take the best of the rates whose BWT on dev is at least minus this, if there are any"
+    seeds: tuple[int, ...] = config_key((0, 1, 2), help="seeds of the runs on the test split")
+    search_limit: int | None = config_key(
+        None, at_least=1, help="training samples of each task in the learning rate search; default: as in the runs"
+    )
+    keeps: float | None = config_key(
+        None, at_least=0.0, help="choose the best among the rates whose BWT on dev is at least minus this, if any is"
     )
 
     def __post_init__(self) -> None:
@@ -188,7 +232,7 @@ class CompareConfig:
             raise UserError("compare.seeds: given []; at least one is needed")
 
 
-SECTIONS: dict[str, type] = {
+SECTION_CONFIGS: dict[str, type] = {
     "model": ModelConfig,
     "data": DataConfig,
     "train": TrainConfig,

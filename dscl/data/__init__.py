@@ -1,1 +1,1 @@
-"""From the recipe's task entries to the tensors of every micro-batch."""
+"""Data: reading tasks, tokenizing samples, assigning them to steps and collating micro-batches."""

@@ -1,7 +1,7 @@
-"""Which samples make which step, and how a micro-batch of them becomes tensors.
+"""The batch sampler, which assigns samples to optimizer steps, and the collate functions, which build the tensors.
 
-Everything in `Schedule` is arithmetic on lengths and the seed: every rank computes the same plan and asks nobody, and a
-position in the stream is a step number, so that resuming costs nothing.
+`BatchSampler` needs only the samples' lengths and the seed. Every rank computes the same plan without communication,
+and any step can be computed directly from its number, so resuming a run costs nothing.
 """
 
 from __future__ import annotations
@@ -13,31 +13,34 @@ from typing import Protocol
 import numpy as np
 import torch
 
-IGNORE = -100
-MULTIPLE = 8  # of tokens in a row, for the kernels
-Row = list[int]
-Span = tuple[int, int, int]  # row, first token, end
+IGNORE_INDEX = -100
+PAD_MULTIPLE = 8  # rows are padded to a multiple of this many tokens, for the kernels
+SampleRow = list[int]  # ids of the samples that share one row of `input_ids`
+PromptSpan = tuple[int, int, int]  # (row, first token, end): the tokens of one prompt in a batch
 
 
-class Pairs(Protocol):
-    """What `collate` needs of an encoded split."""
+class SampleLookup(Protocol):
+    """Maps a sample id to its (prompt ids, answer ids)."""
 
     def __getitem__(self, index: int, /) -> tuple[list[int], list[int]]: ...
 
 
 @dataclass(frozen=True)
-class Step:
-    """One optimizer step: the ids of its samples over all ranks, and their tokens."""
+class StepPlan:
+    """The samples of one optimizer step, over all ranks, and their token counts."""
 
-    samples: tuple[int, ...]
-    targets: int  # target tokens
-    tokens: int  # all tokens
-    pairs: int  # of a token with itself or one before it in its sample
-    epoch: float  # how many epochs are done when this step is
+    sample_ids: tuple[int, ...]
+    num_targets: int  # answer tokens, over which the loss is computed
+    num_tokens: int  # prompt and answer tokens
+    attention_pairs: int  # (query, key) pairs of causal attention: n (n + 1) / 2 for a sample of n tokens
+    epoch: float  # epochs completed at the end of this step
 
 
-class Schedule:
-    """The plan of one task's training. An epoch never shares a step with the next, so its last step may be smaller."""
+class BatchSampler:
+    """Assigns the samples of one task to optimizer steps, ranks and micro-batches.
+
+    No step mixes two epochs, so the last step of an epoch may be smaller.
+    """
 
     def __init__(
         self,
@@ -48,97 +51,105 @@ class Schedule:
         epochs: int,
         global_batch: int,
         micro_batch: int,
-        world: int,
+        world_size: int,
         max_length: int,
         packing: bool,
     ) -> None:
         assert len(prompt_lengths) == len(answer_lengths) > 0
-        assert min(epochs, global_batch, micro_batch, world) >= 1
+        assert min(epochs, global_batch, micro_batch, world_size) >= 1
         self._lengths = prompt_lengths + answer_lengths
-        self._targets = answer_lengths
+        self._answer_lengths = answer_lengths
         assert int(self._lengths.max()) <= max_length
         self._seed = seed
         self._global_batch = global_batch
         self._micro_batch = micro_batch
-        self._world = world
+        self._world_size = world_size
         self._max_length = max_length
         self._packing = packing
         self.steps_per_epoch = -(-len(self._lengths) // global_batch)
-        self.steps = epochs * self.steps_per_epoch
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+        self.num_steps = epochs * self.steps_per_epoch
+        self._cached_permutation: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
-    def step(self, number: int) -> Step:
-        """Step `number`, counted from 0, in any order and without going through those before it."""
-        assert 0 <= number < self.steps
-        epoch, place = divmod(number, self.steps_per_epoch)
-        ids = self._permutation(epoch)[place * self._global_batch : (place + 1) * self._global_batch]
-        # Longest first: dealt out in turn, every rank gets like lengths, and rows of like length meet in a micro-batch.
+    def step_plan(self, step: int) -> StepPlan:
+        """The plan of one optimizer step, counted from 0. Steps can be asked for in any order."""
+        assert 0 <= step < self.num_steps
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        start = step_in_epoch * self._global_batch
+        ids = self._epoch_permutation(epoch)[start : start + self._global_batch]
+        # Longest first: samples are dealt to the ranks in turn, so that all ranks get similar lengths, and the rows of
+        # a micro-batch have similar lengths too.
         ids = ids[np.argsort(-self._lengths[ids], kind="stable")]
         lengths = self._lengths[ids].astype(np.int64)
-        return Step(
-            samples=tuple(map(int, ids)),
-            targets=int(self._targets[ids].sum()),
-            tokens=int(lengths.sum()),
-            pairs=int((lengths * (lengths + 1) // 2).sum()),
-            epoch=(number + 1) / self.steps_per_epoch,
+        return StepPlan(
+            sample_ids=tuple(map(int, ids)),
+            num_targets=int(self._answer_lengths[ids].sum()),
+            num_tokens=int(lengths.sum()),
+            attention_pairs=int((lengths * (lengths + 1) // 2).sum()),
+            epoch=(step + 1) / self.steps_per_epoch,
         )
 
-    def micro_batches(self, number: int, rank: int) -> list[list[Row]]:
-        """The micro-batches of one rank: lists of rows, which are lists of sample ids.
+    def micro_batches(self, step: int, rank: int) -> list[list[SampleRow]]:
+        """The micro-batches of one rank for one step; each micro-batch is a list of rows of sample ids.
 
-        Every rank gets equally many, since each costs collective operations; one that has fewer gets empty ones.
+        Every micro-batch runs collective operations, so all ranks must have equally many. A rank with fewer samples
+        gets empty micro-batches at the end.
         """
-        assert 0 <= rank < self._world
-        return self._shared_out(self.step(number).samples, rank)
+        assert 0 <= rank < self._world_size
+        return self._distribute_samples(self.step_plan(step).sample_ids, rank)
 
-    def groups(self, samples: int, size: int, rank: int) -> list[list[list[Row]]]:
-        """The first epoch's first samples in groups of `size`, the same ones whatever the ranks; each group as the
-        micro-batches of one rank."""
-        chosen = self._first(samples)
-        return [self._shared_out(chosen[i : i + size], rank) for i in range(0, len(chosen), size)]
+    def grouped_micro_batches(self, num_samples: int, group_size: int, rank: int) -> list[list[list[SampleRow]]]:
+        """The first `num_samples` samples of the first epoch in groups of `group_size`.
 
-    def length(self, sample: int) -> int:
-        """Tokens of a sample."""
+        Each group is returned as the micro-batches of one rank. The groups do not depend on the number of ranks.
+        """
+        samples = self._first_epoch_samples(num_samples)
+        groups = [samples[i : i + group_size] for i in range(0, len(samples), group_size)]
+        return [self._distribute_samples(group, rank) for group in groups]
+
+    def sample_length(self, sample: int) -> int:
+        """The prompt and answer tokens of one sample."""
         return int(self._lengths[sample])
 
-    def tokens(self, samples: int) -> int:
-        """Of those samples."""
-        return int(self._lengths[self._first(samples)].sum())
+    def count_tokens(self, num_samples: int) -> int:
+        """The tokens of the first `num_samples` samples of the first epoch."""
+        return int(self._lengths[self._first_epoch_samples(num_samples)].sum())
 
-    def _first(self, samples: int) -> list[int]:
-        steps = range(min(self.steps_per_epoch, -(-samples // self._global_batch)))
-        return [sample for number in steps for sample in self.step(number).samples][:samples]
+    def _first_epoch_samples(self, num_samples: int) -> list[int]:
+        steps = range(min(self.steps_per_epoch, -(-num_samples // self._global_batch)))
+        return [sample for step in steps for sample in self.step_plan(step).sample_ids][:num_samples]
 
-    def _shared_out(self, samples: Sequence[int], rank: int) -> list[list[Row]]:
-        shares = [self._rows(samples[r :: self._world]) for r in range(self._world)]
-        count = max(-(-len(rows) // self._micro_batch) for rows in shares)
+    def _distribute_samples(self, samples: Sequence[int], rank: int) -> list[list[SampleRow]]:
+        """Deal samples to the ranks in turn; return the micro-batches of this rank."""
+        rows_per_rank = [self._pack_rows(samples[r :: self._world_size]) for r in range(self._world_size)]
+        num_micro_batches = max(-(-len(rows) // self._micro_batch) for rows in rows_per_rank)
         size = self._micro_batch
-        return [shares[rank][i * size : (i + 1) * size] for i in range(count)]
+        return [rows_per_rank[rank][i * size : (i + 1) * size] for i in range(num_micro_batches)]
 
-    def _permutation(self, epoch: int) -> np.ndarray:
-        if self._order[0] != epoch:
+    def _epoch_permutation(self, epoch: int) -> np.ndarray:
+        if self._cached_permutation[0] != epoch:
             generator = np.random.default_rng([self._seed, epoch])
-            self._order = (epoch, generator.permutation(len(self._lengths)))
-        return self._order[1]
+            self._cached_permutation = (epoch, generator.permutation(len(self._lengths)))
+        return self._cached_permutation[1]
 
-    def _rows(self, samples: Sequence[int]) -> list[Row]:
+    def _pack_rows(self, samples: Sequence[int]) -> list[SampleRow]:
+        """Rows of one sample each, or with packing as many samples to a row as fit into `max_length`."""
         if not self._packing:
             return [[sample] for sample in samples]
         return first_fit(samples, [int(self._lengths[sample]) for sample in samples], self._max_length)
 
 
-def first_fit(samples: Sequence[int], lengths: Sequence[int], capacity: int) -> list[Row]:
-    """Rows of at most `capacity` tokens: each sample, longest first, goes into the first row that has room for it."""
-    rows: list[Row] = []
-    room: list[int] = []
-    for place in sorted(range(len(samples)), key=lambda i: -lengths[i]):
-        fits = next((r for r, free in enumerate(room) if free >= lengths[place]), None)
-        if fits is None:
+def first_fit(samples: Sequence[int], lengths: Sequence[int], capacity: int) -> list[SampleRow]:
+    """First-fit decreasing packing: each sample, longest first, goes into the first row with enough free tokens."""
+    rows: list[SampleRow] = []
+    free_tokens: list[int] = []
+    for index in sorted(range(len(samples)), key=lambda i: -lengths[i]):
+        row = next((r for r, free in enumerate(free_tokens) if free >= lengths[index]), None)
+        if row is None:
             rows.append([])
-            room.append(capacity)
-            fits = len(rows) - 1
-        rows[fits].append(samples[place])
-        room[fits] -= lengths[place]
+            free_tokens.append(capacity)
+            row = len(rows) - 1
+        rows[row].append(samples[index])
+        free_tokens[row] -= lengths[index]
     return rows
 
 
@@ -147,142 +158,146 @@ class Batch:
     """One micro-batch. Its summed loss is
 
         logits = model(input_ids=..., attention_mask=..., position_ids=..., use_cache=False).logits
-        cross_entropy(logits.flatten(0, 1)[places].float(), labels, ignore_index=-100, reduction="sum")
+        cross_entropy(logits.flatten(0, 1)[loss_positions].float(), labels, ignore_index=-100, reduction="sum")
 
-    `use_cache=False` is needed for more than memory: with a cache, transformers lets the samples of a packed row see
-    each other. `places` are the tokens, counted row after row, whose next one is a target, and `labels` are these
-    targets, sample by sample; where there is none, one place stands with -100. `prompts` says where each sample's
-    prompt stands, without the token that every prompt begins with; `first` is true where the task's samples are seen
-    for the first time.
+    `use_cache=False` is required: with a cache, transformers lets the samples of a packed row attend to each other.
     """
 
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor | None
-    position_ids: torch.Tensor
-    places: torch.Tensor
-    labels: torch.Tensor
-    samples: list[int]
-    prompts: list[Span]
-    first: bool = False
+    input_ids: torch.Tensor  # [rows, length]
+    attention_mask: torch.Tensor | None  # [rows, length]; None for packed rows
+    position_ids: torch.Tensor  # [rows, length]
+    loss_positions: torch.Tensor  # [targets], indices into the flattened rows: the token before each target
+    labels: torch.Tensor  # [targets], sample by sample; a batch without a target has one position, labelled -100
+    sample_ids: list[int]
+    prompt_spans: list[PromptSpan]  # one per sample, without the BOS token
+    first_epoch: bool = False  # whether the samples are seen for the first time
 
     def to(self, device: torch.device | str) -> Batch:
         mask = self.attention_mask
         return replace(
             self,
-            input_ids=_moved(self.input_ids, device),
-            attention_mask=None if mask is None else _moved(mask, device),
-            position_ids=_moved(self.position_ids, device),
-            places=_moved(self.places, device),
-            labels=_moved(self.labels, device),
+            input_ids=_move_to_device(self.input_ids, device),
+            attention_mask=None if mask is None else _move_to_device(mask, device),
+            position_ids=_move_to_device(self.position_ids, device),
+            loss_positions=_move_to_device(self.loss_positions, device),
+            labels=_move_to_device(self.labels, device),
         )
 
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """Prompts to answer, padded on the left; `prompts` as in `Batch`."""
+    """Prompts to generate answers for, padded on the left."""
 
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    position_ids: torch.Tensor
-    prompts: list[Span]
+    input_ids: torch.Tensor  # [rows, length]
+    attention_mask: torch.Tensor  # [rows, length]
+    position_ids: torch.Tensor  # [rows, length]
+    prompt_spans: list[PromptSpan]  # as in `Batch`
 
     def to(self, device: torch.device | str) -> PromptBatch:
         return replace(
             self,
-            input_ids=_moved(self.input_ids, device),
-            attention_mask=_moved(self.attention_mask, device),
-            position_ids=_moved(self.position_ids, device),
+            input_ids=_move_to_device(self.input_ids, device),
+            attention_mask=_move_to_device(self.attention_mask, device),
+            position_ids=_move_to_device(self.position_ids, device),
         )
 
 
-def _moved(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """On the device; a GPU fetches it by itself, from pinned memory, and nobody waits."""
+def _move_to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """Copy a tensor to the device. Copies to a GPU start from pinned memory and do not block the host."""
     if torch.device(device).type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def collate(
-    rows: Sequence[Row], encoded: Pairs, pad_id: int, packing: bool, bos_id: int | None = None, first: bool = False
+    rows: Sequence[SampleRow],
+    dataset: SampleLookup,
+    pad_id: int,
+    packing: bool,
+    bos_id: int | None = None,
+    first_epoch: bool = False,
 ) -> Batch:
-    """The tensors of one micro-batch; without rows, a filler: one token, no target.
+    """Build the tensors of one micro-batch. An empty micro-batch becomes one padding token without a target.
 
-    Not packed, rows are padded on the left. Packed, a row holds its samples one after the other; positions start at 0
-    in each of them, which without an attention mask is what keeps attention inside a sample; the padding at the end
-    counts as one more such sample.
+    Without packing, rows are padded on the left. With packing, a row holds its samples one after another and is padded
+    on the right. Position ids restart at 0 in each sample and in the padding; without an attention mask, transformers
+    takes these restarts as the sample boundaries of attention.
     """
     if not rows:
-        return _tensors([[pad_id]], [[0]], [[IGNORE]], pad_id, packing, [], [])
+        return _build_batch([[pad_id]], [[0]], [[IGNORE_INDEX]], pad_id, packing, [], [])
     ids: list[list[int]] = []
     positions: list[list[int]] = []
     targets: list[list[int]] = []
-    prompts: list[Span] = []
-    for number, row in enumerate(rows):
+    prompt_spans: list[PromptSpan] = []
+    for row_index, row in enumerate(rows):
         row_ids: list[int] = []
         row_positions: list[int] = []
         row_targets: list[int] = []
         for sample in row:
-            prompt, answer = encoded[sample]
+            prompt, answer = dataset[sample]
             start = len(row_ids)
-            prompts.append((number, start + _begins(prompt, bos_id), start + len(prompt)))
+            prompt_spans.append((row_index, start + _bos_length(prompt, bos_id), start + len(prompt)))
             row_ids += [*prompt, *answer]
             row_positions += range(len(prompt) + len(answer))
-            row_targets += [IGNORE] * (len(prompt) - 1) + [*answer, IGNORE]  # at each token, the one after it
+            row_targets += [IGNORE_INDEX] * (len(prompt) - 1) + [*answer, IGNORE_INDEX]  # shifted: the next token
         ids.append(row_ids)
         positions.append(row_positions)
         targets.append(row_targets)
-    samples = [sample for row in rows for sample in row]
-    return replace(_tensors(ids, positions, targets, pad_id, packing, samples, prompts), first=first)
+    sample_ids = [sample for row in rows for sample in row]
+    batch = _build_batch(ids, positions, targets, pad_id, packing, sample_ids, prompt_spans)
+    return replace(batch, first_epoch=first_epoch)
 
 
-def prompt_batch(prompts: Sequence[Sequence[int]], pad_id: int, bos_id: int | None = None) -> PromptBatch:
-    """A batch of prompts to answer: padded on the left only as far as the longest needs."""
+def collate_prompts(prompts: Sequence[Sequence[int]], pad_id: int, bos_id: int | None = None) -> PromptBatch:
+    """Build a batch of prompts, padded on the left to the length of the longest."""
     width = max(map(len, prompts))
     return PromptBatch(
-        input_ids=_padded(prompts, width, pad_id, left=True),
-        attention_mask=_padded([[1] * len(prompt) for prompt in prompts], width, 0, left=True),
-        position_ids=_padded([range(len(prompt)) for prompt in prompts], width, 0, left=True),
-        prompts=[(row, width - len(p) + _begins(p, bos_id), width) for row, p in enumerate(prompts)],
+        input_ids=_pad_rows(prompts, width, pad_id, left=True),
+        attention_mask=_pad_rows([[1] * len(prompt) for prompt in prompts], width, 0, left=True),
+        position_ids=_pad_rows([range(len(prompt)) for prompt in prompts], width, 0, left=True),
+        prompt_spans=[(row, width - len(p) + _bos_length(p, bos_id), width) for row, p in enumerate(prompts)],
     )
 
 
-def _begins(prompt: Sequence[int], bos_id: int | None) -> int:
-    """Where a prompt's own tokens begin: after the one that stands before every text, unless that is all there is."""
+def _bos_length(prompt: Sequence[int], bos_id: int | None) -> int:
+    """1 if the prompt begins with the BOS token and has other tokens, else 0."""
     return int(len(prompt) > 1 and prompt[0] == bos_id)
 
 
-def _tensors(
+def _build_batch(
     ids: list[list[int]],
     positions: list[list[int]],
     targets: list[list[int]],
     pad_id: int,
     packing: bool,
-    samples: list[int],
-    prompts: list[Span],
+    sample_ids: list[int],
+    prompt_spans: list[PromptSpan],
 ) -> Batch:
-    width = -(-max(map(len, ids)) // MULTIPLE) * MULTIPLE
+    width = -(-max(map(len, ids)) // PAD_MULTIPLE) * PAD_MULTIPLE
     if packing:
         positions = [row + list(range(width - len(row))) for row in positions]
-    else:  # the padding comes before what a row holds
-        prompts = [(row, width - len(ids[row]) + a, width - len(ids[row]) + b) for row, a, b in prompts]
-    labels = _padded(targets, width, IGNORE, left=not packing).flatten()
-    places = (labels != IGNORE).nonzero().flatten()
-    if len(places) == 0:
-        places = torch.tensor([width - 1])
+    else:  # rows are padded on the left, which moves the prompts to the right
+        paddings = [width - len(row) for row in ids]
+        prompt_spans = [(row, paddings[row] + start, paddings[row] + end) for row, start, end in prompt_spans]
+    labels = _pad_rows(targets, width, IGNORE_INDEX, left=not packing).flatten()
+    loss_positions = (labels != IGNORE_INDEX).nonzero().flatten()
+    if len(loss_positions) == 0:
+        loss_positions = torch.tensor([width - 1])
     return Batch(
-        input_ids=_padded(ids, width, pad_id, left=not packing),
-        attention_mask=None if packing else _padded([[1] * len(row) for row in ids], width, 0, left=True),
-        position_ids=_padded(positions, width, 0, left=not packing),
-        places=places,
-        labels=labels[places],
-        samples=samples,
-        prompts=prompts,
+        input_ids=_pad_rows(ids, width, pad_id, left=not packing),
+        attention_mask=None if packing else _pad_rows([[1] * len(row) for row in ids], width, 0, left=True),
+        position_ids=_pad_rows(positions, width, 0, left=not packing),
+        loss_positions=loss_positions,
+        labels=labels[loss_positions],
+        sample_ids=sample_ids,
+        prompt_spans=prompt_spans,
     )
 
 
-def _padded(rows: Sequence[Sequence[int]], width: int, value: int, left: bool) -> torch.Tensor:
-    result = torch.full((len(rows), width), value, dtype=torch.int64)
+def _pad_rows(rows: Sequence[Sequence[int]], width: int, value: int, left: bool) -> torch.Tensor:
+    """[rows, width], each row filled up with `value` on the left or on the right."""
+    padded = torch.full((len(rows), width), value, dtype=torch.int64)
     for i, row in enumerate(rows):
         start = width - len(row) if left else 0
-        result[i, start : start + len(row)] = torch.tensor(list(row), dtype=torch.int64)
-    return result
+        padded[i, start : start + len(row)] = torch.tensor(list(row), dtype=torch.int64)
+    return padded

@@ -1,4 +1,4 @@
-"""The known layouts of a task's data, and how they are told apart by what they hold."""
+"""The known layouts of a task's data, and their detection from the content of files."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from typing import Any
 
 from dscl.config.schema import DataConfig, TaskConfig
 from dscl.data import readers
-from dscl.data.readers import BUILDERS, SAVED, Splits
+from dscl.data.readers import DATASETS_BUILDERS, SAVED_DATASET_FILES, TaskSplits
 from dscl.data.records import read_json
-from dscl.errors import UserError
+from dscl.utils.errors import UserError
 
 
-def tables(config: TaskConfig, data: DataConfig) -> Splits:
-    """Whatever `datasets` reads; with it come pandas and pyarrow, so it is imported only for a task that needs it."""
-    from dscl.data.tables import tables as read
+def _read_tables(config: TaskConfig, data: DataConfig) -> TaskSplits:
+    """Read tables with the `datasets` library. It loads pandas and pyarrow, so it is imported only when needed."""
+    from dscl.data.tables import read_tables
 
-    return read(config, data)
+    return read_tables(config, data)
 
 
-READERS: dict[str, Callable[[TaskConfig, DataConfig], Splits]] = {
-    "trace": readers.trace,
-    "cl_benchmark": readers.cl_benchmark,
-    "superni": readers.superni,
-    "jsonl": readers.jsonl,
-    "datasets": tables,
+READERS: dict[str, Callable[[TaskConfig, DataConfig], TaskSplits]] = {
+    "trace": readers.read_trace,
+    "cl_benchmark": readers.read_cl_benchmark,
+    "superni": readers.read_superni,
+    "jsonl": readers.read_jsonl,
+    "datasets": _read_tables,
 }
 LAYOUTS = (
     'trace (train.json, eval.json, test.json: lists of {"prompt", "answer"}); '
@@ -36,15 +36,15 @@ LAYOUTS = (
 )
 
 
-def read_splits(config: TaskConfig, data: DataConfig) -> Splits:
-    """Read a task's data in the layout that the recipe names or, when it names none, in the one that is found."""
+def read_splits(config: TaskConfig, data: DataConfig) -> TaskSplits:
+    """Read a task's data in the layout that the recipe names, or else in the detected layout."""
     path = Path(config.path)
     if config.format != "datasets" and not path.exists():
         raise UserError(
             f"task {config.name!r}: {config.path}: no such file or folder; correct `path` "
             "(a data set of the hub is named with format: datasets)"
         )
-    layout = config.format or recognise(path)
+    layout = config.format or detect_layout(path)
     if config.columns is not None and layout not in ("jsonl", "datasets"):
         raise UserError(f"task {config.name!r}: columns does not apply to format {layout}; leave it out")
     if config.format in ("trace", "cl_benchmark") and not path.is_dir():
@@ -52,47 +52,47 @@ def read_splits(config: TaskConfig, data: DataConfig) -> Splits:
     return READERS[layout](config, data)
 
 
-def recognise(path: Path) -> str:
+def detect_layout(path: Path) -> str:
     """The name of the layout at an existing path."""
     if path.is_file():
-        found = _recognise_file(path)
+        layout = _detect_file_layout(path)
     elif (path / "train.json").is_file():
-        found = _recognise_json(read_json(path / "train.json"))
+        layout = _detect_json_layout(read_json(path / "train.json"))
     elif (path / "train.jsonl").is_file():
-        found = "jsonl"
+        layout = "jsonl"
     else:
-        found = _recognise_folder(path)
-    if found is None:
+        layout = _detect_folder_layout(path)
+    if layout is None:
         raise UserError(
-            f"{path}: no known layout; found {_describe(path)}; known are {LAYOUTS}; or name one with `format`"
+            f"{path}: no known layout; found {_describe_contents(path)}; known are {LAYOUTS}; or name one with `format`"
         )
-    return found
+    return layout
 
 
-def _recognise_file(path: Path) -> str | None:
+def _detect_file_layout(path: Path) -> str | None:
     if path.suffix == ".jsonl":
         return "jsonl"
     if path.suffix == ".json":
-        return "superni" if _recognise_json(read_json(path)) == "superni" else None
-    return "datasets" if path.suffix in BUILDERS else None
+        return "superni" if _detect_json_layout(read_json(path)) == "superni" else None
+    return "datasets" if path.suffix in DATASETS_BUILDERS else None
 
 
-def _recognise_folder(path: Path) -> str | None:
-    if any((path / name).is_file() for name in SAVED):
+def _detect_folder_layout(path: Path) -> str | None:
+    if any((path / name).is_file() for name in SAVED_DATASET_FILES):
         return "datasets"
     files = sorted(path.glob("*.json"))
-    if files and _recognise_json(read_json(files[0])) == "superni":
+    if files and _detect_json_layout(read_json(files[0])) == "superni":
         return "superni"
     is_table = any(file.suffix in (".csv", ".tsv", ".parquet", ".arrow") for file in path.rglob("*"))
     return "datasets" if is_table else None
 
 
-def _recognise_json(content: Any) -> str | None:
+def _detect_json_layout(content: Any) -> str | None:
     if isinstance(content, dict):
         return "superni" if {"Definition", "Instances"} <= content.keys() else None
     if not isinstance(content, list):
         return None
-    # Not the first record alone: a bad record must not hide what the others are.
+    # Look at several records: the first one may be invalid.
     for record in content[:100]:
         if isinstance(record, dict) and {"prompt", "answer"} <= record.keys():
             return "trace"
@@ -101,7 +101,7 @@ def _recognise_json(content: Any) -> str | None:
     return None
 
 
-def _describe(path: Path) -> str:
+def _describe_contents(path: Path) -> str:
     file = path / "train.json" if (path / "train.json").is_file() else path
     if file.is_dir():
         names = sorted(entry.name for entry in file.iterdir())

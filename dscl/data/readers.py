@@ -1,4 +1,4 @@
-"""One reader for each layout of text files: TRACE, CL_Benchmark, SuperNI and JSONL."""
+"""Readers of the text-file layouts: TRACE, CL_Benchmark, SuperNI and JSONL."""
 
 from __future__ import annotations
 
@@ -8,102 +8,125 @@ from pathlib import Path
 from typing import Any
 
 from dscl.config.schema import DataConfig, TaskConfig
-from dscl.data.records import collect, fields_of, numbered, read_json, read_lines
-from dscl.data.task import BadRecord, Sample, SampleMaker
-from dscl.errors import UserError
+from dscl.data.records import collect_samples, number_records, read_json, read_lines, require_fields
+from dscl.data.task import BadRecord, Sample, SampleBuilder
+from dscl.utils.errors import UserError
 
 SPLIT_NAMES = {"train": ("train",), "dev": ("dev", "eval", "validation"), "test": ("test",)}
-# Of tables that `datasets` reads: the builder for each kind of file, and what marks a folder that it has saved.
-BUILDERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json"}
-SAVED = ("dataset_dict.json", "state.json")
+# The `datasets` builder for each file suffix, and the files that mark a folder written by `save_to_disk`.
+DATASETS_BUILDERS = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".json": "json",
+    ".jsonl": "json",
+}
+SAVED_DATASET_FILES = ("dataset_dict.json", "state.json")
 ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True)
-class Splits:
-    """What a layout holds. No `dev`: it is carved from train. No `test`: `train` is everything, to be divided."""
+class TaskSplits:
+    """The samples of a task by split.
+
+    If `dev` is None, it is split off from `train`. If `test` is None, `train` holds all samples and is divided.
+    """
 
     train: list[Sample]
     dev: list[Sample] | None
     test: list[Sample] | None
-    maker: SampleMaker
+    builder: SampleBuilder
 
 
-def trace(config: TaskConfig, data: DataConfig) -> Splits:
+def read_trace(config: TaskConfig, data: DataConfig) -> TaskSplits:
     """TRACE: train.json, eval.json and test.json, lists of {"prompt", "answer"}."""
-    maker = SampleMaker(config, ("prompt",), None)
+    builder = SampleBuilder(config, ("prompt",), None)
 
-    def convert(record: Any, where: str) -> Sample:
-        found = fields_of(record, ("prompt", "answer"))
-        return maker.sample({"prompt": found["prompt"]}, (found["answer"],), where)
+    def build_sample(record: Any, location: str) -> Sample:
+        fields = require_fields(record, ("prompt", "answer"))
+        return builder.build_from_fields({"prompt": fields["prompt"]}, (fields["answer"],), location)
 
-    return _from_files(split_files(config.path, ".json"), maker, lambda file: _list(file, convert, data))
+    return _read_split_files(
+        find_split_files(config.path, ".json"), builder, lambda file: _read_json_list(file, build_sample, data)
+    )
 
 
-def cl_benchmark(config: TaskConfig, data: DataConfig) -> Splits:
+def read_cl_benchmark(config: TaskConfig, data: DataConfig) -> TaskSplits:
     """O-LoRA's CL_Benchmark: lists of {"label", "sentence"}, and labels.json with the label set."""
-    maker = SampleMaker(config, ("sentence", "prompt"), _label_set(config), default="{sentence}\nAnswer:")
+    builder = SampleBuilder(
+        config, ("sentence", "prompt"), _read_labels(config), default_template="{sentence}\nAnswer:"
+    )
 
-    def convert(record: Any, where: str) -> Sample:
-        found = fields_of(record, ("sentence", "label"))
-        return maker.sample({"sentence": found["sentence"], "prompt": found["sentence"]}, (found["label"],), where)
+    def build_sample(record: Any, location: str) -> Sample:
+        fields = require_fields(record, ("sentence", "label"))
+        return builder.build_from_fields(
+            {"sentence": fields["sentence"], "prompt": fields["sentence"]}, (fields["label"],), location
+        )
 
-    return _from_files(split_files(config.path, ".json"), maker, lambda file: _list(file, convert, data))
+    return _read_split_files(
+        find_split_files(config.path, ".json"), builder, lambda file: _read_json_list(file, build_sample, data)
+    )
 
 
-def superni(config: TaskConfig, data: DataConfig) -> Splits:
-    """SuperNI: objects of a "Definition" and "Instances", one file or a folder of them, or one file for each split."""
-    maker = SampleMaker(
-        config, ("definition", "input", "prompt"), None, default="{definition}\n\nInput: {input}\nOutput:"
+def read_superni(config: TaskConfig, data: DataConfig) -> TaskSplits:
+    """SuperNI: objects with "Definition" and "Instances": one file, a folder of files, or one file per split."""
+    builder = SampleBuilder(
+        config, ("definition", "input", "prompt"), None, default_template="{definition}\n\nInput: {input}\nOutput:"
     )
 
     def read(file: Path) -> list[Sample]:
-        definition, instances = _superni_file(file)
+        definition, instances = _read_superni_file(file)
 
-        def convert(record: Any, where: str) -> Sample:
-            found = fields_of(record, ("input", "output"))
-            output = [found["output"]] if isinstance(found["output"], str) else found["output"]
+        def build_sample(record: Any, location: str) -> Sample:
+            fields = require_fields(record, ("input", "output"))
+            output = [fields["output"]] if isinstance(fields["output"], str) else fields["output"]
             if not isinstance(output, list) or not output:
                 raise BadRecord(f"the output is empty or of type {type(output).__name__}; a list of texts is needed")
-            text = found["input"]
-            return maker.sample({"definition": definition, "input": text, "prompt": text}, tuple(output), where)
+            text = fields["input"]
+            return builder.build_from_fields(
+                {"definition": definition, "input": text, "prompt": text}, tuple(output), location
+            )
 
-        return collect(file, numbered(file, instances, "instance"), convert, data.bad_records)
+        return collect_samples(file, number_records(file, instances, "instance"), build_sample, data.bad_records)
 
     path = Path(config.path)
     if path.is_dir() and (path / "train.json").is_file():
-        return _from_files(split_files(config.path, ".json"), maker, read)
+        return _read_split_files(find_split_files(config.path, ".json"), builder, read)
     files = sorted(path.glob("*.json")) if path.is_dir() else [path]
     if not files:
         raise UserError(f"{path}: holds no .json file; a SuperNI folder holds one or more")
-    return Splits([sample for file in files for sample in read(file)], None, None, maker)
+    return TaskSplits([sample for file in files for sample in read(file)], None, None, builder)
 
 
-def jsonl(config: TaskConfig, data: DataConfig) -> Splits:
-    """JSONL: {"prompt", "completion" or "answer"} or {"messages"} a line; a folder of splits, or one file to divide."""
+def read_jsonl(config: TaskConfig, data: DataConfig) -> TaskSplits:
+    """JSONL: one {"prompt", "completion" or "answer"} or {"messages"} per line.
+
+    The path is a folder with a file per split, or one file to divide into splits.
+    """
     names = column_names(config)
-    maker = SampleMaker(config, ("prompt",), None)
+    builder = SampleBuilder(config, ("prompt",), None)
 
-    def convert(record: Any, where: str) -> Sample:
+    def build_sample(record: Any, location: str) -> Sample:
         if isinstance(record, dict) and "messages" in record and not names:
-            return maker.chat(check_messages(record["messages"]), where)
+            return builder.build_from_messages(check_messages(record["messages"]), location)
         prompt = names.get("prompt", "prompt")
-        spelled_answer = isinstance(record, dict) and "completion" not in record and "answer" in record
-        answer = names.get("answer", "answer" if spelled_answer else "completion")
-        found = fields_of(record, (prompt, answer))
-        return maker.sample({"prompt": found[prompt]}, (found[answer],), where)
+        uses_answer_key = isinstance(record, dict) and "completion" not in record and "answer" in record
+        answer = names.get("answer", "answer" if uses_answer_key else "completion")
+        fields = require_fields(record, (prompt, answer))
+        return builder.build_from_fields({"prompt": fields[prompt]}, (fields[answer],), location)
 
     def read(file: Path) -> list[Sample]:
-        return collect(file, read_lines(file), convert, data.bad_records)
+        return collect_samples(file, read_lines(file), build_sample, data.bad_records)
 
     path = Path(config.path)
     if path.is_file():
-        return Splits(read(path), None, None, maker)
-    return _from_files(split_files(config.path, ".jsonl"), maker, read)
+        return TaskSplits(read(path), None, None, builder)
+    return _read_split_files(find_split_files(config.path, ".jsonl"), builder, read)
 
 
 def column_names(config: TaskConfig) -> Mapping[str, str]:
-    """The recipe's `columns`, which may name prompt and answer."""
+    """The recipe's `columns`: which column holds the prompt and which the answer."""
     for name in config.columns or {}:
         if name not in ("prompt", "answer"):
             raise UserError(f"task {config.name!r}: columns.{name}: no such key; allowed here: prompt, answer")
@@ -111,46 +134,48 @@ def column_names(config: TaskConfig) -> Mapping[str, str]:
 
 
 def check_messages(messages: Any) -> list[dict[str, str]]:
-    """The messages of a conversation whose last one is the assistant's."""
+    """Check the messages of a conversation, whose last one must be the assistant's; return their roles and contents."""
     if not isinstance(messages, list) or len(messages) < 2:
         raise BadRecord("messages is not a list of two or more messages")
     for number, message in enumerate(messages, start=1):
-        found = fields_of(message, ("role", "content"))
-        if found["role"] not in ROLES:
+        fields = require_fields(message, ("role", "content"))
+        if fields["role"] not in ROLES:
             raise BadRecord(f"message {number} has a role that is not known; allowed: {', '.join(ROLES)}")
     if messages[-1]["role"] != "assistant":
         raise BadRecord(f"the last message is the {messages[-1]['role']}'s; the assistant's is needed")
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
-def split_files(folder: str, suffix: str) -> dict[str, Path]:
-    """The file of each split that a folder holds; train and test must be there."""
+def find_split_files(folder: str, suffix: str) -> dict[str, Path]:
+    """The file of each split in a folder; a train and a test file are required."""
     files = {}
     for split, stems in SPLIT_NAMES.items():
-        found = [path for path in (Path(folder) / (stem + suffix) for stem in stems) if path.is_file()]
-        if len(found) > 1:
-            shown = " and ".join(path.name for path in found)
-            raise UserError(f"{folder}: {shown} would both be the {split} split; keep one of them")
-        if not found and split != "dev":
+        matches = [path for path in (Path(folder) / (stem + suffix) for stem in stems) if path.is_file()]
+        if len(matches) > 1:
+            file_names = " and ".join(path.name for path in matches)
+            raise UserError(f"{folder}: {file_names} would both be the {split} split; keep one of them")
+        if not matches and split != "dev":
             raise UserError(f"{folder}: there is no {split} split; expected a file {stems[0]}{suffix}")
-        if found:
-            files[split] = found[0]
+        if matches:
+            files[split] = matches[0]
     return files
 
 
-def _from_files(files: dict[str, Path], maker: SampleMaker, read: Callable[[Path], list[Sample]]) -> Splits:
+def _read_split_files(
+    files: dict[str, Path], builder: SampleBuilder, read: Callable[[Path], list[Sample]]
+) -> TaskSplits:
     dev = read(files["dev"]) if "dev" in files else None
-    return Splits(read(files["train"]), dev, read(files["test"]), maker)
+    return TaskSplits(read(files["train"]), dev, read(files["test"]), builder)
 
 
-def _list(file: Path, convert: Callable[[Any, str], Sample], data: DataConfig) -> list[Sample]:
+def _read_json_list(file: Path, build_sample: Callable[[Any, str], Sample], data: DataConfig) -> list[Sample]:
     records = read_json(file)
     if not isinstance(records, list):
         raise UserError(f"{file}: holds a {type(records).__name__}; a list of records is needed")
-    return collect(file, numbered(file, records), convert, data.bad_records)
+    return collect_samples(file, number_records(file, records), build_sample, data.bad_records)
 
 
-def _label_set(config: TaskConfig) -> tuple[str, ...] | None:
+def _read_labels(config: TaskConfig) -> tuple[str, ...] | None:
     file = Path(config.path) / "labels.json"
     if config.labels is not None:
         return None
@@ -162,7 +187,7 @@ def _label_set(config: TaskConfig) -> tuple[str, ...] | None:
     return tuple(labels)
 
 
-def _superni_file(file: Path) -> tuple[str, list[Any]]:
+def _read_superni_file(file: Path) -> tuple[str, list[Any]]:
     content = read_json(file)
     if not isinstance(content, dict) or "Definition" not in content or "Instances" not in content:
         raise UserError(f'{file}: not a SuperNI task; an object with "Definition" and "Instances" is needed')

@@ -1,4 +1,4 @@
-"""Raw records out of files, and the policy for those that are not valid."""
+"""Raw records from files, and the policy for invalid records."""
 
 from __future__ import annotations
 
@@ -9,73 +9,82 @@ from pathlib import Path
 from typing import Any
 
 from dscl.data.task import BadRecord, Sample
-from dscl.errors import UserError
+from dscl.utils.errors import UserError
 
 log = logging.getLogger("dscl")
 
 
 def read_json(path: Path) -> Any:
-    """A whole JSON file. Bytes that are not UTF-8 become lone surrogates, so that the record with them can be named."""
+    """Parse a JSON file.
+
+    Bytes that are not UTF-8 become lone surrogates, so that a later error message can name the record with them.
+    """
     try:
-        return json.loads(_decode(read_bytes(path)))
+        return json.loads(_decode_utf8(read_bytes(path)))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: broken JSON ({error}); correct the file") from None
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """(where, value) for each line of a JSONL file that is not blank; a broken line's value is the BadRecord."""
+    """Yield (location, value) for each non-blank line of a JSONL file; a malformed line yields a BadRecord."""
     for number, line in enumerate(read_bytes(path).split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
-            value = json.loads(_decode(line))
+            value = json.loads(_decode_utf8(line))
         except (ValueError, RecursionError) as error:
             value = BadRecord(f"broken JSON ({error})")
         yield f"{path}, line {number}", value
 
 
-def numbered(path: Path, records: Iterable[Any], what: str = "record") -> Iterator[tuple[str, Any]]:
-    """(where, value) for each record of a list, counted from 1."""
+def number_records(path: Path, records: Iterable[Any], noun: str = "record") -> Iterator[tuple[str, Any]]:
+    """Yield (location, record) for each record of a list, counted from 1."""
     for number, record in enumerate(records, start=1):
-        yield f"{path}, {what} {number}", record
+        yield f"{path}, {noun} {number}", record
 
 
-def collect(
+def collect_samples(
     file: Path | str,
     records: Iterable[tuple[str, Any]],
-    convert: Callable[[Any, str], Sample],
+    build_sample: Callable[[Any, str], Sample],
     bad_records: str,
 ) -> list[Sample]:
-    """The samples of one file; a bad record stops, or is skipped and counted in one warning for the file."""
+    """Build the samples of one file.
+
+    With `bad_records="stop"` an invalid record is an error. Otherwise invalid records are skipped, and one warning
+    reports their number.
+    """
     samples: list[Sample] = []
-    bad: list[str] = []
-    for where, value in records:
+    errors: list[str] = []
+    for location, value in records:
         try:
             if isinstance(value, BadRecord):
                 raise value
-            samples.append(convert(value, where))
+            samples.append(build_sample(value, location))
         except BadRecord as error:
             if bad_records == "stop":
                 raise UserError(
-                    f"{where}: {error}; correct the record, or set data.bad_records=skip to leave such records out"
+                    f"{location}: {error}; correct the record, or set data.bad_records=skip to leave such records out"
                 ) from None
-            bad.append(f"{where}: {error}")
-    if bad:
-        log.warning("skipped %d of %d records of %s; first: %s", len(bad), len(bad) + len(samples), file, bad[0])
+            errors.append(f"{location}: {error}")
+    if errors:
+        log.warning(
+            "skipped %d of %d records of %s; first: %s", len(errors), len(errors) + len(samples), file, errors[0]
+        )
     return samples
 
 
-def fields_of(record: Any, names: Sequence[str]) -> dict[str, Any]:
-    """The named fields of a record, all of which must be there."""
+def require_fields(record: Any, names: Sequence[str]) -> dict[str, Any]:
+    """The named fields of a record; a missing one raises BadRecord."""
     if not isinstance(record, dict):
         raise BadRecord(f"it is a {type(record).__name__}; an object with the fields {', '.join(names)} is needed")
-    found = {}
+    fields = {}
     for name in names:
         if name not in record:
-            has = ", ".join(map(str, record)) or "none"
-            raise BadRecord(f"the field {name!r} is missing (its fields: {has})")
-        found[name] = record[name]
-    return found
+            present = ", ".join(map(str, record)) or "none"
+            raise BadRecord(f"the field {name!r} is missing (its fields: {present})")
+        fields[name] = record[name]
+    return fields
 
 
 def read_bytes(path: Path) -> bytes:
@@ -85,5 +94,5 @@ def read_bytes(path: Path) -> bytes:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def _decode(data: bytes) -> str:
+def _decode_utf8(data: bytes) -> str:
     return data.decode("utf-8-sig", errors="surrogateescape")

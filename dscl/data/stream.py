@@ -1,4 +1,4 @@
-"""The stream of tasks: each one read, given its dev split, shuffled by the seed and limited."""
+"""Loads the stream of tasks: reads each task, makes missing splits, shuffles by the seed and applies limits."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from collections.abc import Sequence
 from dscl.config.schema import DataConfig, TaskConfig
 from dscl.data.formats import read_splits
 from dscl.data.task import Sample, Task
-from dscl.errors import UserError
+from dscl.utils.errors import UserError
 
-DEV_AT_MOST = 500
-TEST_SHARE = 0.1
-NO_DEV = ", or do without one by dev_share: 0"
+MAX_DEV_SIZE = 500
+TEST_RATIO = 0.1
+NO_DEV_HINT = ", or do without one by dev_share: 0"
 
 
 def load_stream(tasks: Sequence[TaskConfig], data: DataConfig, seed: int) -> list[Task]:
-    """Read all tasks, in order; whatever is wrong with any of them is told now, not hours later."""
+    """Read all tasks, in order, before training begins, so that errors in later tasks are reported at once."""
     if not tasks:
         raise UserError("stream: empty; give at least one task")
     for name, count in Counter(config.name for config in tasks).items():
@@ -29,73 +29,82 @@ def load_stream(tasks: Sequence[TaskConfig], data: DataConfig, seed: int) -> lis
 
 
 def read_task(config: TaskConfig, data: DataConfig, seed: int) -> Task:
-    """One task. What is in which split depends on the data and the seed alone; a smaller limit takes a part of what a
-    larger one takes, and no limit moves a sample from one split to another."""
+    """Read one task and divide it into splits.
+
+    The splits depend only on the data and the seed. A limit is applied afterwards: a smaller limit keeps a subset of
+    what a larger one keeps, and no limit moves a sample to another split.
+    """
     splits = read_splits(config, data)
-    _refuse_empty(config, "train", splits.train)
+    _check_not_empty(config, "train", splits.train)
     train, dev, test = splits.train, splits.dev, splits.test
-    whole = len(train)
+    num_samples = len(train)
     if test is None:
-        # The same for all seeds, so that what is chosen with one of them is tried on samples that it has not seen.
-        train, test = _carve(train, max(1, round(whole * TEST_SHARE)), random.Random("carve test"))
+        # The test split is the same for all seeds: settings chosen with one seed are never tested on training samples.
+        train, test = _carve_split(train, max(1, round(num_samples * TEST_RATIO)), random.Random("carve test"))
     if dev is not None:
-        _refuse_empty(config, "dev", dev)
-        dev = _without(dev, test) or None
+        _check_not_empty(config, "dev", dev)
+        dev = _exclude_prompts(dev, test) or None
     if dev is None:
-        size = min(DEV_AT_MOST, max(1, round(whole * config.dev_share))) if config.dev_share else 0
-        train, dev = _carve(train, size, random.Random(f"{seed} carve dev"))
-    _refuse_empty(config, "train", train)
-    _refuse_empty(config, "test", test)
+        size = min(MAX_DEV_SIZE, max(1, round(num_samples * config.dev_share))) if config.dev_share else 0
+        train, dev = _carve_split(train, size, random.Random(f"{seed} carve dev"))
+    _check_not_empty(config, "train", train)
+    _check_not_empty(config, "test", test)
     if config.dev_share:
-        _refuse_empty(config, "dev", dev)
-    maker = splits.maker
+        _check_not_empty(config, "dev", dev)
+    builder = splits.builder
     return Task(
         name=config.name,
-        train=_shuffled(train, config.train_limit, f"{seed} train"),
-        dev=_shuffled(dev, config.dev_limit, f"{seed} dev"),
-        test=_shuffled(test, config.test_limit, f"{seed} test"),
-        labels=maker.labels,
-        metric=config.metric or ("rouge_l" if maker.labels is None else "accuracy"),
+        train=_shuffle_and_limit(train, config.train_limit, f"{seed} train"),
+        dev=_shuffle_and_limit(dev, config.dev_limit, f"{seed} dev"),
+        test=_shuffle_and_limit(test, config.test_limit, f"{seed} test"),
+        labels=builder.labels,
+        metric=config.metric or ("rouge_l" if builder.labels is None else "accuracy"),
         settings=config,
     )
 
 
-def _without(samples: list[Sample], others: list[Sample]) -> list[Sample]:
-    """Published dev splits are often copies of the test split, or parts of it: choosing by them is choosing by test."""
+def _exclude_prompts(samples: list[Sample], others: list[Sample]) -> list[Sample]:
+    """The samples whose prompts do not occur in `others`.
+
+    Published dev splits are often copies or parts of the test split; settings must not be chosen on test data.
+    """
     prompts = {sample.prompt for sample in others}
     return [sample for sample in samples if sample.prompt not in prompts]
 
 
-def _carve(samples: list[Sample], size: int, rng: random.Random) -> tuple[list[Sample], list[Sample]]:
-    """(rest, carved): `size` samples taken out at random. Samples with the same prompt stay together, so that no prompt
-    stands on both sides; that may make it fewer, and more only where otherwise there would be none."""
+def _carve_split(samples: list[Sample], size: int, rng: random.Random) -> tuple[list[Sample], list[Sample]]:
+    """Split off about `size` random samples; return (the others, those split off).
+
+    Samples with the same prompt stay together, so that no prompt is in both splits. Therefore fewer samples may be
+    split off, or more if there would otherwise be none.
+    """
     groups: dict[str, list[Sample]] = {}
     for sample in samples:
         groups.setdefault(sample.prompt, []).append(sample)
     prompts = list(groups)
     rng.shuffle(prompts)
-    carved: set[str] = set()
-    room = min(size, len(samples) - 1)
+    carved_prompts: set[str] = set()
+    remaining = min(size, len(samples) - 1)
     for prompt in prompts:
-        if len(groups[prompt]) <= room:
-            carved.add(prompt)
-            room -= len(groups[prompt])
-    if not carved and size and len(groups) > 1:
-        carved.add(min(prompts, key=lambda prompt: len(groups[prompt])))
-    rest = [sample for sample in samples if sample.prompt not in carved]
-    return rest, [sample for sample in samples if sample.prompt in carved]
+        if len(groups[prompt]) <= remaining:
+            carved_prompts.add(prompt)
+            remaining -= len(groups[prompt])
+    if not carved_prompts and size and len(groups) > 1:
+        carved_prompts.add(min(prompts, key=lambda prompt: len(groups[prompt])))
+    rest = [sample for sample in samples if sample.prompt not in carved_prompts]
+    return rest, [sample for sample in samples if sample.prompt in carved_prompts]
 
 
-def _shuffled(samples: list[Sample], limit: int | None, seed: str) -> tuple[Sample, ...]:
+def _shuffle_and_limit(samples: list[Sample], limit: int | None, seed: str) -> tuple[Sample, ...]:
     order = list(samples)
     random.Random(seed).shuffle(order)
     return tuple(order[:limit])
 
 
-def _refuse_empty(config: TaskConfig, split: str, samples: Sequence[Sample]) -> None:
+def _check_not_empty(config: TaskConfig, split: str, samples: Sequence[Sample]) -> None:
     if not samples:
         raise UserError(
             f"task {config.name!r}: the {split} split of {config.path} is empty "
             "(where records were skipped or a split was carved out, by that; equal prompts stay in one split); "
-            f"add samples{NO_DEV if split == 'dev' else ''}"
+            f"add samples{NO_DEV_HINT if split == 'dev' else ''}"
         )

@@ -1,4 +1,4 @@
-"""The reader for whatever `datasets.load_dataset` reads: tables on disk, or a data set of the hub."""
+"""Reader for tables on disk and data sets of the Hugging Face hub, through `datasets.load_dataset`."""
 
 from __future__ import annotations
 
@@ -10,90 +10,107 @@ from typing import Any
 import datasets
 
 from dscl.config.schema import DataConfig, TaskConfig
-from dscl.data.readers import BUILDERS, SAVED, SPLIT_NAMES, Splits, check_messages, column_names
-from dscl.data.records import collect, fields_of, numbered
-from dscl.data.task import BadRecord, Sample, SampleMaker
-from dscl.errors import UserError
+from dscl.data.readers import (
+    DATASETS_BUILDERS,
+    SAVED_DATASET_FILES,
+    SPLIT_NAMES,
+    TaskSplits,
+    check_messages,
+    column_names,
+)
+from dscl.data.records import collect_samples, number_records, require_fields
+from dscl.data.task import BadRecord, Sample, SampleBuilder
+from dscl.utils.errors import UserError
 
 
-def tables(config: TaskConfig, data: DataConfig) -> Splits:
-    """Splits of tables whose columns hold prompt and answer, or a template's fields."""
-    parts = _load(config, data)
-    features = parts["train"].features
+def read_tables(config: TaskConfig, data: DataConfig) -> TaskSplits:
+    """Read the splits of tables whose columns hold prompt and answer, the fields of a template, or chat messages."""
+    splits = _load_splits(config, data)
+    features = splits["train"].features
     names = column_names(config)
     if "messages" in features and not names and config.template is None:
-        return _read(config, data, parts, SampleMaker(config, (), None, default=""), _chat)
+        return _build_splits(
+            config, data, splits, SampleBuilder(config, (), None, default_template=""), _build_from_messages
+        )
     prompt, answer = names.get("prompt", "prompt"), names.get("answer", "answer")
-    kind = features.get(answer)
-    classes = tuple(kind.names) if isinstance(kind, datasets.ClassLabel) else None
-    maker = SampleMaker(config, _offered(config, prompt, answer, list(features)), classes)
+    answer_feature = features.get(answer)
+    classes = tuple(answer_feature.names) if isinstance(answer_feature, datasets.ClassLabel) else None
+    builder = SampleBuilder(config, _available_fields(config, prompt, answer, list(features)), classes)
 
-    def convert(maker: SampleMaker, row: Any, where: str) -> Sample:
-        columns = {name: prompt if name == "prompt" else name for name in maker.used - {"labels"}}
-        found = fields_of(row, (*columns.values(), answer))
-        fields = {name: _text(found[column]) for name, column in columns.items()}
-        return maker.sample(fields, _references(found[answer], classes), where)
+    def build_sample(builder: SampleBuilder, row: Any, location: str) -> Sample:
+        columns = {name: prompt if name == "prompt" else name for name in builder.template_fields - {"labels"}}
+        values = require_fields(row, (*columns.values(), answer))
+        fields = {name: _number_to_text(values[column]) for name, column in columns.items()}
+        return builder.build_from_fields(fields, _parse_references(values[answer], classes), location)
 
-    return _read(config, data, parts, maker, convert)
+    return _build_splits(config, data, splits, builder, build_sample)
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
+def _progress_bars_disabled() -> Iterator[None]:
     """Keep the progress bars of `datasets` off the terminal."""
-    shown = not datasets.are_progress_bars_disabled()
+    bars_were_enabled = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        if shown:
+        if bars_were_enabled:
             datasets.enable_progress_bars()
 
 
-def _read(config: TaskConfig, data: DataConfig, parts: dict[str, Any], maker: SampleMaker, convert: Any) -> Splits:
+def _build_splits(
+    config: TaskConfig, data: DataConfig, splits: dict[str, Any], builder: SampleBuilder, build_sample: Any
+) -> TaskSplits:
     def read(split: str) -> list[Sample] | None:
-        if split not in parts:
+        if split not in splits:
             return None
-        rows = numbered(Path(f"{config.path} ({split})"), parts[split], "row")
-        return collect(f"{config.path} ({split})", rows, lambda r, where: convert(maker, r, where), data.bad_records)
+        rows = number_records(Path(f"{config.path} ({split})"), splits[split], "row")
+        return collect_samples(
+            f"{config.path} ({split})",
+            rows,
+            lambda row, location: build_sample(builder, row, location),
+            data.bad_records,
+        )
 
-    return Splits(read("train") or [], read("dev"), read("test"), maker)
+    return TaskSplits(read("train") or [], read("dev"), read("test"), builder)
 
 
-def _load(config: TaskConfig, data: DataConfig) -> dict[str, Any]:
+def _load_splits(config: TaskConfig, data: DataConfig) -> dict[str, Any]:
     path = Path(config.path)
     cache = str(data.cache / "datasets")
     try:
-        with _without_bars():
-            if path.is_dir() and any((path / name).is_file() for name in SAVED):
+        with _progress_bars_disabled():
+            if path.is_dir() and any((path / name).is_file() for name in SAVED_DATASET_FILES):
                 loaded = datasets.load_from_disk(str(path))
             elif path.is_file():
-                if path.suffix not in BUILDERS:
-                    raise UserError(f"{path}: no reader for {path.suffix!r} files; known: {', '.join(BUILDERS)}")
+                if path.suffix not in DATASETS_BUILDERS:
+                    known = ", ".join(DATASETS_BUILDERS)
+                    raise UserError(f"{path}: no reader for {path.suffix!r} files; known: {known}")
                 options = {"sep": "\t"} if path.suffix == ".tsv" else {}
-                builder = BUILDERS[path.suffix]
-                loaded = datasets.load_dataset(builder, data_files=str(path), cache_dir=cache, **options)
+                format_name = DATASETS_BUILDERS[path.suffix]
+                loaded = datasets.load_dataset(format_name, data_files=str(path), cache_dir=cache, **options)
             else:
                 loaded = datasets.load_dataset(config.path, cache_dir=cache)
     except UserError:
         raise
-    except Exception as error:  # whatever the library's many readers raise: all of it is about the given path
+    except Exception as error:  # the library's readers raise many types of errors
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{config.path}: datasets.load_dataset cannot read it ({reason})") from None
-    return _by_split(config, loaded)
+    return _select_splits(config, loaded)
 
 
-def _by_split(config: TaskConfig, loaded: Any) -> dict[str, Any]:
+def _select_splits(config: TaskConfig, loaded: Any) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         return {"train": loaded}
-    parts = {split: loaded[name] for split, names in SPLIT_NAMES.items() for name in names if name in loaded}
-    if "train" not in parts or ("test" not in parts and len(loaded) > 1):
-        needed = "test" if "train" in parts else "train"
+    splits = {split: loaded[name] for split, names in SPLIT_NAMES.items() for name in names if name in loaded}
+    if "train" not in splits or ("test" not in splits and len(loaded) > 1):
+        needed = "test" if "train" in splits else "train"
         raise UserError(f"{config.path}: there is no {needed} split; it has {', '.join(map(str, loaded))}")
-    return parts
+    return splits
 
 
-def _offered(config: TaskConfig, prompt: str, answer: str, columns: list[str]) -> list[str]:
-    """The fields that a template may use, after a check that the columns which are needed exist."""
+def _available_fields(config: TaskConfig, prompt: str, answer: str, columns: list[str]) -> list[str]:
+    """Check that the required columns exist; return the fields that a template may use."""
     needed = {"answer": answer}
     if config.template is None or "prompt" in (config.columns or {}):
         needed["prompt"] = prompt
@@ -106,19 +123,19 @@ def _offered(config: TaskConfig, prompt: str, answer: str, columns: list[str]) -
     return [*(["prompt"] if prompt in columns else []), *(column for column in columns if column != "prompt")]
 
 
-def _chat(maker: SampleMaker, row: Any, where: str) -> Sample:
-    return maker.chat(check_messages(row["messages"]), where)
+def _build_from_messages(builder: SampleBuilder, row: Any, location: str) -> Sample:
+    return builder.build_from_messages(check_messages(row["messages"]), location)
 
 
-def _references(value: Any, classes: tuple[str, ...] | None) -> tuple[str, ...]:
+def _parse_references(value: Any, classes: tuple[str, ...] | None) -> tuple[str, ...]:
     if classes is not None:
         if not isinstance(value, int) or not 0 <= value < len(classes):
             raise BadRecord("it has no label (none of the column's classes)")
         return (classes[value],)
     values = value if isinstance(value, list) and value else [value]
-    return tuple(_text(item) for item in values)
+    return tuple(_number_to_text(item) for item in values)
 
 
-def _text(value: Any) -> Any:
-    """Numbers as text: CSV readers make numbers of columns that hold nothing else."""
+def _number_to_text(value: Any) -> Any:
+    """Convert a number to text: CSV readers parse columns that hold only numbers as numbers."""
     return str(value) if isinstance(value, int | float) else value

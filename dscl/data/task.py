@@ -1,4 +1,4 @@
-"""What a task is: its settings in the recipe, its samples, and how the fields of a record become a sample."""
+"""Tasks and samples, and the conversion of a record's fields into a sample."""
 
 from __future__ import annotations
 
@@ -6,32 +6,31 @@ import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dscl.config import nearest
+from dscl.config.parsing import did_you_mean
 from dscl.config.schema import METRICS, DataConfig, TaskConfig
-from dscl.errors import UserError
+from dscl.utils.errors import UserError
 
-__all__ = ["METRICS", "BadRecord", "DataConfig", "Sample", "SampleMaker", "Task", "TaskConfig", "check_text"]
+__all__ = ["METRICS", "BadRecord", "DataConfig", "Sample", "SampleBuilder", "Task", "TaskConfig", "check_text"]
 
 
 @dataclass(frozen=True)
 class Sample:
     """One prompt and its answer.
 
-    `references` are all the right answers and `answer` is the first of them. A chat record keeps its `messages`, of
-    which the last is the answer; the earlier ones become the prompt through the tokenizer's chat template. `source`
-    says in which file and record the sample stands, for error messages.
+    A chat sample also keeps its `messages`: the last one is the answer, and the tokenizer's chat template turns the
+    earlier ones into the prompt.
     """
 
     prompt: str
-    answer: str
-    references: tuple[str, ...]
-    source: str
+    answer: str  # the training target: the first of the references
+    references: tuple[str, ...]  # all correct answers
+    source: str  # the file and the record, for error messages
     messages: tuple[Mapping[str, str], ...] | None = None
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task of the stream, read and split."""
+    """One task of the stream: its samples by split, its label set and its metric."""
 
     name: str
     train: tuple[Sample, ...]
@@ -43,49 +42,55 @@ class Task:
 
 
 class BadRecord(ValueError):
-    """One record is not valid. The message says what is wrong; who reads the file knows where.
+    """A record is invalid. The caller, which knows the file and the record's number, adds them to the message.
 
-    It lands in logs, so it tells keys and types, and nothing of what the record holds.
+    The message is logged, so it may contain keys and types but not the record's content.
     """
 
 
-class SampleMaker:
-    """Makes samples from the fields of records, by the task's template and under its label set."""
+class SampleBuilder:
+    """Builds samples from the fields of records with the task's template; checks answers against its label set."""
 
     def __init__(
-        self, config: TaskConfig, fields: Sequence[str], labels: tuple[str, ...] | None, default: str = "{prompt}"
+        self,
+        config: TaskConfig,
+        field_names: Sequence[str],
+        labels: tuple[str, ...] | None,
+        default_template: str = "{prompt}",
     ) -> None:
-        self.where = f"task {config.name!r}"
-        self._listed = f" ({', '.join(map(repr, config.labels[:20]))})" if config.labels else ""  # by the recipe
+        self._error_prefix = f"task {config.name!r}"
+        self._label_hint = f" ({', '.join(map(repr, config.labels[:20]))})" if config.labels else ""
         self.labels = labels if config.labels is None else config.labels
-        self.template = default if config.template is None else config.template
-        self._given = config.template is not None
-        self._chat = config.chat
-        self.used = self._fields_of_template([*fields, "labels"])
+        self.template = default_template if config.template is None else config.template
+        self._has_template = config.template is not None
+        self._uses_chat = config.chat
+        self.template_fields = self._parse_template([*field_names, "labels"])
         if self.labels is not None:
             self._check_labels(self.labels)
-        elif "labels" in self.used:
-            raise UserError(f"{self.where}: the template uses {{labels}} but there is no label set; give labels: [...]")
+        elif "labels" in self.template_fields:
+            raise UserError(
+                f"{self._error_prefix}: the template uses {{labels}} but there is no label set; give labels: [...]"
+            )
         elif config.metric == "accuracy":
             raise UserError(
-                f"{self.where}: metric accuracy needs a label set and the data names none; "
+                f"{self._error_prefix}: metric accuracy needs a label set and the data names none; "
                 "give labels: [...] or metric: exact_match"
             )
 
-    def sample(self, fields: Mapping[str, str], references: tuple[str, ...], source: str) -> Sample:
-        """A plain sample; `fields` holds at least what the template uses."""
-        for name in self.used - {"labels"}:
+    def build_from_fields(self, fields: Mapping[str, str], references: tuple[str, ...], source: str) -> Sample:
+        """Build a sample from fields; `fields` must contain all fields of the template."""
+        for name in self.template_fields - {"labels"}:
             check_text(fields[name], name)
         self._check_answers(references)
         prompt = self.template.format(**{**fields, "labels": ", ".join(self.labels or ())})
         messages = None
-        if self._chat:
+        if self._uses_chat:
             messages = ({"role": "user", "content": prompt}, {"role": "assistant", "content": references[0]})
         return Sample(prompt, references[0], references, source, messages)
 
-    def chat(self, messages: Sequence[Mapping[str, str]], source: str) -> Sample:
-        """A sample from the messages of a conversation, the last of which is the answer."""
-        if self._given:
+    def build_from_messages(self, messages: Sequence[Mapping[str, str]], source: str) -> Sample:
+        """Build a sample from the messages of a conversation, the last of which is the answer."""
+        if self._has_template:
             raise UserError(f"{source}: a template cannot be applied to chat messages; leave `template` out")
         answer = messages[-1]["content"]
         for message in messages[:-1]:
@@ -100,38 +105,43 @@ class SampleMaker:
             if not answer.strip():
                 raise BadRecord("the answer is empty")
             if self.labels is not None and answer not in self.labels:
-                raise BadRecord(f"the answer is not in the label set{self._listed}")
+                raise BadRecord(f"the answer is not in the label set{self._label_hint}")
 
     def _check_labels(self, labels: tuple[str, ...]) -> None:
         if not labels or not all(isinstance(label, str) and label.strip() for label in labels):
             raise UserError(
-                f"{self.where}: the label set is empty or not of texts; a list of non-empty texts is needed"
+                f"{self._error_prefix}: the label set is empty or not of texts; a list of non-empty texts is needed"
             )
         for number, label in enumerate(labels, start=1):
             if label in labels[: number - 1]:
-                raise UserError(f"{self.where}: label {number} of the label set stands there twice; give each once")
+                raise UserError(
+                    f"{self._error_prefix}: label {number} of the label set stands there twice; give each once"
+                )
 
-    def _fields_of_template(self, fields: Sequence[str]) -> set[str]:
+    def _parse_template(self, field_names: Sequence[str]) -> set[str]:
+        """The names of the fields that the template uses."""
         try:
             parts = list(string.Formatter().parse(self.template))
         except ValueError as error:
             raise UserError(
-                f"{self.where}: the template is not valid ({error}); write a literal brace as {{{{ or }}}}"
+                f"{self._error_prefix}: the template is not valid ({error}); write a literal brace as {{{{ or }}}}"
             ) from None
-        used = {name for _, name, _, _ in parts if name is not None}
-        for name in sorted(used):
-            if name not in fields:
+        template_fields = {name for _, name, _, _ in parts if name is not None}
+        for name in sorted(template_fields):
+            if name not in field_names:
                 raise UserError(
-                    f"{self.where}: the template uses {{{name}}}{nearest(name, fields)}; "
-                    f"the fields here are {', '.join(fields)}"
+                    f"{self._error_prefix}: the template uses {{{name}}}{did_you_mean(name, field_names)}; "
+                    f"the fields here are {', '.join(field_names)}"
                 )
         if any(spec or conversion for _, _, spec, conversion in parts):
-            raise UserError(f"{self.where}: the template has a format after a field's name; write {{name}} alone")
-        return used
+            raise UserError(
+                f"{self._error_prefix}: the template has a format after a field's name; write {{name}} alone"
+            )
+        return template_fields
 
 
 def check_text(value: object, name: str) -> None:
-    """Refuse what is not text, or is text that cannot be written as UTF-8 (a file's broken bytes end up as such)."""
+    """Raise BadRecord if the value is not a string or not valid UTF-8 (malformed bytes of a file become surrogates)."""
     if not isinstance(value, str):
         raise BadRecord(f"{name} is of type {type(value).__name__}; text is needed")
     try:

@@ -1,1 +1,1 @@
-"""Tensors and numbers in, tensors and numbers out; imports torch alone."""
+"""Pure functions of tensors and numbers; of the external packages, only torch is imported."""

@@ -1,4 +1,4 @@
-"""The kernels of `dscl.maths.gates`, in Triton. A program has some tokens, with all columns and logits of theirs.
+"""The Triton kernels of `dscl.maths.gates`. Each program handles a block of tokens with all their columns and logits.
 
 With TRITON_INTERPRET=1, set before Triton is imported, they run on CPUs, slowly.
 """
@@ -12,98 +12,112 @@ import torch
 import triton
 import triton.language as tl
 
-from dscl.maths.gates import TILE
+from dscl.maths.gates import MAX_TILE_COLUMNS
 
 
-def start(
-    kernel: Any, read: torch.Tensor, other: torch.Tensor, out: torch.Tensor | None, experts: int, rank: int, top: int,
-    factor: float,
+def launch_kernel(
+    kernel: Any, projected: torch.Tensor, gated: torch.Tensor, grad_projected: torch.Tensor | None,
+    num_experts: int, rank: int, top_k: int, scale: float,
 ) -> None:  # fmt: skip
-    """`weigh` writes `other`; `weigh_back` reads it and writes `out`."""
-    sizes = sizes_of(experts, rank, top)
-    given = (read, other) if out is None else (read, other, out)
-    with torch.cuda.device_of(read):  # Triton starts it on the current one
-        kernel[(triton.cdiv(len(read), sizes["BLOCK"]),)](*given, len(read), read.stride(0), factor, **sizes)
+    """Start a kernel: the forward one writes `gated`; the backward one reads its gradient there and writes
+    `grad_projected`."""
+    sizes = kernel_sizes(num_experts, rank, top_k)
+    tensors = (projected, gated) if grad_projected is None else (projected, gated, grad_projected)
+    with torch.cuda.device_of(projected):  # Triton launches kernels on the current device
+        kernel[(triton.cdiv(len(projected), sizes["BLOCK"]),)](
+            *tensors, len(projected), projected.stride(0), scale, **sizes
+        )
 
 
-def sizes_of(experts: int, rank: int, top: int) -> dict[str, int]:
-    """What is fixed when a kernel is built."""
-    places, ranks = triton.next_power_of_2(experts), triton.next_power_of_2(rank)
-    block = max(1, min(32, TILE // 4 // (places * ranks)))  # small ones, so that there are many
-    return {"EXPERTS": experts, "RANK": rank, "TOP": top, "PLACES": places, "RANKS": ranks, "BLOCK": block}
+def kernel_sizes(num_experts: int, rank: int, top_k: int) -> dict[str, int]:
+    """The compile-time constants of a kernel."""
+    padded_experts, padded_rank = triton.next_power_of_2(num_experts), triton.next_power_of_2(rank)
+    # Small blocks, so that there are many programs.
+    block = max(1, min(32, MAX_TILE_COLUMNS // 4 // (padded_experts * padded_rank)))
+    return {
+        "EXPERTS": num_experts, "RANK": rank, "TOP_K": top_k,
+        "PADDED_EXPERTS": padded_experts, "PADDED_RANK": padded_rank, "BLOCK": block,
+    }  # fmt: skip
 
 
 @triton.jit
-def _tokens(count, BLOCK: tl.constexpr):
-    """Which tokens these are, and whether there are so many: what is beyond stands in for the last one."""
+def _token_indices(num_tokens, BLOCK: tl.constexpr):
+    """The token indices [block] of this program, and which of them are valid; indices past the end become the last."""
     tokens = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    return tl.minimum(tokens, count - 1), tokens < count
+    return tl.minimum(tokens, num_tokens - 1), tokens < num_tokens
 
 
 @triton.jit
-def _shares(read, tokens, width, EXPERTS: tl.constexpr, RANK: tl.constexpr, TOP: tl.constexpr, PLACES: tl.constexpr):
-    """[tokens, places]: softmax of the logits, and whether it is one of the largest."""
-    places = tl.arange(0, PLACES)
+def _softmax_top_k(
+    projected, tokens, width,
+    EXPERTS: tl.constexpr, RANK: tl.constexpr, TOP_K: tl.constexpr, PADDED_EXPERTS: tl.constexpr,
+):  # fmt: skip
+    """Softmax of the router logits [block, experts], and whether each is among the k largest of its token."""
+    expert_ids = tl.arange(0, PADDED_EXPERTS)
     logits = tl.load(
-        read + tokens[:, None] * width + EXPERTS * RANK + places[None, :],
-        mask=(places < EXPERTS)[None, :], other=-float("inf"),
+        projected + tokens[:, None] * width + EXPERTS * RANK + expert_ids[None, :],
+        mask=(expert_ids < EXPERTS)[None, :], other=-float("inf"),
     ).to(tl.float32)  # fmt: skip
-    shares = tl.exp(logits - tl.max(logits, 1)[:, None])
-    shares = shares / tl.sum(shares, 1)[:, None]
-    left = shares
-    few = left < 0
-    for _ in tl.static_range(TOP):
-        best = places[None, :] == tl.argmax(left, 1)[:, None]
-        few = few | best
-        left = tl.where(best, -1.0, left)
-    return shares, few
+    probs = tl.exp(logits - tl.max(logits, 1)[:, None])
+    probs = probs / tl.sum(probs, 1)[:, None]
+    remaining = probs
+    selected = remaining < 0
+    for _ in tl.static_range(TOP_K):
+        is_best = expert_ids[None, :] == tl.argmax(remaining, 1)[:, None]
+        selected = selected | is_best
+        remaining = tl.where(is_best, -1.0, remaining)
+    return probs, selected
 
 
 @triton.jit
-def _columns(tokens, width, EXPERTS: tl.constexpr, RANK: tl.constexpr, PLACES: tl.constexpr, RANKS: tl.constexpr):
-    """[tokens, places, ranks]: where each column stands, and [1, places, ranks]: whether there is such a one."""
-    places, ranks = tl.arange(0, PLACES)[None, :, None], tl.arange(0, RANKS)[None, None, :]
-    return tokens[:, None, None] * width + places * RANK + ranks, (places < EXPERTS) & (ranks < RANK)
-
-
-@triton.jit(do_not_specialize=["count"])  # however many tokens: one build
-def weigh(
-    read, weighed, count, width, factor,
-    EXPERTS: tl.constexpr, RANK: tl.constexpr, TOP: tl.constexpr,
-    PLACES: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
+def _column_offsets(
+    tokens, width, EXPERTS: tl.constexpr, RANK: tl.constexpr, PADDED_EXPERTS: tl.constexpr, PADDED_RANK: tl.constexpr
 ):  # fmt: skip
-    tokens, there = _tokens(count, BLOCK)
-    shares, few = _shares(read, tokens, width, EXPERTS, RANK, TOP, PLACES)
-    kind = weighed.dtype.element_ty
-    gate = (shares * tl.where(few, factor, 0.0)).to(kind).to(tl.float32)
-    at, real = _columns(tokens, width, EXPERTS, RANK, PLACES, RANKS)
-    low = tl.load(read + at, mask=real, other=0.0).to(tl.float32)
-    to, _ = _columns(tokens, EXPERTS * RANK, EXPERTS, RANK, PLACES, RANKS)
-    tl.store(weighed + to, (low * gate[:, :, None]).to(kind), mask=real & there[:, None, None])
+    """Memory offsets of the columns [block, experts, rank], and which columns are valid [1, experts, rank]."""
+    expert_ids, rank_ids = tl.arange(0, PADDED_EXPERTS)[None, :, None], tl.arange(0, PADDED_RANK)[None, None, :]
+    return tokens[:, None, None] * width + expert_ids * RANK + rank_ids, (expert_ids < EXPERTS) & (rank_ids < RANK)
 
 
-@triton.jit(do_not_specialize=["count"])
-def weigh_back(
-    read, gradient, to_read, count, width, factor,
-    EXPERTS: tl.constexpr, RANK: tl.constexpr, TOP: tl.constexpr,
-    PLACES: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit(do_not_specialize=["num_tokens"])  # one build for all numbers of tokens
+def apply_gates_kernel(
+    projected, gated, num_tokens, width, scale,
+    EXPERTS: tl.constexpr, RANK: tl.constexpr, TOP_K: tl.constexpr,
+    PADDED_EXPERTS: tl.constexpr, PADDED_RANK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    tokens, there = _tokens(count, BLOCK)
-    shares, few = _shares(read, tokens, width, EXPERTS, RANK, TOP, PLACES)
-    kind = to_read.dtype.element_ty
-    some = tl.where(few, factor, 0.0)
-    gate = (shares * some).to(kind).to(tl.float32)
-    at, real = _columns(tokens, width, EXPERTS, RANK, PLACES, RANKS)
-    of, _ = _columns(tokens, EXPERTS * RANK, EXPERTS, RANK, PLACES, RANKS)
-    low = tl.load(read + at, mask=real, other=0.0).to(tl.float32)
-    toward = tl.load(gradient + of, mask=real, other=0.0).to(tl.float32)
-    made = EXPERTS * (RANK + 1)
-    to, _ = _columns(tokens, made, EXPERTS, RANK, PLACES, RANKS)
-    tl.store(to_read + to, (toward * gate[:, :, None]).to(kind), mask=real & there[:, None, None])
-    to_share = tl.sum(toward * low, 2) * some
-    to_logit = shares * (to_share - tl.sum(shares * to_share, 1)[:, None])
-    places = tl.arange(0, PLACES)[None, :]
+    tokens, valid_token = _token_indices(num_tokens, BLOCK)
+    probs, selected = _softmax_top_k(projected, tokens, width, EXPERTS, RANK, TOP_K, PADDED_EXPERTS)
+    dtype = gated.dtype.element_ty
+    gates = (probs * tl.where(selected, scale, 0.0)).to(dtype).to(tl.float32)
+    input_offsets, valid_column = _column_offsets(tokens, width, EXPERTS, RANK, PADDED_EXPERTS, PADDED_RANK)
+    low_rank = tl.load(projected + input_offsets, mask=valid_column, other=0.0).to(tl.float32)
+    output_offsets, _ = _column_offsets(tokens, EXPERTS * RANK, EXPERTS, RANK, PADDED_EXPERTS, PADDED_RANK)
+    stored = valid_column & valid_token[:, None, None]
+    tl.store(gated + output_offsets, (low_rank * gates[:, :, None]).to(dtype), mask=stored)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def apply_gates_backward_kernel(
+    projected, grad_output, grad_projected, num_tokens, width, scale,
+    EXPERTS: tl.constexpr, RANK: tl.constexpr, TOP_K: tl.constexpr,
+    PADDED_EXPERTS: tl.constexpr, PADDED_RANK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    tokens, valid_token = _token_indices(num_tokens, BLOCK)
+    probs, selected = _softmax_top_k(projected, tokens, width, EXPERTS, RANK, TOP_K, PADDED_EXPERTS)
+    dtype = grad_projected.dtype.element_ty
+    gate_scale = tl.where(selected, scale, 0.0)
+    gates = (probs * gate_scale).to(dtype).to(tl.float32)
+    input_offsets, valid_column = _column_offsets(tokens, width, EXPERTS, RANK, PADDED_EXPERTS, PADDED_RANK)
+    gated_offsets, _ = _column_offsets(tokens, EXPERTS * RANK, EXPERTS, RANK, PADDED_EXPERTS, PADDED_RANK)
+    low_rank = tl.load(projected + input_offsets, mask=valid_column, other=0.0).to(tl.float32)
+    grad_gated = tl.load(grad_output + gated_offsets, mask=valid_column, other=0.0).to(tl.float32)
+    input_width = EXPERTS * (RANK + 1)
+    output_offsets, _ = _column_offsets(tokens, input_width, EXPERTS, RANK, PADDED_EXPERTS, PADDED_RANK)
+    stored = valid_column & valid_token[:, None, None]
+    tl.store(grad_projected + output_offsets, (grad_gated * gates[:, :, None]).to(dtype), mask=stored)
+    grad_probs = tl.sum(grad_gated * low_rank, 2) * gate_scale
+    grad_logits = probs * (grad_probs - tl.sum(probs * grad_probs, 1)[:, None])
+    expert_ids = tl.arange(0, PADDED_EXPERTS)[None, :]
     tl.store(
-        to_read + tokens[:, None] * made + EXPERTS * RANK + places, to_logit.to(kind),
-        mask=(places < EXPERTS) & there[:, None],
+        grad_projected + tokens[:, None] * input_width + EXPERTS * RANK + expert_ids, grad_logits.to(dtype),
+        mask=(expert_ids < EXPERTS) & valid_token[:, None],
     )  # fmt: skip

@@ -1,8 +1,8 @@
-"""Keys: which task a prompt belongs to, by the cosine between its pooled state and one direction for each task.
+"""Task keys: a router that finds a prompt's task by the cosine between its pooled state and one key for each task.
 
-A task's key is the direction whose mean cosine to its prompts is the largest, which is that of the sum of their unit
-vectors; gradient steps on that cosine, as in Winning SubNetworks' successors, move a key there. So a key is a sum, too:
-it adds over ranks, and nothing of the other tasks goes into it.
+The key of a task is the direction with the largest mean cosine to the task's prompts. The authors of Winning
+SubNetworks learn keys by gradient steps on that cosine. Its optimum is known: the direction of the sum of the prompts'
+unit vectors. So a key is computed from a sum, which can be added over ranks and does not depend on other tasks.
 """
 
 from __future__ import annotations
@@ -12,46 +12,47 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dscl.maths.rls import Expansion, Statistics
+from dscl.maths.rls import FeatureMap, TaskStatistics
 
-FINE = 2.0**30  # a direction's entries are multiples of its inverse, whose sums fp64 holds exactly
+DIRECTION_SCALE = 2.0**30  # entries of directions are rounded to multiples of 2^-30, so that fp64 sums them exactly
 
 
-class Units(Expansion):
-    """Rows are kept as 8-bit integers, as for the analytic router; a feature vector is a row's direction."""
+class UnitFeatures(FeatureMap):
+    """A feature map whose features are the row's direction. Rows are 8-bit integers, as for the analytic router."""
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim, dim, 0)
 
-    def features(self, rows: Tensor) -> Tensor:
-        """[n, dim] in fp64, of length 1."""
-        exact = rows.double()
-        return exact / exact.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    def compute_features(self, rows: Tensor) -> Tensor:
+        """Unit vectors [n, dim] in fp64 of quantized rows [n, dim]."""
+        vectors = rows.double()
+        return vectors / vectors.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
 
 
 @dataclass(frozen=True)
-class Keys:
-    """Every task's key."""
+class TaskKeys:
+    """The keys of all tasks, as a router."""
 
     names: tuple[str, ...]
     directions: Tensor  # [tasks, dim] in fp64, of length 1
 
     def route(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of each prompt its task's index, the lead over the second best task, and how far its cosine is from 1."""
+        """(task index, margin over the second best task, 1 - cosine) of each prompt, for features [n, dim]."""
         best = (features @ self.directions.T).topk(min(2, len(self.names)), 1)
         cosine, index = best.values[:, 0], best.indices[:, 0]
         return index, cosine - best.values[:, 1] if len(self.names) > 1 else cosine, 1 - cosine
 
 
 @torch.no_grad()
-def gather_keys(rows: Tensor, units: Units) -> Statistics:
-    """Of a task's prompts the sum of their directions, the same in every order; no Gram matrix is needed."""
-    features = torch.round(units.features(rows) * FINE) / FINE
+def compute_key_statistics(rows: Tensor, feature_map: UnitFeatures) -> TaskStatistics:
+    """The sum of the directions of a task's prompts, exact in any order; the Gram matrix stays empty."""
+    features = torch.round(feature_map.compute_features(rows) * DIRECTION_SCALE) / DIRECTION_SCALE
     count = torch.tensor([len(rows)], device=rows.device)
-    return Statistics(features.new_zeros(0), features.sum(0), count)
+    return TaskStatistics(features.new_zeros(0), features.sum(0), count)
 
 
-def keys_of(tasks: dict[str, Statistics]) -> Keys:
+def build_task_keys(tasks: dict[str, TaskStatistics]) -> TaskKeys:
+    """The keys of tasks from their statistics."""
     names = tuple(sorted(tasks))
-    sums = torch.stack([tasks[name].total for name in names])
-    return Keys(names, sums / sums.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny))
+    sums = torch.stack([tasks[name].feature_sum for name in names])
+    return TaskKeys(names, sums / sums.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny))

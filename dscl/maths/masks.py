@@ -1,8 +1,8 @@
-"""Masks over shared parameters: which of them a task uses, how that is learned, and what it comes to in bytes.
+"""Binary masks over shared parameters: their selection by learned scores, and their storage as bits.
 
-Every parameter has a score; a task's mask opens those of the largest magnitude (`strongest`), and the loss's gradient
-with respect to the mask goes to the scores as it is (Winning SubNetworks). What an ended task's mask opens is claimed:
-later tasks may open it too, and cannot change it.
+As in Winning SubNetworks, every parameter has a score. A task's mask selects the parameters whose scores have the
+largest magnitude, and the gradient with respect to the mask is passed straight through to the scores. The parameters
+selected by a finished task are frozen: later tasks may use them but not change them.
 """
 
 from __future__ import annotations
@@ -14,52 +14,51 @@ import torch
 from torch import Tensor
 
 
-class _Opened(torch.autograd.Function):
-    """1 where a score's magnitude is among the `count` largest of those allowed, else 0; straight-through backward, but
-    for scores that decide nothing."""
+class _TopKMask(torch.autograd.Function):
+    """Forward: `top_k_mask` as numbers. Backward: straight-through to the magnitudes, zero where not allowed."""
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, allowed: Tensor, count: int) -> Tensor:
         ctx.save_for_backward(scores, allowed)
-        return opened(scores, allowed, count).to(scores.dtype)
+        return top_k_mask(scores, allowed, count).to(scores.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         scores, allowed = ctx.saved_tensors
-        return torch.where(scores < 0, -gradients[0], gradients[0]).mul_(allowed), None, None
+        return torch.where(scores < 0, -grad_outputs[0], grad_outputs[0]).mul_(allowed), None, None
 
 
-def strongest(scores: Tensor, allowed: Tensor, count: int) -> Tensor:
-    """The mask as numbers of the scores' kind, through which the scores learn: `∂L/∂|s| = ∂L/∂m`."""
-    mask: Tensor = _Opened.apply(scores, allowed, count)
+def trainable_top_k_mask(scores: Tensor, allowed: Tensor, count: int) -> Tensor:
+    """The mask m of `top_k_mask` in the scores' dtype, differentiable straight-through: `∂L/∂|s| = ∂L/∂m`."""
+    mask: Tensor = _TopKMask.apply(scores, allowed, count)
     return mask
 
 
 @torch.no_grad()
-def opened(scores: Tensor, allowed: Tensor, count: int) -> Tensor:
-    """Where the `count` largest magnitudes among those allowed stand; all of these if they are fewer. No host waits."""
+def top_k_mask(scores: Tensor, allowed: Tensor, count: int) -> Tensor:
+    """True at the `count` allowed scores of the largest magnitude (at all allowed ones if fewer); no host sync."""
     assert scores.shape == allowed.shape
-    size = torch.where(allowed, scores.detach().abs().float(), -1.0).flatten()
-    best = size.topk(min(count, len(size)), sorted=False).indices
-    chosen = torch.zeros_like(size, dtype=torch.bool).scatter_(0, best, True)
-    return (chosen & allowed.flatten()).view(scores.shape)
+    magnitudes = torch.where(allowed, scores.detach().abs().float(), -1.0).flatten()
+    top_indices = magnitudes.topk(min(count, len(magnitudes)), sorted=False).indices
+    is_selected = torch.zeros_like(magnitudes, dtype=torch.bool).scatter_(0, top_indices, True)
+    return (is_selected & allowed.flatten()).view(scores.shape)
 
 
-def count_of(share: float, size: int) -> int:
-    """How many of `size` parameters a mask opens, at least one; 0.29 of 100 is 29, whatever floating point says."""
-    assert 0 < share <= 1
-    return max(1, math.floor(share * size + 1e-9))
+def mask_size(density: float, size: int) -> int:
+    """The number of `size` parameters that a mask of this density selects, at least 1; 0.29 of 100 is 29."""
+    assert 0 < density <= 1
+    return max(1, math.floor(density * size + 1e-9))
 
 
-def pack(mask: Tensor) -> Tensor:
-    """A mask as bits, eight to a byte."""
+def pack_bits(mask: Tensor) -> Tensor:
+    """Pack a boolean mask into bytes, eight entries to a byte: uint8 [ceil(size / 8)]."""
     bits = mask.flatten().to(torch.uint8)
     bits = torch.cat([bits, bits.new_zeros(-len(bits) % 8)]).view(-1, 8)
     return (bits << torch.arange(8, dtype=torch.uint8, device=bits.device)).sum(1, dtype=torch.uint8)
 
 
-def unpack(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """What `pack` was given."""
+def unpack_bits(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Undo `pack_bits`: the boolean mask of this shape."""
     assert bits.dtype == torch.uint8 and len(bits) == -(-math.prod(shape) // 8)  # noqa: PT018
-    spread = bits[:, None] >> torch.arange(8, dtype=torch.uint8, device=bits.device) & 1
-    return spread.flatten()[: math.prod(shape)].bool().view(shape)
+    unpacked = bits[:, None] >> torch.arange(8, dtype=torch.uint8, device=bits.device) & 1
+    return unpacked.flatten()[: math.prod(shape)].bool().view(shape)

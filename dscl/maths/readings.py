@@ -1,4 +1,6 @@
-"""The readings of OSFT's constraint, by name; `subspace` has what each keeps. Without torch, so that a recipe can be
-checked before it is imported."""
+"""The names of OSFT's projections; `dscl.maths.subspace` defines them.
 
-READINGS = ("input", "two_sided", "paper")
+This module does not import torch, so that a recipe can be checked without it.
+"""
+
+PROJECTIONS = ("input", "two_sided", "paper")

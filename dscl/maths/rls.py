@@ -1,15 +1,15 @@
-"""Routing by regularised least squares: which task a prompt belongs to, in closed form (arXiv 2503.13575).
+"""The analytic task router: ridge regression from a prompt's features to its task, in closed form (arXiv 2503.13575).
 
-`h` is the pooled hidden state of a prompt, `φ = ReLU(h P)` its features under a fixed random matrix P (`Expansion`).
-A task leaves behind sums over its prompts alone: the Gram matrix `Σ φᵀφ`, `Σ φ` and their number (`Statistics`). Since
-the label of a task's prompts is one and the same one-hot vector, `Σ φ` is also the task's column of `C = Σ φᵀy`. The
-weights `W = (G + λI)⁻¹ C` (`solve`) are what the paper's recursion over single prompts arrives at, so nothing depends
-on the order of the tasks and none is forgotten.
+`h` is the pooled hidden state of a prompt; `φ = ReLU(h P)` are its features under a fixed random matrix P
+(`FeatureMap`). Of each task only sums over its prompts are kept (`TaskStatistics`): the Gram matrix `Σ φᵀφ`, the
+feature sum `Σ φ` and the number of prompts. All prompts of a task have the same one-hot label, so `Σ φ` is also the
+task's column of `C = Σ φᵀy`. `fit_router` computes the weights `W = (G + λI)⁻¹ C`. The paper's recursive least squares
+gives the same weights, so the router does not depend on the order of the tasks and forgets none of them.
 
-By default all of it is made of integers that floating point holds exactly, so the sums have the same bits for every
-order, every split among ranks, and after a task was added and removed; and the fit differs from the paper in three
-ways that were measured to be better: it is centred, every task counts alike however many prompts it has, and the ridge
-is chosen from the sums themselves.
+By default all sums consist of integers that floating point represents exactly. Their bits are then the same for every
+order of tasks, every number of ranks, and after a task was added and removed. The fit differs from the paper in three
+ways that were better in measurements: features are centred, every task has the same total weight, and the ridge is
+chosen by an estimate of the error on new prompts.
 """
 
 from __future__ import annotations
@@ -22,73 +22,78 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SCALE = 12.0  # of a row whose entries have mean magnitude 1, before it is rounded
-ROW_LIMIT, FEATURE_LIMIT = 127, 255
-NIBBLES = 8  # of which an entry of P is the sum
-ENTRY_LIMIT = 60  # of P: NIBBLES times half of 15
-TYPICAL = 32  # what the root mean square of a feature should come to, far from FEATURE_LIMIT
-EXACT = 1 << 24  # fp32 holds every integer up to it
-CHUNK = 4096  # prompts whose features are in memory at once
-STRIPE = 512  # rows of a Gram matrix that are computed at once
+ROW_SCALE = 12.0  # a pooled state of mean magnitude 1 is multiplied by this before it is rounded to int8
+ROW_LIMIT, FEATURE_LIMIT = 127, 255  # the largest magnitude of an entry of a quantized row, and of a feature
+NIBBLES_PER_ENTRY = 8  # an entry of P is a sum of this many random 4-bit numbers, shifted to mean zero
+ENTRY_LIMIT = 60  # the largest magnitude of an entry of P: NIBBLES_PER_ENTRY times 7.5
+TARGET_RMS = 32  # the intended root mean square of a feature, well below FEATURE_LIMIT
+FP32_EXACT_LIMIT = 1 << 24  # fp32 represents every integer up to this exactly
+PROMPT_CHUNK = 4096  # prompts whose features are computed at once
+STRIPE_ROWS = 512  # rows of a Gram matrix that are computed at once
 PAPER_RIDGE = 100.0
-LARGEST_CONDITION = 1e14  # beyond it hardly a digit of the weights is right
-# Ridges to choose from, as multiples of the Gram matrix's mean diagonal: upwards from the usual one, and downwards.
-UPWARDS, DOWNWARDS = (0.1, 0.3, 1.0, 3.0, 10.0), (0.03, 0.01, 0.003)
-FAR, SURE = 5.5, 0.1  # see `Rejection`
+LARGEST_CONDITION = 1e14  # with a larger condition number hardly a digit of the weights is right
+# Candidate ridges, as multiples of the Gram matrix's mean diagonal: first the usual one and larger ones, then smaller.
+RIDGES_UPWARDS, RIDGES_DOWNWARDS = (0.1, 0.3, 1.0, 3.0, 10.0), (0.03, 0.01, 0.003)
+OOD_THRESHOLD, MIN_SHORTFALL = 5.5, 0.1  # see `OodDetector`
 
 
-class Expansion:
-    """The feature map from pooled hidden states to φ.
+class FeatureMap:
+    """The map from pooled hidden states h [n, dim] to features φ = ReLU(h P) [n, width].
 
-    Exact: a pooled row is kept as 8-bit integers, in units of its own mean magnitude (a norm would be that of the few
-    huge entries that LLaMA's states have, and round all others to nothing), and P holds integers drawn by a hash, the
-    same ones everywhere. From there on every number is an integer that fp32 holds exactly, in whatever order it is
-    summed, so that φ has the same bits on every machine. Otherwise, as in the paper, rows are floats, P is Gaussian,
-    and φ is computed in fp64.
+    With `exact=True`, a pooled state is quantized to 8-bit integers, in units of its own mean magnitude. (LLaMA's
+    states have a few huge entries; in units of the norm, all other entries would round to zero.) P holds integers drawn
+    from a hash, the same on every machine. From there on all numbers are integers that fp32 represents exactly, in
+    whatever order they are summed, so φ has the same bits on every machine.
+
+    With `exact=False`, as in the paper, states stay floats, P is Gaussian, and φ is computed in fp64.
     """
 
     def __init__(self, dim: int, width: int, seed: int, exact: bool = True) -> None:
         assert min(dim, width) > 0
         self.dim, self.width, self.seed, self.exact = dim, width, seed, exact
-        typical = math.sqrt(dim) * 1.25 * SCALE * math.sqrt(NIBBLES * 255 / 12)  # of q P, q being near Gaussian
-        self.divisor = 2 ** max(1, round(math.log2(typical / TYPICAL)))  # a power of two divides without rounding
+        # The root mean square of the entries of q P, for quantized rows q that are roughly Gaussian.
+        expected_rms = math.sqrt(dim) * 1.25 * ROW_SCALE * math.sqrt(NIBBLES_PER_ENTRY * 255 / 12)
+        # A power of two, so that the division is exact.
+        self.divisor = 2 ** max(1, round(math.log2(expected_rms / TARGET_RMS)))
         self._matrix: Tensor | None = None
 
-    def rows(self, pooled: Tensor) -> Tensor:
-        """What is kept of pooled states [n, dim]: int8 when exact, else the floats themselves."""
+    def quantize(self, pooled: Tensor) -> Tensor:
+        """Pooled states [n, dim] as int8 rows; as fp32 rows if not exact."""
         assert pooled.shape[1:] == (self.dim,)
         if not self.exact:
             return pooled.detach().float()
         pooled = pooled.detach().double()
-        size = pooled.abs().mean(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-        return (pooled * (SCALE / size)).round().clamp(-ROW_LIMIT, ROW_LIMIT).to(torch.int8)
+        magnitude = pooled.abs().mean(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+        return (pooled * (ROW_SCALE / magnitude)).round().clamp(-ROW_LIMIT, ROW_LIMIT).to(torch.int8)
 
-    def features(self, rows: Tensor) -> Tensor:
-        """φ of each row [n, width]: whole numbers from 0 to 255 in fp32 when exact, else fp64."""
+    def compute_features(self, rows: Tensor) -> Tensor:
+        """Features φ [n, width] of quantized rows [n, dim]: integers from 0 to 255 in fp32; fp64 if not exact."""
         if not self.exact:
-            return (rows.double() @ self._at(rows.device, torch.float64)).relu_()
+            return (rows.double() @ self._matrix_on(rows.device, torch.float64)).relu_()
         largest = int(rows.abs().sum(1, dtype=torch.int64).max()) * ENTRY_LIMIT + self.divisor if len(rows) else 0
-        kind = torch.float32 if largest < EXACT else torch.float64
-        with torch.autocast(rows.device.type, enabled=False):  # prompts are routed within a model's forward pass
-            product = (rows.to(kind) @ self._at(rows.device, kind)).relu_()
+        dtype = torch.float32 if largest < FP32_EXACT_LIMIT else torch.float64
+        with torch.autocast(rows.device.type, enabled=False):  # routing runs inside the model's forward pass
+            product = (rows.to(dtype) @ self._matrix_on(rows.device, dtype)).relu_()
         product.add_(self.divisor // 2).mul_(1.0 / self.divisor).floor_().clamp_(max=FEATURE_LIMIT)
         return product.float()
 
-    def _at(self, device: torch.device, kind: torch.dtype) -> Tensor:
-        """P on a device; it is drawn when it is first needed."""
+    def _matrix_on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """P [dim, width] on a device, drawn at the first call."""
         if self._matrix is None:
             self._matrix = self._draw_integers() if self.exact else self._draw_gaussian()
-        if (self._matrix.device, self._matrix.dtype) != (device, kind):
-            self._matrix = self._matrix.to(device, kind)
+        if (self._matrix.device, self._matrix.dtype) != (device, dtype):
+            self._matrix = self._matrix.to(device, dtype)
         return self._matrix
 
     def _draw_integers(self) -> Tensor:
-        """Row by row, so that the bytes of the hash need little memory; a sum of eight is near enough to Gaussian."""
+        """P from a hash, row by row to save memory. Each entry is a sum of eight 4-bit numbers: nearly Gaussian."""
         matrix = torch.empty(self.dim, self.width)
         for i in range(self.dim):
-            digest = bytearray(hashlib.shake_256(f"{self.seed}:{i}".encode()).digest(self.width * NIBBLES // 2))
-            drawn = torch.frombuffer(digest, dtype=torch.uint8).view(self.width, NIBBLES // 2)
-            matrix[i] = ((drawn >> 4) + (drawn & 15)).sum(1) - ENTRY_LIMIT
+            digest = bytearray(
+                hashlib.shake_256(f"{self.seed}:{i}".encode()).digest(self.width * NIBBLES_PER_ENTRY // 2)
+            )
+            random_bytes = torch.frombuffer(digest, dtype=torch.uint8).view(self.width, NIBBLES_PER_ENTRY // 2)
+            matrix[i] = ((random_bytes >> 4) + (random_bytes & 15)).sum(1) - ENTRY_LIMIT
         return matrix
 
     def _draw_gaussian(self) -> Tensor:
@@ -97,263 +102,271 @@ class Expansion:
 
 
 @dataclass(frozen=True)
-class Statistics:
-    """All that is kept of a task, or of any share of it: sums over prompts, which add and subtract."""
+class TaskStatistics:
+    """Sums over some prompts of a task. Statistics of several parts can be added and subtracted."""
 
-    gram: Tensor  # Σ φᵀφ: the upper triangle row after row, in fp64, or in whole numbers once compact
-    total: Tensor  # Σ φ in fp64: the task's feature sum, and its column of cross-products
-    count: Tensor  # one int64: prompts
+    gram: Tensor  # Σ φᵀφ, the upper triangle row by row [width (width + 1) / 2]: fp64, or integers after `compact`
+    feature_sum: Tensor  # Σ φ [width] in fp64, which is also the task's column of C
+    count: Tensor  # the number of prompts, int64 [1]
 
     def __post_init__(self) -> None:
-        assert self.total.ndim == 1
-        assert self.gram.shape in ((packed(self.width),), (0,))  # what needs the sums alone keeps no Gram matrix
+        assert self.feature_sum.ndim == 1
+        assert self.gram.shape in ((triangle_size(self.width),), (0,))  # task keys need no Gram matrix
 
     @property
     def width(self) -> int:
-        return len(self.total)
+        return len(self.feature_sum)
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What ranks add up, in place, when each has gathered its share."""
-        return self.gram, self.total, self.count
+        """The three tensors, for a sum over ranks in place."""
+        return self.gram, self.feature_sum, self.count
 
-    def __add__(self, other: Statistics) -> Statistics:
+    def __add__(self, other: TaskStatistics) -> TaskStatistics:
         gram = self.gram.double() + other.gram.double()
-        return Statistics(gram, self.total + other.total, self.count + other.count)
+        return TaskStatistics(gram, self.feature_sum + other.feature_sum, self.count + other.count)
 
-    def __sub__(self, other: Statistics) -> Statistics:
+    def __sub__(self, other: TaskStatistics) -> TaskStatistics:
         gram = self.gram.double() - other.gram.double()
-        return Statistics(gram, self.total - other.total, self.count - other.count)
+        return TaskStatistics(gram, self.feature_sum - other.feature_sum, self.count - other.count)
 
-    def to(self, device: torch.device | str) -> Statistics:
-        return Statistics(*(tensor.to(device) for tensor in self.tensors()))
+    def to(self, device: torch.device | str) -> TaskStatistics:
+        return TaskStatistics(*(tensor.to(device) for tensor in self.tensors()))
 
-    def compact(self) -> Statistics:
-        """The same sums, the Gram matrix in the smallest type that holds it exactly."""
-        for kind in (torch.int32, torch.int64):
-            whole = self.gram.to(kind)
-            if torch.equal(whole.to(self.gram.dtype), self.gram):
-                return Statistics(whole, self.total, self.count)
+    def compact(self) -> TaskStatistics:
+        """The same sums with the Gram matrix in the smallest integer type that holds it exactly, if any does."""
+        for dtype in (torch.int32, torch.int64):
+            integers = self.gram.to(dtype)
+            if torch.equal(integers.to(self.gram.dtype), self.gram):
+                return TaskStatistics(integers, self.feature_sum, self.count)
         return self
 
-    def stripes(self) -> Iterator[tuple[slice, slice, Tensor]]:
-        """The Gram matrix in fp64, stripe by stripe: its rows, its columns, and the values, zero below the diagonal."""
-        for rows, columns, keep, place in _stripes(self.width, self.gram.device):
-            part = torch.zeros(keep.shape, dtype=torch.float64, device=self.gram.device)
-            part[keep] = self.gram[place].double()
-            yield rows, columns, part
+    def gram_stripes(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Yield (row slice, column slice, values) of the Gram matrix in fp64; values below the diagonal are zero."""
+        for rows, columns, in_triangle, packed in _triangle_stripes(self.width, self.gram.device):
+            stripe = torch.zeros(in_triangle.shape, dtype=torch.float64, device=self.gram.device)
+            stripe[in_triangle] = self.gram[packed].double()
+            yield rows, columns, stripe
 
 
-def packed(width: int) -> int:
-    """How many entries the upper triangle has."""
+def triangle_size(width: int) -> int:
+    """The number of entries in the upper triangle of a [width, width] matrix."""
     return width * (width + 1) // 2
 
 
-def gather(rows: Tensor, expansion: Expansion) -> Statistics:
-    """The statistics of these rows (see `Expansion.rows`), computed where the rows are."""
-    width, device = expansion.width, rows.device
-    gram = torch.zeros(packed(width), dtype=torch.float64, device=device)
-    total = torch.zeros(width, dtype=torch.float64, device=device)
-    for chunk in rows.split(CHUNK):
-        features = expansion.features(chunk)
-        total += features.sum(0, dtype=torch.float64)
-        # So few rows that a sum of products of features cannot leave the integers that fp32 holds exactly.
-        block = (EXACT - 1) // FEATURE_LIMIT**2 if expansion.exact else CHUNK
-        for stripe, columns, keep, place in _stripes(width, device):
-            part = torch.zeros(keep.shape, dtype=torch.float64, device=device)
-            for some in features.split(block):
-                part += some[:, stripe].T @ some[:, columns]
-            gram[place] += part[keep]
-    return Statistics(gram, total, torch.tensor([len(rows)], device=device))
+def compute_statistics(rows: Tensor, feature_map: FeatureMap) -> TaskStatistics:
+    """The statistics of quantized rows (see `FeatureMap.quantize`), computed on their device."""
+    width, device = feature_map.width, rows.device
+    gram = torch.zeros(triangle_size(width), dtype=torch.float64, device=device)
+    feature_sum = torch.zeros(width, dtype=torch.float64, device=device)
+    for chunk in rows.split(PROMPT_CHUNK):
+        features = feature_map.compute_features(chunk)
+        feature_sum += features.sum(0, dtype=torch.float64)
+        # Blocks so small that the sum of products of features stays an exact integer in fp32.
+        block_size = (FP32_EXACT_LIMIT - 1) // FEATURE_LIMIT**2 if feature_map.exact else PROMPT_CHUNK
+        for rows_slice, columns, in_triangle, packed in _triangle_stripes(width, device):
+            stripe = torch.zeros(in_triangle.shape, dtype=torch.float64, device=device)
+            for block in features.split(block_size):
+                stripe += block[:, rows_slice].T @ block[:, columns]
+            gram[packed] += stripe[in_triangle]
+    return TaskStatistics(gram, feature_sum, torch.tensor([len(rows)], device=device))
 
 
-def _stripes(width: int, device: torch.device) -> Iterator[tuple[slice, slice, Tensor, slice]]:
-    """Rows and columns of each stripe, which of its entries lie in the upper triangle, and their place in it packed."""
-    done = 0
-    for start in range(0, width, STRIPE):
-        stop = min(start + STRIPE, width)
-        keep = torch.ones(stop - start, width - start, dtype=torch.bool, device=device).triu_()
-        count = packed(width - start) - packed(width - stop)
-        yield slice(start, stop), slice(start, width), keep, slice(done, done + count)
-        done += count
+def _triangle_stripes(width: int, device: torch.device) -> Iterator[tuple[slice, slice, Tensor, slice]]:
+    """Yield (row slice, column slice, upper-triangle mask, slice of the packed triangle) of each stripe of rows."""
+    offset = 0
+    for start in range(0, width, STRIPE_ROWS):
+        stop = min(start + STRIPE_ROWS, width)
+        in_triangle = torch.ones(stop - start, width - start, dtype=torch.bool, device=device).triu_()
+        count = triangle_size(width - start) - triangle_size(width - stop)
+        yield slice(start, stop), slice(start, width), in_triangle, slice(offset, offset + count)
+        offset += count
 
 
 @dataclass(frozen=True)
-class Rejection:
-    """How far a prompt is from the task that it was routed to, in units of how far the task's own prompts are.
+class OodDetector:
+    """Detects out-of-distribution prompts: text that belongs to no task.
 
-    Two things tell text of no task: no task claims it with the score that its own prompts get, and it lies where there
-    were no prompts, so that its leverage `φ(G + λI)⁻¹φᵀ` is large. Each is divided by its average over the task's own
-    prompts, which the statistics tell: of the prompts that were fitted, and by way of their leverage also of others.
-    So one limit suits any tasks, widths and layers: beyond FAR lie one or two in a hundred of a task's own prompts. On
-    real text the sum told more than either part, and most when leverage counts twice. Where tasks are so unlike that
-    nearly all scores are 1, a small step from it means nothing: a shortfall is taken to be SURE at least.
+    Such a prompt has two signs. Its score falls short of 1 by more than the scores of the task's own prompts do; and it
+    lies where the router has seen no prompts, so that its leverage `φ(G + λI)⁻¹φᵀ` is large. Both are divided by their
+    expected averages over new prompts of the task, which follow from the statistics. So one threshold suits all tasks,
+    widths and layers: OOD_THRESHOLD rejects one or two of a hundred of a task's own prompts.
+
+    On real text the sum of both separated better than either alone, and best with a weight of 2 for the leverage. Where
+    tasks are so different that nearly all scores are 1, small shortfalls mean nothing, so the expected shortfall is at
+    least MIN_SHORTFALL.
     """
 
-    factor: Tensor  # lower Cholesky factor of the system
+    factor: Tensor  # lower Cholesky factor of G + λI [E, E]
     shortfall: Tensor  # [T], root mean square of 1 - score over a task's own prompts; infinite if there is one task
-    leverage: Tensor  # [T], mean over a task's own prompts
+    leverage: Tensor  # [T], mean leverage of a task's own prompts
 
     def distance(self, centred: Tensor, score: Tensor, index: Tensor) -> Tensor:
-        """Of each prompt, from the task `index`, which gives it this score."""
+        """The distance [n] of prompts with centred features [n, E] from their tasks, which give them these scores."""
         leverage = torch.linalg.solve_triangular(self.factor, centred.T, upper=False).square().sum(0)
         return (1 - score) / self.shortfall[index] + 2 * leverage / self.leverage[index]
 
 
 @dataclass(frozen=True)
-class Solution:
-    """A solved router."""
+class FittedRouter:
+    """A fitted router, which maps features to tasks."""
 
-    names: tuple[str, ...]  # sorted; an index stands for its place here
+    names: tuple[str, ...]  # the tasks' names, sorted; a task's index is its position here
     weights: Tensor  # W [E, T]
-    mean: Tensor  # [E], taken off φ; zero in the paper's form
+    mean: Tensor  # [E], subtracted from φ; zero in the paper's form
     intercept: float
-    ridge: float  # as `solve` takes it
-    condition: float  # of the system that was solved
-    rejection: Rejection | None
+    ridge: float  # as given to `fit_router`, or chosen by it
+    condition: float  # condition number of G + λI
+    ood_detector: OodDetector | None
 
     def scores(self, features: Tensor) -> Tensor:
-        """[n, T], near 1 for a prompt's own task and near 0 for the others."""
+        """Scores [n, T] of features [n, E]: near 1 for a prompt's own task and near 0 for the others."""
         return (features.double() - self.mean) @ self.weights + self.intercept
 
     def route(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of each prompt its task's index, the lead over the second best task, and the distance from the task.
+        """(task index, margin over the second best task, distance from the task) of each prompt, for features [n, E].
 
-        Beyond FAR a prompt belongs to no task, and its index is -1. Without rejection the distance is 0.
+        The index is -1 if the distance exceeds OOD_THRESHOLD. Without an `ood_detector` the distance is 0.
         """
         best = self.scores(features).topk(min(2, len(self.names)), 1)
         score, index = best.values[:, 0], best.indices[:, 0]
         margin = score - best.values[:, 1] if len(self.names) > 1 else score
-        if self.rejection is None:
+        if self.ood_detector is None:
             return index, margin, torch.zeros_like(margin)
-        distance = self.rejection.distance(features.double() - self.mean, score, index)
-        return torch.where(distance > FAR, -1, index), margin, distance
+        distance = self.ood_detector.distance(features.double() - self.mean, score, index)
+        return torch.where(distance > OOD_THRESHOLD, -1, index), margin, distance
 
 
-def solve(
-    tasks: Mapping[str, Statistics], ridge: float | None = None, *, faithful: bool = False, reject: bool = True
-) -> Solution:
-    """The router of these tasks, by Cholesky factorisation in fp64.
+def fit_router(
+    tasks: Mapping[str, TaskStatistics],
+    ridge: float | None = None,
+    *,
+    paper_form: bool = False,
+    detect_ood: bool = True,
+) -> FittedRouter:
+    """Fit the router of these tasks, by Cholesky factorization in fp64.
 
-    `ridge` is a multiple of the centred Gram matrix's mean diagonal; by default the one with the smallest error of
-    several on other prompts than those of the sums, which the sums foretell. In the paper's form (`faithful`) it is λ
-    itself, by default 100, nothing is centred, every prompt counts alike, and no prompt is rejected.
+    `ridge` is a multiple of the centred Gram matrix's mean diagonal. By default several are tried, and the one with the
+    smallest estimated error on new prompts is used. In the paper's form, `ridge` is λ itself, by default 100; features
+    are not centred, every prompt has the same weight, and no prompt is rejected.
     """
-    names = tuple(sorted(tasks))  # summed in this order, whatever order the tasks came in
+    names = tuple(sorted(tasks))  # the order of summation, whatever the order of the tasks
     parts = [tasks[name] for name in names]
     assert parts
     for name, part in zip(names, parts, strict=True):
         if int(part.count) < 1:
             raise ValueError(f"task {name!r} has no samples; a router needs some prompts of every task")
-    if faithful:
-        system = _System(parts, [1.0] * len(parts), centred=False)
+    if paper_form:
+        system = _RidgeSystem(parts, [1.0] * len(parts), centred=False)
         ridge = PAPER_RIDGE if ridge is None else ridge
-        fit = system.fit(ridge)
-        return Solution(names, fit.weights, system.mean, 0.0, ridge, fit.condition, None)
-    system = _System(parts, [1.0 / (len(parts) * int(part.count)) for part in parts], centred=True)
-    if len(parts) == 1 and system.scale <= 0:  # a single prompt, or the same one again: nothing to tell it from
-        return Solution(names, system.cross, system.mean, 1.0, ridge or UPWARDS[0], 1.0, None)
-    best: tuple[float, float, _Fit, Rejection] | None = None
-    for way in (UPWARDS, DOWNWARDS) if ridge is None else ((ridge,),):
-        for candidate in way:
-            fit = system.fit(candidate * system.scale)
-            error, rejection = system.unseen(fit)
+        fit = system.solve(ridge)
+        return FittedRouter(names, fit.weights, system.mean, 0.0, ridge, fit.condition, None)
+    system = _RidgeSystem(parts, [1.0 / (len(parts) * int(part.count)) for part in parts], centred=True)
+    if len(parts) == 1 and system.scale <= 0:  # one task whose prompts are all equal
+        return FittedRouter(names, system.cross_products, system.mean, 1.0, ridge or RIDGES_UPWARDS[0], 1.0, None)
+    best: tuple[float, float, _RidgeFit, OodDetector] | None = None
+    for candidates in (RIDGES_UPWARDS, RIDGES_DOWNWARDS) if ridge is None else ((ridge,),):
+        for candidate in candidates:
+            fit = system.solve(candidate * system.scale)
+            error, ood_detector = system.estimate_unseen_error(fit)
             if best is not None and error >= best[0]:
-                break  # along the ridges the error falls and then rises
-            best = error, candidate, fit, rejection
+                break  # as a function of the ridge, the error falls and then rises
+            best = error, candidate, fit, ood_detector
     assert best is not None
-    _, chosen, fit, rejection = best
-    kept = rejection if reject else None
-    return Solution(names, fit.weights, system.mean, 1 / len(parts), chosen, fit.condition, kept)
+    _, best_ridge, fit, ood_detector = best
+    detector = ood_detector if detect_ood else None
+    return FittedRouter(names, fit.weights, system.mean, 1 / len(parts), best_ridge, fit.condition, detector)
 
 
 @dataclass(frozen=True)
-class _Fit:
-    factor: Tensor
-    weights: Tensor
-    condition: float
+class _RidgeFit:
+    factor: Tensor  # lower Cholesky factor of G + λI [E, E]
+    weights: Tensor  # W [E, T]
+    condition: float  # condition number of G + λI
 
 
-class _System:
-    """`(G + λI) W = C` for any λ, of weighted prompts: those of task t count `shares[t]` each."""
+class _RidgeSystem:
+    """The system `(G + λI) W = C` for any λ, where each prompt of task t has the weight `prompt_weights[t]`."""
 
-    def __init__(self, parts: list[Statistics], shares: list[float], *, centred: bool) -> None:
-        self.parts, self.shares = parts, shares
-        width, device = parts[0].width, parts[0].total.device
+    def __init__(self, parts: list[TaskStatistics], prompt_weights: list[float], *, centred: bool) -> None:
+        self.parts, self.prompt_weights = parts, prompt_weights
+        width, device = parts[0].width, parts[0].feature_sum.device
         self.gram = torch.zeros(width, width, dtype=torch.float64, device=device)
-        for part, share in zip(parts, shares, strict=True):
-            for rows, columns, values in part.stripes():
-                self.gram[rows, columns] += share * values
-                self.gram[columns, rows] += share * values.triu_(1).T
-        self.cross = torch.stack([share * part.total for part, share in zip(parts, shares, strict=True)], 1)
-        self.mean = torch.zeros_like(parts[0].total)
-        if centred:  # the shares add up to 1
-            self.mean = self.cross.sum(1)
+        for part, prompt_weight in zip(parts, prompt_weights, strict=True):
+            for rows, columns, values in part.gram_stripes():
+                self.gram[rows, columns] += prompt_weight * values
+                self.gram[columns, rows] += prompt_weight * values.triu_(1).T
+        self.cross_products = torch.stack(
+            [prompt_weight * part.feature_sum for part, prompt_weight in zip(parts, prompt_weights, strict=True)], 1
+        )
+        self.mean = torch.zeros_like(parts[0].feature_sum)
+        if centred:  # the weights of all prompts add up to 1
+            self.mean = self.cross_products.sum(1)
             self.gram.addr_(self.mean, self.mean, alpha=-1)
-            self.cross -= self.mean[:, None] / len(parts)
+            self.cross_products -= self.mean[:, None] / len(parts)
         self.scale = float(self.gram.diagonal().mean())
         if not math.isfinite(self.scale):
             raise ValueError("the statistics hold values that are not finite; gather them again")
         if self.scale <= 0 and len(parts) > 1:
             raise ValueError("all prompts have the same features, so nothing tells tasks apart; give other prompts")
 
-    def fit(self, ridge: float) -> _Fit:
-        """W by Cholesky factorisation."""
+    def solve(self, ridge: float) -> _RidgeFit:
+        """Compute W by Cholesky factorization, with λ = `ridge`."""
         matrix = self.gram.clone()
         matrix.diagonal().add_(ridge)
         factor, failed = torch.linalg.cholesky_ex(matrix)
-        condition = math.inf if failed.any() else _condition(matrix, factor)
-        if not condition < LARGEST_CONDITION:  # rounding may let a singular matrix pass the factorisation
+        condition = math.inf if failed.any() else _estimate_condition(matrix, factor)
+        if not condition < LARGEST_CONDITION:  # with rounding, even a singular matrix may pass the factorization
             raise ValueError(
                 f"the router's system of {len(self.mean)} features is not positive definite with λ = {ridge:.3g} "
                 f"(the Gram matrix has {self.scale:.3g} on its diagonal); give a larger ridge"
             )
-        return _Fit(factor, torch.cholesky_solve(self.cross, factor), condition)
+        return _RidgeFit(factor, torch.cholesky_solve(self.cross_products, factor), condition)
 
-    def unseen(self, fit: _Fit) -> tuple[float, Rejection]:
-        """The squared error to expect on prompts that are not in the sums, a mean over tasks, and how to reject.
+    def estimate_unseen_error(self, fit: _RidgeFit) -> tuple[float, OodDetector]:
+        """(expected squared error on new prompts, averaged over tasks; the detector of out-of-distribution prompts).
 
-        A prompt that is left out of the fit has its residual grow by 1 / (1 - h), h being the share that it has in its
-        own fitted value (its leverage times its weight, and its weight in the mean). Generalised cross-validation
-        (Golub, Heath and Wahba, 1979) takes the mean h of all prompts; here it is the mean of each task, since the
-        prompts of a small task weigh more.
+        The residual of a prompt that is left out of the fit is 1 / (1 - h) times its residual in the fit; h is the
+        prompt's influence on its own fitted value (its weight times 1 + its leverage). Generalized cross-validation
+        (Golub, Heath and Wahba, 1979) uses the mean of h over all prompts. Here the mean over each task is used, since
+        the prompts of a small task have larger weights.
         """
         tasks = len(self.parts)
         inverse = torch.cholesky_inverse(fit.factor)
-        middle = inverse @ self.mean
-        offset = self.mean @ fit.weights - 1 / tasks  # score = φW - offset
+        inverse_mean = inverse @ self.mean
+        offset = self.mean @ fit.weights - 1 / tasks  # score = φ W - offset
         error = 0.0
         shortfalls, leverages = [], []
-        for t, (part, share) in enumerate(zip(self.parts, self.shares, strict=True)):
-            trace, quadratic = _traces(part, inverse, fit.weights)
+        for t, (part, prompt_weight) in enumerate(zip(self.parts, self.prompt_weights, strict=True)):
+            trace, quadratic = _trace_and_quadratic_form(part, inverse, fit.weights)
             count = int(part.count)
-            leverage = (trace - 2 * float(middle @ part.total)) / count + float(middle @ self.mean)
-            own = 1 - share * (1 + leverage)
+            leverage = (trace - 2 * float(inverse_mean @ part.feature_sum)) / count + float(inverse_mean @ self.mean)
+            leave_one_out_factor = 1 - prompt_weight * (1 + leverage)
             target = offset.clone()
             target[t] += 1
-            # The mean of (target - φW)² over the task's prompts.
-            squares = target.square() - 2 * target * (part.total @ fit.weights) / count + quadratic / count
-            squares = squares.clamp(min=0) / own**2
+            # The mean of (target - φ W)² over the task's prompts, for each output.
+            squares = target.square() - 2 * target * (part.feature_sum @ fit.weights) / count + quadratic / count
+            squares = squares.clamp(min=0) / leave_one_out_factor**2
             error += float(squares.sum()) / tasks
-            shortfalls.append(max(SURE, float(squares[t].sqrt())) if tasks > 1 else math.inf)
-            leverages.append(leverage / own)
-        return error, Rejection(fit.factor, self.mean.new_tensor(shortfalls), self.mean.new_tensor(leverages))
+            shortfalls.append(max(MIN_SHORTFALL, float(squares[t].sqrt())) if tasks > 1 else math.inf)
+            leverages.append(leverage / leave_one_out_factor)
+        return error, OodDetector(fit.factor, self.mean.new_tensor(shortfalls), self.mean.new_tensor(leverages))
 
 
-def _condition(matrix: Tensor, factor: Tensor) -> float:
-    """Largest over smallest eigenvalue, by iteration with the matrix and its inverse: a little too small."""
+def _estimate_condition(matrix: Tensor, factor: Tensor) -> float:
+    """Estimate the condition number from below, by power iteration with the matrix and with its inverse."""
     start = torch.randn(len(matrix), 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    up = down = start.to(matrix.device)
+    largest = smallest = start.to(matrix.device)
     for _ in range(10):
-        up = matrix @ (up / up.norm())
-        down = torch.cholesky_solve(down / down.norm(), factor)
-    return float(up.norm() * down.norm())
+        largest = matrix @ (largest / largest.norm())
+        smallest = torch.cholesky_solve(smallest / smallest.norm(), factor)
+    return float(largest.norm() * smallest.norm())
 
 
-def _traces(part: Statistics, inverse: Tensor, weights: Tensor) -> tuple[float, Tensor]:
-    """tr(M⁻¹G) and the diagonal of WᵀGW, G being known by its upper triangle."""
+def _trace_and_quadratic_form(part: TaskStatistics, inverse: Tensor, weights: Tensor) -> tuple[float, Tensor]:
+    """tr(M⁻¹ G) and the diagonal of Wᵀ G W, computed from the upper triangle of G; M = G + λI of all tasks."""
     trace = torch.zeros((), dtype=torch.float64, device=inverse.device)
     quadratic = torch.zeros_like(weights[0])
-    for rows, columns, values in part.stripes():
+    for rows, columns, values in part.gram_stripes():
         diagonal = values.diagonal()
         trace += 2 * (inverse[rows, columns] * values).sum() - inverse.diagonal()[rows] @ diagonal
         quadratic += 2 * (weights[rows] * (values @ weights[columns])).sum(0) - diagonal @ weights[rows].square()

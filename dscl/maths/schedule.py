@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step."""
+"""Learning-rate schedules: the learning rate as a function of the step."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ SCHEDULES = ("cosine", "linear", "constant")
 
 
 def learning_rate(step: int, steps: int, *, peak: float, kind: str, warmup: float) -> float:
-    """The rate of step `step` (from 0) of `steps`: a linear rise over the share `warmup`, then the decay `kind`.
+    """The learning rate of step `step` of `steps`, counted from 0: linear warmup, then the decay `kind`.
 
-    Never zero while there are steps to make: the first step of the rise has its first fraction, the last of the decay
-    its last.
+    `warmup` is the fraction of all steps. The rate is never zero: the first warmup step has 1 / (warmup steps) of the
+    peak, and the decay would reach zero one step after the last.
     """
     assert kind in SCHEDULES
-    rise = math.ceil(warmup * steps - 1e-9)  # 0.07 * 100 is a little more than 7
-    if step < rise:
-        return peak * (step + 1) / rise
-    done = (step - rise) / max(1, steps - rise)
+    warmup_steps = math.ceil(warmup * steps - 1e-9)  # 0.07 * 100 is slightly more than 7
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
     if kind == "cosine":
-        return peak * 0.5 * (1.0 + math.cos(math.pi * done))
+        return peak * 0.5 * (1.0 + math.cos(math.pi * progress))
     if kind == "linear":
-        return peak * (1.0 - done)
+        return peak * (1.0 - progress)
     return peak

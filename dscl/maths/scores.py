@@ -1,9 +1,9 @@
-"""Continual-learning summaries (OP, BWT, FWT, forgetting) of one score matrix, and the document that holds them.
+"""Continual-learning metrics (OP, BWT, FWT, forgetting) of a score matrix, and the content of scores.json.
 
-`matrix[i][j]` is the score of task j after training task i, counted from 0, and None where it was not measured. Every
-row has a column for each task of the stream. A matrix of t rows stands for the t tasks trained so far: every summary
-is then over those t tasks alone, so for a finished stream (t = T) it is the usual definition over all of it.
-A summary that needs an entry that was not measured is None.
+`matrix[i][j]` is the score of task j after training on task i, counted from 0, or None if it was not measured. Every
+row has a column for each task of the stream. A matrix with t rows stands for the t tasks trained so far; the metrics
+are then computed over these t tasks, which for a finished stream (t = T) is their usual definition. A metric that needs
+an entry that was not measured is None.
 """
 
 from __future__ import annotations
@@ -12,59 +12,61 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-Row = Sequence[float | None]
-Matrix = Sequence[Row]
+ScoreRow = Sequence[float | None]
+ScoreMatrix = Sequence[ScoreRow]
 
 
-def op(matrix: Matrix) -> float | None:
-    """Overall performance: the mean of the last row over the tasks trained so far."""
-    _check(matrix)
-    return _mean(matrix[-1][j] for j in range(len(matrix)))
+def overall_performance(matrix: ScoreMatrix) -> float | None:
+    """OP: the mean score of the tasks trained so far, after the last one."""
+    _check_matrix(matrix)
+    return _mean_if_complete(matrix[-1][j] for j in range(len(matrix)))
 
 
-def bwt(matrix: Matrix) -> float | None:
-    """Backward transfer (Lopez-Paz and Ranzato, 2017): the mean change of each earlier task since it was learnt."""
-    _check(matrix)
-    return _mean(_minus(matrix[-1][j], matrix[j][j]) for j in range(len(matrix) - 1))
+def backward_transfer(matrix: ScoreMatrix) -> float | None:
+    """BWT (Lopez-Paz and Ranzato, 2017): the mean change of each earlier task's score since it was learned."""
+    _check_matrix(matrix)
+    return _mean_if_complete(_difference(matrix[-1][j], matrix[j][j]) for j in range(len(matrix) - 1))
 
 
-def fwt(matrix: Matrix, before: Row | None) -> float | None:
-    """Forward transfer (Lopez-Paz and Ranzato, 2017): the mean gain of each task from those trained before it.
+def forward_transfer(matrix: ScoreMatrix, zero_shot: ScoreRow | None) -> float | None:
+    """FWT (Lopez-Paz and Ranzato, 2017): the mean gain of each task, before it is trained, from the earlier tasks.
 
-    `before` is the row measured before any training.
+    `zero_shot` holds the scores before any training.
     """
-    _check(matrix, before)
-    if before is None:
+    _check_matrix(matrix, zero_shot)
+    if zero_shot is None:
         return None
-    return _mean(_minus(matrix[j - 1][j], before[j]) for j in range(1, len(matrix)))
+    return _mean_if_complete(_difference(matrix[j - 1][j], zero_shot[j]) for j in range(1, len(matrix)))
 
 
-def forgetting(matrix: Matrix) -> float | None:
-    """Forgetting (Chaudhry et al., 2018): the mean fall of each earlier task from its best since it was learnt."""
-    _check(matrix)
+def forgetting(matrix: ScoreMatrix) -> float | None:
+    """Forgetting (Chaudhry et al., 2018): the mean drop of each earlier task from its best score since its training."""
+    _check_matrix(matrix)
     last = len(matrix) - 1
-    return _mean(_minus(_best([matrix[i][j] for i in range(j, last)]), matrix[last][j]) for j in range(last))
+    return _mean_if_complete(
+        _difference(_max_if_complete([matrix[i][j] for i in range(j, last)]), matrix[last][j]) for j in range(last)
+    )
 
 
-def summary(matrix: Matrix, before: Row | None = None) -> dict[str, float | None]:
-    """All four summaries, under the names they have in scores.json."""
+def summarize(matrix: ScoreMatrix, zero_shot: ScoreRow | None = None) -> dict[str, float | None]:
+    """The four metrics, under their names in scores.json."""
     return {
-        "OP": op(matrix),
-        "BWT": bwt(matrix),
-        "FWT": fwt(matrix, before),
+        "OP": overall_performance(matrix),
+        "BWT": backward_transfer(matrix),
+        "FWT": forward_transfer(matrix, zero_shot),
         "forgetting": forgetting(matrix),
     }
 
 
-def build(
+def build_document(
     method: str,
     tasks: Sequence[str],
     metrics: Sequence[str],
-    matrix: Matrix,
-    before: Row | None,
+    matrix: ScoreMatrix,
+    zero_shot: ScoreRow | None,
     complete: bool,
 ) -> dict[str, Any]:
-    """The content of scores.json: one matrix row for each task trained so far, and the row before any training."""
+    """The content of scores.json, from the score matrix and the scores before any training."""
     if len(metrics) != len(tasks):
         raise ValueError(f"{len(metrics)} metrics for {len(tasks)} tasks; there must be one each")
     if len(matrix) > len(tasks):
@@ -73,7 +75,7 @@ def build(
         raise ValueError(
             f"the score matrix has {len(matrix)} rows; a complete run of {len(tasks)} tasks needs one each"
         )
-    for name, row in _named(matrix, before):
+    for name, row in _named_rows(matrix, zero_shot):
         if len(row) != len(tasks):
             raise ValueError(f"{name} has {len(row)} scores for {len(tasks)} tasks; there must be one each")
         for j, score in enumerate(row):
@@ -84,15 +86,15 @@ def build(
         "tasks": list(tasks),
         "metrics": list(metrics),
         "matrix": [list(row) for row in matrix],
-        "before": None if before is None else list(before),
-        "summary": summary(matrix, before),
+        "before": None if zero_shot is None else list(zero_shot),
+        "summary": summarize(matrix, zero_shot),
         "complete": complete,
     }
 
 
-def _check(matrix: Matrix, before: Row | None = None) -> None:
-    """Refuse what cannot be a score matrix: unequal rows, more rows than columns, scores that are not finite."""
-    rows = list(_named(matrix, before))
+def _check_matrix(matrix: ScoreMatrix, zero_shot: ScoreRow | None = None) -> None:
+    """Raise ValueError for rows of unequal length, more rows than columns, or scores that are not finite."""
+    rows = list(_named_rows(matrix, zero_shot))
     for name, row in rows:
         if len(row) != len(rows[0][1]):
             raise ValueError(f"{name} has {len(row)} scores, {rows[0][0]} has {len(rows[0][1])}; all must be equal")
@@ -103,24 +105,24 @@ def _check(matrix: Matrix, before: Row | None = None) -> None:
                 raise ValueError(f"{name}[{j}] is {score}; a finite score, or None where not measured, is needed")
 
 
-def _named(matrix: Matrix, before: Row | None) -> Iterable[tuple[str, Row]]:
-    if before is not None:
-        yield "before", before
+def _named_rows(matrix: ScoreMatrix, zero_shot: ScoreRow | None) -> Iterable[tuple[str, ScoreRow]]:
+    if zero_shot is not None:
+        yield "before", zero_shot
     for i, row in enumerate(matrix):
         yield f"matrix[{i}]", row
 
 
-def _minus(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else a - b
+def _difference(left: float | None, right: float | None) -> float | None:
+    return None if left is None or right is None else left - right
 
 
-def _best(values: Sequence[float | None]) -> float | None:
-    known = [v for v in values if v is not None]
-    return max(known) if len(known) == len(values) else None
+def _max_if_complete(values: Sequence[float | None]) -> float | None:
+    measured = [value for value in values if value is not None]
+    return max(measured) if len(measured) == len(values) else None
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
-    """The mean, or None when there is nothing to average or something of it is missing."""
+def _mean_if_complete(values: Iterable[float | None]) -> float | None:
+    """The mean, or None if there are no values or one of them is None."""
     values = list(values)
-    known = [v for v in values if v is not None]
-    return math.fsum(known) / len(known) if known and len(known) == len(values) else None
+    measured = [value for value in values if value is not None]
+    return math.fsum(measured) / len(measured) if measured and len(measured) == len(values) else None

@@ -1,12 +1,12 @@
-"""A-GEM: no gradient may point to where samples of ended tasks fare worse (Chaudhry et al., 2019).
+"""A-GEM: gradients are projected so that the loss on stored samples does not increase (Chaudhry et al., 2019).
 
-What trains: all weights, or one LoRA for all tasks. What is kept: samples, as in `replay`. Before every step the
-gradient r of a batch of them is looked at; the step's own gradient g becomes
+What trains: all weights, or one LoRA for all tasks. What is kept: samples of ended tasks, as in `replay`; they are not
+trained on. Before every step, the gradient r of a batch of stored samples is computed. If g · r < 0, the step's own
+gradient g is replaced, over all trained tensors at once, by
 
-    g - (g · r) / (r · r) r      where g · r < 0
+    g - (g · r) / (r · r) r
 
-over all trained tensors at once. Learning sees the kept samples in no other way. What AdamW makes of that gradient,
-with its moments, may still point there a little.
+The step itself may still increase the stored samples' loss a little, because AdamW applies its moments afterwards.
 """
 
 from __future__ import annotations
@@ -16,47 +16,51 @@ from collections.abc import Callable, Sequence
 import torch
 
 from dscl.config.methods import AgemConfig
-from dscl.data.memory import Kept
-from dscl.methods.base import Facts
+from dscl.data.replay_buffer import ReplayBuffer
+from dscl.engine.gradient_hooks import LocalShard
+from dscl.methods.base import RunInfo
 from dscl.methods.replay import Replay
-from dscl.steering import Held
 
 
 class Agem(Replay):
+    """A-GEM. The method object itself is the engine's `GradientHook`."""
+
     Config = AgemConfig
-    kinds: tuple[str, ...] = ()
-    at_once = True
+    extra_state_names: tuple[str, ...] = ()
+    needs_all_shards = True
 
-    def __init__(self, config: AgemConfig, facts: Facts) -> None:
-        super().__init__(config, facts)
-        self._reference: dict[str, torch.Tensor] | None = None  # r, stretch by stretch
+    def __init__(self, config: AgemConfig, run_info: RunInfo) -> None:
+        super().__init__(config, run_info)
+        self._reference_gradients: dict[str, torch.Tensor] | None = None  # r, by shard
 
-    def mixes(self, ended: Sequence[int]) -> list[int]:
+    def replay_counts(self, task_sizes: Sequence[int]) -> list[int]:
         return []
 
-    def mixed_in(self) -> list[Kept]:
+    def replay_samples(self) -> list[ReplayBuffer]:
         return []
 
-    def reviews(self) -> list[Kept]:
-        return super().mixed_in()
+    def reference_samples(self) -> list[ReplayBuffer]:
+        return super().replay_samples()
 
-    def reviewed(self, stretches: Sequence[Held]) -> None:
-        self._reference = {stretch.name: stretch.gradient.clone() for stretch in stretches}
+    def on_reference_gradients(self, shards: Sequence[LocalShard]) -> None:
+        self._reference_gradients = {shard.name: shard.gradient.clone() for shard in shards}
 
-    def steering(self) -> Agem:
+    def gradient_hook(self) -> Agem:
         return self
 
-    def steer(self, stretches: Sequence[Held], sum_: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        if self._reference is None:  # the first task; or its loss overflowed in fp16, on all ranks alike
+    def modify_gradients(
+        self, shards: Sequence[LocalShard], all_reduce_sum: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
+        if self._reference_gradients is None:  # in the first task, or if r overflowed in fp16; the same on all ranks
             return
-        pairs = [(stretch.gradient, self._reference[stretch.name]) for stretch in stretches]
+        pairs = [(shard.gradient, self._reference_gradients[shard.name]) for shard in shards]
         dots = torch.zeros(2, dtype=torch.float64, device=pairs[0][0].device if pairs else "cpu")
         for gradient, reference in pairs:
             dots += torch.stack(
                 [(gradient * reference).sum(dtype=dots.dtype), reference.square().sum(dtype=dots.dtype)]
             )
-        along, size = sum_(dots)
-        against = along.clamp(max=0.0) / size.clamp_min(torch.finfo(size.dtype).tiny)
+        dot_product, squared_norm = all_reduce_sum(dots)
+        scale = dot_product.clamp(max=0.0) / squared_norm.clamp_min(torch.finfo(squared_norm.dtype).tiny)
         for gradient, reference in pairs:
-            gradient.sub_(reference * against.to(reference))
-        self._reference = None
+            gradient.sub_(reference * scale.to(reference))
+        self._reference_gradients = None

@@ -1,8 +1,8 @@
-"""Analytic Subspace Routing (arXiv 2503.13575): a LoRA a task, and a router in closed form that forgets nothing.
+"""ASR, Analytic Subspace Routing (arXiv 2503.13575): one LoRA per task, and a closed-form router without forgetting.
 
-What trains: one LoRA in the layers from `feature_layer` on; what a task has learnt is frozen into the bank. What may
-not change: everything below, so that a prompt's features are the same for ever. Who decides at inference: ridge
-regression on the features of the prompt, which the training pass yields on its way.
+What trains: a LoRA in the decoder layers from `feature_layer` on, which is frozen into a bank when the task ends. What
+may not change: all layers below, so that a prompt's router features stay the same for ever. At inference a ridge
+regression on the prompt's features chooses the task. The features are collected during training passes.
 """
 
 from __future__ import annotations
@@ -15,24 +15,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from dscl.config.methods import ASR_PAPER as PAPER
-from dscl.config.methods import AsrConfig
+from dscl.config.methods import ASR_PAPER_SETTINGS, AsrConfig
 from dscl.data.batches import Batch, PromptBatch
-from dscl.errors import UserError
-from dscl.methods.base import Ended, Ranks
-from dscl.methods.deciding import Deciding, feature_layer_of, spec_of, width_of
+from dscl.methods.base import TaskContext, TaskSummary
 from dscl.methods.lora_per_task import LoraPerTask
-from dscl.model.routing import pool_at, targets_above
-from dscl.router import Router
+from dscl.methods.rls_router import Router
+from dscl.methods.task_router import TaskRouter, make_router_spec, resolve_feature_layer, resolve_num_features
+from dscl.model.adapters.routing import hook_feature_layer, match_targets_from_layer
+from dscl.utils.errors import UserError
 
-__all__ = ["PAPER", "Asr", "AsrConfig"]
+__all__ = ["ASR_PAPER_SETTINGS", "Asr", "AsrConfig"]
 
 
 class Asr(LoraPerTask):
+    """ASR: LoRA per task with task inference by `TaskRouter`."""
+
     Config = AsrConfig
     config: AsrConfig
-    decides = True
-    deciding: Deciding
+    infers_task_id = True
+    task_router: TaskRouter
 
     def prepare(self, model: nn.Module) -> nn.Module:
         if not isinstance(getattr(getattr(model, "model", None), "layers", None), nn.ModuleList):
@@ -43,45 +44,47 @@ class Asr(LoraPerTask):
         device = next(model.parameters()).device
         kind = "paper" if self.config.faithful else "exact"
         shape: Any = model.config
-        layer = feature_layer_of(self.config.feature_layer, shape.num_hidden_layers)
-        spec = spec_of(kind, layer, width_of(self.config.width, shape.hidden_size), shape.hidden_size, self.facts)
+        layer = resolve_feature_layer(self.config.feature_layer, shape.num_hidden_layers)
+        spec = make_router_spec(
+            kind, layer, resolve_num_features(self.config.width, shape.hidden_size), shape.hidden_size, self.run_info
+        )
         router = Router(spec, self.config.ridge, bool(self.config.reject), device)
-        self.deciding = Deciding(router, self.routing)
-        self.adapt(model, targets_above(model, layer, self.lora.targets))
-        pool_at(model, self.routing, layer)
+        self.task_router = TaskRouter(router, self.routing)
+        self.add_adapters(model, match_targets_from_layer(model, layer, self.lora.targets))
+        hook_feature_layer(model, self.routing, layer)
         return model
 
-    def rehearse(self) -> dict[str, float]:
-        return self.deciding.later()
+    def estimate_memory(self) -> dict[str, float]:
+        return self.task_router.estimate_memory()
 
-    def ending(self) -> float:
-        return self.deciding.solving()
+    def task_end_bytes(self) -> float:
+        return self.task_router.solve_bytes()
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        return self.deciding.loss(model, batch)
+        return self.task_router.loss_with_features(model, batch)
 
-    def end_task(self, index: int, name: str, ranks: Ranks) -> Ended:
-        told = self.deciding.learn(name, ranks)
-        numbers = super().end_task(index, name, ranks).numbers
-        return Ended(told, {**numbers, "deciding_bytes": self.deciding.kept()})
+    def end_task(self, index: int, name: str, context: TaskContext) -> TaskSummary:
+        message = self.task_router.add_task(name, context)
+        metrics = super().end_task(index, name, context).metrics
+        return TaskSummary(message, {**metrics, "deciding_bytes": self.task_router.statistics_bytes()})
 
-    def leave(self, folder: Path, name: str) -> list[Path]:
-        return [*super().leave(folder, name), self.deciding.leave(folder, name)]
+    def save_task_artifacts(self, folder: Path, name: str) -> list[Path]:
+        return [*super().save_task_artifacts(folder, name), self.task_router.save_task_artifacts(folder, name)]
 
-    def recall(self, folder: Path, names: Sequence[str]) -> None:
-        super().recall(folder, names)
+    def load_task_artifacts(self, folder: Path, names: Sequence[str]) -> None:
+        super().load_task_artifacts(folder, names)
         for name in names:
-            self.deciding.recall(folder, name)
+            self.task_router.load_task_artifacts(folder, name)
 
-    def answering(
+    def inference_context(
         self, batch: PromptBatch, task: str | None = None
     ) -> AbstractContextManager[Sequence[str | None] | None]:
         if task is not None:
-            return super().answering(batch, task)
-        return self.deciding.answering(batch, self.bank.slot)
+            return super().inference_context(batch, task)
+        return self.task_router.inference_context(batch, self.bank.get_slot)
 
-    def rows(self) -> dict[str, torch.Tensor]:
-        return self.deciding.rows()
+    def row_state_dict(self) -> dict[str, torch.Tensor]:
+        return self.task_router.row_state_dict()
 
-    def load_state(self, state: dict[str, torch.Tensor], rows: dict[str, torch.Tensor]) -> None:
-        self.deciding.load_rows(rows)
+    def load_state_dict(self, state: dict[str, torch.Tensor], rows: dict[str, torch.Tensor]) -> None:
+        self.task_router.load_row_state(rows)

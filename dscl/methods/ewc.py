@@ -1,14 +1,15 @@
-"""EWC, online: what mattered for ended tasks is held by a spring (Kirkpatrick et al., 2017; Schwarz et al., 2018).
+"""Online EWC: parameters that matter for ended tasks are penalized for changing (Kirkpatrick et al., 2017; Schwarz et
+al., 2018).
 
-What trains: all weights, or one LoRA for all tasks. What may change how much is said by a penalty that is added to the
-loss, whose gradient is made element by element, where the fp32 masters are:
+What trains: all weights, or one LoRA for all tasks. The penalty is added to the loss. Its gradient is computed element
+by element on the fp32 masters:
 
     λ/2 Σ F (θ - θ*)²      F ← μ F + F_task,  θ* ← θ   when a task ends
 
-F_task is the empirical Fisher information's diagonal: the mean, over samples of the task with the answers that they
-have there (not with such as the model would give), of each one's squared gradient. The
-gradient of a group whose samples are summed with signs of chance has that as its expected square, so that a group costs
-one pass and it does not matter how its samples are shared out.
+F_task is the diagonal of the empirical Fisher information: the mean squared gradient of single samples, with the
+answers in the data (not answers sampled from the model). The samples of a group are summed with random signs; the
+expected square of this gradient is the sum of the samples' squared gradients. So a group costs one pass, and the result
+does not depend on how the group's samples are distributed over ranks.
 """
 
 from __future__ import annotations
@@ -23,65 +24,72 @@ from torch.nn import functional
 
 from dscl.config.methods import EwcConfig
 from dscl.data.batches import Batch
-from dscl.methods.base import Ended, Ranks
+from dscl.engine.gradient_hooks import LocalShard
+from dscl.methods.base import TaskContext, TaskSummary
 from dscl.methods.sequential import Sequential
-from dscl.model.head import answer_logits
-from dscl.steering import Held
+from dscl.model.lm_head import answer_logits
 
-GROUP = 8  # samples whose gradients are summed before they are squared: with more, chance has a greater part in it
+GROUP_SIZE = 8  # samples per group; larger groups cost less and give a noisier estimate
 
 
 class Ewc(Sequential):
+    """Online EWC. The method object itself is the engine's `GradientHook`."""
+
     Config = EwcConfig
     config: EwcConfig
-    kinds: tuple[str, ...] = ("fisher", "anchor")  # F and θ*
-    at_once = False
+    extra_state_names: tuple[str, ...] = ("fisher", "anchor")  # F and θ*
+    needs_all_shards = False
 
-    def steering(self) -> Ewc:
+    def gradient_hook(self) -> Ewc:
         return self
 
-    def steer(self, stretches: Sequence[Held], sum_: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        for stretch in stretches:
-            moved = stretch.master - stretch.kept["anchor"]
-            stretch.gradient.addcmul_(stretch.kept["fisher"], moved, value=self.config.strength)
+    def modify_gradients(
+        self, shards: Sequence[LocalShard], all_reduce_sum: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
+        for shard in shards:
+            change = shard.master - shard.extra_state["anchor"]
+            shard.gradient.addcmul_(shard.extra_state["fisher"], change, value=self.config.strength)
 
-    def end_task(self, index: int, name: str, ranks: Ranks) -> Ended:
-        groups = ranks.groups(self.config.samples, GROUP)
-        lengths = torch.from_numpy(np.asarray(ranks.samples().answer_lengths))
+    def end_task(self, index: int, name: str, context: TaskContext) -> TaskSummary:
+        groups = context.sample_groups(self.config.samples, GROUP_SIZE)
+        lengths = torch.from_numpy(np.asarray(context.task_samples().answer_lengths))
         count = min(self.config.samples, len(lengths))
-        signs = chances(len(lengths), self.facts.seed, name)
+        signs = random_signs(len(lengths), self.run_info.seed, name)  # [samples]
         with torch.no_grad():
-            for stretch in ranks.stretches():
-                stretch.kept["fisher"].mul_(self.config.memory)
+            for shard in context.local_shards():
+                shard.extra_state["fisher"].mul_(self.config.memory)
 
-        def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
-            own = torch.tensor(batch.samples, dtype=torch.int64)
-            return signed_loss(model, batch, signs[own].repeat_interleave(lengths[own]))
+        def signed_batch_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+            sample_ids = torch.tensor(batch.sample_ids, dtype=torch.int64)
+            return signed_loss(model, batch, signs[sample_ids].repeat_interleave(lengths[sample_ids]))
 
-        def add(stretches: Sequence[Held]) -> None:
-            for stretch in stretches:
-                stretch.kept["fisher"].addcmul_(stretch.gradient, stretch.gradient, value=1.0 / count)
+        def add_squared_gradients(shards: Sequence[LocalShard]) -> None:
+            for shard in shards:
+                shard.extra_state["fisher"].addcmul_(shard.gradient, shard.gradient, value=1.0 / count)
 
-        torch.manual_seed(zlib.crc32(f"{self.facts.seed} {name}".encode()))  # dropout's, whenever the run was started
+        # Seeds dropout, so that the result does not depend on whether the run was resumed.
+        torch.manual_seed(zlib.crc32(f"{self.run_info.seed} {name}".encode()))
         for done, batches in enumerate(groups, 1):
-            ranks.sense(loss, batches, add)
-            ranks.said("information", done, len(groups))
+            context.compute_gradients(signed_batch_loss, batches, add_squared_gradients)
+            context.report_progress("information", done, len(groups))
         with torch.no_grad():
-            for stretch in ranks.stretches():
-                stretch.kept["anchor"].copy_(stretch.master)
-        trained = sum(getattr(p, "ds_numel", p.numel()) for p in ranks.module.parameters() if p.requires_grad)
-        return Ended(numbers={"capacity_bytes": 8.0 * trained})
+            for shard in context.local_shards():
+                shard.extra_state["anchor"].copy_(shard.master)
+        num_trained = sum(getattr(p, "ds_numel", p.numel()) for p in context.model.parameters() if p.requires_grad)
+        return TaskSummary(metrics={"capacity_bytes": 8.0 * num_trained})
 
 
-def chances(samples: int, seed: int, task: str) -> torch.Tensor:
-    """+1 or -1 for each sample."""
-    drawn = np.random.default_rng([seed, zlib.crc32(task.encode())]).integers(0, 2, samples)
-    return torch.from_numpy(2.0 * drawn - 1.0).float()
+def random_signs(samples: int, seed: int, task: str) -> torch.Tensor:
+    """A random +1 or -1 for each sample of a task."""
+    bits = np.random.default_rng([seed, zlib.crc32(task.encode())]).integers(0, 2, samples)
+    return torch.from_numpy(2.0 * bits - 1.0).float()
 
 
 def signed_loss(model: nn.Module, batch: Batch, signs: torch.Tensor) -> torch.Tensor:
-    """The sum of the samples' losses, each with a sign: `signs` has one for every target, sample by sample."""
+    """The sum of the target tokens' losses, each multiplied by its sign. `signs`: [target tokens], in batch order."""
     logits = answer_logits(model, batch)
-    wanted = batch.labels != -100
-    losses = functional.cross_entropy(logits[wanted], batch.labels[wanted], reduction="none")
-    return (losses * signs.to(losses)).sum() + 0.0 * logits.sum()  # a gradient on every rank, also without targets
+    is_target = batch.labels != -100
+    losses = functional.cross_entropy(logits[is_target], batch.labels[is_target], reduction="none")
+    return (
+        losses * signs.to(losses)
+    ).sum() + 0.0 * logits.sum()  # the zero term gives a gradient also to ranks without targets

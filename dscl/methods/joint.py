@@ -1,4 +1,4 @@
-"""All tasks at once, shuffled: no continual learning, but what its methods are measured against."""
+"""Joint training on all tasks at once: the upper bound that continual-learning methods are compared with."""
 
 from __future__ import annotations
 
@@ -7,5 +7,7 @@ from dscl.methods.sequential import Sequential
 
 
 class Joint(Sequential):
+    """Joint training."""
+
     Config = JointConfig
-    together = True
+    joint = True

@@ -1,12 +1,12 @@
-"""LwF: on a new task's samples the model shall go on saying what it said before it learnt them (Li and Hoiem, 2016).
+"""LwF: distillation from the model before a task, on the task's own samples (Li and Hoiem, 2016).
 
-What trains: all weights, or one LoRA for all tasks. What is kept within a task: what the model as the task found it
-says at every target of the task's samples, recorded once before the first step; no second model is needed. Beside the
-loss of its task, every target then costs
+What trains: all weights, or one LoRA for all tasks. What is kept during a task: the old model's probabilities at every
+target token of the task's samples. They are recorded once before the task's first step, so no second model is needed.
+The loss of every target token gets an additional term
 
-    λ Σ p log(p / q)      p, q: then and now, softmax of the logits over T
+    λ Σ p log(p / q)      p, q: old and new probabilities, softmax(logits / T)
 
-over the tokens that were likeliest then, with all others as one.
+over the old model's top tokens; all other tokens count together as one.
 """
 
 from __future__ import annotations
@@ -20,81 +20,91 @@ from torch.nn import functional
 
 from dscl.config.methods import LwfConfig
 from dscl.data.batches import Batch
-from dscl.methods.base import Facts, Ranks
+from dscl.methods.base import RunInfo, TaskContext
 from dscl.methods.sequential import Sequential
-from dscl.model.head import answer_logits
+from dscl.model.lm_head import answer_logits
 
 
 class Lwf(Sequential):
+    """Learning without forgetting."""
+
     Config = LwfConfig
     config: LwfConfig
 
-    def __init__(self, config: LwfConfig, facts: Facts) -> None:
-        super().__init__(config, facts)
-        self._said: dict[str, torch.Tensor] = {}  # log p and tokens, [targets, k]; starts: each sample's first target
+    def __init__(self, config: LwfConfig, run_info: RunInfo) -> None:
+        super().__init__(config, run_info)
+        # "said": log p, and "tokens": token ids, [target tokens, k]. "starts": index of each sample's first target.
+        self._recorded: dict[str, torch.Tensor] = {}
 
-    def begin_task(self, index: int, name: str, ranks: Ranks) -> None:
-        self._said = {}
+    def begin_task(self, index: int, name: str, context: TaskContext) -> None:
+        self._recorded = {}
         if index == 0:
             return
-        samples = ranks.samples()
+        samples = context.task_samples()
         starts = torch.from_numpy(np.concatenate([[0], np.cumsum(samples.answer_lengths)]))
-        recorded = min(self.config.tokens, int(ranks.module.get_output_embeddings().out_features))  # type: ignore[operator]
-        shape = int(starts[-1]), recorded
-        said = torch.zeros(shape, device=ranks.device)
-        tokens = torch.zeros(shape, dtype=torch.int32, device=ranks.device)
-        for batch, logits in self._answers(ranks, len(samples)):
-            likeliest = (logits / self.config.temperature).log_softmax(-1).topk(recorded)
-            rows = _rows(batch, starts).to(ranks.device)
-            said[rows], tokens[rows] = likeliest.values, likeliest.indices.int()
-        self._said = {"said": ranks.sum_(said), "tokens": ranks.sum_(tokens), "starts": starts}
+        num_recorded = min(self.config.tokens, int(context.model.get_output_embeddings().out_features))  # type: ignore[operator]
+        shape = int(starts[-1]), num_recorded
+        old_log_probs = torch.zeros(shape, device=context.device)
+        tokens = torch.zeros(shape, dtype=torch.int32, device=context.device)
+        for batch, logits in self._iter_answer_logits(context, len(samples)):
+            top_tokens = (logits / self.config.temperature).log_softmax(-1).topk(num_recorded)
+            rows = _target_rows(batch, starts).to(context.device)
+            old_log_probs[rows], tokens[rows] = top_tokens.values, top_tokens.indices.int()
+        self._recorded = {
+            "said": context.all_reduce_sum(old_log_probs),
+            "tokens": context.all_reduce_sum(tokens),
+            "starts": starts,
+        }
 
     @staticmethod
-    def _answers(ranks: Ranks, samples: int) -> Iterator[tuple[Batch, torch.Tensor]]:
-        """The model's logits at every target, [targets, vocabulary], batch by batch."""
-        batches = list(ranks.batches(samples))
-        training = ranks.module.training
-        ranks.module.eval()
+    def _iter_answer_logits(context: TaskContext, samples: int) -> Iterator[tuple[Batch, torch.Tensor]]:
+        """Yield batches of the task's samples, with the model's logits at their targets [target tokens, vocabulary]."""
+        batches = list(context.iter_batches(samples))
+        training = context.model.training
+        context.model.eval()
         with torch.no_grad():
             for done, batch in enumerate(batches, 1):
-                yield batch, answer_logits(ranks.module, batch)[batch.labels != -100]
-                ranks.said("recording", done, len(batches))
-        ranks.module.train(training)
+                yield batch, answer_logits(context.model, batch)[batch.labels != -100]
+                context.report_progress("recording", done, len(batches))
+        context.model.train(training)
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         logits = answer_logits(model, batch)
         loss = functional.cross_entropy(logits, batch.labels, ignore_index=-100, reduction="sum")
-        if not self._said:
+        if not self._recorded:
             return loss
-        rows = _rows(batch, self._said["starts"]).to(logits.device)
-        said, tokens = (self._said[what].to(logits.device)[rows] for what in ("said", "tokens"))
-        now = (logits[batch.labels != -100] / self.config.temperature).log_softmax(-1)
-        return loss + self.config.strength * apart(said, now, tokens.long())
+        rows = _target_rows(batch, self._recorded["starts"]).to(logits.device)
+        old_log_probs, tokens = (self._recorded[key].to(logits.device)[rows] for key in ("said", "tokens"))
+        new_log_probs = (logits[batch.labels != -100] / self.config.temperature).log_softmax(-1)
+        return loss + self.config.strength * distillation_loss(old_log_probs, new_log_probs, tokens.long())
 
-    def state(self) -> dict[str, torch.Tensor]:
-        return self._said
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return self._recorded
 
-    def load_state(self, state: dict[str, torch.Tensor], rows: dict[str, torch.Tensor]) -> None:
-        self._said = state
-
-
-def _rows(batch: Batch, starts: torch.Tensor) -> torch.Tensor:
-    """Which of all targets those of a batch are, in their order there."""
-    own = [torch.arange(int(starts[i]), int(starts[i + 1])) for i in batch.samples]
-    return torch.cat([torch.empty(0, dtype=torch.int64), *own])
+    def load_state_dict(self, state: dict[str, torch.Tensor], rows: dict[str, torch.Tensor]) -> None:
+        self._recorded = state
 
 
-def apart(said: torch.Tensor, now: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Σ p log(p / q), where log p is given for some tokens of each row and log q for all; the others count as one."""
-    found = now.gather(-1, tokens)
-    total = (said.exp() * (said - found)).sum()
-    if said.shape[-1] < now.shape[-1]:
-        then, rest = (_others(part) for part in (said, found))
-        total = total + (then.exp() * (then - rest)).sum()
+def _target_rows(batch: Batch, starts: torch.Tensor) -> torch.Tensor:
+    """The rows, in the recorded tensors, of a batch's targets in batch order."""
+    ranges = [torch.arange(int(starts[i]), int(starts[i + 1])) for i in batch.sample_ids]
+    return torch.cat([torch.empty(0, dtype=torch.int64), *ranges])
+
+
+def distillation_loss(old_log_probs: torch.Tensor, new_log_probs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Σ p log(p / q) over `tokens`, with all other tokens of the vocabulary counted together as one.
+
+    `old_log_probs`: log p [rows, k] of these tokens. `new_log_probs`: log q [rows, vocabulary].
+    """
+    selected = new_log_probs.gather(-1, tokens)
+    total = (old_log_probs.exp() * (old_log_probs - selected)).sum()
+    if old_log_probs.shape[-1] < new_log_probs.shape[-1]:
+        old_rest, new_rest = (_log_prob_of_rest(log_probs) for log_probs in (old_log_probs, selected))
+        total = total + (old_rest.exp() * (old_rest - new_rest)).sum()
     return total
 
 
-def _others(some: torch.Tensor) -> torch.Tensor:
-    """The logarithm of what these leave to all others, [rows]."""
-    left = -torch.expm1(some.logsumexp(-1))
-    return left.clamp_min(torch.finfo(left.dtype).eps).log()
+def _log_prob_of_rest(log_probs: torch.Tensor) -> torch.Tensor:
+    """The log-probability [rows] of all tokens other than those whose log-probabilities [rows, k] are given."""
+    rest = -torch.expm1(log_probs.logsumexp(-1))
+    return rest.clamp_min(torch.finfo(rest.dtype).eps).log()

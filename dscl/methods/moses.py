@@ -1,9 +1,9 @@
-"""Mixtures of sub-experts (after arXiv 2511.06237): tasks share sparse parameters, which nobody who uses them can lose.
+"""MoSEs, mixtures of sub-experts (after arXiv 2511.06237): tasks share sparse parameters of one set of sub-experts.
 
-What trains: low-rank sub-experts beside frozen projections, a mask that opens some of them, and a router that sends
-every token to a few. What may not change: what earlier tasks' masks open; later tasks may open it too, as it is. Who
-decides at inference: the caller, a key for each task, or the analytic router. With `weights`, the dense weights beside
-the sub-experts train as well, in the subspace that OSFT leaves free.
+What trains: low-rank sub-experts beside frozen projections, a mask per task that selects some of their parameters, and
+a gate that sends every token to a few sub-experts. What may not change: parameters that earlier tasks' masks select.
+Later masks may select them too, but cannot change them. At inference the prompt's task comes from the caller, from
+per-task keys, or from the analytic router. Optionally the dense weights train as well, constrained by OSFT.
 """
 
 from __future__ import annotations
@@ -19,35 +19,37 @@ from torch import nn
 
 from dscl.config.methods import MosesConfig
 from dscl.data.batches import Batch, PromptBatch
-from dscl.errors import UserError
-from dscl.maths.masks import count_of
-from dscl.methods.base import Ended, Facts, Matrix, Method, Ranks, Reader
-from dscl.methods.deciding import Deciding, feature_layer_of, spec_of, width_of
+from dscl.engine.matrix_owners import Constraint
+from dscl.maths.masks import mask_size
+from dscl.methods.base import Method, RunInfo, TaskContext, TaskMatrix, TaskSummary, TensorReader
 from dscl.methods.osft import Osft
-from dscl.model.adapters import file_name
-from dscl.model.claims import Claims, read_claims, write_claims
-from dscl.model.experts import Shape, add_experts, first_values
-from dscl.model.head import answer_loss
-from dscl.model.routing import Routing, empty_like, pool_at, targets_above
-from dscl.owners import Constraint
-from dscl.router import Router
+from dscl.methods.rls_router import Router
+from dscl.methods.task_router import TaskRouter, make_router_spec, resolve_feature_layer, resolve_num_features
+from dscl.model.adapters.peft_files import task_file_name
+from dscl.model.adapters.routing import Routing, hook_feature_layer, make_template_tensor, match_targets_from_layer
+from dscl.model.adapters.sub_experts import SubExpertShape, initial_expert_values, inject_sub_experts
+from dscl.model.adapters.task_masks import TaskMasks, read_matching_masks, write_task_masks
+from dscl.model.lm_head import answer_loss
+from dscl.utils.errors import UserError
 
 
 class Moses(Method):
+    """MoSEs. `experts` holds the sub-experts and the masks of ended tasks."""
+
     Config = MosesConfig
     config: MosesConfig
-    by_task = True
+    uses_task_id = True
 
-    def __init__(self, config: MosesConfig, facts: Facts) -> None:
-        super().__init__(config, facts)
-        self.decides = self.decides_with(config)
-        self.routing = Routing(capacity=len(facts.tasks), rank=0)
-        self.weights = Osft(config.weights, facts) if config.weights is not None else None
-        self.deciding: Deciding | None = None
-        self._claims: list[Claims] = []  # of the tasks that have ended
+    def __init__(self, config: MosesConfig, run_info: RunInfo) -> None:
+        super().__init__(config, run_info)
+        self.infers_task_id = self.infers_task_id_with(config)
+        self.routing = Routing(num_slots=len(run_info.task_names), rank=0)
+        self.dense_osft = Osft(config.weights, run_info) if config.weights is not None else None
+        self.task_router: TaskRouter | None = None
+        self._task_masks: list[TaskMasks] = []  # one for each ended task
 
     @classmethod
-    def decides_with(cls, config: MosesConfig) -> bool:
+    def infers_task_id_with(cls, config: MosesConfig) -> bool:
         return config.task_inference != "given"
 
     def prepare(self, model: nn.Module) -> nn.Module:
@@ -56,20 +58,20 @@ class Moses(Method):
                 "method.name: moses needs a model whose layers stand in model.layers (llama, mistral, qwen2, ...); "
                 f"this is a {type(model).__name__}"
             )
-        layer = self._prepare_deciding(model) if self.decides else 0
+        layer = self._prepare_task_router(model) if self.infers_task_id else 0
         model.requires_grad_(False)
-        if self.weights is not None:
-            self.weights.above, self.weights.setting = layer, "method.weights.targets"
-            self.weights.prepare(model)
-        self.like = empty_like(model)
+        if self.dense_osft is not None:
+            self.dense_osft.from_layer, self.dense_osft.targets_key = layer, "method.weights.targets"
+            self.dense_osft.prepare(model)
+        self.template = make_template_tensor(model)
         config = self.config
         columns = config.experts * config.rank
         atoms = config.masks == "atom"
-        opened = count_of(config.share, columns) / config.rank if atoms else config.share * config.experts
-        enough = math.ceil(len(self.facts.tasks) * opened - 1e-9)  # for tasks that share nothing
-        shape = Shape(
+        experts_per_task = mask_size(config.share, columns) / config.rank if atoms else config.share * config.experts
+        max_needed = math.ceil(len(self.run_info.task_names) * experts_per_task - 1e-9)  # if tasks share no parameters
+        shape = SubExpertShape(
             experts=config.experts,
-            most=config.most or max(config.experts, enough),
+            most=config.most or max(config.experts, max_needed),
             rank=config.rank,
             top=0 if config.gate == "uniform" else config.top_k or min(2, config.experts),
             share=config.share,
@@ -77,159 +79,182 @@ class Moses(Method):
             atoms=atoms,
             dropout=config.dropout,
         )
-        self.experts = add_experts(
-            model, shape, self.routing, targets_above(model, layer, config.targets, "method.targets")
+        self.experts = inject_sub_experts(
+            model, shape, self.routing, match_targets_from_layer(model, layer, config.targets, "method.targets")
         )
-        for each in self.experts.layers.values():
-            each.make_trainable()
+        for sub_expert_linear in self.experts.layers.values():
+            sub_expert_linear.make_trainable()
         return model
 
-    def _prepare_deciding(self, model: Any) -> int:
+    def _prepare_task_router(self, model: Any) -> int:
+        """Create the task router and hook it into the model. Returns the feature layer."""
         config, shape = self.config, model.config
-        layer = feature_layer_of(config.feature_layer, shape.num_hidden_layers)
+        layer = resolve_feature_layer(config.feature_layer, shape.num_hidden_layers)
         kind = "exact" if config.task_inference == "rls" else "key"
-        spec = spec_of(kind, layer, width_of(config.width, shape.hidden_size), shape.hidden_size, self.facts)
+        spec = make_router_spec(
+            kind, layer, resolve_num_features(config.width, shape.hidden_size), shape.hidden_size, self.run_info
+        )
         router = Router(spec, config.ridge, config.reject is not False, next(model.parameters()).device)
-        self.deciding = Deciding(router, self.routing)
-        pool_at(model, self.routing, layer)
+        self.task_router = TaskRouter(router, self.routing)
+        hook_feature_layer(model, self.routing, layer)
         return layer
 
-    def rehearse(self) -> dict[str, float]:
-        self.experts.count = self.experts.shape.most  # what training comes to when there is no more room
-        self.experts.prepare(self.config.reuse)
-        dense = self.weights.rehearse() if self.weights is not None else {}
-        return {**dense, **(self.deciding.later() if self.deciding is not None else {})}
+    def estimate_memory(self) -> dict[str, float]:
+        self.experts.num_open = self.experts.shape.most  # the most that training can come to
+        self.experts.open_for_training(self.config.reuse)
+        dense = self.dense_osft.estimate_memory() if self.dense_osft is not None else {}
+        return {**dense, **(self.task_router.estimate_memory() if self.task_router is not None else {})}
 
-    def ending(self) -> float:
-        return self.deciding.solving() if self.deciding is not None else 0.0
+    def task_end_bytes(self) -> float:
+        return self.task_router.solve_bytes() if self.task_router is not None else 0.0
 
-    def begin_task(self, index: int, name: str, ranks: Ranks) -> Reader:
+    def begin_task(self, index: int, name: str, context: TaskContext) -> TensorReader:
         experts, policy = self.experts, self.config.when_full
-        while (lacking := experts.lacking()) and policy == "grow" and experts.count < experts.shape.most:
-            experts.count += 1
-        if lacking and policy != "reuse":
-            ways = [f"run again with method.when_full={other}" for other in self._ways(policy)]
-            ways.append("start anew with a lower method.share, or a larger method.most")
-            what = "atoms" if experts.shape.atoms else "entries"
+        while (
+            (num_missing := experts.count_missing_params())
+            and policy == "grow"
+            and experts.num_open < experts.shape.most
+        ):
+            experts.num_open += 1
+        if num_missing and policy != "reuse":
+            remedies = [f"run again with method.when_full={other}" for other in self._alternative_policies(policy)]
+            remedies.append("start anew with a lower method.share, or a larger method.most")
+            unit = "atoms" if experts.shape.atoms else "entries"
             raise UserError(
-                f"method moses: task {name} opens {lacking} more {what} of a layer than are unclaimed there; "
-                + ", or ".join(ways)
+                f"method moses: task {name} opens {num_missing} more {unit} of a layer than are unclaimed there; "
+                + ", or ".join(remedies)
             )
-        experts.prepare(self.config.reuse)
-        if self.weights is not None:
-            self.weights.begin_task(index, name, ranks)
+        experts.open_for_training(self.config.reuse)
+        if self.dense_osft is not None:
+            self.dense_osft.begin_task(index, name, context)
 
-        def read(tensor: str, shape: torch.Size, start: int, stop: int) -> torch.Tensor | None:
+        def read_initial_values(tensor: str, shape: torch.Size, start: int, stop: int) -> torch.Tensor | None:
             if tensor.rpartition(".")[0] in experts.layers and not tensor.endswith((".weight", ".bias")):
-                return first_values(self.facts.seed, f"{name}:{tensor}", shape, start, stop)
-            return None  # a dense weight goes on from where it is
+                return initial_expert_values(self.run_info.seed, f"{name}:{tensor}", shape, start, stop)
+            return None  # a dense weight continues from its current value
 
-        return read
+        return read_initial_values
 
-    def _ways(self, policy: str) -> list[str]:
-        """The other policies that would let a task begin for which there is too little."""
-        grow = policy == "stop" and self.experts.count < self.experts.shape.most
+    def _alternative_policies(self, policy: str) -> list[str]:
+        """The other values of `when_full` that would let a task begin that finds too few unclaimed parameters."""
+        grow = policy == "stop" and self.experts.num_open < self.experts.shape.most
         return ["grow"] * grow + ["reuse"] * self.config.reuse
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        return self.deciding.loss(model, batch) if self.deciding is not None else answer_loss(model, batch)
+        if self.task_router is not None:
+            return self.task_router.loss_with_features(model, batch)
+        return answer_loss(model, batch)
 
-    def end_task(self, index: int, name: str, ranks: Ranks) -> Ended:
-        told = [self.deciding.learn(name, ranks)] if self.deciding is not None else []
+    def end_task(self, index: int, name: str, context: TaskContext) -> TaskSummary:
+        messages = [self.task_router.add_task(name, context)] if self.task_router is not None else []
         experts = self.experts
-        before, room = tuple(experts.names), self._room()
-        kept = experts.claim(name, ranks.whole(experts.trained()))
-        training = {name: getattr(self.facts, name) for name in ("model", "tokenizer", "prompt_limit", "precision")}
-        self._claims.append(Claims(name, before, experts.shape, kept, training))
-        told.append(f"{experts.used():.1%} of the first sub-experts' parameters are claimed{room}")
-        numbers = self._numbers()
-        if self.weights is not None:
-            with self.routing.using([experts.slot(name)], self.like):
-                ended = self.weights.end_task(index, name, ranks)
-            told.append(ended.told)
-            numbers["directions_bytes"] = ended.numbers["capacity_bytes"]  # of all tasks together
-        return Ended("; ".join(filter(None, told)), numbers, self._overlap())
+        previous_tasks, growth = tuple(experts.names), self._describe_growth()
+        frozen_tensors = experts.freeze_task_params(name, context.gather_full_weights(experts.trainable_names()))
+        training = {name: getattr(self.run_info, name) for name in ("model", "tokenizer", "prompt_limit", "precision")}
+        self._task_masks.append(TaskMasks(name, previous_tasks, experts.shape, frozen_tensors, training))
+        messages.append(f"{experts.frozen_share():.1%} of the first sub-experts' parameters are claimed{growth}")
+        metrics = self._capacity_metrics()
+        if self.dense_osft is not None:
+            with self.routing.use_slots([experts.get_slot(name)], self.template):
+                dense_summary = self.dense_osft.end_task(index, name, context)
+            messages.append(dense_summary.message)
+            metrics["directions_bytes"] = dense_summary.metrics["capacity_bytes"]
+        return TaskSummary("; ".join(filter(None, messages)), metrics, self._mask_overlap_matrix())
 
-    def _room(self) -> str:
-        """What was done where the task that ends found too little unclaimed."""
-        experts, lacking = self.experts, self.experts.lacking()
-        before = experts.shape.experts
-        if self._claims:
-            before = int(next(iter(self._claims[-1].layers.values()))["open"].sum())
-        if experts.count > before:
-            new = f"{experts.count - before} more of them"
-            return f"; there was no room, so it got {new}: {experts.count} of {experts.shape.most} are open"
-        what = "atoms" if experts.shape.atoms else "entries"
-        return f"; there was no room, so at least {lacking} {what} of a layer are others' too" if lacking else ""
+    def _describe_growth(self) -> str:
+        """A phrase for the user about how the ended task got its parameters if too few were unclaimed, or an empty
+        string."""
+        experts, num_missing = self.experts, self.experts.count_missing_params()
+        num_before = experts.shape.experts
+        if self._task_masks:
+            num_before = int(next(iter(self._task_masks[-1].layers.values()))["open"].sum())
+        if experts.num_open > num_before:
+            added = f"{experts.num_open - num_before} more of them"
+            return f"; there was no room, so it got {added}: {experts.num_open} of {experts.shape.most} are open"
+        if not num_missing:
+            return ""
+        unit = "atoms" if experts.shape.atoms else "entries"
+        return f"; there was no room, so at least {num_missing} {unit} of a layer are others' too"
 
-    def _numbers(self) -> dict[str, float]:
-        """What the tasks so far take, in bytes, beside a LoRA for each of them with as many columns as a mask opens."""
-        parts = [claims.sizes() for claims in self._claims]
-        found = {f"{kind}_bytes": float(sum(part[kind] for part in parts)) for kind in parts[0]}
-        shape, each = self.experts.shape, self.like.element_size()
-        columns = count_of(shape.share, shape.experts * shape.rank)
-        lora = sum(columns * each * (m.in_features + m.out_features) for m in self.experts.layers.values())
-        if self.deciding is not None:
-            found["deciding_bytes"] = self.deciding.kept()
-        keys = found["deciding_bytes"] if self.config.task_inference == "key" else 0.0  # the rest is as in asr
+    def _capacity_metrics(self) -> dict[str, float]:
+        """The bytes that all tasks so far take; and for comparison those of one LoRA per task with as many columns as a
+        mask selects."""
+        task_bytes = [task_masks.byte_sizes() for task_masks in self._task_masks]
+        component_bytes = {f"{kind}_bytes": float(sum(sizes[kind] for sizes in task_bytes)) for kind in task_bytes[0]}
+        shape, element_size = self.experts.shape, self.template.element_size()
+        columns = mask_size(shape.share, shape.experts * shape.rank)
+        lora_bytes = sum(
+            columns * element_size * (m.in_features + m.out_features) for m in self.experts.layers.values()
+        )
+        if self.task_router is not None:
+            component_bytes["deciding_bytes"] = self.task_router.statistics_bytes()
+        # Keys count as capacity. The analytic router's statistics do not, as in asr.
+        key_bytes = component_bytes["deciding_bytes"] if self.config.task_inference == "key" else 0.0
         return {
-            "capacity_bytes": sum(found[f"{kind}_bytes"] for kind in parts[0]) + keys,
-            "capacity_share": self.experts.used(),
-            "experts_open": float(self.experts.count),
-            "lora_per_task_bytes": float(lora * len(parts)),
-            **found,
+            "capacity_bytes": sum(component_bytes[f"{kind}_bytes"] for kind in task_bytes[0]) + key_bytes,
+            "capacity_share": self.experts.frozen_share(),
+            "experts_open": float(self.experts.num_open),
+            "lora_per_task_bytes": float(lora_bytes * len(task_bytes)),
+            **component_bytes,
         }
 
-    def _overlap(self) -> Matrix:
+    def _mask_overlap_matrix(self) -> TaskMatrix:
+        """For each pair of tasks, the part of one task's mask that the other's mask selects too."""
         names = tuple(self.experts.names)
-        return Matrix("masks: of the row's, opened by the column's too", names, self.experts.shared().tolist())
+        return TaskMatrix(
+            "masks: of the row's, opened by the column's too", names, self.experts.mask_overlap().tolist()
+        )
 
-    def leave(self, folder: Path, name: str) -> list[Path]:
-        path = folder / "experts" / f"{file_name(name)}.safetensors"
-        write_claims(path, next(claims for claims in self._claims if claims.task == name))
-        return [path] if self.deciding is None else [path, self.deciding.leave(folder, name)]
+    def save_task_artifacts(self, folder: Path, name: str) -> list[Path]:
+        path = folder / "experts" / f"{task_file_name(name)}.safetensors"
+        write_task_masks(path, next(task_masks for task_masks in self._task_masks if task_masks.task == name))
+        return [path] if self.task_router is None else [path, self.task_router.save_task_artifacts(folder, name)]
 
-    def recall(self, folder: Path, names: Sequence[str]) -> None:
+    def load_task_artifacts(self, folder: Path, names: Sequence[str]) -> None:
         for name in names:
-            path = folder / "experts" / f"{file_name(name)}.safetensors"
-            claims = read_claims(path, name, tuple(self.experts.names), self.experts)
-            self.experts.take(name, claims.layers)
-            self._claims.append(claims)
-            if self.deciding is not None:
-                self.deciding.recall(folder, name)
-        self.experts.count = self._open
-        self.experts.prepare(self.config.reuse)
+            path = folder / "experts" / f"{task_file_name(name)}.safetensors"
+            task_masks = read_matching_masks(path, name, tuple(self.experts.names), self.experts)
+            self.experts.load_task_params(name, task_masks.layers)
+            self._task_masks.append(task_masks)
+            if self.task_router is not None:
+                self.task_router.load_task_artifacts(folder, name)
+        self.experts.num_open = self._saved_num_open
+        self.experts.open_for_training(self.config.reuse)
 
-    def answering(
+    def inference_context(
         self, batch: PromptBatch, task: str | None = None
     ) -> AbstractContextManager[Sequence[str | None] | None]:
         if task is not None:
-            return self.routing.using([self._slot(task)], self.like)
-        return self.deciding.answering(batch, self._slot) if self.deciding is not None else nullcontext()
+            return self.routing.use_slots([self._slot_of_task(task)], self.template)
+        return (
+            self.task_router.inference_context(batch, self._slot_of_task)
+            if self.task_router is not None
+            else nullcontext()
+        )
 
-    def _slot(self, name: str | None) -> int | None:
-        """None where there is no task, or one that has not been learned yet: the bare model answers."""
-        return self.experts.slot(name) if name in self.experts.names else None
+    def _slot_of_task(self, name: str | None) -> int | None:
+        """The task's slot. None without a task, or for a task that was not trained yet: the base model answers."""
+        return self.experts.get_slot(name) if name in self.experts.names else None
 
-    def state(self) -> dict[str, torch.Tensor]:
-        return {"open": torch.tensor(self.experts.count)}
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {"open": torch.tensor(self.experts.num_open)}
 
-    def rows(self) -> dict[str, torch.Tensor]:
-        return self.deciding.rows() if self.deciding is not None else {}
+    def row_state_dict(self) -> dict[str, torch.Tensor]:
+        return self.task_router.row_state_dict() if self.task_router is not None else {}
 
-    def load_state(self, state: dict[str, torch.Tensor], rows: dict[str, torch.Tensor]) -> None:
-        self._open = int(state["open"])
-        if self.deciding is not None:
-            self.deciding.load_rows(rows)
+    def load_state_dict(self, state: dict[str, torch.Tensor], rows: dict[str, torch.Tensor]) -> None:
+        self._saved_num_open = int(state["open"])
+        if self.task_router is not None:
+            self.task_router.load_row_state(rows)
 
-    # ---- the dense weights
+    # ---- the dense weights, constrained by OSFT
 
     def constraint(self) -> Constraint | None:
-        return self.weights.constraint() if self.weights is not None else None
+        return self.dense_osft.constraint() if self.dense_osft is not None else None
 
-    def owned(self) -> dict[str, torch.Tensor]:
-        return self.weights.owned() if self.weights is not None else {}
+    def matrix_state_dict(self) -> dict[str, torch.Tensor]:
+        return self.dense_osft.matrix_state_dict() if self.dense_osft is not None else {}
 
-    def load_owned(self, read: Callable[[str], dict[str, torch.Tensor]]) -> None:
-        if self.weights is not None:
-            self.weights.load_owned(read)
+    def load_matrix_state(self, read_matrix_state: Callable[[str], dict[str, torch.Tensor]]) -> None:
+        if self.dense_osft is not None:
+            self.dense_osft.load_matrix_state(read_matrix_state)

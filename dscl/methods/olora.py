@@ -1,13 +1,13 @@
-"""O-LoRA: every task gets a LoRA in directions of its own, and all of them act together (Wang et al., 2023).
+"""O-LoRA: each task's LoRA is kept orthogonal to those of earlier tasks, and all are added (Wang et al., 2023).
 
-What trains: a fresh LoRA for every task, whose input directions are kept apart from those of all ended tasks' LoRAs,
-which are frozen, by a penalty on the loss:
+What trains: a fresh LoRA for every task. The LoRAs of ended tasks are frozen. A penalty on the loss keeps the new
+LoRA's input directions orthogonal to theirs:
 
     λ Σ |A_ended A_newᵀ|      over all elements, layers and ended tasks
 
-as in its authors' program; the paper squares the elements, so that its λ is another one.
+This is the form in the authors' code. The paper squares the elements, so its λ has another scale.
 
-Who decides at inference: nobody; the answer is the base model's with all LoRAs added.
+Inference needs no task id: the model is the base model with all LoRAs added.
 """
 
 from __future__ import annotations
@@ -21,22 +21,24 @@ from torch import nn
 
 from dscl.config.methods import OloraConfig
 from dscl.data.batches import Batch, PromptBatch
-from dscl.methods.base import Facts
+from dscl.methods.base import RunInfo
 from dscl.methods.lora_per_task import LoraPerTask
-from dscl.model.head import answer_loss
-from dscl.model.routed import add_stacked
+from dscl.model.adapters.lora_bank import inject_stacked_bank
+from dscl.model.lm_head import answer_loss
 
 
 class Olora(LoraPerTask):
+    """O-LoRA."""
+
     Config: ClassVar[type] = OloraConfig
-    by_task = False
+    uses_task_id = False
 
-    def __init__(self, config: Any, facts: Facts) -> None:
-        super().__init__(config, facts)
-        self._overlaps: list[torch.Tensor] = []  # of the layers that the present pass has come by
+    def __init__(self, config: Any, run_info: RunInfo) -> None:
+        super().__init__(config, run_info)
+        self._overlaps: list[torch.Tensor] = []  # of the layers of the current forward pass
 
-    def adapt(self, model: nn.Module, targets: Sequence[str]) -> nn.Module:
-        self.bank = add_stacked(model, self.routing, targets, self._overlaps.append)
+    def add_adapters(self, model: nn.Module, targets: Sequence[str]) -> nn.Module:
+        self.bank = inject_stacked_bank(model, self.routing, targets, self._overlaps.append)
         for layer in self.bank.layers.values():
             layer.make_trainable(self.lora)
         return model
@@ -44,11 +46,12 @@ class Olora(LoraPerTask):
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         self._overlaps.clear()
         loss = answer_loss(model, batch)
-        overlap = torch.stack(self._overlaps).sum()  # now: activation checkpointing will pass once more
-        targets = (batch.labels != -100).sum()  # by all of which the engine divides
+        # Sum the overlaps before the backward pass, in which activation checkpointing runs the layers again.
+        overlap = torch.stack(self._overlaps).sum()
+        targets = (batch.labels != -100).sum()  # the engine divides the loss by the global number of targets
         return loss + self.config.orthogonality * targets * overlap
 
-    def answering(
+    def inference_context(
         self, batch: PromptBatch, task: str | None = None
     ) -> AbstractContextManager[Sequence[str | None] | None]:
         return nullcontext()

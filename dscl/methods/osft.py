@@ -1,8 +1,9 @@
-"""Full fine-tuning in the free subspace (after arXiv 2504.07097): what earlier tasks use of each weight cannot change.
+"""OSFT: full fine-tuning in the orthogonal complement of protected subspaces (after arXiv 2504.07097).
 
-What trains: the dense weights. What may not change: for each target matrix a protected subspace, which starts with what
-the base model needs and grows with every task, for good. It is held on the fp32 masters after the optimizer's step, by
-the one rank that owns the matrix. Who decides at inference: nobody; it is one model.
+What trains: the dense weights. What may not change: in each target matrix, a protected subspace. It starts with
+directions that matter for the base model, and grows with every task. After the optimizer's step, the rank that owns a
+matrix projects its fp32 master, so that the weights cannot change in protected directions. Inference needs no task id;
+there is one model.
 """
 
 from __future__ import annotations
@@ -18,390 +19,448 @@ from torch.nn import functional
 
 from dscl.config.methods import OsftConfig
 from dscl.data.batches import Batch
-from dscl.errors import UserError
 from dscl.maths.subspace import (
     Directions,
-    Subspace,
-    count_by_energy,
-    count_by_share,
-    hold_flops,
-    left_of,
-    moment_directions,
-    right_directions,
-    room_of,
-    shares_by_importance,
+    ProtectedSubspace,
+    left_singular_vectors,
+    moment_eigenvectors,
+    placeholder_state,
+    projection_flops,
+    protected_ratios_from_importance,
+    rank_from_energy,
+    rank_from_ratio,
+    right_singular_directions,
 )
-from dscl.methods.base import Ended, Facts, Look, Method, Ranks
-from dscl.model.decode import Drawn, sample_texts
-from dscl.model.head import answer_loss
-from dscl.model.moments import Changes, Moments
-from dscl.model.routing import layer_of, targets_above
+from dscl.methods.base import MatrixFn, Method, RunInfo, TaskContext, TaskSummary
+from dscl.model.activation_stats import ActivationStats, LayerImportance
+from dscl.model.adapters.routing import layer_index, match_targets_from_layer
+from dscl.model.generation import TextBlock, sample_texts
+from dscl.model.lm_head import answer_loss
+from dscl.utils.errors import UserError
 
-TEXTS, LENGTH = 128, 128  # made up by the base model, to see what it needs in general
-SAMPLES = 512  # of an ended task, to see what it needs
-PART = 1.5  # of the free room that a task may take, against 1 for each later one, which has fewer tasks after it
-MEMORY = 1 << 31  # bytes of second moments gathered in one go; the rest is left to further passes
-ROWS = 4  # of texts, passed forward and back at once
-
-
-class Pass(NamedTuple):
-    """One look of the model at something."""
-
-    counted: torch.Tensor  # how much each token counts, [rows, length]
-    loss: Callable[[Any], torch.Tensor]
+NUM_TEXTS, TEXT_LENGTH = 128, 128  # texts sampled from the base model, and tokens of each
+NUM_SAMPLES = 512  # training samples of an ended task that are used to find its directions
+# The free directions are divided in advance: the ended task gets this weight, each later task 1. Later tasks need less,
+# because fewer tasks follow them.
+CURRENT_TASK_WEIGHT = 1.5
+MAX_MOMENT_BYTES = 1 << 31  # of second moments collected at once; further matrices need further passes
+ROWS_PER_PASS = 4  # of sampled texts
 
 
-# For a matrix, what was found beside the directions taken, and the energy of all: how many more to protect.
-Count = Callable[[str, Directions, torch.Tensor, float], int]
+class ProbePass(NamedTuple):
+    """One forward (and backward) pass that collects activation statistics."""
+
+    token_weights: torch.Tensor  # weight of each token in the statistics, [rows, length]
+    loss_fn: Callable[[Any], torch.Tensor]
+
+
+# (matrix name, candidate directions, protected basis, total energy) → how many of the candidates to protect
+CountFn = Callable[[str, Directions, torch.Tensor, float], int]
 
 
 class Osft(Method):
-    """Its own constraint: the engine asks it to hold the matrices that this rank owns."""
+    """OSFT. The method object itself is the engine's `Constraint`."""
 
     Config = OsftConfig
     config: OsftConfig
 
-    def __init__(self, config: OsftConfig, facts: Facts) -> None:
-        super().__init__(config, facts)
-        self.every = config.project_every
-        self.gradients = bool(config.gradients)
-        self.above, self.setting = -1, "method.targets"  # decoder layers below this one are left as they are
-        self._shapes: dict[str, tuple[int, int]] = {}  # of the constrained weights
-        self._layers: dict[str, str] = {}  # the linear layers among them
-        self._mine: list[str] = []
-        self._spaces: dict[str, Subspace] = {}
-        self._start: dict[str, torch.Tensor] = {}  # my matrices as the task found them
-        self._base: dict[str, torch.Tensor] = {}  # of right and left: the base's directions now, and what it left free
+    def __init__(self, config: OsftConfig, run_info: RunInfo) -> None:
+        super().__init__(config, run_info)
+        self.project_every = config.project_every
+        self.project_gradients = bool(config.gradients)
+        self.from_layer = -1  # decoder layers below this one are frozen
+        self.targets_key = "method.targets"  # the recipe key that error messages name
+        self._matrix_shapes: dict[str, tuple[int, int]] = {}  # of all constrained weights
+        self._module_names: dict[str, str] = {}  # constrained weight → its linear layer; others have none
+        self._owned_names: list[str] = []
+        # Of the matrices that this rank owns:
+        self._subspaces: dict[str, ProtectedSubspace] = {}
+        self._task_start_weights: dict[str, torch.Tensor] = {}  # weights at the start of the current task
+        # [right, left base directions that are still protected; right, left directions that were free at first]
+        self._base_counts: dict[str, torch.Tensor] = {}
 
     def prepare(self, model: nn.Module) -> nn.Module:
         model.requires_grad_(self.config.rest == "free")
         modules = dict(model.named_modules())
-        for layer in targets_above(model, self.above, self.config.targets, self.setting):
+        for layer in match_targets_from_layer(model, self.from_layer, self.config.targets, self.targets_key):
             linear = modules[layer]
             assert isinstance(linear, nn.Linear)
-            self._shapes[f"{layer}.weight"] = linear.out_features, linear.in_features
-            self._layers[f"{layer}.weight"] = layer
+            self._matrix_shapes[f"{layer}.weight"] = linear.out_features, linear.in_features
+            self._module_names[f"{layer}.weight"] = layer
             linear.weight.requires_grad_(True)
         if self.config.rest == "protected":
             for name, parameter in model.named_parameters():
                 shape = getattr(parameter, "ds_shape", parameter.shape)
-                if len(shape) == 2 and name not in self._shapes:
-                    self._shapes[name] = int(shape[0]), int(shape[1])
+                if len(shape) == 2 and name not in self._matrix_shapes:
+                    self._matrix_shapes[name] = int(shape[0]), int(shape[1])
                     parameter.requires_grad_(True)
         return model
 
-    # ---- the constraint, asked of this rank for the matrices that it owns
+    # ---- the constraint
 
     def constraint(self) -> Osft:
         return self
 
-    def costs(self) -> dict[str, float]:
-        return {name: float(self._flops(rows, columns)) for name, (rows, columns) in self._shapes.items()}
+    def matrix_costs(self) -> dict[str, float]:
+        return {
+            name: float(self._projection_flops(rows, columns)) for name, (rows, columns) in self._matrix_shapes.items()
+        }
 
-    def _flops(self, rows: int, columns: int) -> int:
-        half = count_by_share(0.5, rows, columns)  # how much will be protected is not known yet
-        return hold_flops(str(self.config.reading), rows, columns, half, half)
+    def _projection_flops(self, rows: int, columns: int) -> int:
+        """The cost of projecting a matrix, if half of its directions are protected; the true count is not known yet."""
+        half = rank_from_ratio(0.5, rows, columns)
+        return projection_flops(str(self.config.reading), rows, columns, half, half)
 
-    def own(self, names: Sequence[str], device: torch.device) -> None:
-        self._mine, self._device = list(names), device
+    def set_owned(self, names: Sequence[str], device: torch.device) -> None:
+        self._owned_names, self._device = list(names), device
 
-    def hold(self, name: str, weight: torch.Tensor) -> None:
-        self._spaces[name].hold_(weight)
+    def project_weight(self, name: str, weight: torch.Tensor) -> None:
+        self._subspaces[name].project_weight_(weight)
 
-    def free(self, name: str, gradient: torch.Tensor) -> None:
-        self._spaces[name].free_(gradient)
+    def project_gradient(self, name: str, gradient: torch.Tensor) -> None:
+        self._subspaces[name].project_gradient_(gradient)
 
-    def rehearse(self) -> dict[str, float]:
+    def estimate_memory(self) -> dict[str, float]:
         assert self.config.share is not None
-        reading, whole = str(self.config.reading), 0
-        for name in self._mine:
-            rows, columns = self._shapes[name]
-            count = count_by_share(self.config.share, rows, columns)
-            self._spaces[name] = Subspace.of(reading, room_of(reading, rows, columns, count, self._device))
-            nothing = room_of(reading, rows, columns, min(rows, columns), torch.device("meta"))
-            whole += sum(tensor.numel() * tensor.element_size() for tensor in nothing.values())
-            if "updates" in (self.config.claim or ()) and len(self.facts.tasks) > 1:
-                self._start[name] = torch.zeros(rows, columns)
-        return {"directions of this rank, when all are protected": float(whole)}
+        reading, full_bytes = str(self.config.reading), 0
+        for name in self._owned_names:
+            rows, columns = self._matrix_shapes[name]
+            count = rank_from_ratio(self.config.share, rows, columns)
+            self._subspaces[name] = ProtectedSubspace.from_state_dict(
+                reading, placeholder_state(reading, rows, columns, count, self._device)
+            )
+            full_state = placeholder_state(reading, rows, columns, min(rows, columns), torch.device("meta"))
+            full_bytes += sum(tensor.numel() * tensor.element_size() for tensor in full_state.values())
+            if "updates" in (self.config.claim or ()) and len(self.run_info.task_names) > 1:
+                self._task_start_weights[name] = torch.zeros(rows, columns)
+        return {"directions of this rank, when all are protected": float(full_bytes)}
 
     # ---- what is protected
 
-    def begin_task(self, index: int, name: str, ranks: Ranks) -> None:
+    def begin_task(self, index: int, name: str, context: TaskContext) -> None:
         if index == 0:
-            texts = self._texts(ranks)
-            self._protect_more(ranks, lambda: _text_passes(texts))
-            for matrix, space in self._spaces.items():
-                sides = space.right, space.left
-                self._base[matrix] = torch.tensor([s.shape[1] for s in sides] + [len(s) - s.shape[1] for s in sides])
+            texts = self._sample_general_texts(context)
+            self._protect_base(context, lambda: _text_passes(texts))
+            for matrix, subspace in self._subspaces.items():
+                sides = subspace.right, subspace.left
+                self._base_counts[matrix] = torch.tensor(
+                    [s.shape[1] for s in sides] + [len(s) - s.shape[1] for s in sides]
+                )
         elif self.config.when_short == "give_back":
-            self._give_back()
-        self._check_room(name, ranks)
-        if "updates" in (self.config.claim or ()) and name != self.facts.tasks[-1]:
+            self._release_base_directions()
+        self._check_free_directions(name, context)
+        if "updates" in (self.config.claim or ()) and name != self.run_info.task_names[-1]:
 
-            def keep(matrix: str, weight: torch.Tensor) -> None:
-                self._start[matrix] = weight.to("cpu", copy=True)
+            def save_start_weight(matrix: str, weight: torch.Tensor) -> None:
+                self._task_start_weights[matrix] = weight.to("cpu", copy=True)
 
-            ranks.visit(keep, list(self._shapes))
+            context.apply_on_owners(save_start_weight, list(self._matrix_shapes))
 
-    def end_task(self, index: int, name: str, ranks: Ranks) -> Ended:
-        to_come = len(self.facts.tasks) - index - 1
-        if not to_come:
-            return Ended(numbers=self._capacity(ranks))
+    def end_task(self, index: int, name: str, context: TaskContext) -> TaskSummary:
+        num_later_tasks = len(self.run_info.task_names) - index - 1
+        if not num_later_tasks:
+            return TaskSummary(metrics=self._capacity_metrics(context))
 
-        def passes() -> Iterator[Pass]:
-            return _task_passes(ranks.batches(SAMPLES))
+        def passes() -> Iterator[ProbePass]:
+            return _task_passes(context.iter_batches(NUM_SAMPLES))
 
-        def claimed(matrix: str, found: Directions, taken: torch.Tensor, whole: float) -> int:
-            count = count_by_energy(found, self.config.claim_energy or 0.0)
-            room = int((len(taken) - taken.shape[1]) * PART / (PART + to_come))
-            return min(count, room) if self.config.when_short == "share" else count
+        def count_task_directions(
+            matrix: str, directions: Directions, protected: torch.Tensor, total_energy: float
+        ) -> int:
+            count = rank_from_energy(directions, self.config.claim_energy or 0.0)
+            num_free = len(protected) - protected.shape[1]
+            limit = int(num_free * CURRENT_TASK_WEIGHT / (CURRENT_TASK_WEIGHT + num_later_tasks))
+            return min(count, limit) if self.config.when_short == "share" else count
 
         if self.config.claim:
-            self._protect(ranks, self.config.claim, passes, claimed)
-            self._start = {}
+            self._protect_directions(context, self.config.claim, passes, count_task_directions)
+            self._task_start_weights = {}
         if self.config.allocate != "fixed":
-            self._protect_more(ranks, passes)
-        return Ended(self._told(ranks), self._capacity(ranks))
+            self._protect_base(context, passes)
+        return TaskSummary(self._describe_protection(context), self._capacity_metrics(context))
 
-    def _capacity(self, ranks: Ranks) -> dict[str, float]:
-        """The bytes of all that is protected, over all ranks."""
-        kept = sum(t.numel() * t.element_size() for space in self._spaces.values() for t in space.tensors().values())
-        total = ranks.sum_(torch.tensor([kept], dtype=torch.int64, device=ranks.device))
+    def _capacity_metrics(self, context: TaskContext) -> dict[str, float]:
+        """The bytes of all protected directions, summed over all ranks."""
+        protected_bytes = sum(
+            t.numel() * t.element_size()
+            for subspace in self._subspaces.values()
+            for t in subspace.state_dict().values()
+        )
+        total = context.all_reduce_sum(torch.tensor([protected_bytes], dtype=torch.int64, device=context.device))
         return {"capacity_bytes": float(total)}
 
-    def _protect_more(self, ranks: Ranks, passes: Callable[[], Iterable[Pass]]) -> None:
-        """Protect what the base, as it is now, needs most, up to the share that is set."""
+    def _protect_base(self, context: TaskContext, passes: Callable[[], Iterable[ProbePass]]) -> None:
+        """Protect the most important directions of the current model, up to the configured ratio."""
         assert self.config.share is not None
         share = self.config.share
-        shares = self._important(ranks, passes) if self.config.allocate == "importance" else {}
+        shares = self._ratios_by_importance(context, passes) if self.config.allocate == "importance" else {}
 
-        def lacking(matrix: str, found: Directions, taken: torch.Tensor, whole: float) -> int:
+        def count_base_directions(
+            matrix: str, directions: Directions, protected: torch.Tensor, total_energy: float
+        ) -> int:
             if self.config.allocate != "energy":
-                return max(0, count_by_share(shares.get(matrix, share), *self._shapes[matrix]) - taken.shape[1])
-            rest = float(found.energies.sum())
-            return count_by_energy(found, max(0.0, 1.0 - (1.0 - share) * whole / rest)) if rest else 0
+                return max(
+                    0, rank_from_ratio(shares.get(matrix, share), *self._matrix_shapes[matrix]) - protected.shape[1]
+                )
+            rest = float(directions.energies.sum())
+            return rank_from_energy(directions, max(0.0, 1.0 - (1.0 - share) * total_energy / rest)) if rest else 0
 
         assert self.config.basis is not None
-        self._protect(ranks, self.config.basis, passes, lacking)
+        self._protect_directions(context, self.config.basis, passes, count_base_directions)
 
-    def _protect(
-        self, ranks: Ranks, sources: Sequence[str], passes: Callable[[], Iterable[Pass]], count: Count
+    def _protect_directions(
+        self, context: TaskContext, sources: Sequence[str], passes: Callable[[], Iterable[ProbePass]], count_fn: CountFn
     ) -> None:
-        """Every matrix protects as many more directions as `count` says, the strongest in these sources."""
-        for number, names in enumerate(portions := self._portions()):
-            layers = [self._layers[name] for name in names if name in self._layers]
-            seen = {
-                kind: Moments(felt=kind == "sensitivity") for kind in ("activations", "sensitivity") if kind in sources
+        """Protect further directions of every matrix: the strongest ones by these sources, and `count_fn` of them."""
+        for number, names in enumerate(name_groups := self._split_by_memory()):
+            layers = [self._module_names[name] for name in names if name in self._module_names]
+            stats_by_source = {
+                kind: ActivationStats(gradient_weighted=kind == "sensitivity")
+                for kind in ("activations", "sensitivity")
+                if kind in sources
             }
             with ExitStack() as stack:
-                for moments in seen.values():
-                    stack.enter_context(moments.gathering(ranks.module, layers))
-                for each in passes() if seen else ():
-                    for moments in seen.values():
-                        moments.counted = each.counted
-                    ranks.probe(each.loss, "sensitivity" in seen)
-            for moments in seen.values():
-                for layer in sorted(moments.sums):
-                    ranks.sum_(moments.sums[layer])
-                ranks.said("passes", number + 1, len(portions))
+                for stats in stats_by_source.values():
+                    stack.enter_context(stats.collect_stats(context.model, layers))
+                for probe_pass in passes() if stats_by_source else ():
+                    for stats in stats_by_source.values():
+                        stats.token_mask = probe_pass.token_weights
+                    context.probe_activations(probe_pass.loss_fn, "sensitivity" in stats_by_source)
+            for stats in stats_by_source.values():
+                for layer in sorted(stats.sums):
+                    context.all_reduce_sum(stats.sums[layer])
+                context.report_progress("passes", number + 1, len(name_groups))
 
-            def look(name: str, weight: torch.Tensor, seen: dict[str, Moments] = seen) -> None:
-                space = self._spaces.setdefault(name, Subspace.empty(str(self.config.reading), weight))
-                roots = {"weights": weight}
-                if name in self._start:
-                    roots["updates"] = weight - self._start[name].to(weight)
-                given = {kind: moments.of(self._layers.get(name, "")) for kind, moments in seen.items()}
-                inputs = {kind: moment for kind, moment in given.items() if moment is not None}
-                exact = weight.double()
-                # A matrix that is no linear layer's is given nothing; it is judged by its weights.
-                found = {kind: roots[kind] for kind in roots if kind in sources or not (inputs or "updates" in sources)}
-                right = self._strongest(name, found, inputs, space.right, count)
-                left = space.left[:, :0]
-                untouched = not space.right.numel() and not space.left.numel()
-                if space.reading != "input" and untouched and list(found) == ["weights"] and not inputs:
-                    left = left_of(weight, right)
-                elif space.reading != "input":
-                    turned = {kind: root.T for kind, root in found.items()}
-                    outputs = {kind: exact @ moment @ exact.T for kind, moment in inputs.items()}
-                    left = self._strongest(name, turned, outputs, space.left, count).vectors
-                space.grow(weight, right.vectors, left)
+            def protect_matrix(
+                name: str, weight: torch.Tensor, stats_by_source: dict[str, ActivationStats] = stats_by_source
+            ) -> None:
+                subspace = self._subspaces.setdefault(name, ProtectedSubspace.empty(str(self.config.reading), weight))
+                factors = {"weights": weight}
+                if name in self._task_start_weights:
+                    factors["updates"] = weight - self._task_start_weights[name].to(weight)
+                input_moments = {
+                    kind: stats.second_moment(self._module_names.get(name, ""))
+                    for kind, stats in stats_by_source.items()
+                }
+                inputs = {kind: moment for kind, moment in input_moments.items() if moment is not None}  # [n, n]
+                weight64 = weight.double()  # [m, n]
+                # A matrix without a linear layer (embedding) has no input statistics, so its weights are used.
+                used_factors = {
+                    kind: factors[kind] for kind in factors if kind in sources or not (inputs or "updates" in sources)
+                }
+                right = self._strongest_directions(name, used_factors, inputs, subspace.right, count_fn)
+                left = subspace.left[:, :0]
+                is_empty = not subspace.right.numel() and not subspace.left.numel()
+                if subspace.projection != "input" and is_empty and list(used_factors) == ["weights"] and not inputs:
+                    left = left_singular_vectors(weight, right)
+                elif subspace.projection != "input":
+                    transposed = {kind: factor.T for kind, factor in used_factors.items()}
+                    outputs = {kind: weight64 @ moment @ weight64.T for kind, moment in inputs.items()}  # [m, m]
+                    left = self._strongest_directions(name, transposed, outputs, subspace.left, count_fn).vectors
+                subspace.add_directions(weight, right.vectors, left)
 
-            self._visit(ranks, names, look)
+            self._apply_on_owners_checked(context, names, protect_matrix)
 
     @staticmethod
-    def _strongest(
+    def _strongest_directions(
         name: str,
-        roots: dict[str, torch.Tensor],
+        factors: dict[str, torch.Tensor],
         moments: dict[str, torch.Tensor],
-        taken: torch.Tensor,
-        count: Count,
+        protected: torch.Tensor,
+        count_fn: CountFn,
     ) -> Directions:
-        """Of the directions beside those taken the strongest, in `rootᵀ root` and in moments."""
-        if len(roots) == 1 and not moments:
-            (root,) = roots.values()
-            found, whole = right_directions(root, taken), float(root.double().square().sum())
+        """The strongest directions orthogonal to the protected ones, in the sum of `factorᵀ factor` and of second
+        moments. Several sources are scaled to equal unprotected energy."""
+        if len(factors) == 1 and not moments:
+            (factor,) = factors.values()
+            directions = right_singular_directions(factor, protected)
+            total_energy = float(factor.double().square().sum())
         else:
-            parts = [*moments.values(), *(root.double().T @ root.double() for root in roots.values())]
+            parts = [*moments.values(), *(factor.double().T @ factor.double() for factor in factors.values())]
             moment = (
-                sum((_scaled(part, taken) for part in parts), torch.zeros_like(parts[0])) if parts[1:] else parts[0]
+                sum((_scale_by_unprotected_energy(part, protected) for part in parts), torch.zeros_like(parts[0]))
+                if parts[1:]
+                else parts[0]
             )
-            found, whole = moment_directions(moment, taken), float(moment.trace())
-        most = count(name, found, taken, whole)
-        return Directions(found.energies[:most], found.vectors[:, :most])
+            directions, total_energy = moment_eigenvectors(moment, protected), float(moment.trace())
+        count = count_fn(name, directions, protected, total_energy)
+        return Directions(directions.energies[:count], directions.vectors[:, :count])
 
-    def _give_back(self) -> None:
-        """Where tasks have left less than an equal part of the first room, the base's weakest directions are freed."""
-        for matrix, space in self._spaces.items():
-            parts = []
-            for side, basis in enumerate((space.right, space.left)):
-                held, room = (int(self._base[matrix][at]) for at in (side, side + 2))
-                short = room // len(self.facts.tasks) - (len(basis) - basis.shape[1])
-                parts.append(slice(held - min(held, max(0, short)), held))
-                self._base[matrix][side] = parts[-1].start
-            if any(part.start < part.stop for part in parts):
-                space.release(*parts)
+    def _release_base_directions(self) -> None:
+        """Release the weakest base directions of matrices whose free directions have become fewer than an equal part,
+        per task, of those that were free at first."""
+        for matrix, subspace in self._subspaces.items():
+            released: list[slice] = []
+            for side, basis in enumerate((subspace.right, subspace.left)):
+                num_base, initially_free = (int(self._base_counts[matrix][i]) for i in (side, side + 2))
+                missing = initially_free // len(self.run_info.task_names) - (len(basis) - basis.shape[1])
+                released.append(slice(num_base - min(num_base, max(0, missing)), num_base))
+                self._base_counts[matrix][side] = released[-1].start
+            if any(columns.start < columns.stop for columns in released):
+                subspace.remove_directions(*released)
 
-    def _check_room(self, name: str, ranks: Ranks) -> None:
-        """A task needs free directions; where there are none, or by `when_short: stop` too few, it is told now."""
-        stuck = sum(self._is_full(space) for space in self._spaces.values())
-        count = int(ranks.sum_(torch.tensor([stuck], dtype=torch.int64, device=ranks.device)))
-        where = self.setting.removesuffix("targets")
-        if count == len(self._shapes) or (count and self.config.when_short == "stop"):
+    def _check_free_directions(self, name: str, context: TaskContext) -> None:
+        """Refuse to begin a task if no matrix has free directions, or if any has none and the recipe says to stop."""
+        num_full = sum(self._is_full(subspace) for subspace in self._subspaces.values())
+        count = int(context.all_reduce_sum(torch.tensor([num_full], dtype=torch.int64, device=context.device)))
+        where = self.targets_key.removesuffix("targets")
+        if count == len(self._matrix_shapes) or (count and self.config.when_short == "stop"):
             raise UserError(
-                f"method osft: task {name} finds no free direction in {count} of {len(self._shapes)} matrices; run "
-                f"again with {where}when_short=give_back, or start anew with a lower {where}share or "
+                f"method osft: task {name} finds no free direction in {count} of {len(self._matrix_shapes)} matrices; "
+                f"run again with {where}when_short=give_back, or start anew with a lower {where}share or "
                 f"{where}claim_energy"
             )
 
     @staticmethod
-    def _is_full(space: Subspace) -> bool:
-        full = [basis.shape[1] == len(basis) for basis in (space.right, space.left)]
-        return all(full) if space.reading == "paper" else any(full)
+    def _is_full(subspace: ProtectedSubspace) -> bool:
+        """Whether the matrix has no free direction in which it can change."""
+        full = [basis.shape[1] == len(basis) for basis in (subspace.right, subspace.left)]
+        return all(full) if subspace.projection == "paper" else any(full)
 
-    def _texts(self, ranks: Ranks) -> list[Drawn]:
-        """Texts that the base model makes up, if any are needed: what it needs in general shows in them."""
+    def _sample_general_texts(self, context: TaskContext) -> list[TextBlock]:
+        """Texts sampled from the base model, whose activations show what it needs in general. Empty if no source uses
+        them."""
         if self.config.basis == ("weights",) and self.config.allocate != "importance":
             return []
-        training = ranks.module.training
-        ranks.module.eval()
+        training = context.model.training
+        context.model.eval()
         with torch.no_grad():
             texts = sample_texts(
-                ranks.module,
-                TEXTS,
-                LENGTH,
-                self.facts.seed,
-                ranks.device,
-                functools.partial(ranks.said, "making up texts"),
+                context.model,
+                NUM_TEXTS,
+                TEXT_LENGTH,
+                self.run_info.seed,
+                context.device,
+                functools.partial(context.report_progress, "making up texts"),
             )
-        ranks.module.train(training)
+        context.model.train(training)
         return texts
 
-    def _important(self, ranks: Ranks, passes: Callable[[], Iterable[Pass]]) -> dict[str, float]:
-        """The paper's share for each matrix, by the importance of the decoder layer that it stands in."""
-        layers: Any = ranks.module.get_submodule("model.layers")
-        changes = Changes(len(layers), ranks.device)
-        with changes.gathering(layers):
-            for each in passes():
-                changes.counted = each.counted
-                ranks.probe(each.loss, False)
-        ranks.sum_(changes.sums)
+    def _ratios_by_importance(
+        self, context: TaskContext, passes: Callable[[], Iterable[ProbePass]]
+    ) -> dict[str, float]:
+        """The paper's protected ratio of each matrix, by the importance of its decoder layer."""
+        layers: Any = context.model.get_submodule("model.layers")
+        importance = LayerImportance(len(layers), context.device)
+        with importance.collect_stats(layers):
+            for probe_pass in passes():
+                importance.token_mask = probe_pass.token_weights
+                context.probe_activations(probe_pass.loss_fn, False)
+        context.all_reduce_sum(importance.sums)
         assert self.config.least is not None
         assert self.config.share is not None
         try:
-            found = shares_by_importance(changes.means(), self.config.least, self.config.share).tolist()
+            ratios = protected_ratios_from_importance(
+                importance.mean_similarity(), self.config.least, self.config.share
+            ).tolist()
         except ArithmeticError as error:
             raise UserError(f"method.allocate: given importance, but {error}; set method.allocate=fixed") from None
-        return {name: found[layer_of(name)] if layer_of(name) >= 0 else self.config.share for name in self._shapes}
+        return {
+            name: ratios[layer_index(name)] if layer_index(name) >= 0 else self.config.share
+            for name in self._matrix_shapes
+        }
 
-    def _portions(self) -> list[list[str]]:
-        """The matrices in portions whose inputs' second moments fit into memory together, decoder layer by layer."""
-        portions: list[list[str]] = [[]]
-        room, layer = MEMORY, None
-        for name, (_, columns) in self._shapes.items():
+    def _split_by_memory(self) -> list[list[str]]:
+        """Split the matrices into groups whose second moments fit into memory together. A decoder layer's matrices stay
+        in one group."""
+        name_groups: list[list[str]] = [[]]
+        room, layer = MAX_MOMENT_BYTES, None
+        for name, (_, columns) in self._matrix_shapes.items():
             room -= 8 * columns**2
-            if room < 0 and layer != layer_of(name):
-                portions.append([])
-                room = MEMORY - 8 * columns**2
-            layer = layer_of(name)
-            portions[-1].append(name)
-        return portions
+            if room < 0 and layer != layer_index(name):
+                name_groups.append([])
+                room = MAX_MOMENT_BYTES - 8 * columns**2
+            layer = layer_index(name)
+            name_groups[-1].append(name)
+        return name_groups
 
-    def _visit(self, ranks: Ranks, names: Sequence[str], look: Look) -> None:
-        """Show matrices to their owners; what one of them finds wrong stops all ranks, with one line."""
-        wrong = ""
+    def _apply_on_owners_checked(self, context: TaskContext, names: Sequence[str], matrix_fn: MatrixFn) -> None:
+        """Call `matrix_fn` on the matrices' owners. A numerical error on one owner stops all ranks with one message."""
+        problem = ""
 
-        def guarded(name: str, weight: torch.Tensor) -> None:
-            nonlocal wrong
+        def call_and_catch(name: str, weight: torch.Tensor) -> None:
+            nonlocal problem
             try:
-                look(name, weight)
+                matrix_fn(name, weight)
             except ArithmeticError as error:
-                wrong = wrong or f"method osft: {name}: {error}; start from weights, and a rate, that stay finite"
+                problem = problem or f"method osft: {name}: {error}; start from weights, and a rate, that stay finite"
 
-        ranks.visit(guarded, names)
-        ranks.refuse(wrong)
+        context.apply_on_owners(call_and_catch, names)
+        context.raise_on_all_ranks(problem)
 
-    def _told(self, ranks: Ranks) -> str:
-        """How much is free now, over all ranks."""
-        counts = [self._room(space) for space in self._spaces.values()]
-        free, whole = ranks.sum_(
-            torch.tensor([(0, 0), *counts], dtype=torch.int64, device=ranks.device).sum(0)
+    def _describe_protection(self, context: TaskContext) -> str:
+        """A message with the protected part of all directions, over all ranks."""
+        counts = [self._count_free_directions(subspace) for subspace in self._subspaces.values()]
+        free, total = context.all_reduce_sum(
+            torch.tensor([(0, 0), *counts], dtype=torch.int64, device=context.device).sum(0)
         ).tolist()
-        return f"{1 - free / whole:.1%} of the directions are protected from now on"
+        return f"{1 - free / total:.1%} of the directions are protected from now on"
 
     @staticmethod
-    def _room(space: Subspace) -> tuple[int, int]:
-        """The free directions of a matrix, and all."""
-        right, left = (len(basis) - basis.shape[1] for basis in (space.right, space.left))
-        if space.reading == "input":
-            return right, len(space.right)
-        return right + left, len(space.right) + len(space.left)
+    def _count_free_directions(subspace: ProtectedSubspace) -> tuple[int, int]:
+        """(number of free directions, number of all directions) of a matrix."""
+        right, left = (len(basis) - basis.shape[1] for basis in (subspace.right, subspace.left))
+        if subspace.projection == "input":
+            return right, len(subspace.right)
+        return right + left, len(subspace.right) + len(subspace.left)
 
-    # ---- what survives a restart
+    # ---- checkpoints
 
-    def owned(self) -> dict[str, torch.Tensor]:
-        kept = {f"{name}|{what}": t for name, space in self._spaces.items() for what, t in space.tensors().items()}
-        kept |= {f"{name}|base": counts for name, counts in self._base.items()}
-        return kept | {f"{name}|start": weight for name, weight in self._start.items()}
+    def matrix_state_dict(self) -> dict[str, torch.Tensor]:
+        state = {
+            f"{name}|{kind}": tensor
+            for name, subspace in self._subspaces.items()
+            for kind, tensor in subspace.state_dict().items()
+        }
+        state |= {f"{name}|base": counts for name, counts in self._base_counts.items()}
+        return state | {f"{name}|start": weight for name, weight in self._task_start_weights.items()}
 
-    def load_owned(self, read: Callable[[str], dict[str, torch.Tensor]]) -> None:
-        for name in self._mine:
-            tensors = read(name)
+    def load_matrix_state(self, read_matrix_state: Callable[[str], dict[str, torch.Tensor]]) -> None:
+        for name in self._owned_names:
+            tensors = read_matrix_state(name)
             if "start" in tensors:
-                self._start[name] = tensors.pop("start")
+                self._task_start_weights[name] = tensors.pop("start")
             if "base" in tensors:
-                self._base[name] = tensors.pop("base")
+                self._base_counts[name] = tensors.pop("base")
             if tensors:
-                moved = {what: tensor.to(self._device) for what, tensor in tensors.items()}
-                self._spaces[name] = Subspace.of(str(self.config.reading), moved)
+                moved = {kind: tensor.to(self._device) for kind, tensor in tensors.items()}
+                self._subspaces[name] = ProtectedSubspace.from_state_dict(str(self.config.reading), moved)
 
 
-def _scaled(moment: torch.Tensor, taken: torch.Tensor) -> torch.Tensor:
-    """With 1 as the energy that it has beside the directions taken."""
-    exact, whole = taken.to(moment), moment.trace()
-    rest = whole - (exact * (moment @ exact)).sum()
-    return moment / rest.clamp_min(1e-10 * float(whole) + torch.finfo(moment.dtype).tiny)  # what is rounding stays so
+def _scale_by_unprotected_energy(moment: torch.Tensor, protected: torch.Tensor) -> torch.Tensor:
+    """Scale a second moment so that its energy outside the protected directions is 1."""
+    basis, total_energy = protected.to(moment), moment.trace()
+    rest = total_energy - (basis * (moment @ basis)).sum()
+    floor = 1e-10 * float(total_energy) + torch.finfo(moment.dtype).tiny  # a rest below it is only rounding
+    return moment / rest.clamp_min(floor)
 
 
-def _text_passes(texts: Iterable[Drawn]) -> Iterator[Pass]:
-    """Texts that the model made up, a few rows at a time."""
-    for ids, counting in texts:
-        for at in range(0, len(ids), ROWS):
-            rows = ids[at : at + ROWS]
-            counts = (torch.arange(at, at + len(rows), device=ids.device) < counting)[:, None].expand(rows.shape)
-            yield Pass(counts.double(), functools.partial(_text_loss, rows, rows.masked_fill(~counts, -100)[:, 1:]))
+def _text_passes(texts: Iterable[TextBlock]) -> Iterator[ProbePass]:
+    """Passes over sampled texts, a few rows at a time."""
+    for ids, num_counted in texts:
+        for at in range(0, len(ids), ROWS_PER_PASS):
+            rows = ids[at : at + ROWS_PER_PASS]
+            counts = (torch.arange(at, at + len(rows), device=ids.device) < num_counted)[:, None].expand(rows.shape)
+            yield ProbePass(
+                counts.double(), functools.partial(_text_loss, rows, rows.masked_fill(~counts, -100)[:, 1:])
+            )
 
 
 def _text_loss(ids: torch.Tensor, targets: torch.Tensor, model: Any) -> torch.Tensor:
+    """The sum of next-token losses of texts; `targets` is -100 where a token does not count."""
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
     return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
 
 
-def _task_passes(batches: Iterable[Batch]) -> Iterator[Pass]:
-    """The task's own samples: what is asked and what is answered count alike."""
+def _task_passes(batches: Iterable[Batch]) -> Iterator[ProbePass]:
+    """Passes over the task's own samples. In each batch, all prompt tokens together and all answer tokens together have
+    the same weight."""
     for batch in batches:
         prompts, answers = (torch.zeros(batch.input_ids.shape, dtype=torch.float64) for _ in range(2))
-        for row, start, stop in batch.prompts:
+        for row, start, stop in batch.prompt_spans:
             prompts[row, start:stop] = 1
-        answers.view(-1)[batch.places.cpu()] = (batch.labels.cpu() != -100).double()
-        counted = (prompts / prompts.sum().clamp_min(1) + answers / answers.sum().clamp_min(1)) * len(batch.samples)
-        yield Pass(counted.to(batch.input_ids.device), functools.partial(answer_loss, batch=batch))
+        answers.view(-1)[batch.loss_positions.cpu()] = (batch.labels.cpu() != -100).double()
+        token_weights = (prompts / prompts.sum().clamp_min(1) + answers / answers.sum().clamp_min(1)) * len(
+            batch.sample_ids
+        )
+        yield ProbePass(token_weights.to(batch.input_ids.device), functools.partial(answer_loss, batch=batch))

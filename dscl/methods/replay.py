@@ -1,8 +1,8 @@
-"""Sequential fine-tuning with replay: a few samples of every ended task are learnt again with each later one.
+"""Replay: sequential fine-tuning in which stored samples of ended tasks are mixed into every later task.
 
-What trains: all weights, or one LoRA for all tasks. What is kept: samples, chosen by chance when their task ends, in
-files of their own, so that a run that goes on needs nothing of the earlier tasks' data. They are shuffled among the
-new task's samples, and each counts like one of those.
+What trains: all weights, or one LoRA for all tasks. What is kept: randomly chosen samples of every ended task. They are
+saved in files of their own, so that a resumed run does not need the data of earlier tasks. They are shuffled among the
+new task's samples and have the same weight in the loss.
 """
 
 from __future__ import annotations
@@ -13,60 +13,66 @@ from pathlib import Path
 import numpy as np
 
 from dscl.config.methods import ReplayConfig
-from dscl.data.memory import Kept
-from dscl.errors import UserError
-from dscl.methods.base import Ended, Facts, Ranks
+from dscl.data.replay_buffer import ReplayBuffer
+from dscl.methods.base import RunInfo, TaskContext, TaskSummary
 from dscl.methods.sequential import Sequential
-from dscl.model.adapters import file_name
+from dscl.model.adapters.peft_files import task_file_name
+from dscl.utils.errors import UserError
 
 
 class Replay(Sequential):
+    """Experience replay."""
+
     Config = ReplayConfig
     config: ReplayConfig
 
-    def __init__(self, config: ReplayConfig, facts: Facts) -> None:
-        super().__init__(config, facts)
-        if config.most is not None and config.most < len(facts.tasks) - 1:
+    def __init__(self, config: ReplayConfig, run_info: RunInfo) -> None:
+        super().__init__(config, run_info)
+        if config.most is not None and config.most < len(run_info.task_names) - 1:
             raise UserError(
-                f"method.most: given {config.most}; each of the {len(facts.tasks) - 1} tasks that end before the last "
-                "keeps a sample at least, so give as many or more"
+                f"method.most: given {config.most}; each of the {len(run_info.task_names) - 1} tasks that end before "
+                "the last keeps a sample at least, so give as many or more"
             )
-        self._kept: list[Kept] = []  # of each ended task, in an order of chance
+        self._buffers: list[ReplayBuffer] = []  # one for each ended task; its samples are in random order
 
-    def mixes(self, ended: Sequence[int]) -> list[int]:
-        return [self._count(samples, len(ended)) for samples in ended]
+    def replay_counts(self, task_sizes: Sequence[int]) -> list[int]:
+        return [self._samples_per_task(task_size, len(task_sizes)) for task_size in task_sizes]
 
-    def mixed_in(self) -> list[Kept]:
-        return self._kept
+    def replay_samples(self) -> list[ReplayBuffer]:
+        return self._buffers
 
-    def _count(self, samples: int, ended: int) -> int:
-        """How many of a task's samples are learnt again when so many tasks have ended."""
-        wanted = round((self.config.share or 0.0) * samples) if self.config.most is None else self.config.most // ended
-        return min(samples, max(1, wanted))
+    def _samples_per_task(self, task_size: int, num_ended: int) -> int:
+        """How many of a task's samples are replayed when this number of tasks has ended."""
+        if self.config.most is None:
+            count = round((self.config.share or 0.0) * task_size)
+        else:
+            count = self.config.most // num_ended
+        return min(task_size, max(1, count))
 
-    def end_task(self, index: int, name: str, ranks: Ranks) -> Ended:
-        samples = ranks.samples()
-        chance = np.random.default_rng([self.facts.seed, index]).permutation(len(samples))
-        chosen = chance[: self._count(len(samples), index + 1)]
-        self._kept.append(Kept(name, tuple(samples[int(i)] for i in chosen)))
-        self._cut()
-        return Ended(numbers={"capacity_bytes": float(sum(kept.size for kept in self._kept))})
+    def end_task(self, index: int, name: str, context: TaskContext) -> TaskSummary:
+        samples = context.task_samples()
+        order = np.random.default_rng([self.run_info.seed, index]).permutation(len(samples))
+        chosen = order[: self._samples_per_task(len(samples), index + 1)]
+        self._buffers.append(ReplayBuffer(name, tuple(samples[int(i)] for i in chosen)))
+        self._shrink_buffers()
+        return TaskSummary(metrics={"capacity_bytes": float(sum(buffer.num_bytes for buffer in self._buffers))})
 
-    def _cut(self) -> None:
-        """Earlier tasks give way to a new one."""
-        if self.config.most is not None and self._kept:
-            most = max(1, self.config.most // len(self._kept))
-            self._kept = [Kept(kept.task, kept.pairs[:most]) for kept in self._kept]
+    def _shrink_buffers(self) -> None:
+        """Drop samples of earlier tasks so that all tasks together stay within the maximum."""
+        if self.config.most is not None and self._buffers:
+            max_samples = max(1, self.config.most // len(self._buffers))
+            self._buffers = [ReplayBuffer(buffer.task, buffer.samples[:max_samples]) for buffer in self._buffers]
 
-    def leave(self, folder: Path, name: str) -> list[Path]:
-        path = _place(folder, name)
-        next(kept for kept in self._kept if kept.task == name).write(path)
+    def save_task_artifacts(self, folder: Path, name: str) -> list[Path]:
+        path = _artifact_path(folder, name)
+        next(buffer for buffer in self._buffers if buffer.task == name).write(path)
         return [path]
 
-    def recall(self, folder: Path, names: Sequence[str]) -> None:
-        self._kept = [Kept.read(_place(folder, name), name) for name in names]
-        self._cut()  # files stay as they were left: what a checkpoint needs is there whichever one it is
+    def load_task_artifacts(self, folder: Path, names: Sequence[str]) -> None:
+        self._buffers = [ReplayBuffer.read(_artifact_path(folder, name), name) for name in names]
+        self._shrink_buffers()  # the files keep all samples, because an older checkpoint may need them
 
 
-def _place(folder: Path, name: str) -> Path:
-    return folder / "samples" / f"{file_name(name)}.safetensors"
+def _artifact_path(folder: Path, name: str) -> Path:
+    """The file of a task's stored samples in the run's folder."""
+    return folder / "samples" / f"{task_file_name(name)}.safetensors"

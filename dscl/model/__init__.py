@@ -1,0 +1,1 @@
+"""The model: backbone, weights, tokenizer, head, generation, FLOP counts and activation statistics."""

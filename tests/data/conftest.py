@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dscl.config import parse
+from dscl.config.parsing import parse_config
 from dscl.data.stream import load_stream
 from dscl.data.task import DataConfig, Task, TaskConfig
 
@@ -41,7 +41,7 @@ def read(tmp_path: Path) -> Callable[..., Task]:
     """read(path, key=value, ...): that path as the only task of a stream."""
 
     def load(path: Path | str, bad_records: str = "stop", seed: int = 0, **settings: Any) -> Task:
-        config = parse(TaskConfig, {"name": "t", "path": str(path), **settings})
+        config = parse_config(TaskConfig, {"name": "t", "path": str(path), **settings})
         return load_stream([config], DataConfig(bad_records, str(tmp_path / "cache")), seed)[0]
 
     return load

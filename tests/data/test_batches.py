@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from dscl.data.batches import IGNORE, Batch, Row, Schedule, collate, first_fit, prompt_batch
+from dscl.data.batches import IGNORE_INDEX, Batch, BatchSampler, SampleRow, collate, collate_prompts, first_fit
 
 PAD = 0
 MAX_LENGTH = 32
@@ -23,58 +23,58 @@ def lengths(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return generator.integers(1, 25, count), generator.integers(2, 8, count)
 
 
-def schedule(count: int, **options: Any) -> Schedule:
-    defaults = {"seed": 3, "epochs": 2, "global_batch": 7, "micro_batch": 2, "world": 1, "packing": False}
-    return Schedule(*lengths(count), **{**defaults, "max_length": MAX_LENGTH, **options})
+def schedule(count: int, **options: Any) -> BatchSampler:
+    defaults = {"seed": 3, "epochs": 2, "global_batch": 7, "micro_batch": 2, "world_size": 1, "packing": False}
+    return BatchSampler(*lengths(count), **{**defaults, "max_length": MAX_LENGTH, **options})
 
 
 @pytest.mark.parametrize("packing", [False, True])
-@pytest.mark.parametrize("world", [1, 2, 3, 8])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 @pytest.mark.parametrize("micro_batch", [1, 4])
 @pytest.mark.parametrize("count", [1, 7, 20])
 def test_every_sample_once_and_equally_many_micro_batches(
-    packing: bool, world: int, micro_batch: int, count: int
+    packing: bool, world_size: int, micro_batch: int, count: int
 ) -> None:
-    plan = schedule(count, world=world, micro_batch=micro_batch, packing=packing)
+    plan = schedule(count, world_size=world_size, micro_batch=micro_batch, packing=packing)
     prompts, answers = lengths(count)
-    for number in range(plan.steps):
-        ranks = [plan.micro_batches(number, rank) for rank in range(world)]
+    for number in range(plan.num_steps):
+        ranks = [plan.micro_batches(number, rank) for rank in range(world_size)]
         assert len({len(batches) for batches in ranks}) == 1
         rows = [row for batches in ranks for batch in batches for row in batch]
-        step = plan.step(number)
-        assert Counter(sample for row in rows for sample in row) == Counter(step.samples)
-        assert max(step.samples.count(sample) for sample in step.samples) == 1
+        step = plan.step_plan(number)
+        assert Counter(sample for row in rows for sample in row) == Counter(step.sample_ids)
+        assert max(step.sample_ids.count(sample) for sample in step.sample_ids) == 1
         assert all(len(batch) <= micro_batch for batches in ranks for batch in batches)
         assert all(sum(int(prompts[s] + answers[s]) for s in row) <= MAX_LENGTH for row in rows)
         assert all(row for row in rows)
         assert packing or all(len(row) == 1 for row in rows)
-        assert step.targets == sum(int(answers[s]) for s in step.samples)
-        assert step.tokens == sum(int(answers[s] + prompts[s]) for s in step.samples)
+        assert step.num_targets == sum(int(answers[s]) for s in step.sample_ids)
+        assert step.num_tokens == sum(int(answers[s] + prompts[s]) for s in step.sample_ids)
 
 
 def test_each_epoch_goes_through_all_samples_in_an_order_of_its_own() -> None:
     plan = schedule(20, epochs=3)
-    assert (plan.steps_per_epoch, plan.steps) == (3, 9)
-    epochs = [[plan.step(3 * e + s).samples for s in range(3)] for e in range(3)]
+    assert (plan.steps_per_epoch, plan.num_steps) == (3, 9)
+    epochs = [[plan.step_plan(3 * e + s).sample_ids for s in range(3)] for e in range(3)]
     for epoch in epochs:
         assert [len(samples) for samples in epoch] == [7, 7, 6]
         assert sorted(sample for samples in epoch for sample in samples) == list(range(20))
     assert epochs[0] != epochs[1] != epochs[2]
-    assert [plan.step(i).epoch for i in (0, 2, 8)] == [pytest.approx(1 / 3), 1.0, 3.0]
+    assert [plan.step_plan(i).epoch for i in (0, 2, 8)] == [pytest.approx(1 / 3), 1.0, 3.0]
 
 
 def test_a_step_depends_on_its_number_alone() -> None:
-    forward = [schedule(20).step(i) for i in range(6)]
-    plan = schedule(20, world=4, micro_batch=3, packing=True)
-    assert [plan.step(i) for i in (5, 0, 3, 1, 4, 2)] == [forward[i] for i in (5, 0, 3, 1, 4, 2)]
-    assert [schedule(20, seed=4).step(i) for i in range(6)] != forward
+    forward = [schedule(20).step_plan(i) for i in range(6)]
+    plan = schedule(20, world_size=4, micro_batch=3, packing=True)
+    assert [plan.step_plan(i) for i in (5, 0, 3, 1, 4, 2)] == [forward[i] for i in (5, 0, 3, 1, 4, 2)]
+    assert [schedule(20, seed=4).step_plan(i) for i in range(6)] != forward
 
 
 def test_ranks_get_like_amounts_of_work() -> None:
-    plan = schedule(400, global_batch=80, world=4)
+    plan = schedule(400, global_batch=80, world_size=4)
     prompts, answers = lengths(400)
     total = prompts + answers
-    for number in range(plan.steps):
+    for number in range(plan.num_steps):
         work = [
             sum(int(total[s]) for batch in plan.micro_batches(number, rank) for row in batch for s in row)
             for rank in range(4)
@@ -100,7 +100,7 @@ def make_samples(count: int, seed: int = 0) -> list[tuple[list[int], list[int]]]
 
 
 SAMPLES = make_samples(7)
-PACKED_ROWS: list[Row] = [[0, 3, 5], [1], [6, 2, 4]]
+PACKED_ROWS: list[SampleRow] = [[0, 3, 5], [1], [6, 2, 4]]
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def logits_of(model: Any, batch: Batch) -> torch.Tensor:
         position_ids=batch.position_ids,
         use_cache=False,
     ).logits
-    return output.flatten(0, 1)[batch.places]
+    return output.flatten(0, 1)[batch.loss_positions]
 
 
 def loss_and_gradient(model: Any, batches: list[Batch]) -> tuple[float, torch.Tensor]:
@@ -128,7 +128,7 @@ def loss_and_gradient(model: Any, batches: list[Batch]) -> tuple[float, torch.Te
     total = 0.0
     for batch in batches:
         logits = logits_of(model, batch)
-        loss = cross_entropy(logits.float(), batch.labels, ignore_index=IGNORE, reduction="sum")
+        loss = cross_entropy(logits.float(), batch.labels, ignore_index=IGNORE_INDEX, reduction="sum")
         loss.backward()
         total += loss.item()
     return total, torch.cat([p.grad.flatten() for p in model.parameters()])
@@ -175,7 +175,7 @@ def test_packed_samples_do_not_see_each_other(model: Any) -> None:
     after = collate(PACKED_ROWS, changed_samples, PAD + 1, packing=True)
     every = torch.arange(before.input_ids.numel())
     with torch.no_grad():
-        one, other = (logits_of(model, replace(batch, places=every)) for batch in (before, after))
+        one, other = (logits_of(model, replace(batch, loss_positions=every)) for batch in (before, after))
     difference = (one - other).abs().amax(-1).view_as(before.input_ids)
     start = sum(map(len, SAMPLES[0]))
     own = torch.zeros_like(difference, dtype=torch.bool)
@@ -193,9 +193,9 @@ def test_shape_and_contents(packing: bool) -> None:
     width = batch.input_ids.shape[1]
     assert width % 8 == 0
     assert width - max(sum(len(SAMPLES[s][0]) + len(SAMPLES[s][1]) for s in row) for row in rows) < 8
-    assert batch.samples == [sample for row in rows for sample in row]
-    assert batch.input_ids.flatten()[batch.places + 1].tolist() == batch.labels.tolist()
-    assert batch.labels.tolist() == [token for sample in batch.samples for token in SAMPLES[sample][1]]
+    assert batch.sample_ids == [sample for row in rows for sample in row]
+    assert batch.input_ids.flatten()[batch.loss_positions + 1].tolist() == batch.labels.tolist()
+    assert batch.labels.tolist() == [token for sample in batch.sample_ids for token in SAMPLES[sample][1]]
     for i, row in enumerate(rows):
         ids = [token for sample in row for part in SAMPLES[sample] for token in part]
         expected = [*ids, *[PAD] * (width - len(ids))] if packing else [*[PAD] * (width - len(ids)), *ids]
@@ -215,23 +215,23 @@ def test_prompts_say_where_each_prompts_own_tokens_stand(packing: bool) -> None:
     rows = PACKED_ROWS if packing else [[i] for i in range(7)]
     for first in (None, SAMPLES[0][0][0]):
         batch = collate(rows, SAMPLES, PAD, packing, first, True)
-        assert batch.first
-        for sample, (row, start, stop) in zip(batch.samples, batch.prompts, strict=True):
+        assert batch.first_epoch
+        for sample, (row, start, stop) in zip(batch.sample_ids, batch.prompt_spans, strict=True):
             prompt = SAMPLES[sample][0]
             own = prompt[1:] if len(prompt) > 1 and prompt[0] == first else prompt
             assert batch.input_ids[row, start:stop].tolist() == own
     prompts = [[5], [5, 6, 7], [6, 5]]
-    alone = prompt_batch(prompts, PAD, 5)
-    own_tokens = [alone.input_ids[row, start:stop].tolist() for row, start, stop in alone.prompts]
+    alone = collate_prompts(prompts, PAD, 5)
+    own_tokens = [alone.input_ids[row, start:stop].tolist() for row, start, stop in alone.prompt_spans]
     assert own_tokens == [[5], [6, 7], [6, 5]]
 
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_filler(model: Any, packing: bool) -> None:
     batch = collate([], SAMPLES, PAD, packing)
-    assert batch.samples == []
+    assert batch.sample_ids == []
     assert batch.labels.numel() >= 1
-    assert (batch.labels == IGNORE).all()
+    assert (batch.labels == IGNORE_INDEX).all()
     assert torch.isfinite(logits_of(model, batch)).all()
     loss, gradient = loss_and_gradient(model, [batch])
     assert loss == 0
@@ -240,7 +240,7 @@ def test_filler(model: Any, packing: bool) -> None:
 
 def test_prompt_batch_gives_the_logits_of_each_prompt_alone(model: Any) -> None:
     prompts = [prompt for prompt, _ in SAMPLES]
-    batch = prompt_batch(prompts, PAD)
+    batch = collate_prompts(prompts, PAD)
     assert batch.input_ids.shape[1] == max(map(len, prompts))
     for i, prompt in enumerate(prompts):
         assert batch.position_ids[i, -len(prompt) :].tolist() == list(range(len(prompt)))
@@ -257,4 +257,4 @@ def test_to_moves_every_tensor(packing: bool) -> None:
     tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
     assert len(tensors) == (4 if packing else 5)
     assert {tensor.device.type for tensor in tensors} == {"meta"}
-    assert prompt_batch([[1, 2], [3]], PAD).to("meta").input_ids.device.type == "meta"
+    assert collate_prompts([[1, 2], [3]], PAD).to("meta").input_ids.device.type == "meta"

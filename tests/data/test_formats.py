@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from dscl.data.formats import recognise
+from dscl.data.formats import detect_layout
 from dscl.data.task import Task
-from dscl.errors import UserError
+from dscl.utils.errors import UserError
 
 Write = Callable[[str, Any], Path]
 Read = Callable[..., Task]
@@ -31,7 +31,7 @@ Read = Callable[..., Task]
 )
 def test_folders(write: Write, tmp_path: Path, layout: str, file: str, content: Any) -> None:
     write(f"task/{file}", content)
-    assert recognise(tmp_path / "task") == layout
+    assert detect_layout(tmp_path / "task") == layout
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_folders(write: Write, tmp_path: Path, layout: str, file: str, content: 
     ],
 )
 def test_files(write: Write, layout: str, file: str, content: Any) -> None:
-    assert recognise(write(file, content)) == layout
+    assert detect_layout(write(file, content)) == layout
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_files(write: Write, layout: str, file: str, content: Any) -> None:
 )
 def test_unknown_content_is_described(write: Write, file: str, content: Any, found: str) -> None:
     with pytest.raises(UserError, match=f"no known layout; found {found}; known are trace"):
-        recognise(write(file, content).parent)
+        detect_layout(write(file, content).parent)
 
 
 def test_missing_path_and_settings_that_do_not_apply(write: Write, read: Read) -> None:

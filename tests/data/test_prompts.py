@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dscl.data.prompts import read_prompts
-from dscl.errors import UserError
+from dscl.utils.errors import UserError
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dscl.data.task import Task
-from dscl.errors import UserError
+from dscl.utils.errors import UserError
 
 Write = Callable[[str, Any], Path]
 Read = Callable[..., Task]

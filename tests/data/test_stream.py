@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from dscl.config import parse
+from dscl.config.parsing import parse_config
 from dscl.data.stream import load_stream
 from dscl.data.task import DataConfig, Sample, Task, TaskConfig
-from dscl.errors import UserError
+from dscl.utils.errors import UserError
 
 Write = Callable[[str, Any], Path]
 Read = Callable[..., Task]
@@ -114,12 +114,12 @@ def test_a_split_of_bad_records_alone_is_empty(write: Write, read: Read, folder:
 
 
 def test_names(folder: Path) -> None:
-    one = parse(TaskConfig, {"name": "a", "path": str(folder)})
+    one = parse_config(TaskConfig, {"name": "a", "path": str(folder)})
     with pytest.raises(UserError, match="2 tasks are named 'a'"):
         load_stream([one, one], DataConfig(), 0)
     with pytest.raises(UserError, match="at least one task"):
         load_stream([], DataConfig(), 0)
-    two = parse(TaskConfig, {"name": "b", "path": str(folder)})
+    two = parse_config(TaskConfig, {"name": "b", "path": str(folder)})
     assert [task.name for task in load_stream([two, one], DataConfig(), 0)] == ["b", "a"]
 
 

@@ -10,7 +10,7 @@ import datasets
 import pytest
 
 from dscl.data.task import Task
-from dscl.errors import UserError
+from dscl.utils.errors import UserError
 
 Write = Callable[[str, Any], Path]
 Read = Callable[..., Task]

@@ -4,31 +4,31 @@ from __future__ import annotations
 
 import pytest
 
-from dscl.config import parse
-from dscl.data.task import BadRecord, DataConfig, SampleMaker, TaskConfig
-from dscl.errors import UserError
+from dscl.config.parsing import parse_config
+from dscl.data.task import BadRecord, DataConfig, SampleBuilder, TaskConfig
+from dscl.utils.errors import UserError
 
 LABELS = ("good", "bad")
 
 
-def maker(found: tuple[str, ...] | None = LABELS, **settings: object) -> SampleMaker:
-    config = parse(TaskConfig, {"name": "t", "path": "p", **settings})
-    return SampleMaker(config, ("sentence", "prompt"), found, default="{sentence}\nAnswer:")
+def builder(found: tuple[str, ...] | None = LABELS, **settings: object) -> SampleBuilder:
+    config = parse_config(TaskConfig, {"name": "t", "path": "p", **settings})
+    return SampleBuilder(config, ("sentence", "prompt"), found, default_template="{sentence}\nAnswer:")
 
 
 def test_default_and_own_template() -> None:
     fields = {"sentence": "so {labels} it is", "prompt": "x"}
-    assert maker().sample(fields, ("good",), "s").prompt == "so {labels} it is\nAnswer:"
-    own = maker(template="{{{sentence}}} one of {labels}?")
-    assert own.sample(fields, ("good",), "s").prompt == "{so {labels} it is} one of good, bad?"
+    assert builder().build_from_fields(fields, ("good",), "s").prompt == "so {labels} it is\nAnswer:"
+    own = builder(template="{{{sentence}}} one of {labels}?")
+    assert own.build_from_fields(fields, ("good",), "s").prompt == "{so {labels} it is} one of good, bad?"
 
 
 def test_labels_of_the_recipe_replace_those_of_the_data() -> None:
-    assert maker(labels=["bad", "good", "so-so"]).labels == ("bad", "good", "so-so")
+    assert builder(labels=["bad", "good", "so-so"]).labels == ("bad", "good", "so-so")
 
 
 def test_chat_wraps_prompt_and_answer() -> None:
-    sample = maker(chat=True).sample({"sentence": "hi", "prompt": "hi"}, ("bad",), "s")
+    sample = builder(chat=True).build_from_fields({"sentence": "hi", "prompt": "hi"}, ("bad",), "s")
     assert sample.messages is not None
     assert list(sample.messages) == [
         {"role": "user", "content": "hi\nAnswer:"},
@@ -52,7 +52,7 @@ def test_chat_wraps_prompt_and_answer() -> None:
 )
 def test_settings_that_cannot_work(settings: dict[str, object], labels: tuple[str, ...] | None, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        maker(labels, **settings)
+        builder(labels, **settings)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_settings_that_cannot_work(settings: dict[str, object], labels: tuple[st
 )
 def test_bad_fields(sentence: object, answer: object, message: str) -> None:
     with pytest.raises(BadRecord, match=message):
-        maker().sample({"sentence": sentence, "prompt": ""}, (answer,), "s")  # type: ignore[dict-item,arg-type]
+        builder().build_from_fields({"sentence": sentence, "prompt": ""}, (answer,), "s")  # type: ignore[dict-item,arg-type]
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_bad_fields(sentence: object, answer: object, message: str) -> None:
 )
 def test_values_out_of_range(settings: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        parse(TaskConfig, {"name": "t", "path": "p", **settings})
+        parse_config(TaskConfig, {"name": "t", "path": "p", **settings})
 
 
 def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:

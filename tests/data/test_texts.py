@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dscl.data.texts import encode_texts, read_texts
-from dscl.errors import UserError
+from dscl.utils.errors import UserError
 
 
 def test_lines_and_records_give_the_same_texts(tmp_path: Path) -> None:

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from dscl import evaluate, train
-from dscl.data.batches import prompt_batch
-from dscl.job import open_job
+from dscl.data.batches import collate_prompts
 from dscl.methods import asr
-from dscl.methods.asr import PAPER, Asr
-from dscl.model import decode
-from dscl.model.routing import Routing
-from dscl.recipe import resolve
+from dscl.methods.asr import ASR_PAPER_SETTINGS, Asr
+from dscl.model import generation
+from dscl.model.adapters.routing import Routing
+from dscl.recipe.recipe import resolve_recipe
+from dscl.training import evaluation, trainer
+from dscl.training.setup import build_setup
 from tests.support.five_tasks import NAMES, SIZES, left, scores, statistics, tasks
 from tests.support.five_tasks import recipe as recipe_of_tasks
 from tests.support.runs import failing, metrics, outcome, run, run_until
@@ -35,9 +35,9 @@ def test_task_orders_leave_the_same_bytes(ranks: Any, tasks: Path) -> None:
     dropout = {"lora": {"rank": 4, "dropout": 0.2}}
     four = NAMES[:4]
     orders = [four, four[::-1], (*four[2:], *four[:2])]
-    evaluate, train = {"before": False, "every": len(four)}, {"epochs": 1}
+    evaluation, trainer = {"before": False, "every": len(four)}, {"epochs": 1}
     for number, names in enumerate(orders):
-        ranks(2)(run, recipe(tasks, f"order{number}", 2, names, asr=dropout, evaluate=evaluate, train=train))
+        ranks(2)(run, recipe(tasks, f"order{number}", 2, names, asr=dropout, evaluate=evaluation, train=trainer))
     whole = left(tasks / "order0")
     assert len(whole) == 3 * len(four)
     assert len(set(whole.values())) > len(four)
@@ -138,22 +138,29 @@ def test_each_sample_counts_once_whatever_epochs_and_recomputation(ranks: Any, t
 
 def features_served(document: dict[str, Any]) -> tuple[int, int, int]:
     """Rows of the training pass against rows of the same prompts alone, padded and batched in another way."""
-    job = open_job(resolve(document))
-    engine = job.engine()
-    method, lesson = job.method, job.lessons[0]
+    setup = build_setup(resolve_recipe(document))
+    engine = setup.build_engine()
+    method, task_data = setup.method, setup.tasks[0]
     assert isinstance(method, Asr)
-    engine.start_over(method.begin_task(0, lesson.task.name, ranks_of(engine, lesson)))
-    for number in range(lesson.schedule.steps_per_epoch):
-        engine.step(method.loss, lesson.micro_batches(number), targets=lesson.schedule.step(number).targets, lr=1e-2)
-    rows = method.rows()
+    engine.reset_optimizer(method.begin_task(0, task_data.task.name, build_task_context(engine, task_data)))
+    for number in range(task_data.sampler.steps_per_epoch):
+        engine.step(
+            method.loss,
+            task_data.micro_batches(number),
+            targets=task_data.sampler.step_plan(number).num_targets,
+            lr=1e-2,
+        )
+    rows = method.row_state_dict()
     module = engine.module.eval()
     differing = 0
     for start in range(0, len(rows["samples"]), 5):
         samples = rows["samples"][start : start + 5].tolist()
-        batch = prompt_batch([lesson.data[sample][0] for sample in samples], lesson.pad, lesson.bos)
-        with torch.no_grad(), method.routing.pooling(batch.prompts) as pooled:
+        batch = collate_prompts(
+            [task_data.dataset[sample][0] for sample in samples], task_data.pad_id, task_data.bos_id
+        )
+        with torch.no_grad(), method.routing.capture_features(batch.prompt_spans) as pooled:
             module(batch.input_ids, batch.attention_mask, batch.position_ids)
-        served = method.deciding.router.rows(pooled())
+        served = method.task_router.router.quantize(pooled())
         differing += int((served != rows["features"][start : start + 5]).sum())
     engine.close()
     return len(rows["samples"]), differing, rows["features"].numel()
@@ -180,49 +187,51 @@ def right_padded(prompts: list[list[int]], pad: int) -> tuple[Any, torch.Tensor]
 
 def mixed(document: dict[str, Any]) -> tuple[float, float, float, int]:
     """A batch of rows from five tasks against five batches of one task: logits, padded left and right, and tokens."""
-    job = open_job(resolve(document))
-    engine = job.engine()
-    for index, lesson in enumerate(job.lessons):
-        engine.start_over(job.method.begin_task(index, lesson.task.name, ranks_of(engine, lesson)))
-        for number in range(lesson.steps):
-            plan = lesson.schedule.step(number)
-            engine.step(job.method.loss, lesson.micro_batches(number), targets=plan.targets, lr=1e-2)
-        ended = job.method.end_task(index, lesson.task.name, ranks_of(engine, lesson))
-        assert "condition" in ended.told
-        trained = sum(4 * t.numel() for t in engine.shards.whole().values())
-        assert ended.numbers["capacity_bytes"] == (index + 1) * trained
-    module, method, pad = engine.module.eval(), job.method, job.lessons[0].pad
+    setup = build_setup(resolve_recipe(document))
+    engine = setup.build_engine()
+    for index, task_data in enumerate(setup.tasks):
+        engine.reset_optimizer(
+            setup.method.begin_task(index, task_data.task.name, build_task_context(engine, task_data))
+        )
+        for number in range(task_data.num_steps):
+            plan = task_data.sampler.step_plan(number)
+            engine.step(setup.method.loss, task_data.micro_batches(number), targets=plan.num_targets, lr=1e-2)
+        ended = setup.method.end_task(index, task_data.task.name, build_task_context(engine, task_data))
+        assert "condition" in ended.message
+        trained = sum(4 * t.numel() for t in engine.shards.gather_full_weights().values())
+        assert ended.metrics["capacity_bytes"] == (index + 1) * trained
+    module, method, pad = engine.module.eval(), setup.method, setup.tasks[0].pad_id
     assert isinstance(method, Asr)
-    prompts = [lesson.exam.prompts[i] for i in range(3) for lesson in job.lessons]
-    batch = prompt_batch(prompts, pad, job.lessons[0].bos)
+    prompts = [task_data.eval_set.prompt_ids[i] for i in range(3) for task_data in setup.tasks]
+    batch = collate_prompts(prompts, pad, setup.tasks[0].bos_id)
     left_error = right_error = effect = 0.0
     different = 0
     with torch.no_grad():
-        with method.answering(batch) as routes:
+        with method.inference_context(batch) as routes:
             logits = module(batch.input_ids, batch.attention_mask, batch.position_ids).logits[:, -1]
         bare = module(batch.input_ids, batch.attention_mask, batch.position_ids).logits[:, -1]
         assert routes is not None
         assert len(set(routes)) > 3, routes
         ids, mask = right_padded([list(p) for p in prompts], pad)
         spans = [(row, stop - start_of(batch, row) - (stop - start), stop - start_of(batch, row))
-                 for row, start, stop in batch.prompts]  # fmt: skip
+                 for row, start, stop in batch.prompt_spans]  # fmt: skip
         turned = type(batch)(ids, mask, torch.arange(ids.shape[1]).repeat(len(ids), 1), spans)
-        with method.answering(turned) as again:
+        with method.inference_context(turned) as again:
             whole = module(ids, mask, turned.position_ids).logits
         assert again == routes
         other = torch.stack([whole[row, len(p) - 1] for row, p in enumerate(prompts)])
         right_error = float((other - logits).abs().max())
-        with method.answering(batch):
-            tokens = decode.generate(module, batch, 6, -1, pad)
+        with method.inference_context(batch):
+            tokens = generation.generate(module, batch, 6, -1, pad)
         for place in range(5):
             rows = list(range(place, 15, 5))
-            single = prompt_batch([prompts[r] for r in rows], pad, job.lessons[0].bos)
-            with method.answering(single) as chosen:
+            single = collate_prompts([prompts[r] for r in rows], pad, setup.tasks[0].bos_id)
+            with method.inference_context(single) as chosen:
                 got = module(single.input_ids, single.attention_mask, single.position_ids).logits[:, -1]
             assert chosen == [routes[r] for r in rows]
             left_error = max(left_error, float((got - logits[rows]).abs().max()))
-            with method.answering(single):
-                different += decode.generate(module, single, 6, -1, pad) != [tokens[r] for r in rows]
+            with method.inference_context(single):
+                different += generation.generate(module, single, 6, -1, pad) != [tokens[r] for r in rows]
         effect = float((bare - logits).abs().max())
     engine.close()
     return left_error, right_error, effect, different
@@ -232,8 +241,8 @@ class Nothing:
     """In the place of an observer that nobody tells anything."""
 
 
-def ranks_of(engine: Any, lesson: Any) -> Any:
-    return train.ranks_of(engine, lesson, "", Nothing(), train.Position())  # type: ignore[arg-type]
+def build_task_context(engine: Any, task_data: Any) -> Any:
+    return trainer.build_task_context(engine, task_data, "", Nothing(), trainer.TrainState())  # type: ignore[arg-type]
 
 
 def start_of(batch: Any, row: int) -> int:
@@ -255,7 +264,7 @@ def test_a_batch_of_five_tasks_equals_five_batches(ranks: Any, tasks: Path, stag
 def likelihoods(document: dict[str, Any]) -> list[tuple[str, list[str | None], torch.Tensor]]:
     """A run, and every exam's routes and likelihoods in the order in which they were taken."""
     seen: list[Any] = []
-    original, answering = evaluate.label_likelihoods, Asr.answering
+    original, answering = evaluation.label_log_probs, Asr.inference_context
     routes: list[Any] = []
 
     def watched(self: Asr, batch: Any, task: str | None = None) -> Any:
@@ -276,19 +285,19 @@ def likelihoods(document: dict[str, Any]) -> list[tuple[str, list[str | None], t
         seen.append((list(routes[-1]), values.clone()))
         return values
 
-    evaluate.label_likelihoods, Asr.answering = noting, watched  # type: ignore[method-assign]
+    evaluation.label_log_probs, Asr.inference_context = noting, watched  # type: ignore[method-assign]
     try:
         run(document)
     finally:
-        evaluate.label_likelihoods, Asr.answering = original, answering  # type: ignore[method-assign]
+        evaluation.label_log_probs, Asr.inference_context = original, answering  # type: ignore[method-assign]
     return seen
 
 
 def test_nothing_is_forgotten_to_the_last_bit(ranks: Any, tasks: Path) -> None:
     """Where a prompt's route is the same after later tasks, so is every bit of what the model says to it."""
     names = NAMES[:3]
-    evaluate, train = {"before": False, "batch": 64}, {"epochs": 1}
-    document = recipe(tasks, "bits", 3, names, evaluate=evaluate, asr={"reject": False}, train=train)
+    evaluation, trainer = {"before": False, "batch": 64}, {"epochs": 1}
+    document = recipe(tasks, "bits", 3, names, evaluate=evaluation, asr={"reject": False}, train=trainer)
     compared = 0
     for seen in ranks(2)(likelihoods, document):
         assert len(seen) == len(names) ** 2
@@ -332,7 +341,7 @@ def test_without_a_whole_checkpoint_nothing_is_trained_anew_unasked(ranks: Any, 
     ranks(2)(run, document)
     damage(tasks / "lost")
     for kind, told in ranks(2)(failing, document):
-        assert kind == "Failure"
+        assert kind == "ExternalFailure"
         assert "router/animal.safetensors does not match its checksum" in told
         assert "restore that file, or remove the run's folder" in told
 
@@ -356,21 +365,21 @@ def test_a_ridge_that_fails_loses_nothing(ranks: Any, tasks: Path) -> None:
 
 def spoilt(document: dict[str, Any], at: int) -> None:
     """One record makes the model's state NaN at its first visit."""
-    original, calls = Routing.at_feature_layer, [0]
+    original, calls = Routing.on_feature_layer, [0]
 
     def spoiling(self: Routing, hidden: torch.Tensor) -> None:
-        if self._decide is None and self._spans:
+        if self._choose_slots is None and self._spans:
             calls[0] += 1
             if calls[0] == at:
                 hidden[0, -1] = float("nan")
                 hidden[0] = float("nan")
         original(self, hidden)
 
-    Routing.at_feature_layer = spoiling  # type: ignore[method-assign]
+    Routing.on_feature_layer = spoiling  # type: ignore[method-assign]
     try:
         run(document)
     finally:
-        Routing.at_feature_layer = original  # type: ignore[method-assign]
+        Routing.on_feature_layer = original  # type: ignore[method-assign]
 
 
 def test_a_prompt_whose_state_is_not_finite_does_not_count(ranks: Any, undisturbed: Any, tasks: Path) -> None:
@@ -382,27 +391,29 @@ def test_a_prompt_whose_state_is_not_finite_does_not_count(ranks: Any, undisturb
         assert all(torch.isfinite(value).all() for value in fewer.values())
 
 
-SMALL_PAPER = {**PAPER, "width": 96, "ridge": 100.0}
+SMALL_PAPER = {**ASR_PAPER_SETTINGS, "width": 96, "ridge": 100.0}
 
 
 def faithful(document: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A run with the paper's settings but for the width; its router's weights and what it was made of."""
-    asr.PAPER.update(SMALL_PAPER)
+    asr.ASR_PAPER_SETTINGS.update(SMALL_PAPER)
     try:
         run(document)
-        job = open_job(resolve(document))
-        engine = job.engine()
-        assert isinstance(job.method, Asr)
-        job.method.recall(resolve(document).folder, [lesson.task.name for lesson in job.lessons])
-        solution = job.method.deciding.router.solution()
-        targets = set(job.method.bank.layers)
+        setup = build_setup(resolve_recipe(document))
+        engine = setup.build_engine()
+        assert isinstance(setup.method, Asr)
+        setup.method.load_task_artifacts(
+            resolve_recipe(document).run_folder, [task_data.task.name for task_data in setup.tasks]
+        )
+        solution = setup.method.task_router.router.get_fitted_router()
+        targets = set(setup.method.bank.layers)
         assert targets == {f"model.layers.{i}.self_attn.{p}_proj" for i in (4, 5) for p in "qv"}
         module = engine.module.eval()
         states, labels = [], []
         for index, name in enumerate(solution.names):
-            lesson = next(lesson for lesson in job.lessons if lesson.task.name == name)
-            for sample in range(len(lesson.data)):
-                prompt = lesson.data[sample][0]
+            task_data = next(task_data for task_data in setup.tasks if task_data.task.name == name)
+            for sample in range(len(task_data.dataset)):
+                prompt = task_data.dataset[sample][0]
                 with torch.no_grad():
                     hidden = module(torch.tensor([prompt]), output_hidden_states=True).hidden_states[4][0]
                 states.append(hidden[1:].double().mean(0))  # the first is <s>, which is no prompt's own
@@ -410,16 +421,16 @@ def faithful(document: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torc
         engine.close()
         return solution.weights, torch.stack(states), torch.tensor(labels)
     finally:
-        asr.PAPER.update(PAPER_AS_IT_IS)
+        asr.ASR_PAPER_SETTINGS.update(PAPER_AS_IT_IS)
 
 
-PAPER_AS_IT_IS = dict(PAPER)
+PAPER_AS_IT_IS = dict(ASR_PAPER_SETTINGS)
 
 
 def test_faithful_is_the_papers_equation(ranks: Any, tasks: Path) -> None:
     """W = (ΦᵀΦ + 100 I)⁻¹ ΦᵀY in fp64, from every prompt alone, unpadded; P is drawn from the seed."""
-    evaluate, train = {"before": False, "every": 3}, {"epochs": 1}
-    document = recipe(tasks, "paper", 0, NAMES[:3], evaluate=evaluate, train=train)
+    evaluation, trainer = {"before": False, "every": 3}, {"epochs": 1}
+    document = recipe(tasks, "paper", 0, NAMES[:3], evaluate=evaluation, train=trainer)
     document["model"]["shape"].update(num_hidden_layers=6)
     document["method"] = {"name": "asr", "faithful": True}
     for weights, states, labels in ranks(2)(faithful, document):

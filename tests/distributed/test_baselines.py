@@ -17,14 +17,14 @@ from torch import nn
 from torch.nn import functional
 
 from dscl.data.batches import Batch, collate
-from dscl.data.memory import Joined, Kept
-from dscl.engine import fill
-from dscl.job import Job, Lesson, open_job
+from dscl.data.replay_buffer import ConcatenatedDataset, ReplayBuffer
+from dscl.engine.engine import load_parameters
 from dscl.methods import ewc
-from dscl.methods.ewc import chances, signed_loss
-from dscl.methods.lwf import apart
-from dscl.model.routed import first_values
-from dscl.recipe import resolve
+from dscl.methods.ewc import random_signs, signed_loss
+from dscl.methods.lwf import distillation_loss
+from dscl.model.adapters.lora_bank import initial_lora_values
+from dscl.recipe.recipe import resolve_recipe
+from dscl.training.setup import RunSetup, TaskData, build_setup
 from tests.support.five_tasks import NAMES, recipe, tasks
 from tests.support.runs import EPS, metrics, outcome, run, run_until, run_with_eps
 
@@ -57,36 +57,36 @@ def answers(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids
     ).logits
     wanted = batch.labels != -100
-    return logits.flatten(0, 1)[batch.places[wanted]], batch.labels[wanted]
+    return logits.flatten(0, 1)[batch.loss_positions[wanted]], batch.labels[wanted]
 
 
 class Plain:
     """One process that trains a stream by the book; a method's rule is in the four calls."""
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self.model: Any = job.backbone.build()
-        fill(self.model, job.backbone.weights.read)
-        self.setup()
+    def __init__(self, setup: RunSetup) -> None:
+        self.setup = setup
+        self.model: Any = setup.backbone.build()
+        load_parameters(self.model, setup.backbone.weights.read)
+        self.prepare_state()
 
-    def setup(self) -> None:
+    def prepare_state(self) -> None:
         pass
 
-    def begin(self, lesson: Lesson) -> None:
+    def begin(self, task_data: TaskData) -> None:
         pass
 
     def extra(self, batch: Batch) -> torch.Tensor | float:
         """What a batch's summed loss has added to it."""
         return 0.0
 
-    def turn(self, lesson: Lesson, number: int) -> None:
+    def turn(self, task_data: TaskData, number: int) -> None:
         """Change the gradients."""
 
-    def end(self, lesson: Lesson) -> None:
+    def end(self, task_data: TaskData) -> None:
         pass
 
-    def batch(self, lesson: Lesson, samples: Any) -> Batch:
-        return collate([[i] for i in samples], lesson.data, lesson.pad, False, lesson.bos)
+    def batch(self, task_data: TaskData, samples: Any) -> Batch:
+        return collate([[i] for i in samples], task_data.dataset, task_data.pad_id, False, task_data.bos_id)
 
     def summed(self, batch: Batch) -> torch.Tensor:
         logits, labels = answers(self.model, batch)
@@ -97,25 +97,25 @@ class Plain:
 
     def losses(self) -> list[float]:
         found = []
-        for lesson in self.job.lessons:
-            self.begin(lesson)
+        for task_data in self.setup.tasks:
+            self.begin(task_data)
             optimizer = torch.optim.AdamW(self.trained(), lr=0.0, weight_decay=0.0, eps=EPS)
-            for number in range(lesson.steps):
-                plan = lesson.schedule.step(number)
-                optimizer.param_groups[0]["lr"] = lesson.learning_rate(number)
-                self.turn_before(lesson, number)
+            for number in range(task_data.num_steps):
+                plan = task_data.sampler.step_plan(number)
+                optimizer.param_groups[0]["lr"] = task_data.learning_rate(number)
+                self.turn_before(task_data, number)
                 optimizer.zero_grad()
-                batch = self.batch(lesson, plan.samples)
-                loss = (self.summed(batch) + self.extra(batch)) / plan.targets
+                batch = self.batch(task_data, plan.sample_ids)
+                loss = (self.summed(batch) + self.extra(batch)) / plan.num_targets
                 loss.backward()
                 nn.utils.clip_grad_norm_(self.trained(), CLIP)
-                self.turn(lesson, number)
+                self.turn(task_data, number)
                 optimizer.step()
                 found.append(loss.item())
-            self.end(lesson)
+            self.end(task_data)
         return found
 
-    def turn_before(self, lesson: Lesson, number: int) -> None:
+    def turn_before(self, task_data: TaskData, number: int) -> None:
         """Look at other gradients."""
 
 
@@ -125,7 +125,7 @@ class PlainEwc(Plain):
     fisher: list[torch.Tensor] | None = None
     group = 8
 
-    def turn(self, lesson: Lesson, number: int) -> None:
+    def turn(self, task_data: TaskData, number: int) -> None:
         if self.fisher is None:
             return
         penalty = sum(
@@ -135,24 +135,24 @@ class PlainEwc(Plain):
         for parameter, more in zip(self.trained(), added, strict=True):
             parameter.grad += more
 
-    def end(self, lesson: Lesson) -> None:
-        signs = chances(len(lesson.data), self.job.recipe.seed, lesson.task.name)
+    def end(self, task_data: TaskData) -> None:
+        signs = random_signs(len(task_data.dataset), self.setup.recipe.seed, task_data.task.name)
         found = [torch.zeros_like(p) for p in self.trained()]
-        groups = list(self.groups(lesson))
+        groups = list(self.groups(task_data))
         count = sum(map(len, groups))
         for group in groups:
             self.model.zero_grad()
             for sample in group:
-                (signs[sample] * self.summed(self.batch(lesson, [sample]))).backward()
+                (signs[sample] * self.summed(self.batch(task_data, [sample]))).backward()
             for total, parameter in zip(found, self.trained(), strict=True):
                 total += parameter.grad.square() / count
         earlier = self.fisher or [torch.zeros_like(p) for p in found]
         self.fisher = [0.5 * before + now for before, now in zip(earlier, found, strict=True)]
         self.anchor = [p.detach().clone() for p in self.trained()]
 
-    def groups(self, lesson: Lesson) -> Iterator[list[int]]:
+    def groups(self, task_data: TaskData) -> Iterator[list[int]]:
         """Of the first twenty samples in the order in which they are learnt, eight at a time."""
-        plans = [lesson.schedule.step(number).samples for number in range(lesson.schedule.steps_per_epoch)]
+        plans = [task_data.sampler.step_plan(number).sample_ids for number in range(task_data.sampler.steps_per_epoch)]
         first = [sample for plan in plans for sample in plan][:20]
         yield from (first[at : at + self.group] for at in range(0, len(first), self.group))
 
@@ -163,22 +163,22 @@ class PlainAgem(Plain):
     run_dir: Path
     turned = 0
 
-    def begin(self, lesson: Lesson) -> None:
-        ended = self.job.lessons[: self.job.lessons.index(lesson)]
+    def begin(self, task_data: TaskData) -> None:
+        ended = self.setup.tasks[: self.setup.tasks.index(task_data)]
         names = [other.task.name for other in ended]
-        kept = [Kept.read(self.run_dir / "samples" / f"{name}.safetensors", name) for name in names]
-        self.memory = Joined(kept) if kept else None
-        self.schedule = lesson.planned(self.memory, lesson.epochs) if self.memory is not None else None
+        kept = [ReplayBuffer.read(self.run_dir / "samples" / f"{name}.safetensors", name) for name in names]
+        self.memory = ConcatenatedDataset(kept) if kept else None
+        self.schedule = task_data.build_sampler(self.memory, task_data.epochs) if self.memory is not None else None
 
-    def turn_before(self, lesson: Lesson, number: int) -> None:
+    def turn_before(self, task_data: TaskData, number: int) -> None:
         if self.schedule is None or self.memory is None:
             return
         self.model.zero_grad()
-        samples = self.schedule.step(number % self.schedule.steps).samples
-        self.summed(collate([[i] for i in samples], self.memory, lesson.pad, False, lesson.bos)).backward()
+        samples = self.schedule.step_plan(number % self.schedule.num_steps).sample_ids
+        self.summed(collate([[i] for i in samples], self.memory, task_data.pad_id, False, task_data.bos_id)).backward()
         self.reference = torch.cat([p.grad.flatten() for p in self.trained()])
 
-    def turn(self, lesson: Lesson, number: int) -> None:
+    def turn(self, task_data: TaskData, number: int) -> None:
         if self.schedule is None:
             return
         gradient, r = torch.cat([p.grad.flatten() for p in self.trained()]), self.reference
@@ -195,8 +195,8 @@ class PlainLwf(Plain):
 
     before: Any = None
 
-    def begin(self, lesson: Lesson) -> None:
-        self.before = None if lesson is self.job.lessons[0] else copy.deepcopy(self.model)
+    def begin(self, task_data: TaskData) -> None:
+        self.before = None if task_data is self.setup.tasks[0] else copy.deepcopy(self.model)
 
     def extra(self, batch: Batch) -> torch.Tensor | float:
         if self.before is None:
@@ -210,19 +210,19 @@ class PlainLwf(Plain):
 class PlainOlora(Plain):
     """Weights with all LoRAs added to them, made anew in every step."""
 
-    def setup(self) -> None:
+    def prepare_state(self) -> None:
         self.model.requires_grad_(False)
         self.layers = {n: m for n, m in self.model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"}
         self.base = {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
         self.ended: list[dict[str, tuple[torch.Tensor, torch.Tensor]]] = []
 
-    def begin(self, lesson: Lesson) -> None:
+    def begin(self, task_data: TaskData) -> None:
         self.now = {}
         for name, layer in self.layers.items():
             pair = []
             for side, shape in (("a", (4, layer.in_features)), ("b", (layer.out_features, 4))):
-                tensor = f"{lesson.task.name}:{name}.lora_{side}"
-                values = first_values(self.job.recipe.seed, tensor, torch.Size(shape), 0, shape[0] * shape[1])
+                tensor = f"{task_data.task.name}:{name}.lora_{side}"
+                values = initial_lora_values(self.setup.recipe.seed, tensor, torch.Size(shape), 0, shape[0] * shape[1])
                 pair.append(nn.Parameter(values.view(shape)))
             self.now[name] = pair[0], pair[1]
 
@@ -244,7 +244,7 @@ class PlainOlora(Plain):
         overlaps = [(pairs[name][0] @ self.now[name][0].T).abs().sum() for pairs in self.ended for name in self.base]
         return 0.3 * int((batch.labels != -100).sum()) * sum(overlaps, torch.zeros(()))
 
-    def end(self, lesson: Lesson) -> None:
+    def end(self, task_data: TaskData) -> None:
         self.ended.append({name: (a.detach().clone(), b.detach().clone()) for name, (a, b) in self.now.items()})
 
 
@@ -252,7 +252,7 @@ PLAIN: dict[str, type[Plain]] = {"ewc": PlainEwc, "agem": PlainAgem, "lwf": Plai
 
 
 def plain_losses(made: dict[str, Any]) -> tuple[list[float], Plain]:
-    plain = PLAIN[made["method"]["name"]](open_job(resolve(made)))
+    plain = PLAIN[made["method"]["name"]](build_setup(resolve_recipe(made)))
     if isinstance(plain, PlainAgem):
         plain.run_dir = Path(made["run_dir"])
     return plain.losses(), plain
@@ -290,7 +290,7 @@ def test_every_step_equals_plain_torch(
     made = document(tasks, f"{method}{stage}{world}", method, stage)
     ranks(world)(run_with_eps, made)
     losses, plain = reference(made)
-    assert len(losses) == sum(steps for _, steps in plain.job.steps()) > 20
+    assert len(losses) == sum(steps for _, steps in plain.setup.planned_steps()) > 20
     assert [record["loss"] for record in metrics(tasks / f"{method}{stage}{world}")] == pytest.approx(losses, rel=1e-5)
     if isinstance(plain, PlainAgem):
         assert plain.turned > 2
@@ -329,7 +329,7 @@ def test_a_run_that_died_ends_as_one_that_did_not(ranks: Any, tasks: Path, metho
 
 def run_one_by_one(made: dict[str, Any]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ewc, "GROUP", 1)
+        patch.setattr(ewc, "GROUP_SIZE", 1)
         run_with_eps(made)
 
 
@@ -353,17 +353,17 @@ def test_information_is_the_mean_of_squared_gradients(ranks: Any, tasks: Path, s
 
 def test_signs_of_chance_give_squared_gradients_on_average(tasks: Path) -> None:
     """Over all signs that three samples can have, exactly; packed or not."""
-    job = open_job(resolve(document(tasks, "signs", "ewc")))
-    model = job.backbone.build()
-    fill(model, job.backbone.weights.read)
+    setup = build_setup(resolve_recipe(document(tasks, "signs", "ewc")))
+    model = setup.backbone.build()
+    load_parameters(model, setup.backbone.weights.read)
     model.double()
-    lesson, samples = job.lessons[0], [3, 5, 8]
-    lengths = torch.tensor([lesson.data.answer_lengths[i] for i in samples])
+    task_data, samples = setup.tasks[0], [3, 5, 8]
+    lengths = torch.tensor([task_data.dataset.answer_lengths[i] for i in samples])
     for rows in ([[3], [5], [8]], [[5, 3], [8]]):
         packed = len(rows) == 2
         order = torch.tensor([samples.index(i) for row in rows for i in row])
-        batch = collate(rows, lesson.data, lesson.pad, packed, lesson.bos)
-        assert batch.samples == [samples[i] for i in order]
+        batch = collate(rows, task_data.dataset, task_data.pad_id, packed, task_data.bos_id)
+        assert batch.sample_ids == [samples[i] for i in order]
 
         def gradient(signs: torch.Tensor, batch: Batch = batch, order: torch.Tensor = order) -> torch.Tensor:
             loss = signed_loss(model, batch, signs[order].repeat_interleave(lengths[order]))
@@ -393,10 +393,10 @@ def test_tokens_that_are_not_recorded_count_as_one() -> None:
     some, rest = p[rows, best.indices], 1 - p[rows, best.indices].sum(1)
     others = 1 - q[rows, best.indices].sum(1)
     expected = (some * (some / q[rows, best.indices]).log()).sum() + (rest * (rest / others).log()).sum()
-    assert float(apart(best.values, now, best.indices)) == pytest.approx(float(expected), rel=1e-12)
+    assert float(distillation_loss(best.values, now, best.indices)) == pytest.approx(float(expected), rel=1e-12)
     whole = functional.kl_div(now, then, reduction="sum", log_target=True)
-    assert float(apart(then, now, torch.arange(9).expand(5, 9))) == pytest.approx(float(whole), rel=1e-12)
-    assert float(apart(then[:, :3], then, torch.arange(3).expand(5, 3))) == pytest.approx(0.0, abs=1e-12)
+    assert float(distillation_loss(then, now, torch.arange(9).expand(5, 9))) == pytest.approx(float(whole), rel=1e-12)
+    assert float(distillation_loss(then[:, :3], then, torch.arange(3).expand(5, 3))) == pytest.approx(0.0, abs=1e-12)
 
 
 def test_steps_one_group_after_the_other_are_refused_where_all_have_to_be_seen(

@@ -16,10 +16,10 @@ import pytest
 import torch
 from torch import nn
 
-import dscl.engine
-from dscl import dist
-from dscl.engine import Engine, fill
-from dscl.model.surgery import LoraConfig, add_lora
+import dscl.engine.engine
+from dscl.distributed import comm
+from dscl.engine.engine import Engine, load_parameters
+from dscl.model.adapters.injection import LoraConfig, inject_lora
 from tests.support.toy_model import (
     OFFLOAD,
     STEPS,
@@ -43,7 +43,7 @@ def reference() -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
     """One process, no DeepSpeed, the whole batch at once."""
     built = backbone()
     model = built.build()
-    fill(model, built.weights.read)
+    load_parameters(model, built.weights.read)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.1)
     losses, norms = [], []
     for step in range(STEPS):
@@ -111,10 +111,10 @@ def sensing(stage: int, zero: dict[str, Any], precision: str) -> tuple[list[floa
     losses, shown = [], []
     for step in range(STEPS):
         batches, count = micro_batches(step + 1, 2)
-        engine.sense(summed_loss, batches, count, lambda _: None)
+        engine.compute_gradients(summed_loss, batches, count, lambda _: None)
         losses += go(engine, 1, step, step + 1)[0]
     batches, count = micro_batches(0, 2)
-    engine.sense(
+    engine.compute_gradients(
         summed_loss, batches, count, lambda held: shown.extend((f.name, f.start, f.gradient.clone()) for f in held)
     )
     result = masters(engine)
@@ -165,7 +165,7 @@ def tuned_by_lora(stage: int) -> tuple[list[float], Any]:
     built = backbone()
     engine = Engine(
         {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 100}},
-        build=built.build, read=built.weights.read, prepare=lambda m: add_lora(m, LORA, 3),
+        build=built.build, read=built.weights.read, prepare=lambda m: inject_lora(m, LORA, 3),
         precision="fp32", weight_decay=0.1,
     )  # fmt: skip
     losses = go(engine, 2)[0]
@@ -182,8 +182,8 @@ def expected_of_lora() -> tuple[list[float], dict[str, torch.Tensor]]:
     """peft's LoRA in plain torch, from the same first values, without clipping's help at the usual norms."""
     built = backbone()
     model = built.build()
-    fill(model, built.weights.read)
-    first = {n: p.detach().clone() for n, p in add_lora(copy.deepcopy(model), LORA, 3).named_parameters()}
+    load_parameters(model, built.weights.read)
+    first = {n: p.detach().clone() for n, p in inject_lora(copy.deepcopy(model), LORA, 3).named_parameters()}
     wanted = peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(LORA.targets))
     model = peft.inject_adapter_in_model(wanted, model)
     with torch.no_grad():
@@ -222,9 +222,9 @@ def with_means_of_means(stage: int) -> list[float]:
     losses = []
     for step in range(STEPS):
         batches, count = micro_batches(step, 1)
-        wrong = count / (max(1, targets(batches)) * dist.world())
+        wrong = count / (max(1, targets(batches)) * comm.world_size())
         total = engine.step(lambda m, t, w=wrong: summed_loss(m, t) * w, batches, targets=count, lr=rate(step)) / wrong
-        losses.append((dist.sum_(total) / count).item())
+        losses.append((comm.all_reduce_sum(total) / count).item())
     engine.close()
     return losses
 
@@ -238,11 +238,11 @@ def test_the_usual_mean_of_means_is_caught(ranks: Any, expected: Any) -> None:
 def after_reset(stage: int, precision: str) -> bool:
     """Train, write the first weights back, reset: the losses must be those of an engine just built."""
     engine = make(stage, precision)
-    start = {(f.name, f.start): f.master.clone() for f in engine.shards.fragments()}
+    start = {(f.name, f.start): f.master.clone() for f in engine.shards.local_shards()}
     zeros = {name: torch.zeros_like(value) for name, value in start.items()}
     first = go(engine)[0]
-    steps = engine.shards.steps()
-    engine.shards.restore(lambda name, kind, at, _stop: (start if kind == "master" else zeros)[(name, at)], 0)
+    steps = engine.shards.step_count()
+    engine.shards.restore_shards(lambda name, kind, at, _stop: (start if kind == "master" else zeros)[(name, at)], 0)
     engine.shards.reset_moments()
     again = go(engine)[0]
     engine.close()
@@ -263,13 +263,13 @@ def test_reset_equals_a_fresh_engine_bitwise(ranks: Any, stage: int, precision: 
 
 def moments_without_reset(stage: int) -> bool:
     engine = make(stage)
-    start = {(f.name, f.start): f.master.clone() for f in engine.shards.fragments()}
-    kept = {(f.name, f.start, kind): m for f in engine.shards.fragments() for kind, m in f.moments.items()}
+    start = {(f.name, f.start): f.master.clone() for f in engine.shards.local_shards()}
+    kept = {(f.name, f.start, kind): m for f in engine.shards.local_shards() for kind, m in f.moments.items()}
     first = go(engine)[0]
     stored = {key: value.clone() for key, value in kept.items()}
-    engine.shards.restore(
+    engine.shards.restore_shards(
         lambda name, kind, at, _stop: start[(name, at)] if kind == "master" else stored[(name, at, kind)],
-        engine.shards.steps(),
+        engine.shards.step_count(),
     )
     again = go(engine)[0]
     engine.close()
@@ -284,7 +284,7 @@ def low_precision_copies(stage: int) -> float:
     """bf16: the model's weights are the rounded masters, on every rank."""
     engine = make(stage, "bf16")
     go(engine)
-    parts = dist.gather({(f.name, f.start): f.master.clone() for f in engine.shards.shares()})
+    parts = comm.all_gather_objects({(f.name, f.start): f.master.clone() for f in engine.shards.disjoint_shards()})
     worst = 0.0
     for name, parameter in engine.module.named_parameters():
         with whole(parameter):
@@ -312,7 +312,7 @@ def changed_then_stepped(stage: int) -> tuple[float, float, float]:
     parameter: Any = dict(engine.module.named_parameters())[name]
     with whole(parameter):
         before = parameter.detach().flatten().float().clone()
-    engine.start_over(lambda tensor, _, start, stop: drawn[start:stop] if tensor == name else None)
+    engine.reset_optimizer(lambda tensor, _, start, stop: drawn[start:stop] if tensor == name else None)
     with whole(parameter):
         at_once = parameter.detach().flatten().float().clone()
     batches, count = micro_batches(2, 1)
@@ -335,14 +335,14 @@ def test_what_a_collective_sends_is_the_argument_that_deepspeed_has_there() -> N
     source = ast.parse(inspect.getsource(importlib.import_module("deepspeed.comm.torch")))
     backend = next(node for node in source.body if isinstance(node, ast.ClassDef) and node.name == "TorchBackend")
     methods = {node.name: node for node in backend.body if isinstance(node, ast.FunctionDef)}
-    for name, (_, place, argument) in dscl.engine.COLLECTIVES.items():
+    for name, (_, place, argument) in dscl.engine.engine.COLLECTIVE_SIGNATURES.items():
         assert [each.arg for each in methods[name].args.args][1 + place] == argument, name
 
 
 def whole_and_parts(stage: int) -> tuple[dict[str, torch.Tensor], Any]:
     engine = make(stage)
     go(engine, last=2)
-    found = engine.shards.whole(), masters(engine)
+    found = engine.shards.gather_full_weights(), masters(engine)
     engine.close()
     return found
 
@@ -371,17 +371,17 @@ def skipped_step(stage: int, precision: str, wrong: Any) -> tuple[bool, bool, bo
     """A step that goes wrong on one rank only leaves masters and moments as they were; the next one is sound."""
     engine = make(stage, precision)
     go(engine, last=2)
-    before = {(f.name, f.start): (f.master.clone(), f.moments["exp_avg"].clone()) for f in engine.shards.fragments()}
+    before = {(f.name, f.start): (f.master.clone(), f.moments["exp_avg"].clone()) for f in engine.shards.local_shards()}
     batches, count = micro_batches(2, 1)
-    loss = wrong if dist.rank() == 1 else summed_loss
+    loss = wrong if comm.rank() == 1 else summed_loss
     engine.step(loss, batches, targets=count, lr=1e-2, skip_non_finite=True)
     same = all(
         torch.equal(f.master, before[(f.name, f.start)][0])
         and torch.equal(f.moments["exp_avg"], before[(f.name, f.start)][1])
-        for f in engine.shards.fragments()
+        for f in engine.shards.local_shards()
     )
     losses = go(engine, first=2)[0]
-    moved = any(not torch.equal(f.master, before[(f.name, f.start)][0]) for f in engine.shards.fragments())
+    moved = any(not torch.equal(f.master, before[(f.name, f.start)][0]) for f in engine.shards.local_shards())
     engine.close()
     return same, moved, all(value == value for value in losses)
 
@@ -401,15 +401,15 @@ def test_a_step_can_be_skipped(ranks: Any, stage: int, precision: str, wrong: An
 
 def fingerprints(stage: int) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
     engine = make(stage)
-    first, again = engine.shards.fingerprints(), engine.shards.fingerprints()
+    first, again = engine.shards.weight_fingerprints(), engine.shards.weight_fingerprints()
     assert first == again
     with torch.no_grad():
-        for fragment in engine.shards.fragments():
+        for fragment in engine.shards.local_shards():
             if fragment.name.endswith("layers.1.mlp.up_proj.weight") and fragment.start == 0:
                 fragment.master[0] += 1e-7
-    touched = engine.shards.fingerprints()
+    touched = engine.shards.weight_fingerprints()
     go(engine, last=1)
-    moved = engine.shards.fingerprints()
+    moved = engine.shards.weight_fingerprints()
     engine.close()
     return first, touched, moved
 
@@ -427,7 +427,7 @@ def test_fingerprints_show_which_tensor_moved(ranks: Any, stage: int) -> None:
 def test_weights_do_not_depend_on_how_they_are_read() -> None:
     built = backbone()
     model = built.build()
-    fill(model, built.weights.read)
+    load_parameters(model, built.weights.read)
     other = copy.deepcopy(model)
 
     def in_halves(name: str, shape: torch.Size, start: int, stop: int) -> torch.Tensor:
@@ -436,7 +436,7 @@ def test_weights_do_not_depend_on_how_they_are_read() -> None:
             [built.weights.read(name, shape, start, middle), built.weights.read(name, shape, middle, stop)]
         )
 
-    fill(other, in_halves)
+    load_parameters(other, in_halves)
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -455,9 +455,9 @@ def test_a_killed_build_does_not_block_the_next(tmp_path: Path, monkeypatch: pyt
         def load(self) -> None:
             seen.append((folder / "lock").exists())
 
-    monkeypatch.setattr(dscl.engine, "_get_build_directory", lambda name, verbose: str(folder))
-    monkeypatch.setattr(dscl.engine, "get_accelerator", Builder)
-    dscl.engine._build_extension()
+    monkeypatch.setattr(dscl.engine.engine, "_get_build_directory", lambda name, verbose: str(folder))
+    monkeypatch.setattr(dscl.engine.engine, "get_accelerator", Builder)
+    dscl.engine.engine._build_shm_extension()
     assert seen == [False]
 
 
@@ -480,8 +480,8 @@ def test_ranks_that_srun_started_are_joined(monkeypatch: pytest.MonkeyPatch, nod
     slurm = {"STEP_NUM_TASKS": "16", "STEP_NODELIST": nodes, "PROCID": "9", "LOCALID": "1", "JOB_ID": "1234567"}
     for name, value in slurm.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    dist._join_slurm()
-    assert (dist.rank(), dist.world(), dist.local_rank()) == (9, 16, 1)
+    comm._join_slurm()
+    assert (comm.rank(), comm.world_size(), comm.local_rank()) == (9, 16, 1)
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == (first, "24567")
 
 
@@ -504,7 +504,7 @@ def probed_between_steps(stage: int, probing: bool) -> tuple[list[float], list[f
         if probing:
             handle = felt(engine.module, seen)
             for back in (True, False):
-                engine.probe(lambda model: summed_loss(model, join(rows(7))), back)
+                engine.probe_activations(lambda model: summed_loss(model, join(rows(7))), back)
             handle.remove()
     assert all(p.requires_grad for p in engine.module.parameters())
     assert engine.module.training
@@ -517,7 +517,7 @@ def test_a_probe_is_felt_by_hooks_and_by_nothing_else(ranks: Any, expected: Any,
     undisturbed, probed = (ranks(2)(probed_between_steps, stage, probing) for probing in (False, True))
     assert [losses for losses, _ in probed] == [losses for losses, _ in undisturbed]
     model, whole = backbone().build(), []
-    fill(model, backbone().weights.read)
+    load_parameters(model, backbone().weights.read)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate(0), weight_decay=0.1)
     (sum(summed_loss(model, toy) for toy in rows(0)) / targets(rows(0))).backward()  # type: ignore[union-attr]
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)

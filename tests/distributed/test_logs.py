@@ -86,13 +86,13 @@ def test_no_prompt_and_no_answer_lands_in_what_a_run_says(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(("layout", "number"), [(layout, n) for layout, bad in BAD.items() for n in range(len(bad))])
 def test_what_is_said_of_a_bad_record_is_where_it_stands(tmp_path: Path, layout: str, number: int) -> None:
-    from dscl.config import parse
+    from dscl.config.parsing import parse_config
     from dscl.data.stream import load_stream
     from dscl.data.task import DataConfig, TaskConfig
-    from dscl.errors import UserError
+    from dscl.utils.errors import UserError
 
     write_task(tmp_path / layout, layout, BAD[layout][number : number + 1])
-    config = parse(TaskConfig, {"name": "t", "path": str(tmp_path / layout)})
+    config = parse_config(TaskConfig, {"name": "t", "path": str(tmp_path / layout)})
     with pytest.raises(UserError) as caught:
         load_stream([config], DataConfig("stop", str(tmp_path / "cache")), 0)
     assert str(tmp_path / layout / "train.json") in str(caught.value)
@@ -102,7 +102,7 @@ def test_what_is_said_of_a_bad_record_is_where_it_stands(tmp_path: Path, layout:
 @pytest.mark.parametrize("line", [f'["{WORD}"]', f'{{"text": ["{WORD}"]}}', WORD])
 def test_what_is_said_of_a_bad_text_is_where_it_stands(tmp_path: Path, line: str) -> None:
     from dscl.data.texts import read_texts
-    from dscl.errors import UserError
+    from dscl.utils.errors import UserError
 
     (tmp_path / "texts.jsonl").write_text(line)
     with pytest.raises(UserError, match="line 1: ") as caught:

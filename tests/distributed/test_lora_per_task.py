@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from dscl.errors import UserError
-from dscl.export import describe
+from dscl.serving.export import describe_run
+from dscl.utils.errors import UserError
 from tests.support.five_tasks import NAMES, left, recipe, scores, tasks
 from tests.support.runs import outcome, run, run_until
 
@@ -60,5 +60,5 @@ def test_a_run_that_died_ends_as_one_that_did_not(ranks: Any, tasks: Path) -> No
 
 def test_an_export_is_refused_with_the_way_to_one(ranks: Any, tasks: Path) -> None:
     ranks(1)(run, isolated(tasks, "export", 0, NAMES[:1]))
-    with pytest.raises(UserError, match=r"in which nobody decides .*export.adapters\) with dscl route-existing"):
-        describe(tasks / "export")
+    with pytest.raises(UserError, match=r"which has no router .*export.adapters\) with dscl route-existing"):
+        describe_run(tasks / "export")

@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from dscl import train
-from dscl.checkpoint import Checkpoints
-from dscl.data.batches import prompt_batch
-from dscl.engine import Engine
-from dscl.job import Job, open_job
-from dscl.methods import METHODS, Ranks, find_method
-from dscl.recipe import resolve
+from dscl.data.batches import collate_prompts
+from dscl.engine.engine import Engine
+from dscl.methods.base import TaskContext
+from dscl.methods.registry import METHODS, find_method
+from dscl.recipe.recipe import resolve_recipe
+from dscl.training import trainer
+from dscl.training.checkpoint import Checkpoints
+from dscl.training.setup import RunSetup, build_setup
 from tests.support.five_tasks import NAMES, recipe, tasks
 from tests.support.osft_runs import quick
 from tests.support.runs import Killed, outcome, run
@@ -106,21 +107,21 @@ class Snapshot:
     answers: dict[str | None, Any]  # logits and routing decisions, with each task id given and with none
 
 
-def take_snapshot(engine: Engine, job: Job) -> Snapshot:
-    method = job.method
+def take_snapshot(engine: Engine, setup: RunSetup) -> Snapshot:
+    method = setup.method
     shards: dict[str, list[tuple[int, torch.Tensor]]] = {}
-    for share in engine.shards.shares():
-        for kind, values in share.tensors().items():
+    for share in engine.shards.disjoint_shards():
+        for kind, values in share.state_tensors().items():
             shards.setdefault(f"{kind} {share.name}", []).append((share.start, values.clone()))
     return Snapshot(
         shards=shards,
-        optimizer_steps=engine.shards.steps(),
-        state=copied(method.state()),
-        rows=copied(method.rows()),
-        owned=copied(method.owned()),
-        samples=[(kept.task, kept.pairs) for kept in (*method.mixed_in(), *method.reviews())],
+        optimizer_steps=engine.shards.step_count(),
+        state=copied(method.state_dict()),
+        rows=copied(method.row_state_dict()),
+        owned=copied(method.matrix_state_dict()),
+        samples=[(kept.task, kept.samples) for kept in (*method.replay_samples(), *method.reference_samples())],
         buffers=copied(dict(engine.module.named_buffers())),
-        answers=answers(engine, job),
+        answers=answers(engine, setup),
     )
 
 
@@ -129,14 +130,14 @@ def copied(tensors: Tensors) -> Tensors:
 
 
 @torch.no_grad()
-def answers(engine: Engine, job: Job) -> dict[str | None, Any]:
+def answers(engine: Engine, setup: RunSetup) -> dict[str | None, Any]:
     found: dict[str | None, Any] = {}
-    prompts = [lesson.exam.prompts[i] for i in range(3) for lesson in job.lessons]
-    batch = prompt_batch(prompts, job.lessons[0].pad, job.lessons[0].bos)
+    prompts = [task_data.eval_set.prompt_ids[i] for i in range(3) for task_data in setup.tasks]
+    batch = collate_prompts(prompts, setup.tasks[0].pad_id, setup.tasks[0].bos_id)
     training = engine.module.training
     engine.module.eval()
-    for task in (None, *(lesson.task.name for lesson in job.lessons)):
-        with job.method.answering(batch, task) as routes:
+    for task in (None, *(task_data.task.name for task_data in setup.tasks)):
+        with setup.method.inference_context(batch, task) as routes:
             logits = engine.module(batch.input_ids, batch.attention_mask, batch.position_ids).logits
         found[task] = logits, list(routes or ())
     engine.module.train(training)
@@ -145,10 +146,10 @@ def answers(engine: Engine, job: Job) -> dict[str | None, Any]:
 
 def restored_snapshot(made: dict[str, Any], checkpoint: str) -> Snapshot:
     """Of a fresh job and engine that were brought to a checkpoint of the run."""
-    job = open_job(resolve(made))
-    engine = job.engine()
-    train.restore(Path(made["run_dir"]) / "checkpoints" / checkpoint, engine, job)
-    snapshot = take_snapshot(engine, job)
+    setup = build_setup(resolve_recipe(made))
+    engine = setup.build_engine()
+    trainer.restore_checkpoint(Path(made["run_dir"]) / "checkpoints" / checkpoint, engine, setup)
+    snapshot = take_snapshot(engine, setup)
     engine.close()
     return snapshot
 
@@ -176,7 +177,17 @@ def assert_identical(found: Any, expected: Any, where: str = "") -> None:
 
 
 Requests = dict[tuple[str, int], int]  # by phase ("begin_task", "end_task") and task: how many requests to the ranks
-REQUESTS = ("probe", "batches", "whole", "visit", "sum_", "samples", "stretches", "groups", "sense")
+REQUESTS = (
+    "probe_activations",
+    "iter_batches",
+    "gather_full_weights",
+    "apply_on_owners",
+    "all_reduce_sum",
+    "task_samples",
+    "local_shards",
+    "sample_groups",
+    "compute_gradients",
+)
 
 
 class ReferenceRun(NamedTuple):
@@ -190,20 +201,20 @@ def recorded(made: dict[str, Any]) -> tuple[Snapshot, Snapshot, Requests]:
     """Run undisturbed; on this rank, the snapshots at both checkpoints, and the requests around each task."""
     snapshots: dict[str, Snapshot] = {}
     requests: Requests = {}
-    jobs: list[Job] = []
+    setups: list[RunSetup] = []
     save = Checkpoints.save
 
-    def opening(*arguments: Any) -> Job:
-        jobs.append(open_job(*arguments))
-        return jobs[-1]
+    def opening(*arguments: Any) -> RunSetup:
+        setups.append(build_setup(*arguments))
+        return setups[-1]
 
-    def saving(self: Checkpoints, name: str, position: Any, engine: Engine, method: Any) -> None:
-        save(self, name, position, engine, method)
+    def saving(self: Checkpoints, name: str, train_state: Any, engine: Engine, method: Any) -> None:
+        save(self, name, train_state, engine, method)
         if name in (MID_TASK, FINAL):
-            snapshots[name] = take_snapshot(engine, jobs[-1])
+            snapshots[name] = take_snapshot(engine, setups[-1])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "open_job", opening)
+        patch.setattr(trainer, "build_setup", opening)
         patch.setattr(Checkpoints, "save", saving)
         for phase in ("begin_task", "end_task"):
             count_requests(patch, find_method(made["method"]["name"]), phase, requests)
@@ -214,7 +225,7 @@ def recorded(made: dict[str, Any]) -> tuple[Snapshot, Snapshot, Requests]:
 def count_requests(patch: pytest.MonkeyPatch, method: type, phase: str, requests: Requests) -> None:
     original = getattr(method, phase)
 
-    def counting(self: Any, index: int, name: str, ranks: Ranks) -> Any:
+    def counting(self: Any, index: int, name: str, ranks: TaskContext) -> Any:
         def count() -> None:
             requests[phase, index] += 1
 
@@ -224,7 +235,7 @@ def count_requests(patch: pytest.MonkeyPatch, method: type, phase: str, requests
     patch.setattr(method, phase, counting)
 
 
-def with_callback(ranks: Ranks, callback: Callable[[], None]) -> Ranks:
+def with_callback(ranks: TaskContext, callback: Callable[[], None]) -> TaskContext:
     """The same ranks; `callback` is called after each request."""
 
     def wrapped(request: Callable[..., Any]) -> Callable[..., Any]:
@@ -278,7 +289,7 @@ def test_task_artifacts_are_restored_in_a_fresh_object(ranks: Any, tasks: Path, 
     assert {path.relative_to(made.folder).parts[0] for path in artifacts(made.folder)} == set(case.artifacts)
     for snapshot in made.final:
         first, second = (snapshot.answers[task][0] for task in NAMES[:2])
-        assert torch.equal(first, second) != METHODS[method].by_task
+        assert torch.equal(first, second) != METHODS[method].uses_task_id
     found = ranks(case.world)(quick, restored_snapshot, document(tasks, method, "reference"), FINAL)
     assert_identical(found, made.final)
 
@@ -348,7 +359,7 @@ def die_within(patch: pytest.MonkeyPatch, method: type, phase: str, task: int, r
     """While a task begins or ends: after that request to the ranks; where there is none, when the phase is over."""
     original = getattr(method, phase)
 
-    def dying(self: Any, index: int, name: str, ranks: Ranks) -> Any:
+    def dying(self: Any, index: int, name: str, ranks: TaskContext) -> Any:
         if index != task:
             return original(self, index, name, ranks)
         calls = [0]
@@ -391,9 +402,9 @@ def run_with_kills(made: dict[str, Any], kills: Iterable[tuple[str, int]], reque
             elif place == "step":
                 die_at(patch, Engine, "step", number)
             elif place == "marker":
-                die_at(patch, Checkpoints, "settle", number, before=True)
+                die_at(patch, Checkpoints, "finish_pending", number, before=True)
             else:
-                die_at(patch, Checkpoints, "leave", number, before=place == "leave")
+                die_at(patch, Checkpoints, "write_task_artifacts", number, before=place == "leave")
             with pytest.raises(Killed):
                 run(made)
     run(made)
@@ -409,7 +420,7 @@ def checksums(folder: Path) -> dict[str, str]:
 def test_a_killed_run_ends_as_an_undisturbed_run(ranks: Any, tasks: Path, reference: Any, method: str) -> None:
     """Killed while a task begins and ends, between steps, and around the writing of artifacts and checkpoints."""
     made, undisturbed = document(tasks, method, "killed"), reference(method)
-    kills = KILLS_OF_ONE_TASK if METHODS[method].together else KILLS
+    kills = KILLS_OF_ONE_TASK if METHODS[method].joint else KILLS
     ranks(CASES[method].world)(quick, run_with_kills, made, kills, undisturbed.requests)
     assert outcome(Path(made["run_dir"])) == outcome(undisturbed.folder)
     assert checksums(Path(made["run_dir"])) == checksums(undisturbed.folder)

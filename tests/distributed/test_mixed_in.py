@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from dscl import train
-from dscl.data.memory import Kept
-from dscl.engine import Engine
-from dscl.errors import UserError
-from dscl.job import open_job
+from dscl.data.replay_buffer import ReplayBuffer
+from dscl.engine.engine import Engine
 from dscl.methods.replay import Replay
-from dscl.recipe import resolve
+from dscl.recipe.recipe import resolve_recipe
+from dscl.training import trainer
+from dscl.training.setup import build_setup
+from dscl.utils.errors import UserError
 from tests.support.five_tasks import NAMES, SIZES, recipe, scores, tasks
 from tests.support.runs import metrics, outcome, run, run_until
 
@@ -35,20 +35,20 @@ def mixing(folder: Path, name: str, method: dict[str, Any], stage: int = 1, ever
 def seen(document: dict[str, Any]) -> list[Counter[tuple[str, str]]]:
     """Task by task, how often each sample is learnt, over all ranks: prompt and answer."""
     found: list[Counter[tuple[str, str]]] = []
-    learn, step = train.learn, Engine.step
+    train_task, step = trainer.train_task, Engine.step
 
     def learning(*arguments: Any) -> None:
         found.append(Counter())
-        learn(*arguments)
+        train_task(*arguments)
 
     def stepping(self: Engine, loss: Any, batches: Any, **more: Any) -> Any:
         for batch in batches:
-            for row, start, stop in batch.prompts:
+            for row, start, stop in batch.prompt_spans:
                 found[-1][str(batch.input_ids[row, start:stop].tolist())] += 1
         return step(self, loss, batches, **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "learn", learning)
+        patch.setattr(trainer, "train_task", learning)
         patch.setattr(Engine, "step", stepping)
         run(document)
     return found
@@ -57,8 +57,8 @@ def seen(document: dict[str, Any]) -> list[Counter[tuple[str, str]]]:
 def prompts(document: dict[str, Any]) -> list[list[str]]:
     """Of each task's training samples, as they are seen; the same on every rank."""
     return [
-        [str(lesson.data[i][0][int(lesson.bos is not None) :]) for i in range(len(lesson.data))]
-        for lesson in open_job(resolve(document)).lessons
+        [str(task_data.dataset[i][0][int(task_data.bos_id is not None) :]) for i in range(len(task_data.dataset))]
+        for task_data in build_setup(resolve_recipe(document)).tasks
     ]
 
 
@@ -93,19 +93,19 @@ def test_each_later_task_learns_some_of_the_earlier_ones_again(
 def test_what_is_kept_is_read_from_files(ranks: Any, tasks: Path) -> None:
     document = mixing(tasks, "kept", {"name": "replay", "share": 0.3})
     ranks(1)(run, document)
-    job = open_job(resolve(document))
-    for lesson, count in zip(job.lessons, (11, 9, 6), strict=True):
-        path = tasks / "kept" / "samples" / f"{lesson.task.name}.safetensors"
-        kept = Kept.read(path, lesson.task.name)
+    setup = build_setup(resolve_recipe(document))
+    for task_data, count in zip(setup.tasks, (11, 9, 6), strict=True):
+        path = tasks / "kept" / "samples" / f"{task_data.task.name}.safetensors"
+        kept = ReplayBuffer.read(path, task_data.task.name)
         assert len(kept) == count
-        every = [lesson.data[i] for i in range(len(lesson.data))]
-        assert all(tuple(map(list, pair)) in every for pair in kept.pairs)
-        assert kept.size == sum(tensor.nbytes for tensor in load_file(path).values())
+        every = [task_data.dataset[i] for i in range(len(task_data.dataset))]
+        assert all(tuple(map(list, pair)) in every for pair in kept.samples)
+        assert kept.num_bytes == sum(tensor.nbytes for tensor in load_file(path).values())
     told = [record["capacity_bytes"] for record in metrics(tasks / "kept") if "capacity_bytes" in record]
     files = sorted((tasks / "kept" / "samples").iterdir())
     assert told[-1] == sum(t.nbytes for path in files for t in load_file(path).values())
     with pytest.raises(UserError, match="samples of task 'colour', here 'animal' is needed"):
-        Kept.read(tasks / "kept" / "samples" / "colour.safetensors", "animal")
+        ReplayBuffer.read(tasks / "kept" / "samples" / "colour.safetensors", "animal")
 
 
 @pytest.mark.exhaustive
@@ -157,25 +157,25 @@ def test_rates_of_their_own_are_refused_where_tasks_are_learnt_at_once(tasks: Pa
     document = mixing(tasks, "rates", {"name": "joint"})
     document["stream"][1]["lr"] = 0.5
     with pytest.raises(UserError, match=r"given lr None for colour, lr 0.5 for animal, .*set train.lr"):
-        open_job(resolve(document))
+        build_setup(resolve_recipe(document))
 
 
 def test_no_more_is_kept_than_was_asked_for(tasks: Path, tmp_path: Path) -> None:
-    method = open_job(resolve(mixing(tasks, "most", {"name": "replay", "most": 8}))).method
-    every = Kept("any", tuple(([number], [0]) for number in range(30)))
+    method = build_setup(resolve_recipe(mixing(tasks, "most", {"name": "replay", "most": 8}))).method
+    every = ReplayBuffer("any", tuple(([number], [0]) for number in range(30)))
     for index, expected in enumerate(([8], [4, 4], [2, 2, 2])):
-        ended: Any = method.end_task(index, NAMES[index], SimpleNamespace(samples=lambda: every))  # type: ignore[arg-type]
-        method.leave(tmp_path, NAMES[index])
-        kept: list[Kept] = list(method.mixed_in())  # type: ignore[call-overload]
+        ended: Any = method.end_task(index, NAMES[index], SimpleNamespace(task_samples=lambda: every))  # type: ignore[arg-type]
+        method.save_task_artifacts(tmp_path, NAMES[index])
+        kept: list[ReplayBuffer] = list(method.replay_samples())  # type: ignore[call-overload]
         assert [len(each) for each in kept] == expected
-        assert ended.numbers["capacity_bytes"] == sum(each.size for each in kept)
-    method.recall(tmp_path, NAMES[:3])
-    assert [each.pairs for each in method.mixed_in()] == [each.pairs for each in kept]  # type: ignore[attr-defined]
+        assert ended.metrics["capacity_bytes"] == sum(each.num_bytes for each in kept)
+    method.load_task_artifacts(tmp_path, NAMES[:3])
+    assert [each.samples for each in method.replay_samples()] == [each.samples for each in kept]  # type: ignore[attr-defined]
     with pytest.raises(UserError, match=r"method.most: given 1; each of the 2 tasks"):
-        open_job(resolve(mixing(tasks, "too few", {"name": "replay", "most": 1})))
+        build_setup(resolve_recipe(mixing(tasks, "too few", {"name": "replay", "most": 1})))
 
 
 def test_both_limits_are_refused(tasks: Path) -> None:
     with pytest.raises(UserError, match=r"method.most: given 5 together with share: 0.5"):
-        resolve(mixing(tasks, "limits", {"name": "replay", "share": 0.5, "most": 5}))
+        resolve_recipe(mixing(tasks, "limits", {"name": "replay", "share": 0.5, "most": 5}))
     assert Replay.Config().share == 0.1

@@ -24,21 +24,25 @@ import yaml
 from torch import nn
 from torch.nn import functional
 
-from dscl import cli, dist, train
-from dscl.checkpoint import Checkpoints
-from dscl.data.batches import PromptBatch, prompt_batch
-from dscl.engine import Engine, fill
-from dscl.job import open_job
+from dscl.cli import app
+from dscl.data.batches import PromptBatch, collate_prompts
+from dscl.distributed import comm
+from dscl.engine.engine import Engine, load_parameters
 from dscl.maths import gates, grouped
-from dscl.methods import Facts, moses
-from dscl.methods.deciding import Deciding
+from dscl.methods import moses
+from dscl.methods.base import RunInfo
 from dscl.methods.moses import Moses, MosesConfig
 from dscl.methods.osft import Osft
-from dscl.model import decode, experts
+from dscl.methods.task_router import TaskRouter
+from dscl.model import generation
+from dscl.model.adapters import sub_experts
+from dscl.model.adapters.sub_experts import SubExpertBank, SubExpertLinear
+from dscl.model.adapters.task_masks import read_task_masks
 from dscl.model.backbone import ModelConfig
-from dscl.model.claims import open_claims
-from dscl.model.experts import Experts, SubExperts
-from dscl.recipe import resolve
+from dscl.recipe.recipe import resolve_recipe
+from dscl.training import trainer
+from dscl.training.checkpoint import Checkpoints
+from dscl.training.setup import build_setup
 from tests.support.five_tasks import LABELS, words_of
 from tests.support.osft_runs import excess, of_matrices, quick, stored
 from tests.support.runs import failing, killed_after, metrics, outcome, recipe_of, run, run_until, run_until_killed
@@ -96,9 +100,9 @@ def halved(step: int) -> list[Toy]:
 
 def shared_out(step: int, accumulation: int) -> tuple[list[Toy], int]:
     whole = halved(step)
-    mine = whole[dist.rank() :: dist.world()]
-    size = -(-len(whole) // (dist.world() * accumulation))
-    empty = torch.full((1, 10), VOCABULARY // 2 * dist.rank())  # of this rank's half, too
+    mine = whole[comm.rank() :: comm.world_size()]
+    size = -(-len(whole) // (comm.world_size() * accumulation))
+    empty = torch.full((1, 10), VOCABULARY // 2 * comm.rank())  # of this rank's half, too
     parts = [mine[i * size : (i + 1) * size] or [Toy(empty, torch.full_like(empty, -100))] for i in range(accumulation)]
     return [join(part) for part in parts], targets(whole)
 
@@ -108,7 +112,7 @@ def rate(step: int) -> float:
 
 
 class Silent:
-    def working(self, *_: Any) -> None:
+    def show_activity(self, *_: Any) -> None:
         pass
 
 
@@ -131,7 +135,7 @@ class Kind:
 
 
 def begun(kind: Kind, stage: int, zero: dict[str, Any], precision: str = "fp32") -> tuple[Engine, Moses]:
-    method = Moses(kind.config(), Facts(0, TASKS, "", "", "", 0, precision))
+    method = Moses(kind.config(), RunInfo(0, TASKS, "", "", "", 0, precision))
     plain = backbone({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
     engine = Engine(
         {"zero_optimization": {"stage": stage, **zero}},
@@ -148,18 +152,18 @@ def begun(kind: Kind, stage: int, zero: dict[str, Any], precision: str = "fp32")
 def learn(engine: Engine, method: Moses, index: int, accumulation: int = 1) -> list[float]:
     """A task's steps, up to its end but for that."""
     name = TASKS[index]
-    method.begin_task(index, name, train.ranks_of(engine, None, "", Silent(), train.Position()))  # type: ignore[arg-type]
-    engine.start_over(lambda own, shape, start, stop: starting(name, own, shape).flatten()[start:stop])
+    method.begin_task(index, name, trainer.build_task_context(engine, None, "", Silent(), trainer.TrainState()))  # type: ignore[arg-type]
+    engine.reset_optimizer(lambda own, shape, start, stop: starting(name, own, shape).flatten()[start:stop])
     losses = []
     for step in range(STEPS):
         batches, count = shared_out(10 * index + step, accumulation)
         total = engine.step(summed_loss, batches, targets=count, lr=rate(step))
-        losses.append((dist.sum_(total) / count).item())
+        losses.append((comm.all_reduce_sum(total) / count).item())
     return losses
 
 
 def end(engine: Engine, method: Moses, index: int) -> None:
-    method.end_task(index, TASKS[index], train.ranks_of(engine, None, "", Silent(), train.Position()))  # type: ignore[arg-type]
+    method.end_task(index, TASKS[index], trainer.build_task_context(engine, None, "", Silent(), trainer.TrainState()))  # type: ignore[arg-type]
 
 
 # ---- against a loop over experts in plain torch, in one process
@@ -254,7 +258,7 @@ class Result:
 @functools.cache
 def reference(kind: Kind) -> Result:
     model = backbone().build()
-    fill(model, base)
+    load_parameters(model, base)
     model.requires_grad_(False)
     layers = {}
     for name, plain in list(model.named_modules()):
@@ -295,7 +299,7 @@ def reference(kind: Kind) -> Result:
 def stepped(kind: Kind, stage: int, zero: dict[str, Any], accumulation: int) -> Result:
     """The same by the engine, on this rank."""
     found = Result()
-    choose, running = gates.chosen, [""]
+    choose, running = gates.select_experts, [""]
 
     def watched(logits: torch.Tensor, top: int, *seats: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         shares, few = choose(logits, top, *seats)
@@ -308,9 +312,9 @@ def stepped(kind: Kind, stage: int, zero: dict[str, Any], accumulation: int) -> 
     for name, layer in method.experts.layers.items():
         layer.register_forward_pre_hook(lambda *_, name=name: running.__setitem__(0, name))
     with pytest.MonkeyPatch.context() as patch:
-        for place in (gates, experts):
-            patch.setattr(place, "chosen", watched)
-        patch.setattr(grouped, "pays", lambda *_: kind.sort)
+        for place in (gates, sub_experts):
+            patch.setattr(place, "select_experts", watched)
+        patch.setattr(grouped, "grouped_is_faster", lambda *_: kind.sort)
         for index in range(len(TASKS)):
             found.losses.append(learn(engine, method, index, accumulation))
             end(engine, method, index)
@@ -318,7 +322,7 @@ def stepped(kind: Kind, stage: int, zero: dict[str, Any], accumulation: int) -> 
             layers = method.experts.layers.items()
             held = {f"{name}.{side}": getattr(layer, f"held_{side}") for name, layer in layers for side in "ab"}
             found.held.append({name: values.clone() for name, values in held.items()})
-            found.open.append(method.experts.count)
+            found.open.append(method.experts.num_open)
     engine.close()
     return found
 
@@ -407,7 +411,7 @@ def test_ranks_that_choose_different_experts_learn_as_one(
 
 def questions() -> PromptBatch:
     generator = torch.Generator().manual_seed(7)
-    return prompt_batch([torch.randint(VOCABULARY, (n,), generator=generator).tolist() for n in (9, 4, 11, 7)], 0)
+    return collate_prompts([torch.randint(VOCABULARY, (n,), generator=generator).tolist() for n in (9, 4, 11, 7)], 0)
 
 
 @torch.no_grad()
@@ -416,14 +420,14 @@ def logits(engine: Engine, batch: PromptBatch) -> torch.Tensor:
     return answer
 
 
-def overwriting(self: SubExperts, slot: int, masks: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+def overwriting(self: SubExpertLinear, slot: int, masks: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
     """`_hold`, when claiming takes what others had claimed as well."""
     for name in masks:
         getattr(self, f"taken_{name}").zero_()
     return HOLD(self, slot, masks)
 
 
-HOLD = SubExperts._hold
+HOLD = SubExpertLinear._store_masks
 
 
 def remembered(
@@ -435,9 +439,9 @@ def remembered(
     batch = questions()
     with pytest.MonkeyPatch.context() as patch:
         if broken == "frozen":
-            patch.setattr(experts, "frozen", lambda _taken, _held, trained: trained)
+            patch.setattr(sub_experts, "merge_frozen_params", lambda _mask, _frozen, trained: trained)
         if broken == "claim":
-            patch.setattr(SubExperts, "_hold", overwriting)
+            patch.setattr(SubExpertLinear, "_store_masks", overwriting)
         engine, method = begun(kind, stage, SMALL if stage == 3 else {}, precision)
         for index in range(len(TASKS)):
             learn(engine, method, index)
@@ -446,7 +450,7 @@ def remembered(
             end(engine, method, index)
             engine.module.eval()
             for earlier in TASKS[: index + 1]:
-                with method.answering(batch, earlier):
+                with method.inference_context(batch, earlier):
                     now = logits(engine, batch)
                 if earlier in told:
                     moved.append((index, TASKS.index(earlier), float((now - told[earlier]).abs().max())))
@@ -455,7 +459,7 @@ def remembered(
                     told[earlier] = now
         difference = min(float((told[a] - told[b]).abs().max()) for a, b in itertools.combinations(TASKS, 2))
         assert difference > 1e-2  # tasks answer differently
-        count = method.experts.count
+        count = method.experts.num_open
         engine.close()
     return moved, gaps, count
 
@@ -565,7 +569,7 @@ def test_told_the_task_every_score_stays(ranks: Any, tasks: Path, stage: int, ma
 def evaluated(run_dir: Path, words: list[str]) -> str:
     said = StringIO()
     with redirect_stdout(said):
-        train.evaluate(str(run_dir), words)
+        trainer.evaluate_run(str(run_dir), words)
     return said.getvalue()
 
 
@@ -575,32 +579,32 @@ def evaluated(run_dir: Path, words: list[str]) -> str:
 def mixed(document: dict[str, Any], inferred: bool) -> tuple[float, float, int, Any]:
     """After a run, taken up again: a batch with rows of all tasks against batches of one task each."""
     run(document)
-    recipe = resolve(document)
-    job = open_job(recipe)
-    engine = job.engine()
-    newest = Checkpoints(recipe.folder / "checkpoints", recipe.checkpoint).newest()
+    recipe = resolve_recipe(document)
+    setup = build_setup(recipe)
+    engine = setup.build_engine()
+    newest = Checkpoints(recipe.run_folder / "checkpoints", recipe.checkpoint).find_newest()
     assert newest is not None
-    train.restore(newest, engine, job)
-    method, module, pad = job.method, engine.module.eval(), job.lessons[0].pad
+    trainer.restore_checkpoint(newest, engine, setup)
+    method, module, pad = setup.method, engine.module.eval(), setup.tasks[0].pad_id
     assert isinstance(method, Moses)
-    names = [lesson.task.name for lesson in job.lessons]
-    prompts = [lesson.exam.prompts[i] for i in range(3) for lesson in job.lessons]
+    names = [task_data.task.name for task_data in setup.tasks]
+    prompts = [task_data.eval_set.prompt_ids[i] for i in range(3) for task_data in setup.tasks]
 
     def answering(batch: PromptBatch, told: list[str]) -> Any:
-        slots = [method.experts.slot(name) for name in told]
-        return method.answering(batch) if inferred else method.routing.using(slots, method.like)
+        slots = [method.experts.get_slot(name) for name in told]
+        return method.inference_context(batch) if inferred else method.routing.use_slots(slots, method.template)
 
     def asked(rows: list[int]) -> tuple[torch.Tensor, Any, Any]:
-        batch = prompt_batch([prompts[r] for r in rows], pad, job.lessons[0].bos)
+        batch = collate_prompts([prompts[r] for r in rows], pad, setup.tasks[0].bos_id)
         told = [names[r % len(names)] for r in rows]
         with answering(batch, told) as routes:
             answer = module(batch.input_ids, batch.attention_mask, batch.position_ids).logits[:, -1]
         with answering(batch, told):
-            return answer, routes, decode.generate(module, batch, 4, -1, pad)
+            return answer, routes, generation.generate(module, batch, 4, -1, pad)
 
     with torch.no_grad():
         answers, routes, tokens = asked(list(range(9)))
-        batch = prompt_batch(prompts, pad, job.lessons[0].bos)
+        batch = collate_prompts(prompts, pad, setup.tasks[0].bos_id)
         bare = module(batch.input_ids, batch.attention_mask, batch.position_ids).logits[:, -1]
         error, different = 0.0, 0
         for task in range(3):
@@ -637,11 +641,11 @@ def test_a_batch_of_all_tasks_equals_a_batch_of_each(
 PLACES: dict[str, Any] = {
     "begin": (Moses, "begin_task"),
     "step": (Engine, "step"),
-    "claim": (Experts, "claim"),  # nothing of it is anywhere but in memory
+    "claim": (SubExpertBank, "freeze_task_params"),  # nothing of it is anywhere but in memory
     "end": (Moses, "end_task"),
-    "ended": (train.Observer, "ended"),  # the task's last record stands in metrics.jsonl
-    "write": (moses, "write_claims"),  # the task's claims are written, and nothing else of it
-    "left": (Checkpoints, "leave"),  # all that it leaves is written, and no checkpoint knows
+    "ended": (trainer.Observer, "log_task_summary"),  # the task's last record stands in metrics.jsonl
+    "write": (moses, "write_task_masks"),  # the task's claims are written, and nothing else of it
+    "left": (Checkpoints, "write_task_artifacts"),  # all that it leaves is written, and no checkpoint knows
     "save": (Checkpoints, "save"),
 }
 
@@ -686,7 +690,7 @@ def test_a_run_that_died_ends_as_one_that_did_not(
 
 
 def claims_of(run_dir: Path, task: str) -> Any:
-    return open_claims(run_dir / "experts" / f"{task}.safetensors")
+    return read_task_masks(run_dir / "experts" / f"{task}.safetensors")
 
 
 NUMBERS = {
@@ -708,7 +712,7 @@ def check_records(run_dir: Path) -> None:
     sizes: Counter[str] = Counter()
     for record in held:
         assert set(record) >= NUMBERS
-        sizes.update(claims_of(run_dir, record["task"]).sizes())
+        sizes.update(claims_of(run_dir, record["task"]).byte_sizes())
         assert {kind: record[f"{kind}_bytes"] for kind in sizes} == dict(sizes)
         stored = yaml.safe_load((run_dir / "recipe.yaml").read_text())
         keys = record["deciding_bytes"] if stored["method"]["task_inference"] == "key" else 0
@@ -772,7 +776,7 @@ def test_a_damaged_task_is_learnt_again_where_a_checkpoint_of_before_is_there(ra
     (tasks / "intact" / "scores.json").unlink()
     damage(tasks / "intact" / "experts" / "colour.safetensors")
     for kind, told in ranks(2)(failing, lost):
-        assert kind == "Failure"
+        assert kind == "ExternalFailure"
         assert "experts/" in told
         assert "restore that file, or remove the run's folder" in told
         assert "\n" not in told
@@ -790,8 +794,8 @@ def status(document: dict[str, Any]) -> tuple[int, str]:
         return 0
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "tell", lambda _status, text: said.append(text))
-        code = cli.guarded(work)
+        patch.setattr(app, "report_exit", lambda _status, text: said.append(text))
+        code = app.run_with_error_report(work)
     return code, "".join(said)
 
 
@@ -834,24 +838,24 @@ def combined(document: dict[str, Any]) -> tuple[list[str], int, int]:
     """After a run, on this rank: the dense weights that are no longer the base model's; and of what the tasks' prompts
     showed of themselves while each was trained, how many entries are others now, of how many. On the way: a task
     starts from the dense weights as they are, and ends looking at the model with its own sub-experts."""
-    job = open_job(resolve(document))
-    seen: list[tuple[str, dict[int, torch.Tensor], Deciding]] = []
+    setup = build_setup(resolve_recipe(document))
+    seen: list[tuple[str, dict[int, torch.Tensor], TaskRouter]] = []
     found: list[Any] = []
-    learn, close, start, end_dense = Deciding.learn, Engine.close, Engine.start_over, Osft.end_task
+    learn, close, start, end_dense = TaskRouter.add_task, Engine.close, Engine.reset_optimizer, Osft.end_task
 
     def starting_over(self: Engine, read: Any) -> None:
-        before = {f.name: f.master.clone() for f in self.shards.fragments() if dense(f.name)}
+        before = {f.name: f.master.clone() for f in self.shards.local_shards() if dense(f.name)}
         start(self, read)
-        assert all(torch.equal(f.master, before[f.name]) for f in self.shards.fragments() if dense(f.name))
+        assert all(torch.equal(f.master, before[f.name]) for f in self.shards.local_shards() if dense(f.name))
 
     def ending(self: Osft, *a: Any) -> Any:
-        rows = seen[-1][2].routing.rows
+        rows = seen[-1][2].routing.assignment
         assert rows is not None
         assert rows.slots == (len(seen) - 1,)
         return end_dense(self, *a)
 
-    def learning(self: Deciding, name: str, of: Any) -> str:
-        rows = self.rows()
+    def learning(self: TaskRouter, name: str, of: Any) -> str:
+        rows = self.row_state_dict()
         seen.append((name, dict(zip(rows["samples"].tolist(), rows["features"].clone(), strict=True)), self))
         return learn(self, name, of)
 
@@ -861,25 +865,25 @@ def combined(document: dict[str, Any]) -> tuple[list[str], int, int]:
             with gathered(parameter):
                 values = parameter.detach().flatten()
                 if name.endswith((".weight", ".bias")):
-                    base_values = job.backbone.weights.read(name, parameter.shape, 0, len(values))
+                    base_values = setup.backbone.weights.read(name, parameter.shape, 0, len(values))
                     changed += [] if torch.equal(values, base_values) else [name]
-        for name, rows, deciding in seen:
-            (lesson,) = (lesson for lesson in job.lessons if lesson.task.name == name)
+        for name, rows, task_router in seen:
+            (task_data,) = (task_data for task_data in setup.tasks if task_data.task.name == name)
             samples = sorted(rows)
-            for at in range(max(dist.gather(len(samples)))):  # every rank asks equally often
+            for at in range(max(comm.all_gather_objects(len(samples)))):  # every rank asks equally often
                 sample = samples[at % len(samples)]
-                batch = prompt_batch([lesson.data[sample][0]], lesson.pad, lesson.bos)
-                with torch.no_grad(), deciding.routing.pooling(batch.prompts) as pooled:
+                batch = collate_prompts([task_data.dataset[sample][0]], task_data.pad_id, task_data.bos_id)
+                with torch.no_grad(), task_router.routing.capture_features(batch.prompt_spans) as pooled:
                     self.module(batch.input_ids, batch.attention_mask, batch.position_ids)
-                served = deciding.router.rows(pooled())[0]
+                served = task_router.router.quantize(pooled())[0]
                 differing, total = differing + int((served != rows[sample]).sum()), total + served.numel()
         found.append((changed, differing, total))
         close(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Deciding, "learn", learning)
+        patch.setattr(TaskRouter, "add_task", learning)
         patch.setattr(Engine, "close", closing)
-        patch.setattr(Engine, "start_over", starting_over)
+        patch.setattr(Engine, "reset_optimizer", starting_over)
         patch.setattr(Osft, "end_task", ending)
         run(document)
     (result,) = found

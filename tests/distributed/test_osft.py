@@ -17,18 +17,19 @@ import torch
 from torch import nn
 from transformers import LlamaConfig
 
-from dscl import dist, train
-from dscl.checkpoint import Checkpoints
-from dscl.engine import Engine, fill
-from dscl.job import open_job
-from dscl.maths.subspace import READINGS
-from dscl.methods import Facts
+from dscl.distributed import comm
+from dscl.engine.engine import Engine, load_parameters
+from dscl.engine.matrix_owners import assign_owners
+from dscl.maths.subspace import PROJECTIONS
+from dscl.methods.base import RunInfo
 from dscl.methods.osft import Osft, OsftConfig
-from dscl.model.decode import BLOCK, sample_texts
-from dscl.model.moments import Moments
-from dscl.model.weights import DrawnWeights
-from dscl.owners import deal
-from dscl.recipe import resolve
+from dscl.model.activation_stats import ActivationStats
+from dscl.model.generation import TEXTS_PER_BLOCK, sample_texts
+from dscl.model.weights import RandomWeights
+from dscl.recipe.recipe import resolve_recipe
+from dscl.training import trainer
+from dscl.training.checkpoint import Checkpoints
+from dscl.training.setup import build_setup
 from tests.support.moments import felt_moments
 from tests.support.osft_runs import (
     SEVEN,
@@ -102,7 +103,7 @@ class Dense:
 def reference(reading: str, gradients: bool = False) -> tuple[list[float], Tensors]:
     built = backbone()
     model = built.build()
-    fill(model, built.weights.read)
+    load_parameters(model, built.weights.read)
     constrained = {p: Dense.of(p.detach()) for name, p in model.named_parameters() if is_target(name)}
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.1, eps=EPS)
     losses = []
@@ -127,13 +128,13 @@ def reference(reading: str, gradients: bool = False) -> tuple[list[float], Tenso
 
 
 class Silent:
-    def working(self, *_: Any) -> None:
+    def show_activity(self, *_: Any) -> None:
         pass
 
 
 def begun(stage: int, zero: dict[str, Any], precision: str = "fp32", **keys: Any) -> tuple[Engine, Osft]:
     """An engine with the method's constraint, at the beginning of the first of two tasks."""
-    facts = Facts(0, ("first", "second"), base="", model="", tokenizer="", prompt_limit=0, precision=precision)
+    facts = RunInfo(0, ("first", "second"), base_model="", model="", tokenizer="", prompt_limit=0, precision=precision)
     method = Osft(OsftConfig(**{**PLAIN, **keys}), facts)
     built = backbone({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
     engine = Engine(
@@ -148,8 +149,8 @@ def begun(stage: int, zero: dict[str, Any], precision: str = "fp32", **keys: Any
     )
     for group in engine.optimizer.param_groups:
         group["eps"] = EPS
-    ranks = train.ranks_of(engine, None, "", Silent(), train.Position())  # type: ignore[arg-type]
-    engine.start_over(method.begin_task(0, "first", ranks))
+    ranks = trainer.build_task_context(engine, None, "", Silent(), trainer.TrainState())  # type: ignore[arg-type]
+    engine.reset_optimizer(method.begin_task(0, "first", ranks))
     return engine, method
 
 
@@ -158,7 +159,7 @@ def go(engine: Engine, accumulation: int, steps: int = STEPS) -> list[float]:
     for step in range(steps):
         batches, count = micro_batches(step, accumulation)
         total = engine.step(summed_loss, batches, targets=count, lr=rate(step))
-        losses.append((dist.sum_(total) / count).item())
+        losses.append((comm.all_reduce_sum(total) / count).item())
     return losses
 
 
@@ -176,12 +177,12 @@ class Result:
 def trained(stage: int, zero: dict[str, Any], reading: str, accumulation: int, hold: bool, gradients: bool) -> Result:
     engine, method = begun(stage, zero, reading=reading, gradients=gradients)
     if not hold:
-        method.hold = lambda *_: None  # type: ignore[method-assign]
+        method.project_weight = lambda *_: None  # type: ignore[method-assign]
     start, losses = masters(engine), go(engine, accumulation)
     moments: Stretches = {}
-    for share in engine.shards.shares():
+    for share in engine.shards.disjoint_shards():
         moments.setdefault(share.name, []).append((share.start, share.moments["exp_avg"].clone()))
-    result = Result(losses, start, masters(engine), moments, method.owned())
+    result = Result(losses, start, masters(engine), moments, method.matrix_state_dict())
     engine.close()
     return result
 
@@ -231,7 +232,7 @@ SETTINGS = [
     *(
         pytest.param(2, stage, {}, 4 - 3 * (stage % 2), reading, marks=EXHAUSTIVE)
         for stage in range(4)
-        for reading in READINGS
+        for reading in PROJECTIONS
         if (stage, reading) != (0, "input")
     ),
     *(
@@ -259,7 +260,7 @@ def test_steps_equal_plain_torch_with_dense_projectors(
         (2, OFFLOAD, "two_sided"),
         (3, {**OFFLOAD, **SMALL}, "input"),
         pytest.param(1, OFFLOAD, "input", marks=EXHAUSTIVE),
-        *(pytest.param(2, OFFLOAD, reading, marks=EXHAUSTIVE) for reading in READINGS if reading != "two_sided"),
+        *(pytest.param(2, OFFLOAD, reading, marks=EXHAUSTIVE) for reading in PROJECTIONS if reading != "two_sided"),
         pytest.param(3, SMALL, "two_sided", marks=EXHAUSTIVE),
     ],
 )
@@ -278,7 +279,7 @@ def test_the_optimizer_keeps_nothing_of_projected_gradients(
         (0, {}, "paper"),
         (1, {}, "input"),
         (2, {}, "two_sided"),
-        *(pytest.param(2, {}, reading, marks=EXHAUSTIVE) for reading in READINGS if reading != "two_sided"),
+        *(pytest.param(2, {}, reading, marks=EXHAUSTIVE) for reading in PROJECTIONS if reading != "two_sided"),
         pytest.param(3, SMALL, "input", marks=EXHAUSTIVE),
     ],
 )
@@ -297,11 +298,11 @@ def low_precision(stage: int, zero: dict[str, Any]) -> tuple[bool, Result]:
     engine, method = begun(stage, zero, "bf16", reading="input", gradients=True)
     start, losses = masters(engine), go(engine, 1, 2)
     found = masters(engine)
-    whole, same = assemble(dist.gather(found)), True
+    whole, same = assemble(comm.all_gather_objects(found)), True
     for name, parameter in engine.module.named_parameters():
         with gathered(parameter):
             same &= torch.equal(parameter.detach().flatten(), whole[name].bfloat16())
-    result = Result(losses, start, found, found, method.owned())
+    result = Result(losses, start, found, found, method.matrix_state_dict())
     engine.close()
     return same, result
 
@@ -316,8 +317,8 @@ def left_out(stage: int, zero: dict[str, Any]) -> tuple[Stretches, Stretches, St
         loss = (lambda m, t: summed_loss(m, t) * math.nan) if hold else summed_loss
         if hold:
             off = {name: [(at, values.clone()) for at, values in of] for name, of in masters(engine).items()}
-        engine.step(loss, batches, targets=count, lr=rate(step), skip_non_finite=True, hold=hold)
-    end, owned = masters(engine), method.owned()
+        engine.step(loss, batches, targets=count, lr=rate(step), skip_non_finite=True, project=hold)
+    end, owned = masters(engine), method.matrix_state_dict()
     engine.close()
     return start, off, end, owned
 
@@ -351,7 +352,9 @@ def test_each_rank_keeps_its_own_bases_alone(ranks: Any, world: int) -> None:
         n.split("|")[0]: (len(owned[f"{n.split('|')[0]}|left"]), len(t)) for n, t in owned.items() if "|right" in n
     }
     assert len(shapes) == 2 * len(SEVEN)
-    owners = deal({name: float(rows * columns * min(rows, columns)) for name, (rows, columns) in shapes.items()}, world)
+    owners = assign_owners(
+        {name: float(rows * columns * min(rows, columns)) for name, (rows, columns) in shapes.items()}, world
+    )
     for rank, result in enumerate(results):
         assert {name.split("|")[0] for name in result.owned} == {name for name in shapes if owners[name] == rank}
     sizes = [sum(tensor.numel() for tensor in result.owned.values()) for result in results]
@@ -446,16 +449,18 @@ def test_what_was_protected_once_stays_so(completed_run: Any, tasks: Path, stage
 def outputs(document: dict[str, Any], weights: list[Tensors], owned: Tensors) -> tuple[float, float]:
     """Of the first task's own inputs of every target, under the first and the last of these weights: how much what the
     layer answers to their protected parts differs, at most, and what it answers to all of them, at least."""
-    job = open_job(resolve(document))
-    model = job.backbone.build()
-    fill(model, lambda name, shape, start, stop: weights[0].get(name, job.backbone.weights.read(name, shape, 0, stop)))
+    setup = build_setup(resolve_recipe(document))
+    model = setup.backbone.build()
+    load_parameters(
+        model, lambda name, shape, start, stop: weights[0].get(name, setup.backbone.weights.read(name, shape, 0, stop))
+    )
     inputs: Tensors = {}
     modules = dict(model.named_modules())
     for matrix in of_matrices(owned):
         hook = functools.partial(lambda name, _m, given: inputs.__setitem__(name, given[0].flatten(0, 1)), matrix)
         modules[matrix.removesuffix(".weight")].register_forward_pre_hook(hook)
     protected, whole = 0.0, math.inf
-    batch = job.lessons[0].micro_batches(0)[0]
+    batch = setup.tasks[0].micro_batches(0)[0]
     with torch.no_grad():
         model(batch.input_ids, batch.attention_mask, batch.position_ids)
     for matrix, kept in of_matrices(owned).items():
@@ -487,12 +492,12 @@ def watched(document: dict[str, Any]) -> list[tuple[str, float]]:
         engine, found = engines[-1], [0.0]
         method = engine.constraint
         assert isinstance(method, Osft)
-        kept = of_matrices(method.owned())
-        engine.visit(lambda name, weight: found.append(excess("input", weight, kept[name])))
+        kept = of_matrices(method.matrix_state_dict())
+        engine.apply_on_owners(lambda name, weight: found.append(excess("input", weight, kept[name])))
         seen.append((where, max(found)))
 
     with pytest.MonkeyPatch.context() as patch:
-        step, save, take = Engine.step, Checkpoints.save, train.take
+        step, save, evaluate_task = Engine.step, Checkpoints.save, trainer.evaluate_task
 
         def stepping(self: Engine, *a: Any, **k: Any) -> Any:
             engines.append(self)
@@ -508,11 +513,11 @@ def watched(document: dict[str, Any]) -> list[tuple[str, float]]:
         def taking(*a: Any) -> Any:
             if engines:
                 look("take")
-            return take(*a)
+            return evaluate_task(*a)
 
         patch.setattr(Engine, "step", stepping)
         patch.setattr(Checkpoints, "save", saving)
-        patch.setattr(train, "take", taking)
+        patch.setattr(trainer, "evaluate_task", taking)
         run(document)
     return seen
 
@@ -642,16 +647,16 @@ def test_settings_that_cannot_be_are_refused(ranks: Any, tasks: Path, keys: dict
 
 def spoilt(document: dict[str, Any], matrix: str) -> tuple[str, str]:
     """One element of a weight is not finite from the start."""
-    original = DrawnWeights.read
+    original = RandomWeights.read
 
-    def read(self: DrawnWeights, name: str, shape: torch.Size, start: int, stop: int) -> torch.Tensor:
+    def read(self: RandomWeights, name: str, shape: torch.Size, start: int, stop: int) -> torch.Tensor:
         values = original(self, name, shape, start, stop)
         if name == matrix and start == 0:
             values[0] = math.inf
         return values
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DrawnWeights, "read", read)
+        patch.setattr(RandomWeights, "read", read)
         return failing(document)
 
 
@@ -662,7 +667,7 @@ def exploded(document: dict[str, Any], matrix: str, at: int) -> tuple[str, str]:
     def step(self: Engine, *a: Any, **k: Any) -> Any:
         result = original(self, *a, **k)
         calls[0] += 1
-        for fragment in self.shards.fragments() if calls[0] == at else ():
+        for fragment in self.shards.local_shards() if calls[0] == at else ():
             if fragment.name == matrix and fragment.start == 0:
                 fragment.master[0] = math.nan
         return result
@@ -703,7 +708,7 @@ def sampled(stage: int, texts: int, length: int) -> list[torch.Tensor]:
     with torch.no_grad():
         blocks = sample_texts(engine.module, texts, length, 3, engine.device)
     engine.close()
-    assert all(ids.shape == (BLOCK, length) for ids, _ in blocks)  # also where some or none of them count
+    assert all(ids.shape == (TEXTS_PER_BLOCK, length) for ids, _ in blocks)  # also where some or none of them count
     return [ids[:counting] for ids, counting in blocks]
 
 
@@ -715,7 +720,7 @@ def sampled(stage: int, texts: int, length: int) -> list[torch.Tensor]:
     ],
 )
 def test_the_models_texts_do_not_depend_on_ranks_or_stages(ranks: Any, places: Any) -> None:
-    texts = 3 * BLOCK + 5
+    texts = 3 * TEXTS_PER_BLOCK + 5
     expected: torch.Tensor | None = None
     for world, stage in places:
         blocks = ranks(world)(sampled, stage, texts, 9)
@@ -730,9 +735,9 @@ def test_the_models_texts_do_not_depend_on_ranks_or_stages(ranks: Any, places: A
 def test_the_models_texts_follow_its_distribution() -> None:
     """Pearson's statistic of the second and third tokens against what the model itself says of them."""
     built = backbone()
-    shape = LlamaConfig(**{**built.architecture.to_dict(), "vocab_size": 7, "bos_token_id": 3})
-    model: Any = dataclasses.replace(built, architecture=shape).build()
-    fill(model, DrawnWeights(5, 0.08).read)
+    shape = LlamaConfig(**{**built.hf_config.to_dict(), "vocab_size": 7, "bos_token_id": 3})
+    model: Any = dataclasses.replace(built, hf_config=shape).build()
+    load_parameters(model, RandomWeights(5, 0.08).read)
     model.eval()
     said: list[tuple[int, int]] = []
     with torch.no_grad():
@@ -756,15 +761,15 @@ def test_the_models_texts_follow_its_distribution() -> None:
 def probed(stage: int, zero: dict[str, Any], accumulation: int) -> tuple[list[float], Tensors]:
     """Moments that the loss feels, of rows that the ranks share; and the losses of the steps that follow."""
     engine, method = begun(stage, zero, reading="input")
-    moments = Moments(felt=True)
+    moments = ActivationStats(gradient_weighted=True)
     engine.module.train()
-    with moments.gathering(engine.module, [name.removesuffix(".weight") for name in method.costs()]):
-        for toy in samples(0)[dist.rank() :: dist.world()]:
-            engine.probe(functools.partial(summed_loss, toy=toy), True)
+    with moments.collect_stats(engine.module, [name.removesuffix(".weight") for name in method.matrix_costs()]):
+        for toy in samples(0)[comm.rank() :: comm.world_size()]:
+            engine.probe_activations(functools.partial(summed_loss, toy=toy), True)
     assert engine.module.training
     losses = go(engine, accumulation)
     engine.close()
-    return losses, {layer: dist.sum_(moments.sums[layer]) for layer in sorted(moments.sums)}
+    return losses, {layer: comm.all_reduce_sum(moments.sums[layer]) for layer in sorted(moments.sums)}
 
 
 @pytest.mark.parametrize(

@@ -14,14 +14,15 @@ from typing import Any
 import pytest
 import torch
 
-from dscl import clock, dist
-from dscl.checkpoint import CheckpointConfig, Checkpoints
-from dscl.job import open_job
-from dscl.observe import ObserveConfig, Observer
-from dscl.observe.quiet import quiet
-from dscl.recipe import resolve
-from dscl.rehearsal import Storages, largest, rehearse
-from dscl.train import Position, ranks_of
+from dscl.distributed import comm
+from dscl.monitoring.observer import ObserveConfig, Observer
+from dscl.planning.simulate import MemoryTracker, largest_micro_batches, simulate_step
+from dscl.recipe.recipe import resolve_recipe
+from dscl.training.checkpoint import CheckpointConfig, Checkpoints
+from dscl.training.setup import build_setup
+from dscl.training.trainer import TrainState, build_task_context
+from dscl.utils import timers
+from dscl.utils.quiet import silence_libraries
 from tests.support.pool import forked
 from tests.support.runs import recipe_of, write_tasks
 
@@ -102,22 +103,27 @@ def foreseen() -> Iterator[Callable[[Any], Any]]:
 
 
 def begin_to_foresee() -> None:
-    quiet()
-    dist.pretend(WORLD)
+    silence_libraries()
+    comm.init_fake_process_group(WORLD)
     torch.set_num_threads(1)
     gc.freeze()
 
 
 def foresee(document: dict[str, Any]) -> dict[str, Any]:
-    job = open_job(resolve(document, source=__file__))
+    setup = build_setup(resolve_recipe(document, source=__file__))
     with redirect_stdout(StringIO()):
-        one = rehearse(job, job.settings, largest(job), 1)
-    assert one.peak == one.weights + one.optimizer + one.beside + one.gradients + one.passing
-    kept = {name: getattr(one, name) for name in ("trained", "saved", "gradients")}
-    return {"peak": one.peak + one.host, "sent": dict(one.sent), **kept}
+        one = simulate_step(setup, setup.deepspeed_settings, largest_micro_batches(setup), 1)
+    assert one.peak == one.weights + one.optimizer + one.method_state + one.gradients + one.activations
+    return {
+        "peak": one.peak + one.host,
+        "sent": dict(one.bytes_sent),
+        "trained": one.num_trainable,
+        "saved": one.checkpoint,
+        "gradients": one.gradients,
+    }
 
 
-class Patient(Storages):
+class Patient(MemoryTracker):
     """Gloo's threads let go of what was sent when they next run, so a peak that counts, one above `enough`, is one only
     when they have had time to."""
 
@@ -126,11 +132,11 @@ class Patient(Storages):
         self.enough = enough
 
     def _add(self, size: int) -> None:
-        self.now += size
+        self.current += size
         for _ in range(50):
-            if self.now > max(self.peak, self.enough):
+            if self.current > max(self.peak, self.enough):
                 time.sleep(0.001)
-        self.peak = max(self.peak, self.now)
+        self.peak = max(self.peak, self.current)
 
 
 def measure(document: dict[str, Any], foreseen: float) -> dict[str, Any]:
@@ -139,29 +145,29 @@ def measure(document: dict[str, Any], foreseen: float) -> dict[str, Any]:
     Tensors are counted as in a rehearsal. Torch's profiler agrees where it can; but of what gloo's threads free, which
     is what was sent, it hears nothing.
     """
-    job = open_job(resolve(document, source=__file__))
+    setup = build_setup(resolve_recipe(document, source=__file__))
     observer = Observer(Path(), ObserveConfig(), False, ())
-    batches, sent = dist.from_main(largest(job)), []
+    batches, sent = comm.broadcast_from_main(largest_micro_batches(setup)), []
     gc.collect()
     gc.freeze()  # what was there before costs no time whenever garbage is collected
-    with redirect_stdout(StringIO()), Patient(0.95 * foreseen) as storages:
-        engine = job.engine()
-        ranks = ranks_of(engine, job.lessons[0], "", observer, Position())
-        engine.start_over(job.method.begin_task(0, job.lessons[0].task.name, ranks))
+    with redirect_stdout(StringIO()), Patient(0.95 * foreseen) as tracker:
+        engine = setup.build_engine()
+        ranks = build_task_context(engine, setup.tasks[0], "", observer, TrainState())
+        engine.reset_optimizer(setup.method.begin_task(0, setup.tasks[0].task.name, ranks))
         gc.collect()
-        storages.peak = storages.now
+        tracker.peak = tracker.current
         for some in (batches[:1], batches[:1], batches[:1], batches):
-            clock.taken()
-            engine.step(job.method.loss, some, targets=1, lr=1e-4)
-            sent.append(clock.taken().sent)
+            timers.collect_timings()
+            engine.step(setup.method.loss, some, targets=1, lr=1e-4)
+            sent.append(timers.collect_timings().bytes_sent)
             gc.collect()  # what refers to itself goes when Python happens to look
-    trained = engine.shards.trainable()
-    job.recipe.folder.mkdir(exist_ok=True)
-    Checkpoints(job.recipe.folder, CheckpointConfig()).save("step-1", {}, engine, job.method)
+    trained = engine.shards.num_trainable()
+    setup.recipe.run_folder.mkdir(exist_ok=True)
+    Checkpoints(setup.recipe.run_folder, CheckpointConfig()).save("step-1", {}, engine, setup.method)
     engine.close()
     gc.unfreeze()
-    saved = sum(path.stat().st_size for path in (job.recipe.folder / "step-1").glob("*.safetensors"))
-    return {"peak": storages.peak, "sent": sent[2], "trained": trained, "saved": saved}
+    saved = sum(path.stat().st_size for path in (setup.recipe.run_folder / "step-1").glob("*.safetensors"))
+    return {"peak": tracker.peak, "sent": sent[2], "trained": trained, "saved": saved}
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=() if c in FAST else pytest.mark.exhaustive) for c in CASES])
@@ -178,6 +184,6 @@ def test_memory_and_exchange_are_as_foreseen(
     if not case.endswith("-3"):  # where they are freed as the backward pass goes
         assert planned["gradients"] >= 2 * planned["trained"]  # bytes
     assert planned["peak"] == pytest.approx(real["peak"], rel=0.05), (planned["peak"], real["peak"])
-    for kind in clock.KINDS:
+    for kind in timers.COLLECTIVES:
         assert planned["sent"][kind] == pytest.approx(real["sent"][kind], rel=0.05, abs=64), kind
     assert planned["saved"] == pytest.approx(real["saved"], rel=0.05, abs=1 << 15)  # of which a file's own words

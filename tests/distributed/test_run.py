@@ -14,12 +14,13 @@ import torch
 import yaml
 from safetensors import safe_open
 
-from dscl import checkpoint, dist, run_dir, train
-from dscl.engine import Engine
-from dscl.errors import Failure, UserError
-from dscl.job import open_job
-from dscl.recipe import Recipe, resolve
-from dscl.shards import Shards
+from dscl.distributed import comm
+from dscl.engine.engine import Engine
+from dscl.engine.zero_shards import ZeroShards
+from dscl.recipe.recipe import Recipe, resolve_recipe
+from dscl.training import checkpoint, run_dir, trainer
+from dscl.training.setup import build_setup
+from dscl.utils.errors import ExternalFailure, UserError
 from tests.support.runs import (
     copy,
     failing,
@@ -109,20 +110,20 @@ def test_a_run_that_died_ends_as_one_that_did_not(
 
 
 def run_forgetting_moments(document: dict[str, Any]) -> None:
-    original = Shards.restore
+    original = ZeroShards.restore_shards
 
-    def partial(self: Shards, read: Any, steps: int) -> None:
+    def partial(self: ZeroShards, read: Any, steps: int) -> None:
         def zero(name: str, kind: str, start: int, stop: int) -> torch.Tensor:
             values: torch.Tensor = read(name, kind, start, stop)
             return values if kind == "master" else torch.zeros_like(values)
 
         original(self, zero, steps)
 
-    Shards.restore = partial  # type: ignore[method-assign]
+    ZeroShards.restore_shards = partial  # type: ignore[method-assign]
     try:
         run_until(document, [("step", 6)])
     finally:
-        Shards.restore = original  # type: ignore[method-assign]
+        ZeroShards.restore_shards = original  # type: ignore[method-assign]
 
 
 def test_losing_the_moments_would_be_noticed(ranks: Any, undisturbed: Any, tasks: Path) -> None:
@@ -177,7 +178,7 @@ def full_disk(document: dict[str, Any], call: int) -> tuple[str, str]:
 
     def writing(tensors: Any, path: Path) -> None:
         calls[0] += 1
-        if dist.rank() == 1 and calls[0] == call:
+        if comm.rank() == 1 and calls[0] == call:
             raise OSError(28, "No space left on device")
         original(tensors, path)
 
@@ -191,7 +192,7 @@ def full_disk(document: dict[str, Any], call: int) -> tuple[str, str]:
 def test_a_full_disk_keeps_the_checkpoint_before(ranks: Any, undisturbed: Any, tasks: Path) -> None:
     document = recipe_of(tasks, "full")
     for kind, message in ranks(2)(full_disk, document, 3):
-        assert kind == "Failure"
+        assert kind == "ExternalFailure"
         assert "No space left on device" in message
         assert "step-00000003 is intact" in message
     assert [p.name for p in sorted((tasks / "full" / "checkpoints").iterdir())] == ["step-00000000", "step-00000003"]
@@ -214,7 +215,7 @@ def exploding(document: dict[str, Any], at: int, spoil: Any = not_a_number) -> t
 
     def step(self: Engine, loss: Any, batches: Any, **k: Any) -> Any:
         calls[0] += 1
-        if calls[0] == at and dist.rank() == 1:
+        if calls[0] == at and comm.rank() == 1:
             return original(self, lambda m, b: spoil(loss(m, b)), batches, **k)
         return original(self, loss, batches, **k)
 
@@ -230,7 +231,7 @@ def run_and_lose_the_folder(document: dict[str, Any], steps: int) -> str:
 
     def losing(*a: Any, **k: Any) -> Any:
         calls[0] += 1
-        if calls[0] == steps and dist.is_main():
+        if calls[0] == steps and comm.is_main():
             shutil.rmtree(document["run_dir"])
         return original(*a, **k)
 
@@ -292,7 +293,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(ranks: Any, undist
 def test_a_loss_that_is_not_finite_stops_the_run(ranks: Any, tasks: Path, stage: int) -> None:
     name = f"nan{stage}"
     for kind, message in ranks(2)(exploding, recipe_of(tasks, name, stage), 5):
-        assert kind == "Failure"
+        assert kind == "ExternalFailure"
         assert "task colour, step 5: the loss is nan" in message
         assert "train.json, record" in message
     assert sorted(p.name for p in (tasks / name / "checkpoints").iterdir())[-1] == "step-00000003"
@@ -312,7 +313,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(ranks: Any, tasks: Path, st
     name = f"slope{stage}{precision}"
     document = recipe_of(tasks, name, stage, train__precision=precision, checkpoint__every=4)
     for kind, message in ranks(2)(exploding, document, 4, endless_slope):
-        assert kind == "Failure"
+        assert kind == "ExternalFailure"
         assert "task colour, step 4: the gradient is not finite" in message
     assert sorted(p.name for p in (tasks / name / "checkpoints").iterdir()) == ["step-00000000"]
 
@@ -362,7 +363,7 @@ def test_a_task_with_fewer_samples_than_ranks(ranks: Any, tasks: Path, stage: in
 def scored(run_dir: Path) -> str:
     said = io.StringIO()
     with redirect_stdout(said):
-        train.evaluate(str(run_dir), [])
+        trainer.evaluate_run(str(run_dir), [])
     return said.getvalue()
 
 
@@ -380,14 +381,14 @@ def test_eval_repeats_the_last_row(ranks: Any, tasks: Path, stage: int) -> None:
 
 def prepared(document: dict[str, Any]) -> list[tuple[float, bool, bool]]:
     """Of each task: its highest rate, and whether it is evaluated on the dev split, and on the test split."""
-    job = open_job(resolve(document))
+    setup = build_setup(resolve_recipe(document))
     return [
         (
-            max(map(lesson.learning_rate, range(lesson.steps))),
-            lesson.exam.samples == lesson.task.dev,
-            lesson.exam.samples == lesson.task.test,
+            max(map(task_data.learning_rate, range(task_data.num_steps))),
+            task_data.eval_set.samples == task_data.task.dev,
+            task_data.eval_set.samples == task_data.task.test,
         )
-        for lesson in job.lessons
+        for task_data in setup.tasks
     ]
 
 
@@ -418,10 +419,10 @@ def test_a_damaged_later_checkpoint_does_not_count_as_kept(ranks: Any, killed: P
 
 def chosen(document: dict[str, Any], name: str) -> str:
     """What is said where a checkpoint is asked for by its name."""
-    recipe = resolve(document)
+    recipe = resolve_recipe(document)
     try:
-        checkpoint.Checkpoints(recipe.folder / "checkpoints", recipe.checkpoint).find(name)
-    except Failure as error:
+        checkpoint.Checkpoints(recipe.run_folder / "checkpoints", recipe.checkpoint).find_checkpoint(name)
+    except ExternalFailure as error:
         return str(error)
     return ""
 
@@ -436,7 +437,7 @@ def test_damage_to_one_ranks_share_of_a_chosen_checkpoint_ends_all_ranks(ranks: 
 
 def without_room_for(document: dict[str, Any], name: str) -> str:
     """What a run says whose main rank cannot write that file of its folder."""
-    original = run_dir.write_whole
+    original = run_dir.write_text_atomically
 
     def writing(path: Path, text: str) -> None:
         if path.name == name:
@@ -444,7 +445,7 @@ def without_room_for(document: dict[str, Any], name: str) -> str:
         original(path, text)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_dir, "write_whole", writing)
+        patch.setattr(run_dir, "write_text_atomically", writing)
         with pytest.raises(UserError) as raised:
             run(document)
     return str(raised.value)
@@ -476,9 +477,9 @@ def standing(document: dict[str, Any], which: str) -> Any:
     original = Engine.step
 
     def step(self: Engine, *a: Any, **k: Any) -> Any:
-        kept = {(f.name, f.start): f.master.clone() for f in self.shards.fragments() if which in f.name}
+        kept = {(f.name, f.start): f.master.clone() for f in self.shards.local_shards() if which in f.name}
         result = original(self, *a, **k)
-        for fragment in self.shards.fragments():
+        for fragment in self.shards.local_shards():
             if which in fragment.name:
                 fragment.master.copy_(kept[(fragment.name, fragment.start)])
         return result
@@ -486,7 +487,7 @@ def standing(document: dict[str, Any], which: str) -> Any:
     Engine.step = step  # type: ignore[method-assign]
     try:
         return run_listening(document)
-    except Failure as failure:
+    except ExternalFailure as failure:
         return str(failure)
     finally:
         Engine.step = original  # type: ignore[method-assign]
@@ -548,7 +549,7 @@ def test_a_run_of_a_version_that_lacked_a_key_goes_on(ranks: Any, undisturbed: A
 
 
 def test_recipes_round_trip(tasks: Path) -> None:
-    recipe = resolve(recipe_of(tasks, "trip"))
-    again = resolve(yaml.safe_load(recipe.text()))
+    recipe = resolve_recipe(recipe_of(tasks, "trip"))
+    again = resolve_recipe(yaml.safe_load(recipe.to_yaml()))
     assert isinstance(again, Recipe)
-    assert again.document() == recipe.document()
+    assert again.to_dict() == recipe.to_dict()

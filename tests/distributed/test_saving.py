@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
-from dscl import checkpoint, dist, train
-from dscl.checkpoint import MARKER, CheckpointConfig, Checkpoints
-from dscl.errors import Failure, Stopped, UserError
-from dscl.recipe import resolve
-from tests.support.runs import Killed, Told, outcome, recipe_of, run, whole, write_tasks
+from dscl.distributed import comm
+from dscl.recipe.recipe import resolve_recipe
+from dscl.training import checkpoint, trainer
+from dscl.training.checkpoint import MARKER_FILE, CheckpointConfig, Checkpoints
+from dscl.utils.errors import ExternalFailure, RunStopped, UserError
+from tests.support.runs import Killed, StopAtPoll, outcome, recipe_of, run, whole, write_tasks
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ class Slow:
         def slow(path: Path, tensors: Any) -> Any:
             self.threads.add(threading.current_thread().name)
             time.sleep(self.seconds)
-            if self.fails and dist.rank() == dist.world() - 1 and path.name.startswith("rank-"):
+            if self.fails and comm.rank() == comm.world_size() - 1 and path.name.startswith("rank-"):
                 raise OSError(28, "No space left on device")
             return self.original(path, tensors)
 
@@ -59,18 +60,18 @@ def beside(folder: Path, name: str, stage: int, **changes: Any) -> dict[str, Any
 def run_slowly(document: dict[str, Any], seconds: float) -> tuple[set[str], list[str]]:
     """Which threads wrote, and what was there at each step."""
     seen: list[str] = []
-    original = Checkpoints.poll
+    original = Checkpoints.finish_pending_if_written
 
-    def poll(self: Checkpoints) -> None:
+    def finish_pending_if_written(self: Checkpoints) -> None:
         original(self)
         seen.append(",".join(sorted(path.name for path in self.folder.iterdir())))
 
-    Checkpoints.poll = poll  # type: ignore[method-assign]
+    Checkpoints.finish_pending_if_written = finish_pending_if_written  # type: ignore[method-assign]
     try:
         with Slow(seconds) as slow:
             run(document)
     finally:
-        Checkpoints.poll = original  # type: ignore[method-assign]
+        Checkpoints.finish_pending_if_written = original  # type: ignore[method-assign]
     return slow.threads, seen
 
 
@@ -111,10 +112,10 @@ def run_while_writing_waits(document: dict[str, Any], name: str) -> tuple[bool, 
     seen: list[str] = []
     waited: list[bool] = []
     enough = threading.Event()
-    poll, write = Checkpoints.poll, checkpoint._write_tensors
+    finish_pending_if_written, write = Checkpoints.finish_pending_if_written, checkpoint._write_tensors
 
     def polled(self: Checkpoints) -> None:
-        poll(self)
+        finish_pending_if_written(self)
         seen.append(",".join(sorted(path.name for path in self.folder.iterdir())))
         if sum(f"{name}.partial" in state for state in seen) > 2:
             enough.set()
@@ -124,11 +125,11 @@ def run_while_writing_waits(document: dict[str, Any], name: str) -> tuple[bool, 
             waited.append(enough.wait(30))
         return write(path, tensors)
 
-    Checkpoints.poll, checkpoint._write_tensors = polled, patient  # type: ignore[method-assign]
+    Checkpoints.finish_pending_if_written, checkpoint._write_tensors = polled, patient  # type: ignore[method-assign]
     try:
         run(document)
     finally:
-        Checkpoints.poll, checkpoint._write_tensors = poll, write  # type: ignore[method-assign]
+        Checkpoints.finish_pending_if_written, checkpoint._write_tensors = finish_pending_if_written, write  # type: ignore[method-assign]
     return bool(waited) and all(waited), seen
 
 
@@ -146,7 +147,7 @@ def run_into_trouble(document: dict[str, Any]) -> str:
     with Slow(0.02, fails=True):
         try:
             run(document)
-        except Failure as error:
+        except ExternalFailure as error:
             return str(error)
     return ""
 
@@ -168,13 +169,13 @@ def run_without_room_for_the_marker(document: dict[str, Any]) -> str:
     original = checkpoint._write_bytes
 
     def writing(path: Path, content: bytes) -> Any:
-        if path.name == MARKER:
+        if path.name == MARKER_FILE:
             raise OSError(28, "No space left on device")
         return original(path, content)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "_write_bytes", writing)
-        with pytest.raises(Failure) as raised:
+        with pytest.raises(ExternalFailure) as raised:
             run(document)
     return str(raised.value)
 
@@ -186,8 +187,8 @@ def test_what_the_main_rank_cannot_write_ends_all_ranks(ranks: Any, tasks: Path)
 
 def stop_at(document: dict[str, Any], place: int) -> list[str]:
     """The checkpoints that are there when the run has stopped."""
-    with Slow(0.2), pytest.raises(Stopped):
-        train.train(resolve(document), Told(place))
+    with Slow(0.2), pytest.raises(RunStopped):
+        trainer.train(resolve_recipe(document), StopAtPoll(place))
     return sorted(path.name for path in (Path(document["run_dir"]) / "checkpoints").iterdir())
 
 
@@ -196,20 +197,20 @@ def test_a_run_that_stops_waits_for_what_is_being_written(ranks: Any, tasks: Pat
     for names in ranks(2)(stop_at, document, 5):
         assert not [name for name in names if name.endswith(".partial")]
         assert names == ["step-00000000", "step-00000004"]  # before training, and where it stopped
-    marker = json.loads((tasks / "stops" / "checkpoints" / names[-1] / MARKER).read_text())
+    marker = json.loads((tasks / "stops" / "checkpoints" / names[-1] / MARKER_FILE).read_text())
     assert set(marker["files"]) == {"method.safetensors", "state.json", *(f"rank-{r:05d}.safetensors" for r in (0, 1))}
 
 
 def scores_written(document: dict[str, Any]) -> list[bool]:
     """Run; whether the checkpoint after a task has its name when the task's scores are written, task by task."""
-    original, whole = train.publish, []
+    original, whole = trainer.write_scores, []
 
     def publishing(recipe: Any, job: Any, position: Any) -> Any:
-        whole.append((recipe.folder / "checkpoints" / position.name() / MARKER).exists())
+        whole.append((recipe.run_folder / "checkpoints" / position.checkpoint_name() / MARKER_FILE).exists())
         return original(recipe, job, position)
 
     with Slow(0.2), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "publish", publishing)
+        patch.setattr(trainer, "write_scores", publishing)
         run(document)
     return whole
 
@@ -221,20 +222,20 @@ def test_scores_are_written_when_their_checkpoint_is_there(ranks: Any, tasks: Pa
 
 def die_while_writing(document: dict[str, Any]) -> list[str]:
     """As if killed when the files are written and the marker is not."""
-    original = Checkpoints.settle
+    original = Checkpoints.finish_pending
 
     def dying(self: Checkpoints) -> None:
-        if self._writing is not None and self._writing.name == "step-00000006":
-            self._writing.wait()
+        if self._pending is not None and self._pending.name == "step-00000006":
+            self._pending.wait()
             raise Killed
         original(self)
 
-    Checkpoints.settle = dying  # type: ignore[method-assign]
+    Checkpoints.finish_pending = dying  # type: ignore[method-assign]
     try:
         with pytest.raises(Killed):
             run(document)
     finally:
-        Checkpoints.settle = original  # type: ignore[method-assign]
+        Checkpoints.finish_pending = original  # type: ignore[method-assign]
     return sorted(path.name for path in (Path(document["run_dir"]) / "checkpoints").iterdir())
 
 
@@ -243,7 +244,7 @@ def test_without_its_marker_it_does_not_count(ranks: Any, undisturbed: Any, task
     for names in ranks(2)(die_while_writing, document):
         assert "step-00000006.partial" in names
         assert "step-00000006" not in names
-    assert not (tasks / "dies" / "checkpoints" / "step-00000006.partial" / MARKER).exists()
+    assert not (tasks / "dies" / "checkpoints" / "step-00000006.partial" / MARKER_FILE).exists()
     ranks(2)(run, document)
     assert outcome(tasks / "dies") == outcome(undisturbed(*whole(tasks, 3, train__epochs=1)))
 
@@ -251,7 +252,7 @@ def test_without_its_marker_it_does_not_count(ranks: Any, undisturbed: Any, task
 def fake(folder: Path, total: int, row: list[float], heldout: float, **position: Any) -> None:
     made = folder / f"step-{total:08d}{'-scored' if not position else ''}"
     made.mkdir(parents=True)
-    (made / MARKER).write_text(json.dumps({"files": {}}))
+    (made / MARKER_FILE).write_text(json.dumps({"files": {}}))
     stands = {"step": 0, "learned": False, "matrix": [row] * len(row), "heldout": [heldout], **position}
     (made / "state.json").write_text(json.dumps({"position": stands}))
 
@@ -268,23 +269,23 @@ def test_the_best_outlives_the_newest(tmp_path: Path, by: str, best: str) -> Non
     checkpoints = Checkpoints(folder, CheckpointConfig(keep=1, best=by))
     checkpoints._remove_old("step-00000040-scored")
     assert sorted(path.name for path in folder.iterdir()) == sorted([best, "step-00000040-scored"])
-    found = checkpoints.find("best")
+    found = checkpoints.find_checkpoint("best")
     assert found is not None
     assert found.name == best
-    assert checkpoints.find(None) == folder / "step-00000040-scored"
+    assert checkpoints.find_checkpoint(None) == folder / "step-00000040-scored"
     for name in (best, "step-00000040-scored"):
-        assert checkpoints.find(name) == folder / name
+        assert checkpoints.find_checkpoint(name) == folder / name
 
 
 def test_one_that_is_not_there_is_refused(tmp_path: Path) -> None:
     fake(tmp_path, 10, [0.5], 2.0)
     checkpoints = Checkpoints(tmp_path, CheckpointConfig())
     with pytest.raises(UserError, match=r"given best, which needs checkpoint\.best in the recipe"):
-        checkpoints.find("best")
+        checkpoints.find_checkpoint("best")
     with pytest.raises(UserError, match=r"given step-00000011-scored, which is not there \(did you mean"):
-        checkpoints.find("step-00000011-scored")
+        checkpoints.find_checkpoint("step-00000011-scored")
     with pytest.raises(UserError, match="allowed: step-00000010-scored"):
-        checkpoints.find(os.path.join("..", tmp_path.name, "step-00000010-scored"))
+        checkpoints.find_checkpoint(os.path.join("..", tmp_path.name, "step-00000010-scored"))
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
@@ -300,13 +301,15 @@ def test_a_checkpoint_has_its_name_only_when_all_of_it_is_on_the_disk(
     for name in names:
         partial = folder / f"{name}.partial"
         named = events.index(("named", str(folder / name)))
-        marker = events.index(("synced", str(partial / MARKER)))
+        marker = events.index(("synced", str(partial / MARKER_FILE)))
         assert events[marker + 1 : named + 2] == [
             ("synced", str(partial)),
             ("named", str(folder / name)),
             ("synced", str(folder)),
         ]
-        others = {("synced", str(partial / path.name)) for path in (folder / name).iterdir() if path.name != MARKER}
+        others = {
+            ("synced", str(partial / path.name)) for path in (folder / name).iterdir() if path.name != MARKER_FILE
+        }
         assert others <= set(events[:marker])
 
 
@@ -367,5 +370,5 @@ def test_the_best_of_a_run_is_kept(ranks: Any, tasks: Path) -> None:
 def evaluated(folder: Path, which: str) -> str:
     said = io.StringIO()
     with redirect_stdout(said):
-        train.evaluate(str(folder), [], which=which)
+        trainer.evaluate_run(str(folder), [], checkpoint=which)
     return said.getvalue()

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from dscl import dist, train
-from dscl.errors import Stopped
-from dscl.methods import METHODS
-from dscl.recipe import resolve
+from dscl.distributed import comm
+from dscl.methods.registry import METHODS
+from dscl.recipe.recipe import resolve_recipe
+from dscl.training import trainer
+from dscl.utils.errors import RunStopped
 from tests.support.every_method import document
 from tests.support.five_tasks import NAMES, scores, statistics, tasks
-from tests.support.runs import Told, large_eps, metrics, run_with_eps
+from tests.support.runs import StopAtPoll, large_eps, metrics, run_with_eps
 
 __all__ = ["tasks"]  # the fixture
 Chain = tuple[tuple[int, str], ...]
@@ -65,8 +66,10 @@ def test_the_table_covers_all_pairs() -> None:
 
 def run_for(changed: Any, places: int) -> str:
     """Stop at that many places at which a run asks: after a step, or within an evaluation. The newest checkpoint."""
-    with large_eps(), pytest.raises(Stopped):
-        train.train(resolve(changed), Told(places - (dist.world() > 1)))  # others hear of it when they ask next
+    with large_eps(), pytest.raises(RunStopped):
+        trainer.train(
+            resolve_recipe(changed), StopAtPoll(places - (comm.world_size() > 1))
+        )  # others hear of it when they ask next
     return max(path.name for path in Path(changed["run_dir"], "checkpoints").iterdir())
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from dscl.methods import METHODS
-from dscl.model import head
+from dscl.methods.registry import METHODS
+from dscl.model import lm_head
 from tests.support.every_method import document
 from tests.support.five_tasks import scores, tasks
 from tests.support.runs import metrics, run
@@ -54,17 +54,17 @@ def test_a_method_at_every_stage(ranks: Any, undisturbed: Any, tasks: Path, meth
 
 def run_in_parts(document: dict[str, Any]) -> None:
     """With logits that are made a few rows at a time."""
-    before, original, served = head.AT_ONCE, head._in_parts, []
+    before, original, served = lm_head.MAX_LOGITS, lm_head._chunked_answer_loss, []
 
     def in_parts(*given: Any) -> Any:
         served.append(given)
         return original(*given)
 
-    head.AT_ONCE, head._in_parts = 1024, in_parts
+    lm_head.MAX_LOGITS, lm_head._chunked_answer_loss = 1024, in_parts
     try:
         run(document)
     finally:
-        head.AT_ONCE, head._in_parts = before, original
+        lm_head.MAX_LOGITS, lm_head._chunked_answer_loss = before, original
     assert served
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
-from dscl import checkpoint
-from dscl.checkpoint import MARKER
-from dscl.observe import metrics
+from dscl.monitoring import metrics_file
+from dscl.training import checkpoint
+from dscl.training.checkpoint import MARKER_FILE
 from tests.support import programs
 from tests.support.pool import forked
 from tests.support.runs import (
@@ -66,11 +66,11 @@ def on_a_full_disk(document: dict[str, Any], name: str) -> tuple[str, str]:
         full = Path(path).name == name and mode in ("wb", "ab")
         return open("/dev/full" if full else path, mode, **more)
 
-    with opening(checkpoint, opened), opening(metrics, opened):
+    with opening(checkpoint, opened), opening(metrics_file, opened):
         return failing(document)
 
 
-@pytest.mark.parametrize("name", ["state.json", MARKER, "metrics.jsonl", "scores.json"])
+@pytest.mark.parametrize("name", ["state.json", MARKER_FILE, "metrics.jsonl", "scores.json"])
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here, which stands for a full disk")
 def test_a_full_disk_is_told_whichever_file_it_hits(
     ranks: Any, undisturbed: Any, killed: Path, tasks: Path, name: str
@@ -83,12 +83,12 @@ def test_a_full_disk_is_told_whichever_file_it_hits(
     if name == "scores.json":
         partial.symlink_to("/dev/full")
     ((kind, message),) = ranks(1)(on_a_full_disk, document, name)
-    assert kind == "Failure"
+    assert kind == "ExternalFailure"
     assert FULL in message
     assert len(message.splitlines()) == 1
     assert str(folder) in message
     there = sorted(path.name for path in (folder / "checkpoints").iterdir())
-    if name in ("state.json", MARKER):
+    if name in ("state.json", MARKER_FILE):
         assert "step-00000006 is intact" in message
         assert there == before
     partial.unlink(missing_ok=True)

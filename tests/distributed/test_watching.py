@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from dscl import clock, dist
-from dscl.data.batches import Step
-from dscl.engine import Engine
-from dscl.errors import Failure
+from dscl.data.batches import StepPlan
+from dscl.distributed import comm
+from dscl.engine.engine import Engine
 from dscl.methods.sequential import Sequential
-from dscl.watch import FEW, LOOKED_BACK, Watch
+from dscl.monitoring.loss_monitor import SPIKE_MIN_STEPS, SPIKE_WINDOW, LossMonitor
+from dscl.utils import timers
+from dscl.utils.errors import ExternalFailure
 from tests.support.runs import recipe_of, run, write_tasks
 
 WORLD = 2
@@ -58,7 +59,7 @@ def test_parts_fit_into_the_step_and_bytes_are_those_of_the_stage(ranks: Any, ta
     trained = found[-1]["trainable_parameters"]
     seen, spent, took = 0, 0.0, 0.0
     for record in found:
-        parts = {part: record.get(f"{part}_seconds", 0.0) for part in clock.PARTS}
+        parts = {part: record.get(f"{part}_seconds", 0.0) for part in timers.PARTS}
         assert all(parts[name] > 0 for name in ("data", "forward", "backward", "optimizer", "communication"))
         assert all(value >= 0 for value in parts.values())
         spent, took = spent + sum(parts.values()), took + record["seconds"]
@@ -106,7 +107,7 @@ def slowly(document: dict[str, Any], slow: int, seconds: float) -> None:
     original = Sequential.loss
 
     def loss(self: Sequential, model: Any, batch: Any) -> torch.Tensor:
-        time.sleep(seconds * (dist.rank() == slow))
+        time.sleep(seconds * (comm.rank() == slow))
         return original(self, model, batch)
 
     Sequential.loss = loss  # type: ignore[method-assign]
@@ -128,20 +129,20 @@ def test_a_slow_rank_is_named_once_a_task(ranks: Any, tasks: Path, tmp_path: Pat
 
 def listening(document: dict[str, Any], path: str) -> None:
     """Run slowly on rank 1; what the user is told goes into a file."""
-    from dscl.observe import Observer
+    from dscl.monitoring.observer import Observer
 
-    original = Observer.note
+    original = Observer.print_message
 
     def note(self: Observer, text: str) -> None:
-        if dist.is_main():
+        if comm.is_main():
             with open(path, "a") as file:
                 file.write(f"{text}\n")
 
-    Observer.note = note  # type: ignore[method-assign]
+    Observer.print_message = note  # type: ignore[method-assign]
     try:
         slowly(document, 1, 0.1)
     finally:
-        Observer.note = original  # type: ignore[method-assign]
+        Observer.print_message = original  # type: ignore[method-assign]
 
 
 def out_of_memory(document: dict[str, Any]) -> list[str]:
@@ -157,7 +158,7 @@ def out_of_memory(document: dict[str, Any]) -> list[str]:
         patched.setattr(Sequential, "loss", loss)
         patched.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: happened.append("snapshot"))
         patched.setattr(Engine, "close", lambda self: (happened.append("close"), close(self)))
-        with pytest.raises(Failure, match="CUDA out of memory"):
+        with pytest.raises(ExternalFailure, match="CUDA out of memory"):
             run(document)
     return happened
 
@@ -198,11 +199,11 @@ def test_a_router_is_shown_at_every_evaluation_that_is_asked_for(ranks: Any, tas
 class Numbers:
     """As much of an engine as a watch needs to look at losses."""
 
-    scales_loss = False
+    uses_loss_scaling = False
 
 
-def watching(said: list[str]) -> Watch:
-    return Watch(Numbers(), "x", 1, False, lambda number: [f"record {number}"], lambda record: None, said.append)  # type: ignore[arg-type]
+def watching(said: list[str]) -> LossMonitor:
+    return LossMonitor(Numbers(), "x", 1, False, lambda number: [f"record {number}"], lambda record: None, said.append)  # type: ignore[arg-type]
 
 
 def leaps(losses: torch.Tensor) -> list[str]:
@@ -210,26 +211,26 @@ def leaps(losses: torch.Tensor) -> list[str]:
     said: list[str] = []
     watch = watching(said)
     for number, loss in enumerate(losses.tolist()):
-        watch._look_for_spike(number, number + 1, loss)
+        watch._check_for_spike(number, number + 1, loss)
     return [line.split(":")[0].removeprefix("task x, step ") for line in said]
 
 
 def test_a_loss_that_leaps_is_told_with_its_records() -> None:
     said: list[str] = []
     watch = watching(said)
-    for number in range(LOOKED_BACK):
-        watch._look_for_spike(number, number + 1, 1.0 + 0.01 * (number % 5))
+    for number in range(SPIKE_WINDOW):
+        watch._check_for_spike(number, number + 1, 1.0 + 0.01 * (number % 5))
     assert not said
-    watch._look_for_spike(100, 101, 1.2)
+    watch._check_for_spike(100, 101, 1.2)
     assert not said, "a loss may move"
-    watch._look_for_spike(101, 102, 9.0)
+    watch._check_for_spike(101, 102, 9.0)
     assert len(said) == 1
     assert "step 102: the loss leaps to 9, after a median of 1.02" in said[0]
     assert "record 101" in said[0]
-    for number in range(102, 102 + 2 * FEW):
-        watch._look_for_spike(number, number + 1, 9.0)
+    for number in range(102, 102 + 2 * SPIKE_MIN_STEPS):
+        watch._check_for_spike(number, number + 1, 9.0)
     assert len(said) == 1, "what goes on is not told again"
-    watch._look_for_spike(200, 201, 12.0)
+    watch._check_for_spike(200, 201, 12.0)
     assert len(said) == 2, "the last one does not hide the next"
 
 
@@ -264,13 +265,13 @@ def test_ordinary_noise_is_not_told() -> None:
 
 
 def test_pairs_are_those_of_each_sample_alone() -> None:
-    from dscl.data.batches import Schedule
+    from dscl.data.batches import BatchSampler
 
     lengths = torch.tensor([5, 1, 3]).numpy()
-    schedule = Schedule(
+    schedule = BatchSampler(
         lengths - 1, lengths * 0 + 1,
-        seed=0, epochs=1, global_batch=2, micro_batch=1, world=1, max_length=8, packing=True,
+        seed=0, epochs=1, global_batch=2, micro_batch=1, world_size=1, max_length=8, packing=True,
     )  # fmt: skip
-    steps: list[Step] = [schedule.step(number) for number in range(2)]
-    assert sum(step.pairs for step in steps) == 15 + 1 + 6
-    assert sum(step.tokens for step in steps) == 9
+    steps: list[StepPlan] = [schedule.step_plan(number) for number in range(2)]
+    assert sum(step.attention_pairs for step in steps) == 15 + 1 + 6
+    assert sum(step.num_tokens for step in steps) == 9

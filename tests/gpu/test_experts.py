@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch import nn
 
-from dscl.model import experts
-from dscl.model.experts import Shape, SubExperts
-from dscl.model.routing import Routing
+from dscl.model.adapters import sub_experts
+from dscl.model.adapters.routing import Routing
+from dscl.model.adapters.sub_experts import SubExpertLinear, SubExpertShape
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no GPU here (torch.cuda.is_available() is false)"
 )
 
 IN, OUT, TASKS = 256, 192, 3
-SHAPE = Shape(experts=8, most=10, rank=8, top=2, share=0.25, scale=2.0, atoms=True)
+SHAPE = SubExpertShape(experts=8, most=10, rank=8, top=2, share=0.25, scale=2.0, atoms=True)
 KINDS = pytest.mark.parametrize("atoms", [True, False])
 
 
@@ -35,24 +35,27 @@ def no_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def layer(atoms: bool, dtype: torch.dtype, device: str, top: int = 2, dropout: float = 0.0) -> SubExperts:
+def layer(atoms: bool, dtype: torch.dtype, device: str, top: int = 2, dropout: float = 0.0) -> SubExpertLinear:
     """Two tasks have claimed what they open, and a third one learns. The same values on every device."""
     torch.manual_seed(0)
-    shape = Shape(**{**vars(SHAPE), "atoms": atoms, "top": top, "dropout": dropout})
-    made = SubExperts(nn.Linear(IN, OUT), shape, Routing(TASKS, 0), torch.empty(0))
+    shape = SubExpertShape(**{**vars(SHAPE), "atoms": atoms, "top": top, "dropout": dropout})
+    made = SubExpertLinear(nn.Linear(IN, OUT), shape, Routing(TASKS, 0), torch.empty(0))
     made.make_trainable()
     for task in range(TASKS):
-        made.prepare(shape.experts + task, reuse=True)
+        made.open_for_training(shape.experts + task, reuse=True)
         with torch.no_grad():
-            for name in made.trained:
+            for name in made.trainable_names:
                 parameter = getattr(made, name)
                 parameter.copy_((torch.randn(parameter.shape) / 16).bfloat16())
-            for name, count in made.counts.items():  # so many are far from zero, so that a mask is the same in bf16
-                part = made._now(name, getattr(made, f"score_{name}"))
+            for (
+                name,
+                count,
+            ) in made.mask_counts.items():  # so many are far from zero, so that a mask is the same in bf16
+                part = made._open_part(name, getattr(made, f"score_{name}"))
                 far = (torch.randperm(part.numel()) < count).view(part.shape)
                 part[far] = (part[far].sign() + part[far]).bfloat16().float()
         if task < TASKS - 1:
-            made.claim(task, {name: getattr(made, name).detach() for name in made.trained})
+            made.freeze_task_params(task, {name: getattr(made, name).detach() for name in made.trainable_names})
     return made.to(device, dtype)
 
 
@@ -60,26 +63,29 @@ def inputs(dtype: torch.dtype, device: str) -> torch.Tensor:
     return torch.randn(6, 33, IN, generator=torch.Generator().manual_seed(1)).to(device, dtype)
 
 
-def learning(made: SubExperts, x: torch.Tensor) -> list[torch.Tensor]:
+def learning(made: SubExpertLinear, x: torch.Tensor) -> list[torch.Tensor]:
     """What comes out, and all gradients."""
     made.train()
     x = x.clone().requires_grad_()
     y = made(x)
-    return [y.detach(), *torch.autograd.grad(y.float().square().mean(), [x, *(getattr(made, n) for n in made.trained)])]
+    return [
+        y.detach(),
+        *torch.autograd.grad(y.float().square().mean(), [x, *(getattr(made, n) for n in made.trainable_names)]),
+    ]
 
 
 @torch.no_grad()
-def answering(made: SubExperts, x: torch.Tensor) -> torch.Tensor:
+def answering(made: SubExpertLinear, x: torch.Tensor) -> torch.Tensor:
     answer: torch.Tensor = made.eval()(x)
     return answer
 
 
-def choose(made: SubExperts, x: torch.Tensor) -> None:
+def choose(made: SubExpertLinear, x: torch.Tensor) -> None:
     """Rows of both tasks and of none. Where rows go is told once a batch, from the host; no layer tells it again."""
-    made.routing.choose([0, 1, None, 1, 0, 0], x)
-    rows = made.routing.rows
+    made.routing.assign_slots([0, 1, None, 1, 0, 0], x)
+    rows = made.routing.assignment
     assert rows is not None
-    for told in (rows.index, rows.present, *rows.by_slot.values()):
+    for told in (rows.slot_indices, rows.has_slot, *rows.rows_by_slot.values()):
         assert told.is_cuda == x.is_cuda
 
 
@@ -99,13 +105,13 @@ def test_no_host_waits(atoms: bool, top: int, dropout: float) -> None:
 def test_a_host_that_waits_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     made, x = layer(True, torch.bfloat16, "cuda"), inputs(torch.bfloat16, "cuda")
     learning(made, x)
-    weigh = experts.weigh
+    weigh = sub_experts.apply_gates
 
     def waiting(read: torch.Tensor, *sizes: Any) -> torch.Tensor:
         weighed = weigh(read, *sizes)
         return weighed if bool(weighed.any()) else weighed * 0
 
-    monkeypatch.setattr(experts, "weigh", waiting)
+    monkeypatch.setattr(sub_experts, "apply_gates", waiting)
     with pytest.raises(RuntimeError, match="synchroniz"), no_waiting():
         learning(made, x)
 
@@ -136,7 +142,7 @@ def test_bf16_comes_close_to_the_cpu_in_fp32(atoms: bool, top: int) -> None:
     for index, (wanted, got) in enumerate(pairs):
         off = (got.float().cpu() - wanted).norm() / wanted.norm()
         assert off < 0.1, index
-    for name, mask in made._of("taken").items():
+    for name, mask in made._tensors_by_mask("taken").items():
         assert torch.equal(mask.cpu(), getattr(exact, f"taken_{name}"))
 
 
@@ -145,7 +151,7 @@ def test_a_later_task_changes_no_bit(atoms: bool) -> None:
     made, x = layer(atoms, torch.bfloat16, "cuda"), inputs(torch.bfloat16, "cuda")
     choose(made, x)
     before = answering(made, x)
-    made.claim(2, {name: getattr(made, name).detach().float() for name in made.trained})
+    made.freeze_task_params(2, {name: getattr(made, name).detach().float() for name in made.trainable_names})
     assert torch.equal(answering(made, x), before)
-    made.routing.choose([2] * 6, x)
+    made.routing.assign_slots([2] * 6, x)
     assert not torch.equal(answering(made, x), before)

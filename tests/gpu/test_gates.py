@@ -22,6 +22,6 @@ def test_the_kernel_is_used_and_equals_the_torch_form(size: tuple[int, ...], kin
     read, toward = (tensor.cuda() for tensor in drawn(tokens, experts, rank, kind))
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "sub-experts")  # are weighed without their kernel
-        found = passed(gates.weigh, read, toward, experts, top, 1.5)
+        found = passed(gates.apply_gates, read, toward, experts, top, 1.5)
     assert gates.kernel_fits(read, experts, rank)
     check(found, read, toward, experts, top, 1.5, more=1e-6)  # its exponentials are the quick ones

@@ -9,8 +9,8 @@ from transformers import LlamaConfig
 
 from dscl.data.batches import collate
 from dscl.model.backbone import Backbone, ModelConfig
-from dscl.model.head import answer_loss
-from dscl.model.weights import DrawnWeights
+from dscl.model.lm_head import answer_loss
+from dscl.model.weights import RandomWeights
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no GPU here (torch.cuda.is_available() is false)"
@@ -23,7 +23,7 @@ SHAPE = LlamaConfig(
 
 
 def built(dtype: torch.dtype, device: str) -> nn.Module:
-    backbone = Backbone(ModelConfig(shape={}), SHAPE, None, DrawnWeights(0, 0.1), dtype)  # type: ignore[arg-type]
+    backbone = Backbone(ModelConfig(shape={}), SHAPE, None, RandomWeights(0, 0.1), dtype)  # type: ignore[arg-type]
     model = backbone.build()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -16,13 +16,13 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from dscl import dist
-from dscl.data.batches import Batch, Schedule, collate
-from dscl.engine import Engine
+from dscl.data.batches import Batch, BatchSampler, collate
+from dscl.distributed import comm
+from dscl.engine.engine import Engine
 from dscl.model.backbone import Backbone, ModelConfig
-from dscl.model.head import answer_loss
-from dscl.model.weights import DrawnWeights
-from dscl.watch import Watch
+from dscl.model.lm_head import answer_loss
+from dscl.model.weights import RandomWeights
+from dscl.monitoring.loss_monitor import LossMonitor
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no GPU here (torch.cuda.is_available() is false)"
@@ -51,7 +51,7 @@ def waits(stage: int, packing: bool) -> dict[str, int]:
     shape = LlamaConfig(
         hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, vocab_size=WORDS
     )
-    backbone = Backbone(ModelConfig(shape={}), shape, None, DrawnWeights(0, 0.05), torch.bfloat16)  # type: ignore[arg-type]
+    backbone = Backbone(ModelConfig(shape={}), shape, None, RandomWeights(0, 0.05), torch.bfloat16)  # type: ignore[arg-type]
     engine = Engine(
         {"zero_optimization": {"stage": stage}},
         build=backbone.build,
@@ -60,12 +60,12 @@ def waits(stage: int, packing: bool) -> dict[str, int]:
         precision="bf16",
     )
     lengths = torch.tensor([[len(side) for side in pair] for pair in ENCODED]).numpy()
-    plan = Schedule(
+    plan = BatchSampler(
         lengths[:, 0], lengths[:, 1],
-        seed=0, epochs=1, global_batch=4, micro_batch=2, world=1, max_length=32, packing=packing,
-    ).step(0)  # fmt: skip
-    watch = Watch(engine, "x", 100, False, lambda number: [], lambda record: None, print)
-    watch.begin()
+        seed=0, epochs=1, global_batch=4, micro_batch=2, world_size=1, max_length=32, packing=packing,
+    ).step_plan(0)  # fmt: skip
+    monitor = LossMonitor(engine, "x", 100, False, lambda number: [], lambda record: None, print)
+    monitor.start_task()
     found: Counter[str] = Counter()
 
     def heard(message: Any, *_: Any, **__: Any) -> None:
@@ -74,9 +74,9 @@ def waits(stage: int, packing: bool) -> dict[str, int]:
 
     def step(number: int) -> None:
         made = batches(packing)
-        loss = engine.step(answer_loss, made, targets=plan.targets, lr=1e-3)
+        loss = engine.step(answer_loss, made, targets=plan.num_targets, lr=1e-3)
         computed = sum(batch.input_ids.numel() for batch in made)
-        watch.add(number, number + 1, plan, 1e-3, loss, False, computed)
+        monitor.record_step(number, number + 1, plan, 1e-3, loss, False, computed)
 
     for number in range(WARM):
         step(number)
@@ -89,14 +89,14 @@ def waits(stage: int, packing: bool) -> dict[str, int]:
                 step(number)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    watch.flush()
+    monitor.flush()
     engine.close()
     return dict(found)
 
 
 def tell(stage: int, packing: bool) -> None:
     """In a process of its own, which has one engine."""
-    with dist.session():
+    with comm.process_group():
         print(json.dumps(waits(stage, packing)))
 
 

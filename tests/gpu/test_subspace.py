@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from dscl.maths.subspace import READINGS, Subspace
+from dscl.maths.subspace import PROJECTIONS, ProtectedSubspace
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no GPU here (torch.cuda.is_available() is false)"
@@ -23,17 +23,19 @@ def otherwise(request: pytest.FixtureRequest) -> Iterator[str]:
     setting.fp32_precision = before
 
 
-@pytest.mark.parametrize("reading", READINGS)
+@pytest.mark.parametrize("reading", PROJECTIONS)
 def test_gradients_are_freed_to_a_thousandth_and_the_weight_is_held_exactly(reading: str, otherwise: str) -> None:
     drawn = torch.Generator().manual_seed(0)
     weight, step = (torch.randn(512, 768, generator=drawn).cuda() for _ in range(2))
     right, left = (torch.linalg.qr(torch.randn(n, 256, generator=drawn, dtype=torch.float64))[0] for n in (768, 512))
-    space = Subspace.empty(reading, weight)
-    space.grow(weight, right.cuda(), left.cuda())
+    space = ProtectedSubspace.empty(reading, weight)
+    space.add_directions(weight, right.cuda(), left.cuda())
     gradient = step.clone()
-    space.free_(gradient)
-    assert space.leak(gradient) < (4e-3 if reading == "paper" else 2e-3) * space.leak(step)  # of four products, or two
+    space.project_gradient_(gradient)
+    assert space.protected_norm(gradient) < (4e-3 if reading == "paper" else 2e-3) * space.protected_norm(
+        step
+    )  # of four products, or two
     assert torch.backends.cuda.matmul.fp32_precision == otherwise
     moved = weight + step
-    space.hold_(moved)
-    assert space.leak(moved - weight) < 1e-6 * float(weight.norm())
+    space.project_weight_(moved)
+    assert space.protected_norm(moved - weight) < 1e-6 * float(weight.norm())

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dscl.checkpoint import CheckpointConfig
+from dscl.training.checkpoint import CheckpointConfig
 from tests.support.hosts import REPOSITORY
 
 FOLDER = REPOSITORY / "launch" / "kubernetes"

@@ -35,7 +35,7 @@ def expert_by_expert(read: torch.Tensor, experts: int, top: int, factor: float) 
 def test_the_torch_form_is_what_each_expert_gives(size: tuple[int, ...]) -> None:
     tokens, experts, rank, top = size
     read, toward = drawn(tokens, experts, rank, torch.float64)
-    found = passed(gates.weigh, read, toward, experts, top, 1.5)
+    found = passed(gates.apply_gates, read, toward, experts, top, 1.5)
     for ours, theirs in zip(found, passed(expert_by_expert, read, toward, experts, top, 1.5), strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-14)
 
@@ -56,11 +56,11 @@ def by_the_kernel(read: torch.Tensor, toward: torch.Tensor, *sizes: Any) -> list
 
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.filterwarnings("error", "sub-experts")
-        start = kernel.start
-        patch.setattr(kernel, "start", lambda which, *given: started.append(which) or start(which, *given))
-        gates._kernel_works.cache_clear()
-        found = passed(gates.weigh, read, toward, *sizes)
-    assert started[-2:] == [kernel.weigh, kernel.weigh_back]
+        start = kernel.launch_kernel
+        patch.setattr(kernel, "launch_kernel", lambda which, *given: started.append(which) or start(which, *given))
+        gates._kernel_matches_reference.cache_clear()
+        found = passed(gates.apply_gates, read, toward, *sizes)
+    assert started[-2:] == [kernel.apply_gates_kernel, kernel.apply_gates_backward_kernel]
     return found
 
 
@@ -99,11 +99,11 @@ def wrong(read: torch.Tensor, toward: torch.Tensor, experts: int, top: int) -> t
     from dscl.maths import gates_kernel as kernel
 
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as said:
-        patch.setattr(kernel, "start", lambda which, read, other, *_: other.zero_())
-        gates._kernel_works.cache_clear()
+        patch.setattr(kernel, "launch_kernel", lambda which, read, other, *_: other.zero_())
+        gates._kernel_matches_reference.cache_clear()
         for _ in range(2):
-            weighed = gates.weigh(read, experts, top, 1.5)
-        gates._kernel_works.cache_clear()
+            weighed = gates.apply_gates(read, experts, top, 1.5)
+        gates._kernel_matches_reference.cache_clear()
     return [str(one.message) for one in said], weighed
 
 
@@ -111,20 +111,22 @@ def wrong(read: torch.Tensor, toward: torch.Tensor, experts: int, top: int) -> t
 def test_a_kernel_that_is_wrong_is_told_and_not_used(interpreter: Any) -> None:
     read, toward = drawn(5, 8, 8, torch.float32)
     said, weighed = interpreter(wrong, read, toward, 8, 2)
-    assert said == ["sub-experts are weighed without their kernel on cpu: it does not give what torch gives"]
-    assert torch.equal(weighed, gates.by_steps(read, 8, 2, 1.5))
+    assert said == [
+        "sub-experts are computed without their Triton kernel on cpu: its results differ from those of torch"
+    ]
+    assert torch.equal(weighed, gates.apply_gates_reference(read, 8, 2, 1.5))
 
 
 def test_it_is_used_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(gates, "_has_triton", lambda: True)
-    fits = functools.partial(gates.kernel_fits, experts=8, rank=8)
+    fits = functools.partial(gates.kernel_fits, num_experts=8, rank=8)
     read = torch.zeros(4, 72)
     assert fits(read)
     assert not fits(read.double())
     assert not fits(read.T)
-    assert not gates.kernel_fits(read, experts=65, rank=64)  # more columns than a program holds
-    assert not gates.kernel_fits(read, experts=257, rank=1)
+    assert not gates.kernel_fits(read, num_experts=65, rank=64)  # more columns than a program holds
+    assert not gates.kernel_fits(read, num_experts=257, rank=1)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert not fits(read)
     monkeypatch.undo()
@@ -136,9 +138,9 @@ def recomputed(read: torch.Tensor, toward: torch.Tensor, *sizes: Any) -> list[to
     """In a layer that is computed again in the backward pass, in which the kernel is tried for the first time."""
 
     def layer(leaf: torch.Tensor) -> torch.Tensor:
-        return gates.weigh(leaf * 1.0, *sizes).sin()
+        return gates.apply_gates(leaf * 1.0, *sizes).sin()
 
-    gates._kernel_works.cache_clear()
+    gates._kernel_matches_reference.cache_clear()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "sub-experts")
         return passed(lambda leaf: checkpoint(layer, leaf, use_reentrant=False), read, toward)
@@ -148,7 +150,7 @@ def recomputed(read: torch.Tensor, toward: torch.Tensor, *sizes: Any) -> list[to
 def test_it_can_be_tried_in_a_layer_that_is_computed_again(interpreter: Any) -> None:
     read, toward = drawn(5, 8, 8, torch.float32)
     found = interpreter(recomputed, read, toward, 8, 2, 1.5)
-    wanted = passed(lambda leaf: gates.by_steps(leaf, 8, 2, 1.5).sin(), read, toward)
+    wanted = passed(lambda leaf: gates.apply_gates_reference(leaf, 8, 2, 1.5).sin(), read, toward)
     for ours, theirs in zip(found, wanted, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
@@ -158,7 +160,7 @@ GPU_BUILDS = [
         name, kind, size, arch, id=f"{name}-{kind}-size{row}-{arch}",
         marks=[] if (row + place + turn) % 2 == 0 else [pytest.mark.exhaustive],  # each pair is in the fast half
     )
-    for turn, name in enumerate(("weigh", "weigh_back"))
+    for turn, name in enumerate(("apply_gates_kernel", "apply_gates_backward_kernel"))
     for row, (kind, size) in enumerate(
         [("bf16", (8, 8, 2)), ("fp16", (3, 5, 2)), ("fp32", (64, 64, 2)), ("bf16", (256, 16, 8))]
     )
@@ -176,8 +178,8 @@ def test_it_can_be_built_for_gpus(name: str, arch: int, kind: str, size: tuple[i
 
     from dscl.maths import gates_kernel
 
-    kernel, sizes = getattr(gates_kernel, name), gates_kernel.sizes_of(*size)
-    kinds = {**dict.fromkeys(("read", "weighed", "gradient", "to_read"), f"*{kind}"), "factor": "fp32"}
+    kernel, sizes = getattr(gates_kernel, name), gates_kernel.kernel_sizes(*size)
+    kinds = {**dict.fromkeys(("projected", "gated", "grad_output", "grad_projected"), f"*{kind}"), "scale": "fp32"}
     signature = {a: "constexpr" if a in sizes else kinds.get(a, "i32") for a in kernel.arg_names}
     built = triton.compile(ASTSource(kernel, signature, sizes), target=GPUTarget("cuda", arch, 32))
     assert len(built.asm["cubin"]) > 1000

@@ -41,7 +41,9 @@ def both(given: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Outputs and gradients, ours and the loop's."""
     out = torch.randn(len(given[0]), OUT, dtype=given[0].dtype)
     leaves = [given[i] for i in (0, 1, 2, 4)]
-    found = [[y.detach(), *torch.autograd.grad(y, leaves, out)] for y in (grouped.mixed(*given), looped(*given))]
+    found = [
+        [y.detach(), *torch.autograd.grad(y, leaves, out)] for y in (grouped.grouped_mixture(*given), looped(*given))
+    ]
     return list(zip(*found, strict=True))
 
 
@@ -61,9 +63,9 @@ def test_equals_token_after_token_and_so_do_its_gradients(
 def test_one_graph_and_no_host_that_waits() -> None:
     given = drawn(37, 8, 8, 2, torch.bfloat16)
     torch._dynamo.reset()
-    compiled = torch.compile(grouped.mixed, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*given), grouped.mixed(*given))
-    assert grouped.mixed(*(each.detach().to("meta") for each in given)).shape == (37, OUT)
+    compiled = torch.compile(grouped.grouped_mixture, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*given), grouped.grouped_mixture(*given))
+    assert grouped.grouped_mixture(*(each.detach().to("meta") for each in given)).shape == (37, OUT)
 
 
 @pytest.mark.parametrize(
@@ -79,12 +81,12 @@ def test_one_graph_and_no_host_that_waits() -> None:
     ],
 )
 def test_size_decides(kind: torch.dtype, experts: int, rank: int, top: int, expected: bool) -> None:
-    assert grouped.pays(torch.device("cpu"), kind, experts, rank, top) is expected
+    assert grouped.grouped_is_faster(torch.device("cpu"), kind, experts, rank, top) is expected
 
 
 def test_on_a_gpu_it_needs_bf16_and_more_columns() -> None:
     def pays(kind: Any, experts: int) -> bool:
-        return grouped.pays(torch.device("cuda"), kind, experts, 8, 2)
+        return grouped.grouped_is_faster(torch.device("cuda"), kind, experts, 8, 2)
 
     assert pays(torch.bfloat16, 64)
     assert not pays(torch.bfloat16, 63)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dscl.maths import rls
-from dscl.maths.rls import SURE, Expansion, Solution, Statistics, gather, solve
+from dscl.maths.rls import MIN_SHORTFALL, FeatureMap, FittedRouter, TaskStatistics, compute_statistics, fit_router
 
 DIM, WIDTH = 24, 96
 
@@ -23,12 +23,12 @@ def pooled(seed: int, count: int, spread: float = 1.0, dim: int = DIM) -> Tensor
     return common + torch.randn(dim, generator=draw) + spread * torch.randn(count, dim, generator=draw)
 
 
-def exact(count: int, tasks: int = 5, width: int = WIDTH) -> tuple[Expansion, dict[str, Tensor]]:
-    expansion = Expansion(DIM, width, seed=3)
-    return expansion, {f"task{t}": expansion.rows(pooled(t, count + 7 * t)) for t in range(tasks)}
+def exact(count: int, tasks: int = 5, width: int = WIDTH) -> tuple[FeatureMap, dict[str, Tensor]]:
+    expansion = FeatureMap(DIM, width, seed=3)
+    return expansion, {f"task{t}": expansion.quantize(pooled(t, count + 7 * t)) for t in range(tasks)}
 
 
-def full(statistics: Statistics) -> Tensor:
+def full(statistics: TaskStatistics) -> Tensor:
     """The Gram matrix by its definition of packing: the upper triangle row after row."""
     gram = torch.zeros(statistics.width, statistics.width, dtype=torch.float64)
     place = torch.triu_indices(statistics.width, statistics.width)
@@ -36,21 +36,21 @@ def full(statistics: Statistics) -> Tensor:
     return gram.triu() + gram.triu(1).T
 
 
-def same(a: Solution, b: Solution) -> bool:
-    assert a.rejection is not None
-    assert b.rejection is not None
+def same(a: FittedRouter, b: FittedRouter) -> bool:
+    assert a.ood_detector is not None
+    assert b.ood_detector is not None
     tensors = [
         (a.weights, b.weights),
         (a.mean, b.mean),
-        (a.rejection.factor, b.rejection.factor),
-        (a.rejection.shortfall, b.rejection.shortfall),
-        (a.rejection.leverage, b.rejection.leverage),
+        (a.ood_detector.factor, b.ood_detector.factor),
+        (a.ood_detector.shortfall, b.ood_detector.shortfall),
+        (a.ood_detector.leverage, b.ood_detector.leverage),
     ]
     numbers = (a.names, a.intercept, a.ridge, a.condition) == (b.names, b.intercept, b.ridge, b.condition)
     return numbers and all(torch.equal(x, y) for x, y in tensors)
 
 
-def equal(a: Statistics, b: Statistics) -> bool:
+def equal(a: TaskStatistics, b: TaskStatistics) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.tensors(), b.tensors(), strict=True))
 
 
@@ -60,9 +60,9 @@ def error(value: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("divisor", [None, 8])
 def test_features_are_those_of_integer_arithmetic(divisor: int | None) -> None:
-    expansion = Expansion(dim=40, width=30, seed=11)
+    expansion = FeatureMap(dim=40, width=30, seed=11)
     expansion.divisor = divisor or expansion.divisor
-    rows = expansion.rows(pooled(0, 50, dim=40))
+    rows = expansion.quantize(pooled(0, 50, dim=40))
     entries = []
     for i in range(40):
         digest = hashlib.shake_256(f"11:{i}".encode()).digest(30 * 4)
@@ -71,7 +71,7 @@ def test_features_are_those_of_integer_arithmetic(divisor: int | None) -> None:
     for row in rows.tolist():
         products = [sum(q * entries[i][j] for i, q in enumerate(row)) for j in range(30)]
         expected.append([min(255, (max(0, p) + expansion.divisor // 2) // expansion.divisor) for p in products])
-    features = expansion.features(rows)
+    features = expansion.compute_features(rows)
     assert features.tolist() == expected
     assert 0.2 < float((features == 0).double().mean()) < 0.8  # the ReLU cuts, and not everything
     assert (float((features == 255).double().mean()) < 0.01) == (divisor is None)
@@ -83,89 +83,93 @@ def test_features_are_exact_for_large_models_and_extreme_rows(
 ) -> None:
     """Beyond 2**24, which no row of a model of up to 20,000 dimensions reaches, fp32 would no longer do."""
     monkeypatch.setattr(rls, "FEATURE_LIMIT", 1 << 24)
-    expansion = Expansion(dim, 8, seed=0)
+    expansion = FeatureMap(dim, 8, seed=0)
     expansion.divisor = 2
     matrix = expansion._draw_integers()
-    rows = expansion.rows(pooled(0, 4, dim=dim))
+    rows = expansion.quantize(pooled(0, 4, dim=dim))
     if extreme:
         rows = (matrix[:, :4].T.sign() * 127).to(torch.int8)
     products = rows.long() @ matrix.long()
     assert (int(products.max()) > 1 << 24) == extreme
-    assert torch.equal(expansion.features(rows).long(), (products.clamp(min=0) + 1) // 2)
+    assert torch.equal(expansion.compute_features(rows).long(), (products.clamp(min=0) + 1) // 2)
 
 
 def test_a_row_has_the_same_features_in_any_batch() -> None:
     expansion, tasks = exact(50)
     rows = torch.cat(list(tasks.values()))
-    alone = torch.cat([expansion.features(row[None]) for row in rows])
-    assert torch.equal(expansion.features(rows), alone)
+    alone = torch.cat([expansion.compute_features(row[None]) for row in rows])
+    assert torch.equal(expansion.compute_features(rows), alone)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(expansion.features(rows), alone)
+        assert torch.equal(expansion.compute_features(rows), alone)
 
 
 def test_rows_keep_no_graph() -> None:
     states = pooled(0, 4).requires_grad_()
-    assert not any(Expansion(DIM, WIDTH, seed=0, exact=exact).rows(states).requires_grad for exact in (True, False))
+    assert not any(
+        FeatureMap(DIM, WIDTH, seed=0, exact=exact).quantize(states).requires_grad for exact in (True, False)
+    )
 
 
 def test_rows_forget_scale_and_survive_huge_entries() -> None:
-    expansion = Expansion(DIM, WIDTH, seed=0)
+    expansion = FeatureMap(DIM, WIDTH, seed=0)
     states = pooled(0, 200)
-    rows = expansion.rows(states)
+    rows = expansion.quantize(states)
     assert rows.dtype == torch.int8
-    assert torch.equal(expansion.rows(states * 1000), rows)
-    noisy = expansion.rows(states * (1 + 1e-6 * torch.randn_like(states)))
+    assert torch.equal(expansion.quantize(states * 1000), rows)
+    noisy = expansion.quantize(states * (1 + 1e-6 * torch.randn_like(states)))
     assert float((noisy != rows).double().mean()) < 1e-3
     large = torch.randn(4, 4096, generator=torch.Generator().manual_seed(0))
     large[:, :2] *= 1000
-    assert len(Expansion(4096, WIDTH, seed=0).rows(large)[:, 2:].unique()) > 40  # the others are not rounded to nothing
-    assert not expansion.rows(torch.zeros(3, DIM)).any()
-    assert expansion.rows(torch.zeros(0, DIM)).shape == (0, DIM)
+    assert (
+        len(FeatureMap(4096, WIDTH, seed=0).quantize(large)[:, 2:].unique()) > 40
+    )  # the others are not rounded to nothing
+    assert not expansion.quantize(torch.zeros(3, DIM)).any()
+    assert expansion.quantize(torch.zeros(0, DIM)).shape == (0, DIM)
 
 
 @pytest.mark.parametrize("count", [0, 1, 700])
 def test_statistics_are_the_sums(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rls, "STRIPE", 40)
-    monkeypatch.setattr(rls, "CHUNK", 300)
-    expansion = Expansion(DIM, WIDTH, seed=3)
-    rows = expansion.rows(pooled(0, count))
-    features = expansion.features(rows).long()
-    statistics = gather(rows, expansion)
+    monkeypatch.setattr(rls, "STRIPE_ROWS", 40)
+    monkeypatch.setattr(rls, "PROMPT_CHUNK", 300)
+    expansion = FeatureMap(DIM, WIDTH, seed=3)
+    rows = expansion.quantize(pooled(0, count))
+    features = expansion.compute_features(rows).long()
+    statistics = compute_statistics(rows, expansion)
     assert torch.equal(full(statistics).long(), features.T @ features)
-    assert torch.equal(statistics.total.long(), features.sum(0))
+    assert torch.equal(statistics.feature_sum.long(), features.sum(0))
     assert statistics.count.tolist() == [count]
-    assert equal(statistics.compact(), Statistics(statistics.gram.int(), statistics.total, statistics.count))
+    assert equal(statistics.compact(), TaskStatistics(statistics.gram.int(), statistics.feature_sum, statistics.count))
 
 
 def test_sums_of_the_largest_features_are_exact() -> None:
     """255² is odd: one addition beyond 2**24 in fp32 would round."""
 
-    class Largest(Expansion):
-        def features(self, rows: Tensor) -> Tensor:
+    class Largest(FeatureMap):
+        def compute_features(self, rows: Tensor) -> Tensor:
             return torch.full((len(rows), self.width), 255.0)
 
-    statistics = gather(torch.zeros(5001, DIM, dtype=torch.int8), Largest(DIM, 32, seed=0))
+    statistics = compute_statistics(torch.zeros(5001, DIM, dtype=torch.int8), Largest(DIM, 32, seed=0))
     assert statistics.gram.unique().tolist() == [5001 * 255**2]
 
 
 def test_compact_keeps_what_does_not_fit() -> None:
     expansion, tasks = exact(30)
-    statistics = gather(tasks["task0"], expansion)
-    large = Statistics(statistics.gram + 2**40, statistics.total, statistics.count)
+    statistics = compute_statistics(tasks["task0"], expansion)
+    large = TaskStatistics(statistics.gram + 2**40, statistics.feature_sum, statistics.count)
     assert large.compact().gram.dtype == torch.int64
     assert torch.equal(large.compact().gram.double(), large.gram)
-    broken = Statistics(statistics.gram + 0.5, statistics.total, statistics.count)
+    broken = TaskStatistics(statistics.gram + 0.5, statistics.feature_sum, statistics.count)
     assert equal(broken.compact(), broken)
 
 
 def test_any_order_of_tasks_gives_the_same_bits() -> None:
     expansion, tasks = exact(60)
-    parts = {name: gather(rows, expansion) for name, rows in tasks.items()}
-    expected = solve(parts)
-    features = expansion.features(torch.cat(list(tasks.values())))
+    parts = {name: compute_statistics(rows, expansion) for name, rows in tasks.items()}
+    expected = fit_router(parts)
+    features = expansion.compute_features(torch.cat(list(tasks.values())))
     routes = expected.route(features)
     for order in itertools.permutations(parts):
-        solution = solve({name: parts[name] for name in order})
+        solution = fit_router({name: parts[name] for name in order})
         assert same(solution, expected)
         assert all(torch.equal(a, b) for a, b in zip(solution.route(features), routes, strict=True))
 
@@ -173,30 +177,30 @@ def test_any_order_of_tasks_gives_the_same_bits() -> None:
 @pytest.mark.parametrize("world", [1, 2, 4, 7])
 def test_any_split_into_shares_gives_the_same_bits(world: int) -> None:
     expansion, tasks = exact(60)
-    whole = {name: gather(rows, expansion) for name, rows in tasks.items()}
+    whole = {name: compute_statistics(rows, expansion) for name, rows in tasks.items()}
     parts = {}
     for name, rows in tasks.items():
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(world))
-        shares = [gather(rows[order[rank::world]], expansion) for rank in range(world)]
+        shares = [compute_statistics(rows[order[rank::world]], expansion) for rank in range(world)]
         parts[name] = shares[0]
         for share in shares[1:]:
             parts[name] += share
         assert equal(parts[name], whole[name])
-    assert same(solve(parts), solve(whole))
+    assert same(fit_router(parts), fit_router(whole))
 
 
 def test_what_was_added_can_be_taken_away_to_the_last_bit() -> None:
     expansion, tasks = exact(60)
-    first, second = (gather(tasks[name], expansion) for name in ("task0", "task1"))
+    first, second = (compute_statistics(tasks[name], expansion) for name in ("task0", "task1"))
     assert equal(first + second - second, first)
     assert equal(first.compact() + second.compact() - second.compact(), first)
 
 
-def samples(expansion: Expansion, tasks: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def samples(expansion: FeatureMap, tasks: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Features of all prompts and their one-hot labels."""
     names = sorted(tasks)
     labels = torch.cat([torch.full((len(tasks[name]),), t) for t, name in enumerate(names)])
-    features = torch.cat([expansion.features(tasks[name]).double() for name in names])
+    features = torch.cat([expansion.compute_features(tasks[name]).double() for name in names])
     return features, torch.nn.functional.one_hot(labels).double()
 
 
@@ -206,7 +210,7 @@ def test_weights_solve_the_penalised_least_squares(count: int) -> None:
     expansion, tasks = exact(count)
     features, labels = samples(expansion, tasks)
     shares = labels @ (1 / (5 * labels.sum(0)))
-    solution = solve({name: gather(rows, expansion) for name, rows in tasks.items()}, ridge=0.1)
+    solution = fit_router({name: compute_statistics(rows, expansion) for name, rows in tasks.items()}, ridge=0.1)
     mean = shares @ features
     ridge = 0.1 * float((shares @ features.square() - mean.square()).mean())
     design = torch.cat([features, torch.ones(len(features), 1, dtype=torch.float64)], 1)
@@ -223,18 +227,18 @@ def test_weights_solve_the_penalised_least_squares(count: int) -> None:
 
 def test_every_task_counts_alike() -> None:
     expansion, tasks = exact(40)
-    parts = {name: gather(rows, expansion) for name, rows in tasks.items()}
-    expected = solve(parts, ridge=0.1)
+    parts = {name: compute_statistics(rows, expansion) for name, rows in tasks.items()}
+    expected = fit_router(parts, ridge=0.1)
     parts["task2"] = parts["task2"] + parts["task2"] + parts["task2"]
-    assert error(solve(parts, ridge=0.1).weights, expected.weights) < 1e-9
+    assert error(fit_router(parts, ridge=0.1).weights, expected.weights) < 1e-9
 
 
 @pytest.mark.parametrize("kind", ["paper", "exact"])
 def test_the_papers_form_is_its_equation_and_its_recursion(kind: str) -> None:
     """(G + λI)⁻¹C, and the same by the recursive update over blocks of prompts, in the paper's setting λ = 100."""
-    expansion = Expansion(DIM, WIDTH, seed=3, exact=kind == "exact")
-    tasks = {f"task{t}": expansion.rows(pooled(t, 50 + 9 * t)) for t in range(5)}
-    solution = solve({name: gather(rows, expansion) for name, rows in tasks.items()}, faithful=True)
+    expansion = FeatureMap(DIM, WIDTH, seed=3, exact=kind == "exact")
+    tasks = {f"task{t}": expansion.quantize(pooled(t, 50 + 9 * t)) for t in range(5)}
+    solution = fit_router({name: compute_statistics(rows, expansion) for name, rows in tasks.items()}, paper_form=True)
     features, labels = samples(expansion, tasks)
     assert (features == 0).any()  # the ReLU is there
     eye = torch.eye(WIDTH, dtype=torch.float64)
@@ -248,10 +252,10 @@ def test_the_papers_form_is_its_equation_and_its_recursion(kind: str) -> None:
     assert error(solution.weights, weights) < 1e-8
     assert torch.equal(solution.scores(features), features @ solution.weights)
     assert solution.ridge == 100
-    assert solution.rejection is None
+    assert solution.ood_detector is None
 
 
-def foretold(expansion: Expansion, tasks: dict[str, Tensor], factor: float) -> tuple[float, Tensor, Tensor]:
+def foretold(expansion: FeatureMap, tasks: dict[str, Tensor], factor: float) -> tuple[float, Tensor, Tensor]:
     """`unseen` by explicit matrices over the prompts."""
     features, labels = samples(expansion, tasks)
     shares = labels @ (1 / (len(tasks) * labels.sum(0)))
@@ -270,20 +274,20 @@ def foretold(expansion: Expansion, tasks: dict[str, Tensor], factor: float) -> t
 @pytest.mark.parametrize("count", [6, 40, 400])
 def test_ridge_and_distances_are_foretold_from_the_sums(count: int) -> None:
     expansion, tasks = exact(count, width=64)
-    parts = {name: gather(rows, expansion) for name, rows in tasks.items()}
-    solution = solve(parts)
-    errors = {factor: foretold(expansion, tasks, factor)[0] for factor in rls.UPWARDS + rls.DOWNWARDS}
+    parts = {name: compute_statistics(rows, expansion) for name, rows in tasks.items()}
+    solution = fit_router(parts)
+    errors = {factor: foretold(expansion, tasks, factor)[0] for factor in rls.RIDGES_UPWARDS + rls.RIDGES_DOWNWARDS}
     assert solution.ridge == min(errors, key=errors.__getitem__)
     _, shortfall, leverage = foretold(expansion, tasks, solution.ridge)
-    assert solution.rejection is not None
-    assert error(solution.rejection.shortfall, shortfall) < 1e-6
-    assert error(solution.rejection.leverage, leverage) < 1e-6
+    assert solution.ood_detector is not None
+    assert error(solution.ood_detector.shortfall, shortfall) < 1e-6
+    assert error(solution.ood_detector.leverage, leverage) < 1e-6
 
 
 def test_what_is_foretold_comes_true() -> None:
     """The error on prompts that were left out one by one, with a task of few prompts among large ones."""
-    expansion = Expansion(DIM, 64, seed=3)
-    tasks = {f"task{t}": expansion.rows(pooled(t, count)) for t, count in enumerate((60, 12, 40))}
+    expansion = FeatureMap(DIM, 64, seed=3)
+    tasks = {f"task{t}": expansion.quantize(pooled(t, count)) for t, count in enumerate((60, 12, 40))}
     features, labels = samples(expansion, tasks)
     shares = labels @ (1 / (3 * labels.sum(0)))
     for factor in (0.03, 0.3, 3.0):
@@ -303,13 +307,13 @@ def test_what_is_foretold_comes_true() -> None:
 
 
 def test_prompts_of_no_task_are_rejected_and_others_are_not() -> None:
-    expansion = Expansion(DIM, 256, seed=3)
-    parts = {f"task{t}": gather(expansion.rows(pooled(t, 150, 0.5)), expansion) for t in range(4)}
-    solution = solve(parts)
+    expansion = FeatureMap(DIM, 256, seed=3)
+    parts = {f"task{t}": compute_statistics(expansion.quantize(pooled(t, 150, 0.5)), expansion) for t in range(4)}
+    solution = fit_router(parts)
 
     def route(seed: int) -> Tensor:
         # Of the same task, and not the prompts that were gathered.
-        return solution.route(expansion.features(expansion.rows(pooled(seed, 1150, 0.5)[150:])))[0]
+        return solution.route(expansion.compute_features(expansion.quantize(pooled(seed, 1150, 0.5)[150:])))[0]
 
     for t in range(4):
         index = route(t)
@@ -317,49 +321,51 @@ def test_prompts_of_no_task_are_rejected_and_others_are_not() -> None:
         assert float((index == -1).double().mean()) < 0.03
     for other in range(10, 16):
         assert float((route(other) == -1).double().mean()) > 0.9
-    assert (solve(parts, reject=False).route(torch.zeros(1, 256))[0] >= 0).all()
+    assert (fit_router(parts, detect_ood=False).route(torch.zeros(1, 256))[0] >= 0).all()
 
 
 def test_a_small_step_from_certainty_is_no_reason_to_reject() -> None:
     """Of tasks so unlike that all their prompts score 1, one with a score of 0.95 is as near as the others."""
-    expansion = Expansion(DIM, 256, seed=3)
+    expansion = FeatureMap(DIM, 256, seed=3)
     states = {f"task{t}": pooled(t, 1150, 0.01) for t in range(2)}
-    solution = solve({name: gather(expansion.rows(rows[:150]), expansion) for name, rows in states.items()})
-    rejection = solution.rejection
+    solution = fit_router(
+        {name: compute_statistics(expansion.quantize(rows[:150]), expansion) for name, rows in states.items()}
+    )
+    rejection = solution.ood_detector
     assert rejection is not None
-    features = expansion.features(expansion.rows(states["task0"][150:]))
+    features = expansion.compute_features(expansion.quantize(states["task0"][150:]))
     own = solution.scores(features)[:, 0]
-    assert (1 - own).square().mean().sqrt() < SURE / 10
+    assert (1 - own).square().mean().sqrt() < MIN_SHORTFALL / 10
     centred, index = features.double() - solution.mean, torch.zeros(len(own), dtype=torch.long)
     added = rejection.distance(centred, own - 0.05, index) - rejection.distance(centred, own, index)
-    torch.testing.assert_close(added, torch.full_like(added, 0.05 / SURE))
+    torch.testing.assert_close(added, torch.full_like(added, 0.05 / MIN_SHORTFALL))
 
 
 @pytest.mark.parametrize("count", [20, 500])
 def test_a_single_task_takes_its_prompts_and_no_others(count: int) -> None:
-    expansion = Expansion(DIM, 256, seed=3)
+    expansion = FeatureMap(DIM, 256, seed=3)
     states = pooled(0, count + 1000, 0.5)
-    solution = solve({"only": gather(expansion.rows(states[:count]), expansion)})
-    index, margin, distance = solution.route(expansion.features(expansion.rows(states[count:])))
+    solution = fit_router({"only": compute_statistics(expansion.quantize(states[:count]), expansion)})
+    index, margin, distance = solution.route(expansion.compute_features(expansion.quantize(states[count:])))
     assert float((index == 0).double().mean()) > 0.95
     assert torch.isfinite(margin).all()
     assert float(distance.mean()) == pytest.approx(2, rel=0.2)
-    far = solution.route(expansion.features(expansion.rows(pooled(10, 1000, 0.5))))[0]
+    far = solution.route(expansion.compute_features(expansion.quantize(pooled(10, 1000, 0.5))))[0]
     assert float((far == -1).double().mean()) > (0.9 if count == 500 else 0.5)
 
 
 def test_a_single_prompt_makes_a_router() -> None:
-    expansion = Expansion(DIM, 64, seed=3)
-    only = {"only": gather(expansion.rows(pooled(0, 1)), expansion)}
-    index, margin, distance = solve(only).route(expansion.features(expansion.rows(pooled(1, 5))))
+    expansion = FeatureMap(DIM, 64, seed=3)
+    only = {"only": compute_statistics(expansion.quantize(pooled(0, 1)), expansion)}
+    index, margin, distance = fit_router(only).route(expansion.compute_features(expansion.quantize(pooled(1, 5))))
     assert index.tolist() == [0] * 5
     assert (margin.tolist(), distance.tolist()) == ([1.0] * 5, [0.0] * 5)
 
 
 def test_margin_is_the_lead_over_the_second_best() -> None:
     expansion, tasks = exact(40)
-    solution = solve({name: gather(rows, expansion) for name, rows in tasks.items()}, reject=False)
-    features = expansion.features(tasks["task1"])
+    solution = fit_router({name: compute_statistics(rows, expansion) for name, rows in tasks.items()}, detect_ood=False)
+    features = expansion.compute_features(tasks["task1"])
     index, margin, distance = solution.route(features)
     ranked = solution.scores(features).sort(1, descending=True)
     assert torch.equal(index, ranked.indices[:, 0])
@@ -369,15 +375,15 @@ def test_margin_is_the_lead_over_the_second_best() -> None:
 
 def test_what_cannot_be_solved_is_refused() -> None:
     expansion, tasks = exact(10)
-    parts = {name: gather(rows, expansion) for name, rows in tasks.items()}
+    parts = {name: compute_statistics(rows, expansion) for name, rows in tasks.items()}
     with pytest.raises(ValueError, match="'empty' has no samples"):
-        solve({**parts, "empty": gather(tasks["task0"][:0], expansion)})
+        fit_router({**parts, "empty": compute_statistics(tasks["task0"][:0], expansion)})
     with pytest.raises(ValueError, match=r"not positive definite with λ = .*give a larger ridge"):
-        solve(parts, ridge=1e-30)
+        fit_router(parts, ridge=1e-30)
     with pytest.raises(ValueError, match=r"not positive definite with λ = 1e-30"):
-        solve(parts, ridge=1e-30, faithful=True)
+        fit_router(parts, ridge=1e-30, paper_form=True)
     with pytest.raises(ValueError, match="the same features"):
-        solve({name: gather(tasks["task0"][:1], expansion) for name in "ab"})
-    broken = Statistics(parts["task0"].gram * math.nan, parts["task0"].total, parts["task0"].count)
+        fit_router({name: compute_statistics(tasks["task0"][:1], expansion) for name in "ab"})
+    broken = TaskStatistics(parts["task0"].gram * math.nan, parts["task0"].feature_sum, parts["task0"].count)
     with pytest.raises(ValueError, match="not finite"):
-        solve({**parts, "task0": broken})
+        fit_router({**parts, "task0": broken})

@@ -14,17 +14,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dscl.maths import subspace
 from dscl.maths.subspace import (
-    READINGS,
+    PROJECTIONS,
     Directions,
-    Subspace,
-    cosines,
-    count_by_energy,
-    count_by_share,
-    hold_flops,
-    left_of,
-    moment_directions,
-    right_directions,
-    shares_by_importance,
+    ProtectedSubspace,
+    left_singular_vectors,
+    moment_eigenvectors,
+    projection_flops,
+    protected_ratios_from_importance,
+    rank_from_energy,
+    rank_from_ratio,
+    right_singular_directions,
+    sum_cosine_similarity,
 )
 
 SHAPES = [(1, 1), (1, 7), (7, 1), (2, 3), (24, 24), (40, 16), (16, 40)]
@@ -61,17 +61,21 @@ def size(matrix: Tensor) -> float:
     return float(matrix.norm())
 
 
-def protected(reading: str, weight: Tensor, right: int, left: int) -> Subspace:
+def protected(reading: str, weight: Tensor, right: int, left: int) -> ProtectedSubspace:
     """The leading directions of the weight itself on both sides."""
-    space = Subspace.empty(reading, weight)
-    space.grow(weight, right_directions(weight).vectors[:, :right], right_directions(weight.T).vectors[:, :left])
+    space = ProtectedSubspace.empty(reading, weight)
+    space.add_directions(
+        weight,
+        right_singular_directions(weight).vectors[:, :right],
+        right_singular_directions(weight.T).vectors[:, :left],
+    )
     return space
 
 
-def freed(space: Subspace, change: Tensor) -> Tensor:
+def freed(space: ProtectedSubspace, change: Tensor) -> Tensor:
     """The free part of a change by dense projectors."""
     on_right, on_left = space.right @ space.right.T, space.left @ space.left.T
-    if space.reading == "paper":
+    if space.projection == "paper":
         return change - on_left @ change @ on_right
     return (torch.eye(len(on_left)) - on_left) @ change @ (torch.eye(len(on_right)) - on_right)
 
@@ -85,7 +89,7 @@ def test_directions_are_those_of_an_svd(shape: tuple[int, int], spread: int) -> 
     values = torch.logspace(0, -spread, min(shape), dtype=torch.float64) if spread else None
     root = with_values(values, *shape)[0] if values is not None else draw(0, *shape)
     _, expected, right = torch.linalg.svd(root, full_matrices=False)
-    for found in (right_directions(root), moment_directions(root.T @ root)):
+    for found in (right_singular_directions(root), moment_eigenvectors(root.T @ root)):
         assert found.energies.dtype == found.vectors.dtype == torch.float64
         torch.testing.assert_close(found.energies, expected.square(), rtol=1e-7, atol=0)
         assert off_orthonormal(found.vectors) < 1e-12
@@ -97,15 +101,17 @@ def test_directions_of_a_large_weight_are_those_of_an_svd() -> None:
     root = draw(0, 192, 512)
     right = torch.linalg.svd(root, full_matrices=False)[2]
     for k in (1, 96, 191):
-        assert angle(right[:k].T, right_directions(root.float()).vectors[:, :k]) < 1e-4  # rounding of the matrix
-        assert angle(right[:k].T, right_directions(root).vectors[:, :k]) < 1e-10
+        assert (
+            angle(right[:k].T, right_singular_directions(root.float()).vectors[:, :k]) < 1e-4
+        )  # rounding of the matrix
+        assert angle(right[:k].T, right_singular_directions(root).vectors[:, :k]) < 1e-10
 
 
 def test_without_a_gap_the_energy_agrees_though_the_directions_may_not() -> None:
     """Between equal singular values, which of their directions are taken is left to rounding; what they hold is not."""
     values = torch.tensor([3.0, 2.0, 2.0, 2.0, 1.0], dtype=torch.float64)
     root, right = with_values(values, 12, 30)
-    found = right_directions(root)
+    found = right_singular_directions(root)
     assert angle(right[:, :2], found.vectors[:, :2]) > 0.1  # with these seeds
     torch.testing.assert_close(found.energies, values.square())
     assert size(root @ found.vectors[:, :2]) == pytest.approx(math.sqrt(13), rel=1e-12)
@@ -118,15 +124,15 @@ def test_without_a_gap_the_energy_agrees_though_the_directions_may_not() -> None
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64])
 def test_numerically_zero_directions_are_left_out(shape: tuple[int, int], rank: int, kind: torch.dtype) -> None:
     root = low_rank(*shape, rank).to(kind)
-    assert len(right_directions(root).energies) == rank
-    assert right_directions(root).vectors.shape == (shape[1], rank)
-    assert moment_directions(root.T @ root).vectors.shape == (shape[1], rank)
+    assert len(right_singular_directions(root).energies) == rank
+    assert right_singular_directions(root).vectors.shape == (shape[1], rank)
+    assert moment_eigenvectors(root.T @ root).vectors.shape == (shape[1], rank)
 
 
 def test_weak_directions_are_orthonormal_too() -> None:
     """Of a wide matrix they come from U, at 1e-6 of the largest singular value with errors of 1e-10 before repair."""
     root, right = with_values(torch.logspace(0, -6, 60, dtype=torch.float64), 60, 200)
-    found = right_directions(root)
+    found = right_singular_directions(root)
     assert len(found.energies) == 60
     assert off_orthonormal(found.vectors) < 1e-12
     for k in (10, 30, 50):
@@ -142,7 +148,7 @@ def test_what_was_taken_is_left_out(shape: tuple[int, int], left_over: int, kind
     taken = orthonormal(3, columns, columns - left_over).to(kind)
     inside = torch.linalg.qr(taken.double()).Q
     rest = root - root @ inside @ inside.T
-    for found in (right_directions(root, taken), moment_directions(root.T @ root, taken)):
+    for found in (right_singular_directions(root, taken), moment_eigenvectors(root.T @ root, taken)):
         assert found.vectors.shape == (columns, min(shape[0], left_over))
         assert off_orthonormal(found.vectors) < 1e-12
         assert float((taken.double().T @ found.vectors).abs().sum()) < 1e-10
@@ -154,10 +160,10 @@ def test_what_was_taken_is_left_out(shape: tuple[int, int], left_over: int, kind
 def test_of_what_was_taken_nothing_remains(shape: tuple[int, int]) -> None:
     """Even when it was rounded to fp32, and strong: rounding makes no directions."""
     root = low_rank(*shape, 6) * 1e3
-    taken = right_directions(root).vectors.float()
-    assert not len(right_directions(root, taken).energies)
-    assert not len(moment_directions(root.T @ root, taken).energies)
-    assert len(right_directions(root, taken[:, :4]).energies) == 2
+    taken = right_singular_directions(root).vectors.float()
+    assert not len(right_singular_directions(root, taken).energies)
+    assert not len(moment_eigenvectors(root.T @ root, taken).energies)
+    assert len(right_singular_directions(root, taken[:, :4]).energies) == 2
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -165,9 +171,9 @@ def test_left_directions_follow_from_right_ones(shape: tuple[int, int]) -> None:
     """Weak ones too, which lose orthogonality where the other side is smaller."""
     values = torch.logspace(0, -5, min(shape), dtype=torch.float64)
     root = with_values(values, *shape)[0]
-    left, right = torch.linalg.svd(root, full_matrices=False)[0], right_directions(root)
+    left, right = torch.linalg.svd(root, full_matrices=False)[0], right_singular_directions(root)
     for k in range(len(values) + 1):
-        found = left_of(root, Directions(right.energies[:k], right.vectors[:, :k]))
+        found = left_singular_vectors(root, Directions(right.energies[:k], right.vectors[:, :k]))
         assert found.shape == (shape[0], k)
         assert off_orthonormal(found) < 1e-12
         assert not k or angle(left[:, :k], found) < 1e-6
@@ -176,7 +182,7 @@ def test_left_directions_follow_from_right_ones(shape: tuple[int, int]) -> None:
 def test_left_directions_are_those_of_the_transpose() -> None:
     root = draw(0, 20, 30)
     left = torch.linalg.svd(root)[0]
-    assert angle(left[:, :5], right_directions(root.T).vectors[:, :5]) < 1e-10
+    assert angle(left[:, :5], right_singular_directions(root.T).vectors[:, :5]) < 1e-10
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -187,9 +193,9 @@ def test_what_is_not_finite_is_refused(bad: float, shape: tuple[int, int]) -> No
     taken = orthonormal(1, shape[1], 1)
     for columns in (None, taken):
         with pytest.raises(ArithmeticError, match="not finite"):
-            right_directions(root, columns)
+            right_singular_directions(root, columns)
         with pytest.raises(ArithmeticError, match="not finite"):
-            moment_directions(root.T @ root, columns)
+            moment_eigenvectors(root.T @ root, columns)
 
 
 def test_a_wrong_decomposition_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,12 +212,12 @@ def test_a_wrong_decomposition_is_noticed(monkeypatch: pytest.MonkeyPatch) -> No
     for wrong, message in ((turned, "do not reproduce it"), (doubled, "not orthonormal")):
         monkeypatch.setattr(torch.linalg, "eigh", wrong)
         with pytest.raises(ArithmeticError, match=message):
-            right_directions(root)
+            right_singular_directions(root)
     monkeypatch.undo()
     with pytest.raises(ArithmeticError, match="do not reproduce it"):
-        moment_directions(draw(0, 5, 5).abs() + 10 * torch.eye(5))  # not symmetric
-    with pytest.raises(AssertionError, match="taken are not orthonormal"):
-        right_directions(root, draw(1, 12, 3))
+        moment_eigenvectors(draw(0, 5, 5).abs() + 10 * torch.eye(5))  # not symmetric
+    with pytest.raises(AssertionError, match="excluded columns are not orthonormal"):
+        right_singular_directions(root, draw(1, 12, 3))
 
 
 # ---- how many
@@ -223,12 +229,12 @@ def test_a_wrong_decomposition_is_noticed(monkeypatch: pytest.MonkeyPatch) -> No
      (0.299, 10, 10, 2), (0.5, 7, 5, 2), (0.0, 5, 5, 0), (1.0, 5, 9, 5), (1.0, 0, 9, 0)],
 )  # fmt: skip
 def test_count_by_share(share: float, rows: int, columns: int, count: int) -> None:
-    assert count_by_share(share, rows, columns) == count
+    assert rank_from_ratio(share, rows, columns) == count
 
 
 def test_count_by_energy_is_the_fewest_that_hold_the_share() -> None:
     def count(energies: list[float], share: float) -> int:
-        return count_by_energy(Directions(torch.tensor(energies, dtype=torch.float64), torch.zeros(0)), share)
+        return rank_from_energy(Directions(torch.tensor(energies, dtype=torch.float64), torch.zeros(0)), share)
 
     assert [count([6, 3, 1], share) for share in (0, 0.1, 0.6, 0.61, 0.9, 0.91, 1)] == [0, 1, 1, 2, 2, 3, 3]
     assert [count([0.1] * 10, share / 10) for share in range(11)] == list(range(11))
@@ -239,13 +245,13 @@ def test_count_by_energy_is_the_fewest_that_hold_the_share() -> None:
 
 
 def test_shares_by_importance_are_the_papers() -> None:
-    shares = shares_by_importance(torch.tensor([0.1, 0.2, 0.3, 0.2]), 0.1, 0.8)
+    shares = protected_ratios_from_importance(torch.tensor([0.1, 0.2, 0.3, 0.2]), 0.1, 0.8)
     assert shares.tolist() == pytest.approx([0.45, 0.8, 1.0, 0.8])  # 0.1 + 1.5 · 0.7 = 1.15 is clipped
-    assert shares_by_importance(torch.tensor([-0.5, 2.5]), 0.1, 0.8).tolist() == pytest.approx([0.0, 1.0])
-    assert shares_by_importance(torch.tensor([3.0]), 0.1, 0.8).tolist() == pytest.approx([0.8])
+    assert protected_ratios_from_importance(torch.tensor([-0.5, 2.5]), 0.1, 0.8).tolist() == pytest.approx([0.0, 1.0])
+    assert protected_ratios_from_importance(torch.tensor([3.0]), 0.1, 0.8).tolist() == pytest.approx([0.8])
     for bad in ([0.0, 0.0], [-1.0, 0.5], [math.nan, 1.0]):
         with pytest.raises(ArithmeticError, match="must be positive"):
-            shares_by_importance(torch.tensor(bad), 0.1, 0.8)
+            protected_ratios_from_importance(torch.tensor(bad), 0.1, 0.8)
 
 
 def test_cosines_add_over_batches() -> None:
@@ -253,13 +259,13 @@ def test_cosines_add_over_batches() -> None:
     before[1, 2] = 0
     after[3, 4] = 0
     expected = torch.nn.functional.cosine_similarity(before.double(), after.double(), dim=-1).sum()
-    torch.testing.assert_close(cosines(before, after), expected, rtol=1e-12, atol=0)
-    parts = sum(cosines(x, y) for x, y in zip(before, after, strict=True))
-    torch.testing.assert_close(cosines(before, after), parts, rtol=1e-12, atol=0)
-    assert float(cosines(before, before * 3)) == pytest.approx(19)
-    assert float(cosines(before[:0], after[:0])) == 0
+    torch.testing.assert_close(sum_cosine_similarity(before, after), expected, rtol=1e-12, atol=0)
+    parts = sum(sum_cosine_similarity(x, y) for x, y in zip(before, after, strict=True))
+    torch.testing.assert_close(sum_cosine_similarity(before, after), parts, rtol=1e-12, atol=0)
+    assert float(sum_cosine_similarity(before, before * 3)) == pytest.approx(19)
+    assert float(sum_cosine_similarity(before[:0], after[:0])) == 0
     tiny = torch.full((1, 3), 1e-30)
-    assert float(cosines(tiny, tiny)) == pytest.approx(1)
+    assert float(sum_cosine_similarity(tiny, tiny)) == pytest.approx(1)
 
 
 # ---- the weight
@@ -273,61 +279,61 @@ def sides(reading: str, rows: int, columns: int) -> list[tuple[int, int]]:
     )
 
 
-@pytest.mark.parametrize("reading", READINGS)
+@pytest.mark.parametrize("reading", PROJECTIONS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_hold_is_the_dense_projection_of_the_change(reading: str, shape: tuple[int, int]) -> None:
     weight, change = draw(0, *shape), draw(9, *shape)
     for right, left in sides(reading, *shape):
         space = protected(reading, weight, right, left)
         moved = weight + change
-        space.hold_(moved)
+        space.project_weight_(moved)
         expected = weight + freed(space, change)
         assert size(moved - expected) < 1e-12 * size(weight)
-        assert space.leak(moved - weight) < 1e-12 * size(weight)
-        assert space.leak(change) == pytest.approx(size(change - freed(space, change)), abs=1e-12)
+        assert space.protected_norm(moved - weight) < 1e-12 * size(weight)
+        assert space.protected_norm(change) == pytest.approx(size(change - freed(space, change)), abs=1e-12)
         again = moved.clone()
-        space.hold_(again)
+        space.project_weight_(again)
         assert size(again - moved) < 1e-12 * size(weight)
         gradient = change.clone()
-        space.free_(gradient)  # the linear part of `hold_`
+        space.project_gradient_(gradient)  # the linear part of `hold_`
         assert size(gradient - (moved - weight)) < 1e-12 * size(weight)
 
 
-@pytest.mark.parametrize("reading", READINGS)
+@pytest.mark.parametrize("reading", PROJECTIONS)
 def test_nothing_protected_changes_nothing_and_everything_stops_the_weight(reading: str) -> None:
     weight, change = draw(0, 12, 12).float(), draw(9, 12, 12).float()
     moved = weight + change
     expected = moved.clone()
-    Subspace.empty(reading, weight).hold_(moved)
+    ProtectedSubspace.empty(reading, weight).project_weight_(moved)
     assert torch.equal(moved, expected)
-    assert Subspace.empty(reading, weight).leak(change) == 0
+    assert ProtectedSubspace.empty(reading, weight).protected_norm(change) == 0
     everything = protected(reading, weight, 12, 12)
-    everything.hold_(moved)
+    everything.project_weight_(moved)
     assert size(moved - weight) < 1e-6 * size(weight)
-    assert everything.leak(change) == pytest.approx(size(change), rel=1e-6)
+    assert everything.protected_norm(change) == pytest.approx(size(change), rel=1e-6)
 
 
-@pytest.mark.parametrize("reading", READINGS)
+@pytest.mark.parametrize("reading", PROJECTIONS)
 def test_a_zero_or_deficient_weight_is_held_as_well(reading: str) -> None:
     for weight in (torch.zeros(6, 9, dtype=torch.float64), low_rank(6, 9, 2)):
-        space = Subspace.empty(reading, weight)
-        space.grow(weight, orthonormal(1, 9, 4), orthonormal(2, 6, 3))  # beyond its rank, as from activations
+        space = ProtectedSubspace.empty(reading, weight)
+        space.add_directions(weight, orthonormal(1, 9, 4), orthonormal(2, 6, 3))  # beyond its rank, as from activations
         moved = weight + draw(3, 6, 9)
-        space.hold_(moved)
+        space.project_weight_(moved)
         assert size(moved - weight - freed(space, draw(3, 6, 9))) < 1e-12
 
 
-@pytest.mark.parametrize("reading", READINGS)
+@pytest.mark.parametrize("reading", PROJECTIONS)
 def test_the_constraint_does_not_drift_in_fp32(reading: str) -> None:
     weight = draw(0, 48, 64).float()
     space, moved = protected(reading, weight, 24, 24), weight.clone()
-    assert {tensor.dtype for tensor in space.tensors().values()} == {torch.float32}
+    assert {tensor.dtype for tensor in space.state_dict().values()} == {torch.float32}
     for step in range(200):
         moved += 0.1 * draw(step, 48, 64).float()
-        space.hold_(moved)
+        space.project_weight_(moved)
     change = moved.double() - weight.double()
     assert size(change) > 0.5 * size(weight)
-    assert space.leak(change) < 1e-6 * size(weight)
+    assert space.protected_norm(change) < 1e-6 * size(weight)
 
 
 class Tf32(TorchDispatchMode):
@@ -339,24 +345,24 @@ class Tf32(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("reading", READINGS)
+@pytest.mark.parametrize("reading", PROJECTIONS)
 def test_what_quick_products_leave_in_gradients_is_undone_in_the_weight(
     reading: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(subspace, "products", lambda kind, device: Tf32() if kind == "tf32" else nullcontext())
+    monkeypatch.setattr(subspace, "matmul_precision", lambda kind, device: Tf32() if kind == "tf32" else nullcontext())
     weight = draw(0, 48, 64).float()
     space, moved = protected(reading, weight, 24, 24), weight.clone()
     for step in range(50):
         gradient = draw(step, 48, 64).float()
-        whole, exact = space.leak(gradient), freed(space, gradient)
-        space.free_(gradient)
-        assert 1e-5 * whole < space.leak(gradient) < 1e-3 * whole
+        whole, exact = space.protected_norm(gradient), freed(space, gradient)
+        space.project_gradient_(gradient)
+        assert 1e-5 * whole < space.protected_norm(gradient) < 1e-3 * whole
         assert size(gradient - exact) < 1e-3 * whole  # of what is free nothing else is lost
         moved -= 0.1 * gradient
-        space.hold_(moved)
+        space.project_weight_(moved)
     change = moved.double() - weight.double()
     assert size(change) > 0.25 * size(weight)
-    assert space.leak(change) < 1e-6 * size(weight)
+    assert space.protected_norm(change) < 1e-6 * size(weight)
 
 
 @pytest.mark.parametrize(("reading", "share"), [("input", 0.5), ("two_sided", 0.25), ("paper", 0.75)])
@@ -365,7 +371,7 @@ def test_how_much_stays_free_at_half_the_rank(reading: str, share: float) -> Non
     images = []
     for unit in torch.eye(144, dtype=torch.float64):
         change = unit.reshape(12, 12).clone()
-        space.free_(change)
+        space.project_gradient_(change)
         images.append(change.flatten())
     projector = torch.stack(images)
     assert int(torch.linalg.matrix_rank(projector)) == share * 144
@@ -378,84 +384,86 @@ def test_outputs_for_protected_inputs_stay() -> None:
     weight = draw(0, 20, 32).float()
     moved = weight + draw(5, 20, 32).float()
     before, free = inputs.float() @ weight.T, inputs.float() @ moved.T
-    found = moment_directions(inputs.T @ inputs)
+    found = moment_eigenvectors(inputs.T @ inputs)
     assert len(found.energies) == 10
-    space = Subspace.empty("input", weight)
-    space.grow(weight, found.vectors, torch.zeros(20, 0))
-    space.hold_(moved)
+    space = ProtectedSubspace.empty("input", weight)
+    space.add_directions(weight, found.vectors, torch.zeros(20, 0))
+    space.project_weight_(moved)
     assert size(moved - weight) > 0.5 * size(weight)
     assert size(inputs.float() @ moved.T - before) < 1e-6 * size(before)
     assert size(free - before) > 0.5 * size(before)
 
 
-@pytest.mark.parametrize("reading", READINGS)
+@pytest.mark.parametrize("reading", PROJECTIONS)
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64])
 def test_growth_is_nested(reading: str, kind: torch.dtype) -> None:
     """Over tasks: what was held stays bit for bit, and every earlier constraint holds on the last weight."""
     weight = draw(0, 20, 30).to(kind)
-    space, first, held = Subspace.empty(reading, weight), weight.clone(), []
+    space, first, held = ProtectedSubspace.empty(reading, weight), weight.clone(), []
     precision = 1e-6 if kind == torch.float32 else 1e-12
     for task in range(5):
-        before = Subspace.of(reading, {name: tensor.clone() for name, tensor in space.tensors().items()})
+        before = ProtectedSubspace.from_state_dict(
+            reading, {name: tensor.clone() for name, tensor in space.state_dict().items()}
+        )
         count = (4, 0, 3, 5, 2)[task]
-        right = right_directions(weight, space.right).vectors[:, :count]
-        left = right_directions(weight.T, space.left).vectors[:, : (4, 3, 0, 2, 2)[task]]
-        space.grow(weight, right, left)
-        for name, tensor in before.tensors().items():
+        right = right_singular_directions(weight, space.right).vectors[:, :count]
+        left = right_singular_directions(weight.T, space.left).vectors[:, : (4, 3, 0, 2, 2)[task]]
+        space.add_directions(weight, right, left)
+        for name, tensor in before.state_dict().items():
             kept = getattr(space, name)[tuple(map(slice, tensor.shape))]
             assert torch.equal(kept, tensor), name
-        held.append((Subspace.of(reading, space.tensors()), weight.clone()))
+        held.append((ProtectedSubspace.from_state_dict(reading, space.state_dict()), weight.clone()))
         assert off_orthonormal(space.right.double()) < precision
         assert off_orthonormal(space.left.double()) < precision
         weight = weight + draw(task + 50, 20, 30).to(kind)
-        space.hold_(weight)
+        space.project_weight_(weight)
     assert space.right.shape == (30, 14)
     assert space.left.shape == (20, 0 if reading == "input" else 11)
     assert size(weight - first) > 0.2 * size(first)
     for earlier, then in held:
-        assert earlier.leak(weight.double() - then.double()) < 2 * precision * size(first)
+        assert earlier.protected_norm(weight.double() - then.double()) < 2 * precision * size(first)
 
 
-@pytest.mark.parametrize("reading", READINGS)
-def test_what_is_released_moves_again_and_the_rest_stays(reading: str) -> None:
-    """What is fixed afterwards is what a space of the remaining directions alone would fix."""
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_removed_directions_move_again_and_the_rest_stays(projection: str) -> None:
+    """Afterwards the subspace equals one that was built of the remaining directions alone."""
     weight = draw(0, 12, 10)
-    space = protected(reading, weight, 5, 4)
-    left = slice(1, 1) if reading == "input" else slice(1, 3)
+    space = protected(projection, weight, 5, 4)
+    left = slice(1, 1) if projection == "input" else slice(1, 3)
     right, other = space.right.clone(), space.left.clone()
-    space.release(slice(2, 4), left)
-    remaining = Subspace.empty(reading, weight)
-    rows = [] if reading == "input" else [0, 3]
-    remaining.grow(weight, right[:, [0, 1, 4]], other[:, rows])
-    for name, tensor in remaining.tensors().items():
-        torch.testing.assert_close(space.tensors()[name], tensor, rtol=1e-6, atol=1e-6)
+    space.remove_directions(slice(2, 4), left)
+    remaining = ProtectedSubspace.empty(projection, weight)
+    rows = [] if projection == "input" else [0, 3]
+    remaining.add_directions(weight, right[:, [0, 1, 4]], other[:, rows])
+    for name, tensor in remaining.state_dict().items():
+        torch.testing.assert_close(space.state_dict()[name], tensor, rtol=1e-6, atol=1e-6)
 
 
 def test_growth_refuses_directions_that_are_held() -> None:
     weight = draw(0, 8, 8)
     space = protected("two_sided", weight, 3, 3)
     for right, left in ((space.right[:, :1], space.left[:, :0]), (space.right[:, :0], draw(1, 8, 2))):
-        with pytest.raises(AssertionError, match="not orthonormal to those held"):
-            Subspace.of(space.reading, space.tensors()).grow(weight, right, left)
+        with pytest.raises(AssertionError, match="not orthonormal to the basis"):
+            ProtectedSubspace.from_state_dict(space.projection, space.state_dict()).add_directions(weight, right, left)
 
 
-@pytest.mark.parametrize("reading", READINGS)
+@pytest.mark.parametrize("reading", PROJECTIONS)
 def test_a_parameter_is_held_through_a_checkpoint(reading: str) -> None:
     weight = torch.nn.Parameter(draw(0, 10, 14).float())
     space = protected(reading, weight, 4, 5)
-    stored = space.tensors()
+    stored = space.state_dict()
     assert list(stored) == ["right", "left", "image", "coimage", "core"]
     assert not any(tensor.requires_grad for tensor in stored.values())
     first = weight.detach().clone()
     weight.data += 1
     again = weight.detach().clone()
-    space.hold_(weight)
-    Subspace.of(reading, stored).hold_(again)
+    space.project_weight_(weight)
+    ProtectedSubspace.from_state_dict(reading, stored).project_weight_(again)
     assert torch.equal(weight, again)
-    assert space.leak(weight.detach() - first) < 1e-6 * size(first)
+    assert space.protected_norm(weight.detach() - first) < 1e-6 * size(first)
 
 
-@pytest.mark.parametrize("reading", READINGS)
+@pytest.mark.parametrize("reading", PROJECTIONS)
 @pytest.mark.parametrize("sizes", [(10, 14, 4, 4), (14, 10, 4, 4), (10, 14, 2, 7), (10, 14, 7, 2), (10, 14, 0, 3)])
 def test_operations_are_those_of_the_products(
     reading: str, sizes: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch
@@ -468,15 +476,15 @@ def test_operations_are_those_of_the_products(
     rows, columns, right, left = sizes
     weight = draw(0, rows, columns)
     space = protected(reading, weight, right, left)
-    for work in (space.hold_, space.free_):
+    for work in (space.project_weight_, space.project_gradient_):
         with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as counter:
             work(weight)
-        assert counter.get_total_flops() == hold_flops(reading, rows, columns, right, left)
+        assert counter.get_total_flops() == projection_flops(reading, rows, columns, right, left)
     if reading == "paper":  # whichever side is taken first
         once = weight + 1
         expected = once.clone()
-        space.hold_(expected)
-        forward = subspace._block_flops(rows, columns, right, left)
-        monkeypatch.setattr(subspace, "_block_flops", lambda *_: forward[::-1])
-        space.hold_(once)
+        space.project_weight_(expected)
+        forward = subspace._paper_projection_flops(rows, columns, right, left)
+        monkeypatch.setattr(subspace, "_paper_projection_flops", lambda *_: forward[::-1])
+        space.project_weight_(once)
         torch.testing.assert_close(once, expected)

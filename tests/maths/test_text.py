@@ -18,7 +18,7 @@ from dscl.maths.text import (
     first_letter,
     rouge_l,
     sari,
-    words,
+    split_words,
 )
 
 
@@ -216,7 +216,7 @@ def test_sari_is_its_definition() -> None:
 
 
 def test_words() -> None:
-    assert words("It's 3.5 km—really_so") == ["it", "s", "3", "5", "km", "really", "so"]
+    assert split_words("It's 3.5 km—really_so") == ["it", "s", "3", "5", "km", "really", "so"]
 
 
 def textbook(a: list[str], b: list[str]) -> int:

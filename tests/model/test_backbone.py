@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import nn
 
-from dscl.engine import fill
-from dscl.errors import UserError
-from dscl.model.backbone import Backbone, ModelConfig, open_backbone
+from dscl.engine.engine import load_parameters
+from dscl.model.backbone import Backbone, ModelConfig, resolve_backbone
+from dscl.utils.errors import UserError
 from tests.support.small_models import PIECES, SHAPE, TEXT
 
-NEEDED = {"vocab_size": PIECES, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+REQUIRED_SHAPE_KEYS = {"vocab_size": PIECES, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def opened(tmp_path: Path, tokenizer_folder: Path) -> Callable[..., Backbone]:
     def open_one(**settings: Any) -> Backbone:
         settings.setdefault("tokenizer", str(tokenizer_folder))
         config = ModelConfig(**settings)
-        return open_backbone(config, seed=3, dtype=torch.float32, cache=tmp_path / "cache", texts=lambda: TEXT)
+        return resolve_backbone(config, seed=3, dtype=torch.float32, cache=tmp_path / "cache", texts=lambda: TEXT)
 
     return open_one
 
@@ -42,9 +42,9 @@ def refusal(opened: Callable[..., Backbone]) -> Callable[..., str]:
     return refuse
 
 
-def test_name_or_shape(refusal: Callable[..., str]) -> None:
+def test_exactly_one_of_name_and_shape(refusal: Callable[..., str]) -> None:
     assert "exactly one of model.name" in refusal()
-    assert "exactly one of model.name" in refusal(name="x", shape=NEEDED)
+    assert "exactly one of model.name" in refusal(name="x", shape=REQUIRED_SHAPE_KEYS)
 
 
 @pytest.mark.parametrize(
@@ -65,26 +65,28 @@ def test_name_or_shape(refusal: Callable[..., str]) -> None:
         ({"vocab_size": PIECES - 1}, f"the tokenizer has {PIECES} pieces, the model only {PIECES - 1}"),
     ],
 )
-def test_shapes_that_are_none(change: dict[str, Any], message: str, refusal: Callable[..., str]) -> None:
-    assert message in refusal(shape={**NEEDED, **change})
+def test_invalid_shapes_are_refused(change: dict[str, Any], message: str, refusal: Callable[..., str]) -> None:
+    assert message in refusal(shape={**REQUIRED_SHAPE_KEYS, **change})
 
 
-@pytest.mark.parametrize("missing", list(NEEDED))
-def test_shapes_that_lack_something(missing: str, refusal: Callable[..., str]) -> None:
-    shape = {key: value for key, value in NEEDED.items() if key != missing}
+@pytest.mark.parametrize("missing", list(REQUIRED_SHAPE_KEYS))
+def test_incomplete_shapes_are_refused(missing: str, refusal: Callable[..., str]) -> None:
+    shape = {key: value for key, value in REQUIRED_SHAPE_KEYS.items() if key != missing}
     assert f"model.shape.{missing}: missing" in refusal(shape=shape)
 
 
-def test_attention_that_is_not_installed(refusal: Callable[..., str]) -> None:
+def test_unavailable_attention_is_refused(refusal: Callable[..., str]) -> None:
     try:
         import flash_attn  # noqa: F401
     except ImportError:
-        assert "model.attention: given 'flash_attention_2'" in refusal(shape=NEEDED, attention="flash_attention_2")
+        assert "model.attention: given 'flash_attention_2'" in refusal(
+            shape=REQUIRED_SHAPE_KEYS, attention="flash_attention_2"
+        )
     else:
         pytest.skip("flash_attn is installed here")
 
 
-def test_attention_that_gives_wrong_gradients_is_switched_off(opened: Callable[..., Backbone]) -> None:
+def test_cudnn_attention_is_disabled(opened: Callable[..., Backbone]) -> None:
     torch.backends.cuda.enable_cudnn_sdp(True)
     opened(shape=SHAPE).build()
     assert not torch.backends.cuda.cudnn_sdp_enabled()
@@ -98,21 +100,21 @@ def test_the_order_of_the_configurations_keys_is_not_part_of_the_fingerprint(
     opened: Callable[..., Backbone], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backbone = opened(shape=SHAPE)
-    before, keys = backbone.fingerprint(), backbone.architecture.to_dict()
-    monkeypatch.setattr(type(backbone.architecture), "to_dict", lambda self: dict(reversed(keys.items())))
+    before, keys = backbone.fingerprint(), backbone.hf_config.to_dict()
+    monkeypatch.setattr(type(backbone.hf_config), "to_dict", lambda self: dict(reversed(keys.items())))
     assert backbone.fingerprint() == before
 
 
-def test_the_size_without_building(opened: Callable[..., Backbone]) -> None:
+def test_count_parameters_equals_the_built_model(opened: Callable[..., Backbone]) -> None:
     for tied in (True, False):
         backbone = opened(shape={**SHAPE, "tie_word_embeddings": tied})
-        assert backbone.parameters() == sum(p.numel() for p in backbone.build().parameters())
+        assert backbone.count_parameters() == sum(p.numel() for p in backbone.build().parameters())
 
 
-def test_building_leaves_the_configuration_alone(opened: Callable[..., Backbone]) -> None:
-    backbone = opened(shape=NEEDED)
+def test_building_does_not_change_the_configuration(opened: Callable[..., Backbone]) -> None:
+    backbone = opened(shape=REQUIRED_SHAPE_KEYS)
     backbone.build()
-    assert backbone.architecture.use_cache is True  # an exported model generates with a cache again
+    assert backbone.hf_config.use_cache is True  # an exported model generates with a cache again
 
 
 def change(folder: Path, **values: Any) -> None:
@@ -133,7 +135,7 @@ def change(folder: Path, **values: Any) -> None:
         ({"hidden_size": "many"}, "config.json: cannot be used"),
     ],
 )
-def test_folders_that_are_not_usable(
+def test_unusable_folders_are_refused(
     values: dict[str, Any], message: str, save: Callable[..., Path], refusal: Callable[..., str]
 ) -> None:
     folder = save()
@@ -155,18 +157,22 @@ def test_code_in_a_folder_is_not_run(
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '"llama"'])
-def test_broken_config(content: str, save: Callable[..., Path], refusal: Callable[..., str]) -> None:
+def test_broken_config_is_refused(content: str, save: Callable[..., Path], refusal: Callable[..., str]) -> None:
     folder = save()
     (folder / "config.json").write_text(content)
     assert "config.json: not the JSON description of a model" in refusal(name=str(folder))
 
 
-def test_names_of_nothing(tmp_path: Path, refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_model_names_are_refused(
+    tmp_path: Path, refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert "no config.json there" in refusal(name=str(tmp_path))
     assert "there is no such folder" in refusal(name=str(tmp_path / "none"))
     assert "there is no such folder" in refusal(name="models/a/b")
     assert "a folder or a hub id is needed" in refusal(name="")
-    assert "model.tokenizer: given './none'; there is no such folder" in refusal(shape=NEEDED, tokenizer="./none")
+    assert "model.tokenizer: given './none'; there is no such folder" in refusal(
+        shape=REQUIRED_SHAPE_KEYS, tokenizer="./none"
+    )
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     started = time.monotonic()
     said = refusal(name="no-such/model")
@@ -188,17 +194,17 @@ def test_tied_embeddings_need_no_second_copy(
         save_file(tensors, folder / "model.safetensors")
     backbone = opened(name=str(folder))
     model = backbone.build()
-    fill(model, backbone.weights.read)
+    load_parameters(model, backbone.weights.read)
     assert torch.equal(model.lm_head.weight, tensors["model.embed_tokens.weight"])  # type: ignore[union-attr,arg-type]
 
 
-def test_untied_embeddings_need_it(save: Callable[..., Path], refusal: Callable[..., str]) -> None:
+def test_untied_embeddings_need_a_head(save: Callable[..., Path], refusal: Callable[..., str]) -> None:
     folder = save(tie_word_embeddings=True)
     change(folder, tie_word_embeddings=False)
     assert "the weights lack 1 of the" in refusal(name=str(folder))
 
 
-def test_a_tokenizer_is_trained_once_for_a_text_and_a_size(tmp_path: Path) -> None:
+def test_trained_tokenizer_is_cached_by_texts_and_size(tmp_path: Path) -> None:
     trained = 0
 
     def opened(size: int, text: list[str]) -> Any:
@@ -210,8 +216,8 @@ def test_a_tokenizer_is_trained_once_for_a_text_and_a_size(tmp_path: Path) -> No
             reads += 1
             return iter(text)
 
-        config = ModelConfig(shape={**NEEDED, "vocab_size": size})
-        backbone = open_backbone(config, seed=0, dtype=torch.float32, cache=tmp_path, texts=texts)
+        config = ModelConfig(shape={**REQUIRED_SHAPE_KEYS, "vocab_size": size})
+        backbone = resolve_backbone(config, seed=0, dtype=torch.float32, cache=tmp_path, texts=texts)
         trained += reads - 1  # it is read once to be recognised
         return backbone.tokenizer
 
@@ -244,14 +250,14 @@ def gradients(model: nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tensor], 
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_activation_checkpointing_saves_memory_and_changes_nothing(lora: bool, opened: Callable[..., Backbone]) -> None:
-    from dscl.model.surgery import LoraConfig, add_lora
+    from dscl.model.adapters.injection import LoraConfig, inject_lora
 
     results = []
     for checkpointing in (False, True):
         backbone = opened(shape={**SHAPE, "num_hidden_layers": 4}, activation_checkpointing=checkpointing)
         model = backbone.build()
-        fill(model, backbone.weights.read)
-        results.append(gradients(add_lora(model, LoraConfig(), 0) if lora else model))
+        load_parameters(model, backbone.weights.read)
+        results.append(gradients(inject_lora(model, LoraConfig(), 0) if lora else model))
     (loss, grads, kept), (loss2, grads2, kept2) = results
     assert torch.equal(loss, loss2)
     assert grads.keys() == grads2.keys()

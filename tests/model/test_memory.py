@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from dscl.engine import Engine
-from dscl.model.backbone import ModelConfig, open_backbone
+from dscl.engine.engine import Engine
+from dscl.model.backbone import ModelConfig, resolve_backbone
 from tests.support.memory import Peak
 from tests.support.pool import Pool
 
@@ -30,7 +30,7 @@ class Placed(Exception):
 
 def growth(config: ModelConfig, stage: int, cache: Path) -> tuple[int, int]:
     """(peak bytes beyond the start, the model's bytes) of loading on this rank, until the weights are in place."""
-    backbone = open_backbone(config, seed=0, dtype=torch.float32, cache=cache, texts=lambda: [])
+    backbone = resolve_backbone(config, seed=0, dtype=torch.float32, cache=cache, texts=lambda: [])
 
     def stop(_model: nn.Module) -> nn.Module:
         raise Placed
@@ -43,7 +43,7 @@ def growth(config: ModelConfig, stage: int, cache: Path) -> tuple[int, int]:
             prepare=stop,
             precision="fp32",
         )
-    return peak.growth, 4 * backbone.parameters()
+    return peak.growth, 4 * backbone.count_parameters()
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from dscl.engine import Engine, fill
-from dscl.model.backbone import Backbone, ModelConfig, open_backbone
+from dscl.engine.engine import Engine, load_parameters
+from dscl.model.backbone import Backbone, ModelConfig, resolve_backbone
 from tests.support.small_models import PIECES, SHAPE
 
 KINDS = ("llama", "mistral", "qwen2", "qwen3")
@@ -21,12 +21,12 @@ IDS = torch.randint(0, PIECES, (2, 24), generator=torch.Generator().manual_seed(
 
 
 def opened(config: ModelConfig, dtype: torch.dtype, cache: Path) -> Backbone:
-    return open_backbone(config, seed=7, dtype=dtype, cache=cache, texts=lambda: [])
+    return resolve_backbone(config, seed=7, dtype=dtype, cache=cache, texts=lambda: [])
 
 
 def whole(backbone: Backbone) -> nn.Module:
     model = backbone.build().eval()
-    fill(model, backbone.weights.read)
+    load_parameters(model, backbone.weights.read)
     return model
 
 
@@ -83,7 +83,7 @@ def on_a_rank(config: ModelConfig, precision: str, persistent: int, cache: Path)
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("source", ["llama", "qwen2", "drawn"])
-def test_sharded_is_the_same_as_whole(
+def test_sharded_model_equals_the_full_one(
     source: str, precision: str, save: Callable[..., Path], tmp_path: Path, tokenizer_folder: Path, ranks: Any
 ) -> None:
     if source == "drawn":

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import sentencepiece
 
-from dscl.errors import UserError
 from dscl.model.tokenizer import load_tokenizer, pad_id, train_tokenizer
+from dscl.utils.errors import UserError
 from tests.support.small_models import PIECES, TEXT
 
 PLAIN = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -53,22 +53,22 @@ def assert_reads_as_sentencepiece(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama_tokenizer", "base"])
-def test_real_ones_encode_as_sentencepiece_does(name: str, shared_data: Path) -> None:
+def test_real_tokenizers_encode_as_sentencepiece(name: str, shared_data: Path) -> None:
     assert_reads_as_sentencepiece(shared_data / name)
 
 
-def test_trained_one_encodes_as_sentencepiece_does(tokenizer_folder: Path) -> None:
+def test_trained_tokenizer_encodes_as_sentencepiece(tokenizer_folder: Path) -> None:
     assert_reads_as_sentencepiece(tokenizer_folder)
 
 
 @pytest.mark.parametrize("kind", ["mistral", "qwen2"])
-def test_the_model_beside_it_makes_no_difference(kind: str, tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_model_type_does_not_change_the_tokenizer(kind: str, tokenizer_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(tokenizer_folder, tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": kind}))
     assert_reads_as_sentencepiece(tmp_path / "model")
 
 
-def test_control_symbols_in_a_text_are_text_but_not_in_a_template(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_control_symbols_are_special_only_with_a_template(tokenizer_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(tokenizer_folder, tmp_path / "chat")
     settings = {**PLAIN, "chat_template": "{{ messages }}</s>"}
     (tmp_path / "chat" / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -85,7 +85,7 @@ def test_training_is_exact_and_repeatable(tmp_path: Path) -> None:
     assert files["a"] == files["c"] != files["b"]
 
 
-def test_long_lines_are_learned_from(tmp_path: Path) -> None:
+def test_training_uses_long_lines(tmp_path: Path) -> None:
     """sentencepiece would leave out a line of more than 4192 bytes."""
     train_tokenizer([" ".join(TEXT), "\u65e5\u672c " * 5000], 300, tmp_path)
     pieces = load_tokenizer(tmp_path).tokenize("\u65e5\u672c the")
@@ -102,7 +102,7 @@ def test_long_lines_are_learned_from(tmp_path: Path) -> None:
         (TEXT, 299, "at least 300"),
     ],
 )
-def test_what_cannot_be_trained(texts: list[str], size: int, message: str, tmp_path: Path) -> None:
+def test_untrainable_sizes_are_refused(texts: list[str], size: int, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"^model.shape.vocab_size: .*{message}") as raised:
         train_tokenizer(texts, size, tmp_path / "none")
     assert "\n" not in str(raised.value)
@@ -145,7 +145,7 @@ def test_models_that_would_be_misread_are_refused(settings: dict[str, Any], desc
 
 
 @pytest.mark.parametrize("content", [b"", b"hello there" * 100, "cut"])
-def test_damaged_model(content: bytes | str, tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_damaged_model_is_refused(content: bytes | str, tokenizer_folder: Path, tmp_path: Path) -> None:
     whole = (tokenizer_folder / "tokenizer.model").read_bytes()
     (tmp_path / "tokenizer.model").write_bytes(content if isinstance(content, bytes) else whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"tokenizer.model: not a readable sentencepiece model; copy"):

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dscl.errors import UserError
-from dscl.model.weights import BLOCK, DrawnWeights, StoredWeights, draw_normal
+from dscl.model.weights import DRAW_BLOCK, RandomWeights, SafetensorsWeights, draw_normal
+from dscl.utils.errors import UserError
 
 TENSORS = {
     "matrix": torch.arange(42.0).view(6, 7),
@@ -38,14 +38,14 @@ def sharded(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", ["single", "sharded"])
-def test_any_stretch_of_any_tensor(layout: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_reads_any_slice_of_any_tensor(layout: str, dtype: torch.dtype, tmp_path: Path) -> None:
     tensors = {name: tensor.to(dtype) for name, tensor in TENSORS.items()}
     if layout == "single":
         save_file(tensors, tmp_path / "model.safetensors")
     else:
         write_shards(tmp_path, tensors)
-    weights = StoredWeights(tmp_path)
-    weights.check(SHAPES)
+    weights = SafetensorsWeights(tmp_path)
+    weights.check_shapes(SHAPES)
     for name, tensor in tensors.items():
         flat = tensor.reshape(-1)
         for start in range(len(flat)):
@@ -55,14 +55,14 @@ def test_any_stretch_of_any_tensor(layout: str, dtype: torch.dtype, tmp_path: Pa
                 assert torch.equal(read, flat[start:stop])
 
 
-def test_a_single_file_goes_before_an_index_as_in_transformers(sharded: Path) -> None:
+def test_single_file_is_preferred_to_an_index(sharded: Path) -> None:
     save_file({"matrix": torch.zeros(2, 2)}, sharded / "model.safetensors")
-    assert torch.equal(StoredWeights(sharded).read("matrix", torch.Size((2, 2)), 0, 4), torch.zeros(4))
+    assert torch.equal(SafetensorsWeights(sharded).read("matrix", torch.Size((2, 2)), 0, 4), torch.zeros(4))
 
 
 def refusal(folder: Path) -> str:
     with pytest.raises(UserError) as raised:
-        StoredWeights(folder).check(SHAPES)
+        SafetensorsWeights(folder).check_shapes(SHAPES)
     assert "\n" not in str(raised.value)
     assert str(folder) in str(raised.value)
     return str(raised.value)
@@ -84,7 +84,7 @@ def refusal(folder: Path) -> str:
         (lambda path: save_file({"matrix": torch.zeros(6, 7, dtype=torch.int8)}, path), "is of type I8; allowed"),
     ],
 )
-def test_damaged_file(damage: Callable[[Path], None], message: str, sharded: Path) -> None:
+def test_damaged_files_are_refused(damage: Callable[[Path], None], message: str, sharded: Path) -> None:
     damage(sharded / "model-0.safetensors")
     said = refusal(sharded)
     assert message in said
@@ -92,7 +92,7 @@ def test_damaged_file(damage: Callable[[Path], None], message: str, sharded: Pat
 
 
 @pytest.mark.parametrize("outside", ["../{}", "{}/../x/model-0.safetensors", "/etc/passwd", "sub/model.safetensors"])
-def test_an_index_that_leads_elsewhere(outside: str, sharded: Path) -> None:
+def test_index_outside_the_folder_is_refused(outside: str, sharded: Path) -> None:
     index = json.loads((sharded / INDEX).read_text())
     index["weight_map"]["matrix"] = outside.format(sharded.name)
     (sharded / INDEX).write_text(json.dumps(index))
@@ -102,7 +102,7 @@ def test_an_index_that_leads_elsewhere(outside: str, sharded: Path) -> None:
 @pytest.mark.parametrize(
     "content", ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"matrix": 3}}', "\xff"]
 )
-def test_an_index_that_is_none(content: str, sharded: Path) -> None:
+def test_broken_index_is_refused(content: str, sharded: Path) -> None:
     (sharded / INDEX).write_bytes(content.encode("latin-1"))
     assert "not a readable index of weights" in refusal(sharded)
 
@@ -112,27 +112,34 @@ def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
     assert "weights are read from safetensors only" in refusal(tmp_path)
 
 
-def test_tensors_that_are_not_there(sharded: Path) -> None:
+def test_missing_tensors_are_refused(sharded: Path) -> None:
     with pytest.raises(UserError, match=r"lack 1 of the 2 tensors .*, first matrx \(did you mean 'matrix'\?\)"):
-        StoredWeights(sharded).check({"matrix": SHAPES["matrix"], "matrx": SHAPES["matrix"]})
+        SafetensorsWeights(sharded).check_shapes({"matrix": SHAPES["matrix"], "matrx": SHAPES["matrix"]})
 
 
-def test_drawn_norms_and_biases() -> None:
-    weights = DrawnWeights(0, 0.02)
+def test_random_norms_are_one_and_biases_zero() -> None:
+    weights = RandomWeights(0, 0.02)
     assert torch.equal(weights.read("layer.norm.weight", torch.Size((5,)), 1, 4), torch.ones(3))
     assert torch.equal(weights.read("layer.bias", torch.Size((5,)), 1, 4), torch.zeros(3))
 
 
-def test_drawn_stretches_are_those_of_the_whole() -> None:
-    shape = torch.Size((3, BLOCK // 2 + 7))
-    weights = DrawnWeights(4, 0.5)
+def test_random_slices_equal_the_full_tensor() -> None:
+    shape = torch.Size((3, DRAW_BLOCK // 2 + 7))
+    weights = RandomWeights(4, 0.5)
     whole = weights.read("w", shape, 0, shape.numel())
     assert whole.shape == (shape.numel(),)
-    for start, stop in [(0, 1), (5, 9), (BLOCK - 1, BLOCK + 1), (BLOCK, shape.numel()), (3, shape.numel() - 1), (7, 7)]:
+    for start, stop in [
+        (0, 1),
+        (5, 9),
+        (DRAW_BLOCK - 1, DRAW_BLOCK + 1),
+        (DRAW_BLOCK, shape.numel()),
+        (3, shape.numel() - 1),
+        (7, 7),
+    ]:
         assert torch.equal(weights.read("w", shape, start, stop), whole[start:stop])
 
 
-def test_drawn_by_seed_and_name_alone() -> None:
+def test_random_weights_depend_on_seed_and_name_alone() -> None:
     torch.manual_seed(1)
     first = draw_normal(0, "a", 0, 100, 1.0)
     torch.manual_seed(2)
@@ -140,7 +147,7 @@ def test_drawn_by_seed_and_name_alone() -> None:
     others = [
         draw_normal(1, "a", 0, 100, 1.0),
         draw_normal(0, "b", 0, 100, 1.0),
-        draw_normal(0, "a", BLOCK, BLOCK + 100, 1.0),
+        draw_normal(0, "a", DRAW_BLOCK, DRAW_BLOCK + 100, 1.0),
     ]
     assert all((other - first).abs().max() > 0.1 for other in others)
     state = torch.get_rng_state()
@@ -148,8 +155,8 @@ def test_drawn_by_seed_and_name_alone() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_drawn_is_normal() -> None:
-    values = draw_normal(0, "a", 0, 4 * BLOCK, 0.3)
+def test_random_weights_are_normal() -> None:
+    values = draw_normal(0, "a", 0, 4 * DRAW_BLOCK, 0.3)
     assert abs(values.mean()) < 0.003
     assert abs(values.std() - 0.3) < 0.003
     inside = [(values.abs() < 0.3 * k).float().mean().item() for k in (1, 2, 3)]

@@ -33,8 +33,8 @@ def passed(way: Way, read: torch.Tensor, toward: torch.Tensor, *sizes: Any) -> l
 
 def check(found: list[torch.Tensor], read: torch.Tensor, toward: torch.Tensor, *sizes: Any, more: float = 0) -> None:
     """As near to what is exact as the torch form is, or so much further off."""
-    torchs = passed(gates.by_steps, read, toward, *sizes)
-    exact = passed(gates.by_steps, read.double(), toward.double(), *sizes)
+    torchs = passed(gates.apply_gates_reference, read, toward, *sizes)
+    exact = passed(gates.apply_gates_reference, read.double(), toward.double(), *sizes)
     for ours, theirs, wanted in zip(found, torchs, exact, strict=True):
         assert ours.dtype == read.dtype
         off, may_be = ((tensor.double() - wanted).norm() for tensor in (ours, theirs))

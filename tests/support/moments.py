@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dscl.model.surgery import LLAMA_PROJECTIONS, matching
+from dscl.model.adapters.injection import LLAMA_PROJECTIONS, match_target_layers
 from tests.support.toy_model import Toy, model, summed_loss
 
 
@@ -17,7 +17,7 @@ def watching(module: Any) -> Iterator[dict[str, tuple[torch.Tensor, torch.Tensor
     """What every constrained layer is given and answers in the last pass, by plain hooks."""
     seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     with ExitStack() as stack:
-        for name in matching(module, LLAMA_PROJECTIONS):
+        for name in match_target_layers(module, LLAMA_PROJECTIONS):
 
             def hook(_: Any, given: Any, output: torch.Tensor, name: str = name) -> None:
                 seen[name] = given[0], output

@@ -37,8 +37,8 @@ def leak(reading: str, change: torch.Tensor, right: torch.Tensor, left: torch.Te
 def quick(function: Callable[..., Any], *arguments: Any) -> Any:
     """On a rank: with few and short texts of the model's own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(osft, "TEXTS", 40)
-        patch.setattr(osft, "LENGTH", 8)
+        patch.setattr(osft, "NUM_TEXTS", 40)
+        patch.setattr(osft, "TEXT_LENGTH", 8)
         return function(*arguments)
 
 

@@ -15,7 +15,15 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 START = 120.0  # seconds to import everything
-IMPORTED = ("torch", "deepspeed", "transformers", "datasets", "dscl.train", "dscl.cli", "tests.support.runs")
+IMPORTED = (
+    "torch",
+    "deepspeed",
+    "transformers",
+    "datasets",
+    "dscl.training.trainer",
+    "dscl.cli.app",
+    "tests.support.runs",
+)
 
 
 def forked() -> multiprocessing.context.BaseContext:
@@ -84,15 +92,15 @@ def _serve(link: Connection, rank: int, world: int, port: int) -> None:
         OMP_NUM_THREADS="1",
         DS_ACCELERATOR="cpu",
     )
-    from dscl.observe.quiet import quiet
+    from dscl.utils.quiet import silence_libraries
 
-    quiet()
+    silence_libraries()
     import torch
 
-    from dscl import dist
+    from dscl.distributed import comm
 
     torch.set_num_threads(1)
-    with dist.session():
+    with comm.process_group():
         while True:
             try:
                 module, name, arguments = link.recv()

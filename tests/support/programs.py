@@ -189,11 +189,13 @@ def attach(cwd: str, files: list[str]) -> None:
 def _become(arguments: Sequence[str], environment: Mapping[str, str], session: bool) -> NoReturn:
     refresh(["dscl", *arguments], environment, session)
 
-    from dscl import cli, compare, spawn
+    from dscl.cli import app
+    from dscl.distributed import launcher
+    from dscl.reporting import compare
 
-    spawn.subprocess = SimpleNamespace(Popen=ForkedRank)  # type: ignore[assignment]
+    launcher.subprocess = SimpleNamespace(Popen=ForkedRank)  # type: ignore[assignment]
     compare.subprocess = SimpleNamespace(Popen=ForkedRank, STDOUT=subprocess.STDOUT)  # type: ignore[assignment]
-    cli.program()
+    app.run_and_exit()
 
 
 def refresh(words: Sequence[str], environment: Mapping[str, str], session: bool) -> None:

@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 
-from dscl import checkpoint, dist, train
-from dscl.engine import Engine
-from dscl.errors import Failure, UserError
-from dscl.pace import measured
-from dscl.recipe import resolve
-from dscl.shards import Shards
-from dscl.stopping import Stop
+from dscl.distributed import comm
+from dscl.distributed.preemption import StopHandler
+from dscl.engine.engine import Engine
+from dscl.engine.zero_shards import ZeroShards
+from dscl.monitoring.throughput import is_measured_metric
+from dscl.recipe.recipe import resolve_recipe
+from dscl.training import checkpoint, trainer
+from dscl.utils.errors import ExternalFailure, UserError
 
 WORDS = (
     "red",
@@ -100,7 +101,7 @@ def recipe_of(folder: Path, run: str, stage: int = 0, **changes: Any) -> dict[st
 
 def metrics(run: Path) -> list[dict[str, Any]]:
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in record.items() if not measured(name)} for record in records]
+    return [{name: value for name, value in record.items() if not is_measured_metric(name)} for record in records]
 
 
 def outcome(run: Path) -> tuple[Any, ...]:
@@ -121,8 +122,8 @@ def copy(folder: Path, name: str) -> Path:
     return Path(shutil.copytree(folder, folder.parent / name))
 
 
-def run(document: dict[str, Any], thorough: bool = False) -> None:
-    train.train(resolve(document), thorough=thorough)
+def run(document: dict[str, Any], check_cluster: bool = False) -> None:
+    trainer.train(resolve_recipe(document), check_cluster=check_cluster)
 
 
 @contextmanager
@@ -172,9 +173,9 @@ def run_until(document: dict[str, Any], deaths: list[tuple[str, int]]) -> None:
     places: dict[str, Any] = {
         "step": (Engine, "step"),
         "save": (checkpoint.Checkpoints, "save"),
-        "gather": (dist, "gather"),
-        "take": (train, "take"),
-        "shares": (Shards, "shares"),
+        "gather": (comm, "all_gather_objects"),
+        "take": (trainer, "evaluate_task"),
+        "shares": (ZeroShards, "disjoint_shards"),
     }
     for name, count in deaths:
         owner, attribute = places[name]
@@ -215,20 +216,20 @@ def run_until_killed(document: dict[str, Any], steps: int) -> None:
         Engine.step = original  # type: ignore[method-assign]
 
 
-def run_listening(document: dict[str, Any], thorough: bool = False) -> list[str]:
+def run_listening(document: dict[str, Any], check_cluster: bool = False) -> list[str]:
     """Run, and return what this rank told the user on the way."""
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    original = train.Observer.note
-    train.Observer.note = lambda _self, text: lines.append(text)  # type: ignore[method-assign]
+    original = trainer.Observer.print_message
+    trainer.Observer.print_message = lambda _self, text: lines.append(text)  # type: ignore[method-assign]
     logger = logging.getLogger("dscl")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
-        run(document, thorough)
+        run(document, check_cluster)
     finally:
-        train.Observer.note = original  # type: ignore[method-assign]
+        trainer.Observer.print_message = original  # type: ignore[method-assign]
         logger.removeHandler(handler)
     return lines
 
@@ -236,7 +237,7 @@ def run_listening(document: dict[str, Any], thorough: bool = False) -> list[str]
 def failing(document: dict[str, Any]) -> tuple[str, str]:
     try:
         run(document)
-    except (Failure, UserError) as error:
+    except (ExternalFailure, UserError) as error:
         return type(error).__name__, str(error)
     return "nothing", ""
 
@@ -253,19 +254,19 @@ def flip(folder: Path) -> None:
     path.write_bytes(content)
 
 
-class Told(Stop):
-    """Is told to stop at the n-th place at which all ranks ask, one of the ranks only."""
+class StopAtPoll(StopHandler):
+    """Sets the stop flag on one rank at the n-th call of `stop_requested`, as a signal would."""
 
-    def __init__(self, at: int) -> None:
+    def __init__(self, poll: int) -> None:
         super().__init__()
-        self.left = at
+        self.polls_left = poll
 
-    def asked(self) -> bool:
-        self.left -= 1
-        if self.left == 0 and dist.rank() == dist.world() - 1:
+    def stop_requested(self) -> bool:
+        self.polls_left -= 1
+        if self.polls_left == 0 and comm.rank() == comm.world_size() - 1:
             assert self._flag is not None
-            self._flag.raise_()
-        return super().asked()
+            self._flag.set()
+        return super().stop_requested()
 
 
 def make_easy(folder: Path, task: str) -> None:

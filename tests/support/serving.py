@@ -15,22 +15,22 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from dscl import serve
-from dscl.data.encode import fingerprint
-from dscl.description import Description, Training
-from dscl.model.backbone import ModelConfig, open_backbone
+from dscl.data.encode import tokenizer_fingerprint
+from dscl.methods.rls_router import Router, RouterSpec
+from dscl.model.backbone import ModelConfig, resolve_backbone
 from dscl.model.tokenizer import load_tokenizer, train_tokenizer
-from dscl.router import Router, Spec
-from dscl.serve import Model
+from dscl.serving import server
+from dscl.serving.bundle import BundleDescription, TrainingInfo
+from dscl.serving.server import ServingModel
 from tests.support.small_models import PIECES, SHAPE, TEXT, WORDS
 
 TASKS = ("birds", "hills", "rain")
-LAYER, LIMIT, NEW = 1, 20, 8
-ABOVE: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1, 2, 3]}
-WHOLE: dict[str, Any] = {"target_modules": ["k_proj", "down_proj"]}  # from the first layer on
+LAYER, PROMPT_LIMIT, MAX_NEW_TOKENS = 1, 20, 8
+UPPER_LAYERS: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1, 2, 3]}
+ALL_LAYERS: dict[str, Any] = {"target_modules": ["k_proj", "down_proj"]}  # from the first layer on
 
 
-def prompts_of(task: str, count: int, seed: int = 0) -> list[str]:
+def make_prompts(task: str, count: int, seed: int = 0) -> list[str]:
     """Of words that the other tasks do not have, and of all lengths, also beyond LIMIT."""
     number = TASKS.index(task)
     generator = random.Random(f"{task} {seed}")
@@ -63,26 +63,26 @@ def write_peft(folder: Path, base: Path, seed: int, rank: int = 4, **options: An
     return folder
 
 
-def spec_of(base: Path, **changes: Any) -> Spec:
-    backbone = open_backbone(ModelConfig(str(base)), seed=0, dtype=torch.float32, cache=Path(), texts=lambda: ())
+def make_router_spec(base: Path, **changes: Any) -> RouterSpec:
+    backbone = resolve_backbone(ModelConfig(str(base)), seed=0, dtype=torch.float32, cache=Path(), texts=lambda: ())
     values: dict[str, Any] = {
         "kind": "exact", "layer": LAYER, "dim": 64, "width": 128, "seed": 3, "model": backbone.fingerprint(),
-        "tokenizer": fingerprint(backbone.tokenizer), "prompt_limit": LIMIT, "precision": "fp32",
+        "tokenizer": tokenizer_fingerprint(backbone.tokenizer), "prompt_limit": PROMPT_LIMIT, "precision": "fp32",
     }  # fmt: skip
-    return Spec(**{**values, **changes})
+    return RouterSpec(**{**values, **changes})
 
 
-def empty(base: Path, slots: int = 3) -> Model:
-    return serve.open_model(description_of(base, spec_of(base)), slots=slots)
+def make_empty_model(base: Path, slots: int = 3) -> ServingModel:
+    return server.open_model(make_description(base, make_router_spec(base)), slots=slots)
 
 
-def description_of(base: Path, spec: Spec, tokenizer: Path | None = None) -> Description:
+def make_description(base: Path, spec: RouterSpec, tokenizer: Path | None = None) -> BundleDescription:
     model = ModelConfig(str(base), tokenizer=str(tokenizer or base))
-    return Description(model, 0, {}, Training.of(spec), Router(spec))
+    return BundleDescription(model, 0, {}, TrainingInfo.from_attributes(spec), Router(spec))
 
 
-MIXED = [prompt for some in zip(*(prompts_of(task, 5, seed=1) for task in TASKS), strict=True) for prompt in some]
-OWN = [*TASKS] * 5
+MIXED = [prompt for some in zip(*(make_prompts(task, 5, seed=1) for task in TASKS), strict=True) for prompt in some]
+MIXED_TASKS = [*TASKS] * 5
 
 
 @functools.cache
@@ -94,14 +94,14 @@ def peft_model(base: Path, adapter: Path | None) -> Any:
 
 @functools.cache
 @torch.no_grad()
-def reference(base: Path, adapter: Path | None, prompt: str) -> str:
+def reference_answer(base: Path, adapter: Path | None, prompt: str) -> str:
     """Greedy decoding by PEFT and transformers: one prompt, its last tokens, all of it anew for each token."""
     model = peft_model(base, adapter)
     tokenizer = load_tokenizer(base)
     bos, *ids = tokenizer(prompt)["input_ids"]
-    ids = [bos, *ids[-(LIMIT - 1) :]]
+    ids = [bos, *ids[-(PROMPT_LIMIT - 1) :]]
     answer: list[int] = []
-    for _ in range(NEW):
+    for _ in range(MAX_NEW_TOKENS):
         token = int(model(input_ids=torch.tensor([ids + answer])).logits[0, -1].argmax())
         if token == tokenizer.eos_token_id:
             break
@@ -109,23 +109,25 @@ def reference(base: Path, adapter: Path | None, prompt: str) -> str:
     return str(tokenizer.decode(answer, skip_special_tokens=True).strip())
 
 
-def everything(model: Model) -> list[tuple[Any, ...]]:
-    return [(answer.text, answer.task, (answer.margin, answer.distance)) for answer in model.generate(MIXED, NEW)]
+def generate_all(model: ServingModel) -> list[tuple[Any, ...]]:
+    return [
+        (answer.text, answer.task, (answer.margin, answer.distance)) for answer in model.generate(MIXED, MAX_NEW_TOKENS)
+    ]
 
 
-def alike(answers: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+def approx_answers(answers: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
     """Equal to the same answers: the libraries that solve the router may round the last bits otherwise each time."""
     return [(text, task, pytest.approx(numbers, rel=1e-9)) for text, task, numbers in answers]
 
 
-def described(export: Path, change: Callable[[Any], Any]) -> None:
+def edit_description(export: Path, change: Callable[[Any], Any]) -> None:
     path = export / "dscl.json"
     document = json.loads(path.read_text())
     change(document)
     path.write_text(json.dumps(document))
 
 
-def flip(path: Path, share: float) -> None:
+def flip_byte(path: Path, share: float) -> None:
     content = bytearray(path.read_bytes())
     content[int(len(content) * share)] ^= 4
     path.write_bytes(content)

@@ -7,20 +7,20 @@ from typing import Any
 
 import torch
 
-from dscl.model.experts import Shape, SubExperts
+from dscl.model.adapters.sub_experts import SubExpertLinear, SubExpertShape
 
 IN, OUT, TASKS = 24, 16, 3  # rows of whole 16 bytes in bf16 too, as sorting asks for
 
 
-def shape_of(atoms: bool = True, **changes: Any) -> Shape:
+def shape_of(atoms: bool = True, **changes: Any) -> SubExpertShape:
     given = {"experts": 4, "rank": 3, "top": 2, "share": 0.5, "scale": 1.5, "atoms": atoms, **changes}
-    return Shape(**{"most": given["experts"], **given})
+    return SubExpertShape(**{"most": given["experts"], **given})
 
 
 @torch.no_grad()
-def scramble(made: SubExperts, seed: int) -> None:
+def scramble(made: SubExpertLinear, seed: int) -> None:
     """As after a task's training."""
     draw = torch.Generator().manual_seed(seed)
-    for name in made.trained:
+    for name in made.trainable_names:
         parameter = getattr(made, name)
         parameter.copy_(torch.randn(parameter.shape, generator=draw, dtype=torch.float64) / math.sqrt(IN))

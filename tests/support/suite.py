@@ -28,7 +28,12 @@ LIMIT = 30.0  # seconds that a test may take
 END = 30.0  # seconds that pytest gets to end when it is interrupted
 ROOM = 4 << 30  # bytes that must be free for temporary folders in memory
 # Files and folders whose tests start ranks or programs.
-ALONE = ("tests/distributed", "tests/launch", "tests/test_spawn.py", "tests/test_doctor.py", "tests/test_cli.py")
+ALONE = (
+    "tests/distributed",
+    "tests/launch",
+    "tests/training/test_preflight.py",
+    "tests/cli/test_app.py",
+)
 
 
 def main(words: Sequence[str]) -> int:
@@ -59,7 +64,7 @@ def main(words: Sequence[str]) -> int:
 def prepare() -> None:
     """Have DeepSpeed compile its extension now, once, and not within the first test that needs it."""
     print("building DeepSpeed's extension (half a minute, once)", flush=True)
-    command = [sys.executable, "-c", "from dscl.engine import _build_extension as build; build()"]
+    command = [sys.executable, "-c", "from dscl.engine.engine import _build_shm_extension as build; build()"]
     subprocess.run(command, cwd=REPOSITORY, check=False, stdout=subprocess.DEVNULL)
 
 

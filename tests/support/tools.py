@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from dscl.spawn import ENDS_WITH
+from dscl.distributed.launcher import EXIT_WITH_PID_VARIABLE
 from tests.support.programs import Program, attach, refresh
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
@@ -32,7 +32,7 @@ class Tool(Program):
         environment: Mapping[str, str] | None = None,
     ) -> None:
         # The parent of a fork is another process than the one that `die_with_parent` expects.
-        given = {name: value for name, value in (environment or {}).items() if name != ENDS_WITH}
+        given = {name: value for name, value in (environment or {}).items() if name != EXIT_WITH_PID_VARIABLE}
         super().__init__([words, changes or {}], cwd=TOOLS.parent, **given)  # type: ignore[list-item]
 
     def _target(self) -> Callable[..., None]:

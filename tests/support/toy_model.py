@@ -11,10 +11,10 @@ import torch
 from torch.nn import functional
 from transformers import LlamaConfig
 
-from dscl import dist
-from dscl.engine import Engine, fill
+from dscl.distributed import comm
+from dscl.engine.engine import Engine, load_parameters
 from dscl.model.backbone import Backbone, ModelConfig
-from dscl.model.weights import DrawnWeights
+from dscl.model.weights import RandomWeights
 
 VOCABULARY = 160
 
@@ -47,14 +47,14 @@ def backbone(dtype: torch.dtype = torch.float32) -> Backbone:
         hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         intermediate_size=80, vocab_size=VOCABULARY, tie_word_embeddings=True,
     )  # fmt: skip
-    return Backbone(ModelConfig(shape={}), shape, None, DrawnWeights(0, 0.05), dtype)
+    return Backbone(ModelConfig(shape={}), shape, None, RandomWeights(0, 0.05), dtype)
 
 
 def model() -> Any:
     """The small LLaMA outside an engine, with its weights drawn, in eval mode."""
     built = backbone()
     made = built.build()
-    fill(made, built.weights.read)
+    load_parameters(made, built.weights.read)
     return made.eval()
 
 
@@ -105,8 +105,8 @@ def make(stage: int, precision: str = "fp32", clip: float = 1.0, **zero: Any) ->
 
 def micro_batches(step: int, accumulation: int) -> tuple[list[Toy], int]:
     whole = rows(step)
-    mine = whole[dist.rank() :: dist.world()]
-    size = -(-len(whole) // (dist.world() * accumulation))
+    mine = whole[comm.rank() :: comm.world_size()]
+    size = -(-len(whole) // (comm.world_size() * accumulation))
     return [join(mine[i * size : (i + 1) * size]) for i in range(accumulation)], targets(whole)
 
 
@@ -115,14 +115,14 @@ def go(engine: Engine, accumulation: int = 1, first: int = 0, last: int = STEPS)
     for step in range(first, last):
         batches, count = micro_batches(step, accumulation)
         total = engine.step(summed_loss, batches, targets=count, lr=rate(step))
-        losses.append((dist.sum_(total) / count).item())
-        norms.append(float(engine.last_norm))
+        losses.append((comm.all_reduce_sum(total) / count).item())
+        norms.append(float(engine.last_grad_norm))
     return losses, norms
 
 
 def masters(engine: Engine) -> dict[str, list[tuple[int, torch.Tensor]]]:
     found: dict[str, list[tuple[int, torch.Tensor]]] = {}
-    for share in engine.shards.shares():
+    for share in engine.shards.disjoint_shards():
         found.setdefault(share.name, []).append((share.start, share.master.clone()))
     return found
 

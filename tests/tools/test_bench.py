@@ -28,7 +28,7 @@ OWN = {
 SMALL = ["--rounds", "1", "--hidden", "64", "--layers", "1", "--json"]
 SCRIPT = str(REPOSITORY / "tools" / "bench.py")
 SMALLER = {
-    "BLOCK": 4, "TARGETS": 1024, "HEADS": {"cpu": (64, 8000, torch.float32)}, "AT_ONCE": 128 * 8000,
+    "BLOCK": 4, "TARGETS": 1024, "HEADS": {"cpu": (64, 8000, torch.float32)}, "MAX_LOGITS": 128 * 8000,
 }  # fmt: skip
 ANEW = pytest.param(True, id="anew", marks=pytest.mark.exhaustive)
 
@@ -36,7 +36,7 @@ ANEW = pytest.param(True, id="anew", marks=pytest.mark.exhaustive)
 def run_anew(*words: str) -> list[dict[str, str]]:
     done = subprocess.run(
         [sys.executable, *words, *SMALL], cwd=REPOSITORY, capture_output=True, text=True,
-        env={**bench.outside(), "PYTHONPATH": str(REPOSITORY)},
+        env={**bench.subprocess_environment(), "PYTHONPATH": str(REPOSITORY)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     return parse_rows(done.stdout)

@@ -28,11 +28,11 @@ def tried_small(case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
 
     def watched(case: Case, config: LlamaConfig, engine: Any, method: Any) -> dict[str, Any]:
         found = large(case, config, engine, method)
-        deciding = getattr(method, "deciding", None)
-        seen["gathered"] = len(deciding.rows()["samples"]) if deciding is not None else None
+        deciding = getattr(method, "task_router", None)
+        seen["gathered"] = len(deciding.row_state_dict()["samples"]) if deciding is not None else None
         experts = getattr(method, "experts", None)
         seen["open"] = [int(layer.allowed_atoms.sum()) for layer in experts.layers.values()] if experts else []
-        seen["protected"] = len(getattr(method, "_spaces", {}))
+        seen["protected"] = len(getattr(method, "_subspaces", {}))
         seen["again"] = bool(engine.module.model.gradient_checkpointing)
         return found
 
@@ -68,7 +68,7 @@ def test_activations_are_recomputed_only_where_memory_asks_for_it(monkeypatch: p
         return {**FOUND, "recompute": True} if case.recompute else {"full": "in a step"}
 
     monkeypatch.setattr(bench, "child", child)
-    monkeypatch.setattr(bench.dist, "device", lambda: argparse.Namespace(type="cuda"))
+    monkeypatch.setattr(bench.comm, "device", lambda: argparse.Namespace(type="cuda"))
     monkeypatch.setattr(bench, "is_flash_attn_2_available", lambda: False)
     options = argparse.Namespace(
         shape=["7B"], method=["full"], attention=None, rounds=1, samples=1, limit=9.0, offload=True

@@ -9,8 +9,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dscl.maths.subspace import READINGS, hold_flops
-from dscl.model.head import answer_loss
+from dscl.maths.subspace import PROJECTIONS, projection_flops
+from dscl.model.lm_head import answer_loss
 from tools import bench_osft as bench
 
 
@@ -26,21 +26,23 @@ def test_operations_of_a_step_are_those_that_torch_counts() -> None:
     assert bench.step_flops(config, 3, 64, bench.ANSWER) == pytest.approx(counter.get_total_flops(), rel=1e-3)
 
 
-@pytest.mark.parametrize("reading", READINGS)
+@pytest.mark.parametrize("reading", PROJECTIONS)
 def test_bytes_of_bases_are_those_of_the_tensors(reading: str) -> None:
     weight = torch.randn(24, 36)
-    space = bench.Subspace.empty(reading, weight)
-    space.grow(weight, *(torch.linalg.qr(torch.randn(width, 12, dtype=torch.float64))[0] for width in (36, 24)))
-    assert bench.basis_bytes(reading, 24, 36, 12) == sum(map(bench.size, space.tensors().values()))
+    space = bench.ProtectedSubspace.empty(reading, weight)
+    space.add_directions(
+        weight, *(torch.linalg.qr(torch.randn(width, 12, dtype=torch.float64))[0] for width in (36, 24))
+    )
+    assert bench.basis_bytes(reading, 24, 36, 12) == sum(map(bench.size, space.state_dict().values()))
 
 
 def test_projection_in_parts_is_the_projection() -> None:
     space, weight, moved = bench.case(24, 36, 0)
     expected = moved.clone()
-    space.hold_(expected)
+    space.project_weight_(expected)
     bench.hold_in(space, moved, "fp32", "fp32")
     torch.testing.assert_close(moved, expected, rtol=0, atol=1e-7)
-    assert space.leak(moved - weight) < 1e-6
+    assert space.protected_norm(moved - weight) < 1e-6
 
 
 def test_share_of_a_7b_step_is_that_of_the_arithmetic() -> None:
@@ -50,5 +52,5 @@ def test_share_of_a_7b_step_is_that_of_the_arithmetic() -> None:
     assert len(shapes) == 224
     step = bench.step_flops(config, 16, 256, bench.ANSWER)
     for reading, share in (("two_sided", 8 * 2048 / (6 * 4096)), ("input", 4 * 2048 / (6 * 4096))):
-        hold = sum(hold_flops(reading, m, n, 2048, 2048) for m, n in shapes.values())
+        hold = sum(projection_flops(reading, m, n, 2048, 2048) for m, n in shapes.values())
         assert hold / step == pytest.approx(share, rel=0.03)

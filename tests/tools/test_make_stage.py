@@ -18,8 +18,8 @@ from transformers import LlamaForCausalLM
 
 from dscl.data.stream import load_stream
 from dscl.data.task import DataConfig, TaskConfig
-from dscl.errors import UserError
 from dscl.model.tokenizer import load_tokenizer
+from dscl.utils.errors import UserError
 from tools import make_stage as stage
 
 TINY = stage.Settings(train=60, test=20, vocab_size=420, hidden_size=32, layers=1, heads=2, steps=40, batch=32, lr=0.01)

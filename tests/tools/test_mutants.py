@@ -118,7 +118,7 @@ class Thing:
         """Neither is this: a and b."""
         if by not in self.known and not (by < 0.5):
             raise ValueError(f"{by} is not known, give at most {1 + 1}")
-        self.total = dist.sum_(self.total)
+        self.total = comm.all_reduce_sum(self.total)
         log.warning("more than %d", 4)
 '''
 
@@ -134,8 +134,8 @@ def test_places_are_what_a_run_comes_by() -> None:
         ("turned", "and", "or"),
         ("turned", "<", ">="),
         ("turned", "not (by < 0.5)", "(by < 0.5)"),
-        ("dropped", "self.total = dist.sum_(self.total)", "pass"),
-        ("without the other ranks", "dist.sum_(self.total)", "(self.total)"),
+        ("dropped", "self.total = comm.all_reduce_sum(self.total)", "pass"),
+        ("without the other ranks", "comm.all_reduce_sum(self.total)", "(self.total)"),
     }
 
 

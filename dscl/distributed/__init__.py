@@ -1,0 +1,1 @@
+"""Ranks: collectives, the local launcher, heartbeats between ranks, stopping on a signal."""

@@ -1,0 +1,1 @@
+"""The memory and time that a run will need."""

@@ -1,0 +1,1 @@
+"""A recipe: its sections and its method, read, checked and written."""

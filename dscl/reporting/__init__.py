@@ -1,0 +1,1 @@
+"""Comparisons of methods, and reports of finished runs."""

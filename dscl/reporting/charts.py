@@ -1,0 +1,164 @@
+"""Charts as SVG. Colours are set by CSS classes, so that they follow the page's light or dark theme."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+from dscl.utils.formatting import display_width, truncate_middle
+
+NUM_COLOURS = 8
+NAME_COLUMNS = 14  # names beside a chart are shortened to this width
+CELL_WIDTH, CELL_HEIGHT = 48, 28  # of a heat map, in pixels
+INK_THRESHOLD = 0.66  # cells from this value on are so dark (in the dark theme: so light) that they need the other ink
+WIDTH, WIDE_WIDTH, HEIGHT = 360, 680, 230  # of a line chart, in pixels
+LEFT, RIGHT, TOP, BOTTOM = 44, 12, 12, 34  # margins of a line chart
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a chart."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    colour: int | None = 0  # None: grey and dashed, for a reference
+    faint: bool = False
+    dot: tuple[float, float] | None = None  # a marked point
+
+
+def draw_heat_map(
+    title: str,
+    values: Sequence[Sequence[float | None]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+) -> str:
+    """A heat map of values in 0…1. Cells whose row and column have the same name are framed."""
+    short_names = [truncate_middle(name, NAME_COLUMNS) for name in columns]
+    longest = max(map(_estimate_text_width, short_names))
+    is_rotated = longest > CELL_WIDTH - 2
+    left = 10 + max(_estimate_text_width(truncate_middle(name, NAME_COLUMNS)) for name in rows)
+    top = 10 + (longest * 0.75 + 6 if is_rotated else 16)
+    width = left + CELL_WIDTH * len(columns) + (longest * 0.71 - CELL_WIDTH / 2 if is_rotated else 4)
+    height = top + CELL_HEIGHT * len(rows) + 4
+    parts = []
+    for j, name in enumerate(short_names):
+        x, y = left + CELL_WIDTH * (j + 0.5), top - 7
+        placement = ' text-anchor="middle"'
+        if is_rotated:
+            placement = f' transform="rotate(-45 {x:.0f} {y:.0f})" text-anchor="start"'
+        parts.append(f'<text class="tick" x="{x:.0f}" y="{y:.0f}"{placement}>{escape(name)}</text>')
+    for i, (name, row) in enumerate(zip(rows, values, strict=True)):
+        y = top + CELL_HEIGHT * i
+        parts.append(
+            f'<text class="tick" x="{left - 7:.0f}" y="{y + CELL_HEIGHT / 2 + 4:.0f}" text-anchor="end">'
+            f"{escape(truncate_middle(name, NAME_COLUMNS))}</text>"
+        )
+        for j, (value, column) in enumerate(zip(row, columns, strict=True)):
+            tooltip = f"{name}, {column}: {'not measured' if value is None else f'{value:.3f}'}"
+            parts.append(_draw_cell(left + CELL_WIDTH * j, y, value, tooltip, framed=name == column))
+    return (
+        f'<svg class="map" role="img" aria-label="{escape(title)}" width="{width:.0f}" height="{height:.0f}" '
+        f'viewBox="0 0 {width:.0f} {height:.0f}">{"".join(parts)}</svg>'
+    )
+
+
+def _estimate_text_width(text: str) -> float:
+    """The width of a small text in pixels, rather too large than too small."""
+    return sum(display_width(character) * (8.0 if character.isupper() else 6.4) for character in text)
+
+
+def _draw_cell(x: float, y: float, value: float | None, tooltip: str, framed: bool) -> str:
+    box = f'x="{x + 1:.0f}" y="{y + 1:.0f}" width="{CELL_WIDTH - 2}" height="{CELL_HEIGHT - 2}" rx="3"'
+    if value is None:
+        return f'<g><title>{escape(tooltip)}</title><rect class="none" {box}/></g>'
+    ink = "high" if value >= INK_THRESHOLD else "low"
+    centre = f'x="{x + CELL_WIDTH / 2:.0f}" y="{y + CELL_HEIGHT / 2 + 4:.0f}"'
+    edge = "edge own" if framed else "edge"
+    return (
+        f'<g><title>{escape(tooltip)}</title><rect class="heat" {box} fill-opacity="{value:.3f}"/>'
+        f'<rect class="{edge}" {box}/><text class="{ink}" {centre} text-anchor="middle">{value:.2f}</text></g>'
+    )
+
+
+def draw_line_chart(
+    title: str,
+    lines: Sequence[Line],
+    x_ticks: Sequence[tuple[float, str]],
+    x_label: str,
+    y_max: float | None = None,
+    y_label: str = "",
+    vertical_lines: Sequence[float] = (),
+    width: int = WIDTH,
+) -> str:
+    """A chart whose vertical axis runs from 0 to `y_max`, by default to the highest point.
+
+    `x_ticks`: (position, label) of each tick. `vertical_lines`: positions on the horizontal axis.
+    """
+    xs = [x for line in lines for x, _ in line.points] + [x for x, _ in x_ticks] + list(vertical_lines)
+    x_min, x_max = min(xs), max(xs)
+    y_ticks = axis_ticks(y_max or max((y for line in lines for _, y in line.points), default=1.0))
+    y_top = y_max or y_ticks[-1]
+
+    def to_pixels(x: float, y: float) -> tuple[float, float]:
+        fraction = (x - x_min) / (x_max - x_min) if x_max > x_min else 0.5
+        return LEFT + fraction * (width - LEFT - RIGHT), HEIGHT - BOTTOM - y / y_top * (HEIGHT - TOP - BOTTOM)
+
+    parts = []
+    for y_tick in y_ticks:
+        _, y = to_pixels(x_min, y_tick)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{y_tick:g}</text>')
+    for position in vertical_lines:
+        x, _ = to_pixels(position, 0)
+        parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+    for position, label in x_ticks:
+        x, _ = to_pixels(position, 0)
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{label}</text>')
+    parts.append(f'<text class="axis" x="{width - RIGHT}" y="{HEIGHT - 3}" text-anchor="end">{escape(x_label)}</text>')
+    if y_label:
+        parts.append(f'<text class="axis" x="{LEFT + 4}" y="{TOP + 4}">{escape(y_label)}</text>')
+    for line in lines:
+        parts.append(_draw_line(line, [to_pixels(*point) for point in line.points], line.dot and to_pixels(*line.dot)))
+    css_class = "chart broad" if width > WIDTH else "chart"
+    return (
+        f'<svg class="{css_class}" role="img" aria-label="{escape(title)}" viewBox="0 0 {width} {HEIGHT}">'
+        f"{''.join(parts)}</svg>"
+    )
+
+
+def _draw_line(line: Line, points: Sequence[tuple[float, float]], dot: tuple[float, float] | None) -> str:
+    css_class = line_style_class(line.colour) + (" faint" if line.faint else "")
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    svg = f'<polyline class="line" points="{path}"/>'
+    if len(points) == 1 and dot is None:
+        dot = points[0]
+    if dot is not None:
+        svg += f'<circle class="dot" cx="{dot[0]:.1f}" cy="{dot[1]:.1f}" r="3.5"/>'
+    return f'<g class="{css_class}"><title>{escape(line.name)}</title>{svg}</g>'
+
+
+def draw_legend(names: Sequence[tuple[str, int | None]]) -> str:
+    """The legend of a line chart. `names`: (name, colour) of each line."""
+    entries = (
+        f'<li class="{line_style_class(colour)}"><svg width="26" height="10" aria-hidden="true">'
+        f'<polyline class="line" points="1,5 25,5"/></svg>{escape(name)}</li>'
+        for name, colour in names
+    )
+    return f'<ul class="legend">{"".join(entries)}</ul>'
+
+
+def line_style_class(colour: int | None) -> str:
+    """The CSS classes of a line. Lines beyond the number of colours repeat them with another dash pattern."""
+    return "other" if colour is None else f"c{colour % NUM_COLOURS} d{colour // NUM_COLOURS % 3}"
+
+
+def axis_ticks(maximum: float) -> list[float]:
+    """At most six round numbers from 0 to `maximum` or just above it."""
+    if not maximum > 0:
+        return [0.0, 1.0]
+    magnitude = 10.0 ** math.floor(math.log10(maximum / 5))
+    factors = (1, 2, 2.5, 5, 10)
+    step = next(magnitude * factor for factor in factors if magnitude * factor * 5 >= maximum * (1 - 1e-9))
+    return [round(step * i, 12) for i in range(math.ceil(maximum / step * (1 - 1e-9)) + 1)]

@@ -1,0 +1,1 @@
+"""A run: setup, the loop over tasks, evaluation, checkpoints, the run directory."""

@@ -1,0 +1,123 @@
+"""The operations of a training step, counted: what torch's own counter sees in a real one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from dscl.methods.base import RunInfo
+from dscl.methods.registry import find_method
+from dscl.model.backbone import enable_activation_checkpointing
+from dscl.model.flops import count_flops
+
+SHAPE = {
+    "hidden_size": 32, "intermediate_size": 88, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 300, "max_position_embeddings": 64,
+}  # fmt: skip
+ROWS, WIDTH, KEPT = 3, 24, 5
+FACTS = RunInfo(0, ("a", "b", "c"), "", "", "", 40, "fp32")
+LORA = {"rank": 4, "targets": ["q_proj", "down_proj"]}
+METHODS: list[dict[str, Any]] = [
+    {"name": "sequential"},
+    {"name": "sequential", "tune": "lora", "lora": LORA},
+    {"name": "osft"},
+    {"name": "asr", "width": 128, "feature_layer": 2, "lora": LORA},
+    {"name": "lora_per_task", "lora": {"rank": 4}},
+    {"name": "olora", "lora": LORA},
+    {"name": "moses", "experts": 4, "top_k": 2, "rank": 2},
+    {"name": "moses", "experts": 4, "gate": "uniform", "rank": 2, "masks": "element"},
+]
+# Where something stands beside the layer's last product as well.
+AT_LAST: list[dict[str, Any]] = [
+    {"name": "moses", "experts": 4, "top_k": 2, "rank": 2, "targets": ["q_proj", "down_proj"]},
+    {"name": "asr", "width": 128, "feature_layer": 2, "lora": {"rank": 4, "targets": ["gate_proj"]}},
+]
+
+
+def prepared(method: dict[str, Any], tied: bool = True, again: bool = False) -> nn.Module:
+    config = LlamaConfig(**SHAPE, tie_word_embeddings=tied, attn_implementation="eager")
+    kind = find_method(method["name"])
+    made = kind(kind.Config(**{**method, **({"lora": lora(method["lora"])} if "lora" in method else {})}), FACTS)
+    plain = LlamaForCausalLM(config)
+    if again:
+        enable_activation_checkpointing(plain)
+    model: nn.Module = made.prepare(plain)
+    return model.train()
+
+
+def lora(keys: dict[str, Any]) -> Any:
+    from dscl.model.adapters.injection import LoraConfig
+
+    return LoraConfig(**{**keys, **({"targets": tuple(keys["targets"])} if "targets" in keys else {})})
+
+
+def in_place(_added: Any, a: Any, b: Any, **_: Any) -> int:
+    """The one product that torch's counter does not know."""
+    return int(2 * a[0] * a[1] * b[1])
+
+
+def counted(model: nn.Module) -> int:
+    """All operations of one step, as torch sees them pass."""
+    ids = torch.randint(0, 300, (ROWS, WIDTH))
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as counter:
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=torch.arange(KEPT)).logits
+        functional.cross_entropy(logits.flatten(0, 1), torch.zeros(ROWS * KEPT, dtype=torch.int64)).backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: "-".join(map(str, method.values()))[:40])
+def test_count_equals_torchs_flop_counter(method: dict[str, Any]) -> None:
+    model = prepared(method)
+    cost = count_flops(model)
+    # Eager attention computes all pairs of a row, those that are masked too.
+    expected = cost.total_flops(ROWS * WIDTH, ROWS * WIDTH * WIDTH, ROWS * KEPT)
+    if method["name"] == "olora":  # of weights with weights, whatever the tokens
+        penalty = sum(2 * m.in_features * m.rank * len(m.bank_a) for m in model.modules() if hasattr(m, "bank_a"))
+        assert counted_without_overlap(model) == pytest.approx(expected, rel=1e-12)
+        assert penalty > 0
+    else:
+        assert counted(model) == pytest.approx(expected, rel=1e-12)
+
+
+def counted_without_overlap(model: nn.Module, times: int = 1) -> int:
+    nothing = torch.zeros(())
+    for module in model.modules():
+        if hasattr(module, "on_overlap"):
+            module.on_overlap = lambda value: nothing
+    overlap = sum(2 * m.in_features * m.rank * len(m.bank_a) for m in model.modules() if hasattr(m, "on_overlap"))
+    return counted(model) - times * overlap
+
+
+@pytest.mark.parametrize("method", [*METHODS, *AT_LAST], ids=lambda method: "-".join(map(str, method.values()))[:60])
+def test_recomputation_is_counted_separately(method: dict[str, Any]) -> None:
+    """Of whole layers from the first that something trains in or below, and of none under it."""
+    plain, again = prepared(method), prepared(method, again=True)
+    cost, without = count_flops(again), count_flops(plain)
+    assert (without.recompute_per_token, without.recompute_per_pair) == (0.0, 0.0)
+    tokens, pairs = ROWS * WIDTH, ROWS * WIDTH * WIDTH
+    once = cost.total_flops(tokens, pairs, ROWS * KEPT)
+    assert once == without.total_flops(tokens, pairs, ROWS * KEPT)
+    assert counted_without_overlap(plain) == pytest.approx(once, rel=1e-12)
+    assert counted_without_overlap(again, 2) == pytest.approx(once + cost.recompute_flops(tokens, pairs), rel=1e-12)
+
+
+def test_frozen_layers_below_cost_a_third() -> None:
+    full, above = count_flops(prepared({"name": "sequential"})), count_flops(prepared(METHODS[3]))
+    assert above.per_token < 0.6 * full.per_token
+    assert above.per_pair < 0.65 * full.per_pair
+
+
+@pytest.mark.parametrize("kind", ["opt", "gpt2"])
+def test_other_model_structures_are_not_counted(kind: str) -> None:
+    small = {
+        "opt": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "word_embed_proj_dim": 16},
+        "gpt2": {"n_embd": 16, "n_layer": 1, "n_head": 2},
+    }[kind]
+    config = AutoConfig.for_model(kind, vocab_size=30, **small)
+    assert count_flops(AutoModelForCausalLM.from_config(config)) is None

@@ -1,0 +1,406 @@
+"""Exports of runs and of imported adapters, and the output of the command line."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import dscl
+from dscl.cli.app import main
+from dscl.maths.rls import compute_statistics
+from dscl.maths.text import accuracy
+from dscl.methods.rls_router import save_task_statistics
+from dscl.model.adapters.peft_files import LoraAdapter, LoraWeights, task_file_name, write_adapter
+from dscl.recipe.recipe import resolve_recipe
+from dscl.serving import export, server
+from dscl.training import checkpoint
+from dscl.utils.errors import ExternalFailure, UserError
+from tests.support.runs import make_easy, recipe_of, run, write_tasks
+from tests.support.serving import (
+    ALL_LAYERS,
+    MAX_NEW_TOKENS,
+    MIXED,
+    MIXED_TASKS,
+    TASKS,
+    UPPER_LAYERS,
+    approx_answers,
+    generate_all,
+    make_empty_model,
+    make_prompts,
+    make_router_spec,
+    reference_answer,
+    write_base,
+    write_peft,
+)
+
+ENDED = TASKS[:2]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.mktemp("base"))
+
+
+def document(run_dir: Path, base: Path, **method: Any) -> dict[str, Any]:
+    return {
+        "run_dir": str(run_dir),
+        "model": {"name": str(base)},
+        "method": {"name": "asr", "feature_layer": 1, "width": 128, **method},
+        "stream": [{"name": task, "path": "nowhere"} for task in TASKS],
+        "train": {"precision": "fp32"},
+    }
+
+
+def write_checkpoint(run_dir: Path, task: int, learned: bool) -> None:
+    """One that vouches for what the ended tasks left."""
+    folder = run_dir / "checkpoints" / f"step-{10 * task + learned:08d}"
+    folder.mkdir(parents=True)
+    position = json.dumps({"format": checkpoint.FORMAT, "position": {"task": task, "step": 0, "learned": learned}})
+    files = {"state.json": checkpoint._write_bytes(folder / "state.json", position.encode())}
+    paths = [path for kind in ("adapters", "router") for path in (run_dir / kind).rglob("*") if path.is_file()]
+    left = {str(path.relative_to(run_dir)): checkpoint._compute_checksum(path) for path in paths}
+    (folder / "complete.json").write_text(json.dumps({"files": files, "left": left}))
+
+
+def write_run(run_dir: Path, base: Path) -> Path:
+    """What a run with the third task in progress has left: adapters as the method writes them, and statistics."""
+    model, spec = make_empty_model(base), make_router_spec(base)
+    run_dir.mkdir(parents=True)
+    (run_dir / "recipe.yaml").write_text(resolve_recipe(document(run_dir, base, reject=False)).to_yaml())
+    (run_dir / "router").mkdir()
+    torch.manual_seed(1)
+    for task in ENDED:
+        layers = {
+            name: LoraWeights(torch.randn(4, layer.in_features) / 8, torch.randn(layer.out_features, 4) / 4, 2.0)
+            for name, layer in model._module.named_modules()
+            if isinstance(layer, nn.Linear) and name.endswith(("q_proj", "up_proj")) and ".0." not in name
+        }
+        write_adapter(run_dir / "adapters" / task_file_name(task), LoraAdapter(task, str(base), layers))
+        rows = [
+            model._router.quantize(model._pool_hidden_states(tensors))
+            for _, tensors in model._make_batches(make_prompts(task, 60), 16)
+        ]
+        save_task_statistics(
+            run_dir / "router" / f"{task}.safetensors",
+            spec,
+            task,
+            compute_statistics(torch.cat(rows), spec.feature_map()),
+        )
+    write_checkpoint(run_dir, 2, False)
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def ran(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("run") / "out", base)
+
+
+@pytest.fixture
+def spoilt(ran: Path, tmp_path: Path) -> Path:
+    """One to spoil."""
+    return Path(shutil.copytree(ran, tmp_path / "spoilt"))
+
+
+@pytest.fixture(autouse=True)
+def shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a shell has it, whatever started the tests; and nothing is piped in."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "stdin", open("/dev/null"))  # noqa: SIM115
+
+
+def test_run_serves_only_ended_tasks(ran: Path, base: Path) -> None:
+    model = server.open_model(export.describe_run(ran))
+    assert model.tasks == list(ENDED)
+    assert (model._router.ridge, model._router.ood_fallback) == (None, False)
+    mine = [(prompt, task) for prompt, task in zip(MIXED, MIXED_TASKS, strict=True) if task in ENDED]
+    answers = model.generate([prompt for prompt, _ in mine], MAX_NEW_TOKENS)
+    assert [answer.task for answer in answers] == [task for _, task in mine]
+    expected = [reference_answer(base, ran / "adapters" / task, prompt) for prompt, task in mine]
+    assert [answer.text for answer in answers] == expected
+    assert expected != [reference_answer(base, None, prompt) for prompt, _ in mine]
+
+
+def test_export_answers_like_its_run(ran: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "made" / "here"
+    assert main(["export", str(ran), str(folder)]) == 0
+    shown = capsys.readouterr().out
+    assert f"wrote {folder}: " in shown
+    assert "tasks: birds, hills\n" in shown
+    expected = generate_all(server.open_model(export.describe_run(ran)))
+    example = shown.partition("use:")[2].split("\n")
+    found: dict[str, Any] = {}
+    exec("\n".join(line.strip().replace("dscl.load", "made = dscl.load") for line in example), found)
+    assert found["made"]
+    shutil.move(ran / "adapters", ran / "hidden")  # it needs nothing of the run
+    try:
+        assert generate_all(dscl.load(folder)) == approx_answers(expected)
+    finally:
+        shutil.move(ran / "hidden", ran / "adapters")
+    assert main(["export", str(ran), str(folder)]) == 0  # again, in place of the earlier one
+    assert main(["export", str(ran), str(ran)]) == 2
+    assert "something else is there" in capsys.readouterr().err
+
+
+def test_task_counts_as_trained_from_its_last_step(spoilt: Path) -> None:
+    write_checkpoint(spoilt, 1, True)  # the second task's last step is done, its evaluation not
+    shutil.rmtree(next((spoilt / "checkpoints").glob("*20")))
+    assert list(export.describe_run(spoilt).tasks) == list(ENDED)
+    shutil.rmtree(next((spoilt / "checkpoints").glob("*11")))
+    write_checkpoint(spoilt, 1, False)
+    assert list(export.describe_run(spoilt).tasks) == ["birds"]
+
+
+def refused(run_dir: Path) -> str:
+    with pytest.raises(UserError) as error:
+        server.open_model(export.describe_run(run_dir))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_run_without_servable_tasks_is_rejected(spoilt: Path, base: Path) -> None:
+    assert "no run there (it would hold recipe.yaml) and no export (dscl.json)" in refused(spoilt / "none")
+    router = spoilt / "router" / "hills.safetensors"
+    content = router.read_bytes()
+    router.write_bytes(content[:-10])
+    with pytest.raises(ExternalFailure, match=r"no checkpoint there is whole \(router/hills\.safetensors has"):
+        export.describe_run(spoilt)
+    router.write_bytes(content)
+    other = json.dumps(document(spoilt, base)).replace('"width": 128', '"width": 64')
+    (spoilt / "recipe.yaml").write_text(other)
+    assert list(export.describe_run(spoilt).tasks) == list(ENDED)  # the files tell their features
+    (spoilt / "recipe.yaml").write_text(json.dumps({**document(spoilt, base), "method": {"name": "sequential"}}))
+    assert "a run of method sequential, whose tasks have no adapters or sub-experts of their own" in refused(spoilt)
+    shutil.rmtree(spoilt / "checkpoints")
+    (spoilt / "recipe.yaml").write_text(json.dumps(document(spoilt, base)))
+    assert "no task has ended there yet; train first" in refused(spoilt)
+    (spoilt / checkpoint.SAVED_FILE).touch()
+    assert "has saved checkpoints, and none is there any more" in refused(spoilt)
+
+
+def test_mixed_files_of_different_runs_are_rejected(spoilt: Path, base: Path) -> None:
+    spec = make_router_spec(base, layer=2)
+    rows = torch.ones(4, 64, dtype=torch.int8)
+    save_task_statistics(
+        spoilt / "router" / "hills.safetensors", spec, "hills", compute_statistics(rows, spec.feature_map())
+    )
+    write_checkpoint(spoilt, 3, False)
+    assert "the router was built with feature layer 2, here it is 1" in refused(spoilt)
+
+
+def test_base_model_changed_after_training_is_rejected(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base")
+    run_dir = write_run(tmp_path / "out", base)
+    export.export_run(run_dir, tmp_path / "before")
+    write_base(base, seed=6)
+    with pytest.raises(UserError, match="the tasks were trained with model"):
+        export.export_run(run_dir, tmp_path / "after")
+    assert not (tmp_path / "after").exists()
+
+
+def test_model_names_do_not_depend_on_the_working_directory(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(base.parent)
+    run_dir = write_run(tmp_path / "out", Path(base.name))
+    export.export_run(run_dir, tmp_path / "made")
+    monkeypatch.chdir(tmp_path)
+    assert dscl.load("made").tasks == list(ENDED)
+
+
+@pytest.fixture(scope="module")
+def elsewhere(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    """Adapters of others, of two ranks and on different layers, and some prompts of each, in all kinds of files."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    made = {}
+    for number, (task, ending) in enumerate(zip(TASKS, (".txt", ".json", ".jsonl"), strict=True)):
+        options = ALL_LAYERS if number == 1 else UPPER_LAYERS
+        adapter = write_peft(folder / task, base, number, rank=4 + 4 * number, **options)
+        prompts = make_prompts(task, 60)
+        contents = {
+            ".txt": "\n".join(prompts),
+            ".json": json.dumps(prompts),
+            ".jsonl": "\n".join(json.dumps({"prompt": prompt, "answer": "x"}) for prompt in prompts),
+        }
+        file = folder / f"{task}{ending}"
+        file.write_text(contents[ending])
+        made[task] = (adapter, file)
+    return made
+
+
+def words(folder: Path, base: Path, tasks: dict[str, tuple[Path, Path]]) -> list[str]:
+    named = [word for name, paths in tasks.items() for word in ("--task", f"{name}={paths[0]}={paths[1]}")]
+    return ["route-existing", str(folder), "--base", str(base), *named]
+
+
+SETTINGS = ["--max-length", "20", "--precision", "fp32", "--feature-layer", "1", "--width=128"]
+
+
+def test_imported_adapters_are_routed_without_training(
+    base: Path, elsewhere: dict[str, tuple[Path, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*words(tmp_path / "made", base, elsewhere), *SETTINGS]) == 0
+    assert "tasks: birds, hills, rain\n" in capsys.readouterr().out
+    model = dscl.load(tmp_path / "made")
+    spec = model._router.spec
+    assert (spec.layer, spec.width, spec.prompt_limit, spec.precision) == (1, 128, 20, "fp32")
+    answers = model.generate(MIXED, MAX_NEW_TOKENS)
+    assert [answer.task for answer in answers] == MIXED_TASKS
+    expected = [
+        reference_answer(base, elsewhere[task][0], prompt) for task, prompt in zip(MIXED_TASKS, MIXED, strict=True)
+    ]
+    assert [answer.text for answer in answers] == expected
+
+
+def test_import_uses_the_method_defaults(base: Path, elsewhere: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    export.import_adapters(tmp_path / "made", str(base), elsewhere)
+    spec = dscl.load(tmp_path / "made")._router.spec
+    assert (spec.kind, spec.layer, spec.width, spec.prompt_limit, spec.precision) == ("exact", 2, 2048, 512, "bf16")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--feature-layer", "4"], "feature_layer: given 4; the model has 4 layers, of which at least"),
+        (["--feature-layer", "0"], "feature_layer: given 0; it must be at least 1"),
+        (["--feature-layer", "x"], "argument --feature-layer: invalid int value: 'x'"),
+        (["--width", "4"], "width: given 4; it must be at least 8"),
+        (["--max-length", "7"], "--max-length: given 7; at least 8 tokens are needed"),
+        (["--precision", "fp8"], "argument --precision: invalid choice: 'fp8'"),
+        (["--task", "new"], "--task: given 'new'; NAME=ADAPTER_FOLDER=PROMPTS_FILE is needed"),
+        (["--task", "new==x.txt"], "--task: given 'new==x.txt'; NAME=ADAPTER_FOLDER=PROMPTS_FILE is needed"),
+        (["--task", "rain=a=b.txt"], "--task: 'rain' is given twice"),
+        (["--task", "new=none=none.txt"], "none.txt: cannot be read (No such file or directory)"),
+        (["--base", "./none"], "--base: given './none'; there is no such folder"),
+        (["word"], "word: not understood; allowed: options, see dscl route-existing --help"),
+        (["a=1"], "a=1: not understood; allowed: options, see dscl route-existing --help"),
+    ],
+)
+def test_invalid_import_arguments_are_rejected(
+    more: list[str], message: str, base: Path, elsewhere: dict[str, tuple[Path, Path]], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert main([*words(tmp_path / "made", base, elsewhere), *more]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    assert err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_adapters_of_another_base_model_are_rejected(
+    base: Path, elsewhere: dict[str, tuple[Path, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((base / "config.json").read_text())
+    (tmp_path / "base").mkdir()
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    AutoModelForCausalLM.from_config(LlamaConfig(**{**config, "num_hidden_layers": 2})).save_pretrained(
+        tmp_path / "base"
+    )
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copy(base / name, tmp_path / "base" / name)
+    assert main(words(tmp_path / "made", tmp_path / "base", elsewhere)) == 2
+    assert "and the model has no such linear layer" in capsys.readouterr().err
+    assert not (tmp_path / "made").exists()
+
+
+def test_generate_prints_task_margin_and_answer(ran: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = server.open_model(export.describe_run(ran))
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in MIXED))
+    expected = model.generate(MIXED, 5)
+    assert main(["generate", str(ran), "--file", str(tmp_path / "p.jsonl"), "--json", "--max-new-tokens", "5"]) == 0
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(r["prompt"], r["task"], r["margin"], r["distance"], r["answer"]) for r in records] == [
+        (prompt, a.task, a.margin, a.distance, a.text) for prompt, a in zip(MIXED, expected, strict=True)
+    ]
+    export.export_run(ran, tmp_path / "made")
+    capsys.readouterr()
+    asked = ["generate", str(tmp_path / "made"), "--max-new-tokens", "5", "--prompt", MIXED[0], "--prompt", MIXED[1]]
+    assert main(asked) == 0
+    first = expected[0]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"[birds, margin {first.margin:.2f}] {first.text}"
+    assert lines[1].startswith("[hills, margin ")
+    assert main([*asked, "--task", "hills"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == f"[hills] {model.generate(MIXED[:1], 5, 'hills')[0].text}"
+
+
+@pytest.mark.parametrize("dash", [[], ["--file", "-"]])
+def test_generate_reads_prompts_from_stdin(
+    dash: list[str], ran: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(MIXED[:2]).encode())))
+    assert main(["generate", str(ran), *dash]) == 0
+    assert [line[:6] for line in capsys.readouterr().out.splitlines()] == ["[birds", "[hills"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([], "no prompt given; give --prompt TEXT, --file FILE, or lines on the standard input"),
+        (["--prompt", " "], "prompt 1 is empty; give some text"),
+        (["--file", "none.txt"], "none.txt: cannot be read (No such file or directory)"),
+        (["--prompt", "x", "--file", "y.txt"], "argument --file: not allowed with argument --prompt"),
+        (
+            ["--prompt", "x", "--task", "bird"],
+            "task 'bird' is not there (did you mean 'birds'?)",
+        ),
+        (["--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens: given 0"),
+        (["--prompt", "x", "--base", "y"], "--base: only for an export"),
+        (
+            ["--prompt", "x", "evaluate.batch=1"],
+            "evaluate.batch=1: not understood; allowed: options, see dscl gen",
+        ),
+    ],
+)
+def test_invalid_generate_arguments_are_rejected(
+    more: list[str], message: str, ran: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", str(ran), *more]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("named", "world"), [(False, 2), (True, 1), pytest.param(True, 2, marks=pytest.mark.exhaustive)]
+)
+def test_trained_run_is_served_as_evaluated(ranks: Any, base: Path, tmp_path: Path, named: bool, world: int) -> None:
+    """With a base and a tokenizer of its own, or with a base from a folder; on two ranks each holds a half."""
+    write_tasks(tmp_path)
+    for task in ("colour", "animal"):
+        make_easy(tmp_path, task)
+    recipe = recipe_of(
+        tmp_path, "out", 3 if world == 2 else 0, train__lr=3e-2, train__epochs=4, checkpoint={"every": 1000},
+        method={"name": "asr", "width": 128, "feature_layer": 1, "lora": {"rank": 8}},
+        evaluate={"mode": "generate", "max_new_tokens": 8, "before": False},
+    )  # fmt: skip
+    if named:
+        recipe["model"] = {"name": str(base)}
+    else:
+        recipe["model"]["shape"]["initializer_range"] = 0.1
+    ranks(world)(run, recipe)
+    made = tmp_path / "made"
+    export.export_run(tmp_path / "out", made)
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    for model in (dscl.load(made), server.open_model(export.describe_run(tmp_path / "out"))):
+        for index, task in enumerate(scores["tasks"]):
+            records = json.loads((tmp_path / task / "test.json").read_text())
+            prompts = [f"{record['sentence']}\nAnswer:" for record in records]  # as the layout's template has it
+            answers = model.generate(prompts, 8)
+            right = [accuracy(a.text, [r["label"]]) for a, r in zip(answers, records, strict=True)]
+            assert sum(right) / len(right) == pytest.approx(scores["matrix"][-1][index])
+            routed = [answer.task == task for answer in answers]
+            assert sum(routed) / len(routed) == pytest.approx(scores["routed"][-1][index])
+    assert min(scores["matrix"][-1]) > 0.5  # else equal scores would say nothing
+    assert json.loads((made / "dscl.json").read_text())["model"]["name"] == (str(base) if named else None)

@@ -39,5 +39,5 @@ setup(
             "triton; platform_system == 'Linux'",  # as torch's builds for GPUs bring it
         ]
     },
-    entry_points={"console_scripts": ["dscl=dscl.cli.app:program"]},
+    entry_points={"console_scripts": ["dscl=dscl.cli.app:run_and_exit"]},
 )

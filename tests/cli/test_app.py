@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -279,6 +281,12 @@ def test_exit_statuses(
         run_with_error_report(lambda: run_with_error_report(raise_error(error))) == status
     )  # only the inner call reports the error
     assert capsys.readouterr().err == expected_message
+
+
+def test_the_installed_command_is_the_same_program_as_the_module() -> None:
+    (module, function) = re.findall(r'"dscl=([\w.]+):(\w+)"', (REPOSITORY / "setup.py").read_text("utf-8"))[0]
+    assert getattr(importlib.import_module(module), function) is app.run_and_exit
+    assert "run_and_exit()" in (REPOSITORY / "dscl" / "__main__.py").read_text("utf-8")
 
 
 @pytest.mark.parametrize(("kind", "chosen"), [("cpu", "cpu"), ("cuda", None)])

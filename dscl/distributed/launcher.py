@@ -25,7 +25,7 @@ from dscl.utils.errors import RERUN_HINT, RunStopped, UserError
 
 PROGRAM = ("-m", "dscl")
 EXIT_GRACE_SECONDS = 20.0  # after the first failure, the other ranks get this long to exit by themselves
-REPORT_DELAY_SECONDS = 3.0  # without `spawn_ranks`, local ranks other than 0 wait this long before they report an error
+REPORT_DELAY_SECONDS = 10.0  # without `spawn_ranks`, local ranks above 0 wait this long before they report an error
 POLL_SECONDS = 0.05
 MAX_REPORT_LENGTH = 16_000  # characters of one report, which is sent as one datagram
 PARENT_PID_VARIABLE = "DSCL_SPAWNED_BY"  # the process id of the spawner

@@ -22,7 +22,7 @@ MAX_TREE_TOKENS = 32  # label tokens processed at once for each prompt; each nee
 Prefix = tuple[int, ...]  # the first tokens of a label
 
 
-def label_log_probs(module: Any, batch: PromptBatch, labels: Sequence[Sequence[int]], pad: int) -> torch.Tensor:
+def label_log_probs(module: Any, batch: PromptBatch, labels: Sequence[Sequence[int]]) -> torch.Tensor:
     """log p(label | prompt), [prompts, labels]. Each prompt passes through the model once for all labels.
 
     Then the labels are processed as a prefix tree behind each prompt: a token attends to the prompt and to the earlier

@@ -101,7 +101,7 @@ def evaluate_task(
             with method.inference_context(batch, task_id) as routes:
                 if eval_set.label_ids is not None:
                     assert eval_set.task.labels is not None
-                    best = label_log_probs(module, batch, eval_set.label_ids, pad).argmax(dim=1).tolist()
+                    best = label_log_probs(module, batch, eval_set.label_ids).argmax(dim=1).tolist()
                     answers = [eval_set.task.labels[i] for i in best]
                 else:
                     tokens = generate(module, batch, config.max_new_tokens, tokenizer.eos_token_id, pad)

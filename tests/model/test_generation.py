@@ -25,7 +25,7 @@ def test_label_log_probs_equal_one_plain_pass_per_label(attention: str) -> None:
     module = model()
     module.set_attn_implementation(attention)
     with torch.no_grad():
-        got = label_log_probs(module, BATCH, LABELS, PAD)
+        got = label_log_probs(module, BATCH, LABELS)
     torch.testing.assert_close(got, expected(module, LABELS), rtol=1e-5, atol=1e-5)
 
 
@@ -41,7 +41,7 @@ def test_shared_label_prefixes_are_computed_once() -> None:
     shapes = passes(module)
     labels = [[11, 12, 13, EOS], [14, EOS], [11, 12, 15, EOS], [16], [11, EOS]]
     with torch.no_grad():
-        got = label_log_probs(module, BATCH, labels, PAD)
+        got = label_log_probs(module, BATCH, labels)
     assert shapes == [(5, BATCH.input_ids.shape[1]), (5, 5)]  # 11, 11 12, 11 12 13, 11 12 15 and 14
     torch.testing.assert_close(got, expected(module, labels), rtol=1e-5, atol=1e-5)
 
@@ -52,7 +52,7 @@ def test_many_labels_are_processed_in_parts() -> None:
     shapes = passes(module)
     labels = [[token, *([12] * (token % 5)), EOS] for token in range(20, 51)]
     with torch.no_grad():
-        got = label_log_probs(module, BATCH, labels, PAD)
+        got = label_log_probs(module, BATCH, labels)
     assert len(shapes) > 3
     assert max(shape[1] for shape in shapes[1:]) <= MAX_TREE_TOKENS
     torch.testing.assert_close(got, expected(module, labels), rtol=1e-5, atol=1e-5)
@@ -69,7 +69,7 @@ def test_sliding_window_attention_processes_single_labels() -> None:
     ).eval()  # fmt: skip
     shapes = passes(module)
     with torch.no_grad():
-        got = label_log_probs(module, BATCH, LABELS, PAD)
+        got = label_log_probs(module, BATCH, LABELS)
     assert [shape[1] for shape in shapes[1:]] == [1, 2, 3]
     torch.testing.assert_close(got, expected(module, LABELS), rtol=1e-5, atol=1e-5)
 
@@ -77,7 +77,7 @@ def test_sliding_window_attention_processes_single_labels() -> None:
 def test_single_token_labels_need_no_second_pass() -> None:
     module = model()
     with torch.no_grad():
-        got = label_log_probs(module, BATCH, [[5], [6]], PAD)
+        got = label_log_probs(module, BATCH, [[5], [6]])
     torch.testing.assert_close(got, expected(module, [[5], [6]]), rtol=1e-5, atol=1e-5)
 
 

@@ -252,21 +252,22 @@ def _read_recipe(options: argparse.Namespace) -> Recipe:
 def _run_distributed_verb(options: argparse.Namespace, recipe: Recipe) -> int:
     with disable_gc_for_imports():
         from dscl.distributed.preemption import StopHandler
-        from dscl.training import trainer
+        from dscl.training import run
+        from dscl.training.dry_run import dry_run
 
     if options.verb == "train":
         with StopHandler().handle_signals() as stop:
             if options.dry_run:
-                trainer.dry_run(recipe)
+                dry_run(recipe)
             else:
-                trainer.train(recipe, stop, options.doctor)
+                run.train(recipe, stop, options.doctor)
     elif options.verb == "doctor":
-        trainer.diagnose_cluster(recipe)
+        run.diagnose_cluster(recipe)
     else:
         lm_eval_tasks = [name.strip() for name in (options.lm_eval or "").split(",") if name.strip()]
         if options.limit is not None and (not lm_eval_tasks or options.limit < 1):
             raise UserError(f"--limit: given {options.limit}; it needs --lm-eval, and a number of at least 1")
-        trainer.evaluate_run(options.run, options.assignments, lm_eval_tasks, options.limit, options.checkpoint)
+        run.evaluate_run(options.run, options.assignments, lm_eval_tasks, options.limit, options.checkpoint)
     return 0
 
 

@@ -84,7 +84,7 @@ def describe_run(run_dir: Path, checkpoint_name: str | None = None) -> BundleDes
     if isinstance(method, LoraPerTaskConfig):
         raise UserError(
             f"{run_dir}: a run of method {method.name}, which has no router to find a prompt's task; make an export of "
-            f"its adapters ({run_dir / 'adapters'}) with dscl route-existing"
+            f"its adapters ({run_dir / 'adapters'}) with dscl import-adapters"
         )
     if isinstance(method, OloraConfig):
         raise UserError(

@@ -349,6 +349,13 @@ FILES = (
         ("tests/utils/test_cache.py::test_concurrent_processes_build_the_folder_once",),
     ),
     Breakage(
+        "dscl/utils/atomic_io.py",
+        "        os.fsync(file.fileno())\n",
+        "        file.fileno()\n",
+        "after a power failure a file of scores may have its name and no content",
+        ("tests/utils/test_atomic_io.py::test_content_is_on_the_disk_before_the_file_gets_its_name",),
+    ),
+    Breakage(
         "dscl/utils/checksummed.py",
         'if header.pop("checksum", None) != _checksum(header, tensors):',
         'if header.pop("checksum", None) is None:',
@@ -839,8 +846,15 @@ PLANNING = (
         "dscl/reporting/compare.py",
         "return max(eligible or summaries, key=lambda rate:",
         "return max(summaries, key=lambda rate:",
-        "compare.keeps is accepted and ignored: a rate that forgets is chosen",
+        "compare.max_forgetting is accepted and ignored: a rate that forgets is chosen",
         ("tests/reporting/test_compare.py::test_choose_learning_rate_by_op_and_max_forgetting",),
+    ),
+    Breakage(
+        "dscl/reporting/run_pool.py",
+        "capacity = max(1, (num_gpus or count_cores()) // nproc)",
+        "capacity = max(1, num_gpus or count_cores())",
+        "runs of several ranks share GPUs, and the last run has none",
+        ("tests/reporting/test_compare.py::test_parallel_runs_divide_cores_and_gpus",),
     ),
     Breakage(
         "dscl/reporting/compare.py",
@@ -1313,8 +1327,8 @@ MODEL = (
     ),
     Breakage(
         "dscl/model/weight_overlay.py",
-        "        if _file_checksum(path) != checksum:\n",
-        '        if _file_checksum(path)["bytes"] != checksum["bytes"]:\n',
+        "        if file_checksum(path) != checksum:\n",
+        '        if file_checksum(path)["bytes"] != checksum["bytes"]:\n',
         "an export's dense weights with a flipped bit are loaded",
         ("tests/model/test_weight_overlay.py::test_other_file_is_refused",),
     ),
@@ -1765,7 +1779,7 @@ REPORTS = (
     ),
     Breakage(
         "dscl/reporting/comparison.py",
-        'rate == row.get("rate")',
+        'rate == row.get("learning_rate")',
         "rate == max(rates)",
         "the report calls another learning rate the chosen one",
         ("tests/reporting/test_pages.py::test_comparison_lists_all_trials",),
@@ -1884,6 +1898,7 @@ TESTS_OF: dict[str, tuple[str, ...]] = {
         "tests/distributed/test_baselines.py",
         "tests/distributed/test_method_contract.py",
     ),
+    "dscl/utils/atomic_io.py": ("tests/utils/test_atomic_io.py", "tests/distributed/test_storage.py"),
     "dscl/utils/cache.py": ("tests/utils/test_cache.py", "tests/distributed/test_storage.py"),
     "dscl/training/checkpoint.py": (
         "tests/distributed/test_saving.py",
@@ -1907,6 +1922,7 @@ TESTS_OF: dict[str, tuple[str, ...]] = {
         "tests/distributed/test_watching.py",
     ),
     "dscl/reporting/compare.py": ("tests/reporting/test_compare.py",),
+    "dscl/reporting/run_pool.py": ("tests/reporting/test_compare.py",),
     "dscl/config/": ("tests/config/test_parsing.py", "tests/recipe/test_recipe.py"),
     "dscl/config/methods.py": ("tests/recipe/test_recipe.py", "tests/methods", "tests/distributed/test_mixed_in.py"),
     "dscl/serving/bundle.py": (

@@ -363,12 +363,13 @@ def test_the_template_is_applied_to_every_prompt() -> None:
 def test_dry_run_of_a_comparison_lists_its_runs(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Rows in the order of the file, with overrides after options; nothing is written."""
     recipe = json.loads((project / "r.yaml").read_text())
-    recipe["compare"] = {"rates": [1e-3, 1e-2], "rows": {"b": {"name": "replay"}, "a": {"tune": "lora"}}}
+    recipe["compare"] = {"learning_rates": [1e-3, 1e-2], "rows": {"b": {"name": "replay"}, "a": {"tune": "lora"}}}
     (project / "c.yaml").write_text(json.dumps(recipe))
-    assert main(["compare", str(project / "c.yaml"), "--dry-run", "--seeds", "4,6", "compare.rates=[0.5]"]) == 0
+    words = ["compare", str(project / "c.yaml"), "--dry-run"]
+    assert main([*words, "--seeds", "4,6", "compare.learning_rates=[0.5]"]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert shown == ["b: seed 4, rate 0.5", "b: seed 6, rate 0.5", "a: seed 4, rate 0.5", "a: seed 6, rate 0.5"]
-    assert main(["compare", str(project / "c.yaml"), "--dry-run", "--seeds", "1", "--methods", "osft"]) == 0
+    assert main([*words, "--seeds", "1", "--methods", "osft"]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert shown == ["osft: dev, rate 0.001", "osft: dev, rate 0.01", "osft: seed 0, rate 0.001"]
     assert not (project / "out").exists()

@@ -32,10 +32,8 @@ from dscl.training.checkpoint_files import (
     MARKER_FILE,
     MATRIX_FILE_PREFIX,
     ROW_PREFIX,
-    FileChecksum,
     FileContent,
     ShardReader,
-    compute_checksum,
     copy_to_host,
     find_damage,
     fsync_file,
@@ -47,6 +45,7 @@ from dscl.training.checkpoint_files import (
     write_tensors,
 )
 from dscl.training.state import Phase, TrainState
+from dscl.utils.atomic_io import FileChecksum, file_checksum
 from dscl.utils.errors import ExternalFailure, RunStopped, UserError
 
 log = logging.getLogger("dscl")
@@ -117,7 +116,7 @@ class Checkpoints:
                 self.folder.stat()  # raises if the folder was removed: `write` would create its parent again
                 for path in write():
                     fsync_file(path)
-                    self._artifacts[str(path.relative_to(self.folder.parent))] = compute_checksum(path)
+                    self._artifacts[str(path.relative_to(self.folder.parent))] = file_checksum(path)
             except (OSError, ExternalFailure) as error:
                 problem = str(error)
         if problem := comm.broadcast_from_main(problem):

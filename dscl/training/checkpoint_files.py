@@ -6,7 +6,6 @@ key names what is stored, the first element, and the tensor: `master|0|model.lay
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -21,6 +20,7 @@ from dscl.distributed import comm
 from dscl.engine.optimizer import ParamShard
 from dscl.utils.atomic_io import FileChecksum, file_checksum
 from dscl.utils.errors import ExternalFailure
+from dscl.utils.json_files import parse_checked_json
 
 MARKER_FILE = "complete.json"
 FileContent = bytes | dict[str, torch.Tensor]
@@ -55,16 +55,21 @@ def fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def read_marker(folder: Path) -> dict[str, dict[str, FileChecksum]]:
+    """The checksums of a checkpoint's "files", and of the "artifacts" of finished tasks in the run's folder."""
+    return parse_checked_json((folder / MARKER_FILE).read_bytes())
+
+
 def find_damage(folder: Path) -> str:
     """Verify this rank's share of the checkpoint's files; describes the first problem, or returns ""."""
     try:
-        marker = json.loads((folder / MARKER_FILE).read_text("utf-8"))
-        files = [(folder / name, checksum) for name, checksum in sorted(marker["files"].items())]
-        files += [
-            (folder.parent.parent / name, checksum) for name, checksum in sorted(marker.get("artifacts", {}).items())
-        ]
-    except (OSError, ValueError, KeyError):
+        marker = read_marker(folder)
+    except OSError:
         return f"{MARKER_FILE} is missing or unreadable"
+    except ValueError as error:
+        return f"{MARKER_FILE} is damaged: {error}"
+    files = [(folder / name, checksum) for name, checksum in sorted(marker["files"].items())]
+    files += [(folder.parent.parent / name, checksum) for name, checksum in sorted(marker["artifacts"].items())]
     for index, (path, checksum) in enumerate(files):
         name = path.name if path.parent == folder else path.relative_to(folder.parent.parent)
         if index % comm.world_size() == comm.rank():

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
+from dscl.monitoring.heat_map import HeatMap
 from dscl.reporting.averages import mean, mean_matrix, smooth_curve
-from dscl.reporting.charts import WIDE_WIDTH, Line, draw_heat_map, draw_legend, draw_line_chart
+from dscl.reporting.charts import WIDE_WIDTH, Line, draw_heat_map_svg, draw_legend, draw_line_chart
 from dscl.reporting.groups import ReportGroup, ReportRow
 from dscl.reporting.scores import ConfusionMatrix, OptionalFloats
 
@@ -67,8 +68,8 @@ def _draw_score_matrices(rows: Sequence[ReportRow]) -> str:
         shown = [i for i, scores in enumerate(matrix) if any(score is not None for score in scores)]
         # Joint training has a single measured row, after all tasks.
         row_names = [names[i] for i in shown] if len(shown) > 1 else ["at the end"]
-        svg = draw_heat_map(row.label, [matrix[i] for i in shown], row_names, _task_names(row))
-        figures.append(_render_figure(row.label, svg, _describe_seeds(row)))
+        heat_map = HeatMap([matrix[i] for i in shown], row_names, _task_names(row))
+        figures.append(_render_figure(row.label, draw_heat_map_svg(row.label, heat_map), _describe_seeds(row)))
     explanation = "Row: the scores after training this task. Column: the evaluated task. Framed: the task just trained."
     return _render_section("Score matrices", explanation, "maps", figures)
 
@@ -109,8 +110,8 @@ def _draw_confusion_matrices(rows: Sequence[ReportRow]) -> str:
             continue
         first: ConfusionMatrix = matrices[0]
         columns = ["none" if name is None else name for name in first.answered_by]
-        svg = draw_heat_map(row.label, mean_matrix([matrix.shares for matrix in matrices]), first.tasks, columns)
-        figures.append(_render_figure(row.label, svg, _describe_seeds(row)))
+        heat_map = HeatMap(mean_matrix([matrix.shares for matrix in matrices]), first.tasks, columns)
+        figures.append(_render_figure(row.label, draw_heat_map_svg(row.label, heat_map), _describe_seeds(row)))
     explanation = "Row: the task of the prompts. Column: the task that answered them; none: the base model alone."
     return _render_section("Routing of prompts at the end", explanation, "maps", figures)
 

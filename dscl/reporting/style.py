@@ -1,8 +1,10 @@
 """The CSS of the HTML report: light and dark themes, screens of any width, and print."""
 
-LIGHT = """
-  --ground: #f6f7f9; --card: #ffffff; --ink: #161a1f; --soft: #565f6b; --rule: #dfe3e8; --heat: #083d68;
-  --low: #0b0e12; --high: #ffffff; --note: #fff6df; --mark: #1b66a8;
+from dscl.monitoring.heat_map import EDGE_COLOUR, HEAT_COLOUR, HIGH_INK, LOW_INK
+
+LIGHT = f"""
+  --ground: #f6f7f9; --card: #ffffff; --ink: #161a1f; --soft: #565f6b; --rule: {EDGE_COLOUR}; --heat: {HEAT_COLOUR};
+  --low: {LOW_INK}; --high: {HIGH_INK}; --note: #fff6df; --mark: #1b66a8;
   --c0: #0072b2; --c1: #d55e00; --c2: #00805e; --c3: #b0568c; --c4: #b88400; --c5: #3d9bd6; --c6: #7a4fb5;
   --c7: #4a4f57;
 """

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from dscl.monitoring.heat_map import HeatMap
 from dscl.reporting import report
-from dscl.reporting.charts import NUM_COLOURS, axis_ticks, draw_heat_map
+from dscl.reporting.charts import NUM_COLOURS, axis_ticks, draw_heat_map_svg
 from dscl.reporting.markdown import escape_markdown
 from dscl.reporting.published import TRACE
 from dscl.reporting.style import STYLE
@@ -226,7 +227,7 @@ def test_heat_map_numbers_have_enough_contrast() -> None:
         ]
         for i in range(101):
             cell = _blend(values[ground], values["--heat"], i / 100)
-            drawn = draw_heat_map("", [[i / 100]], ["a"], ["b"])
+            drawn = draw_heat_map_svg("", HeatMap([[i / 100]], ["a"], ["b"]))
             ink = values["--high" if 'class="high"' in drawn else "--low"]
             assert _contrast(_blend(ink, ink, 0.0), cell) > 4.0
 

@@ -10,8 +10,32 @@ from html import escape
 from dscl.monitoring.heat_map import CELL_HEIGHT, CELL_WIDTH, Cell, HeatMap, draw_heat_map, needs_high_ink
 
 NUM_COLOURS = 8
-WIDTH, WIDE_WIDTH, HEIGHT = 360, 680, 230  # of a line chart, in pixels
-LEFT, RIGHT, TOP, BOTTOM = 44, 12, 12, 34  # margins of a line chart
+LEFT, RIGHT, TOP, BOTTOM = 44, 12, 18, 34  # margins of a line chart
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a line chart, in pixels. A chart scales with its place on the page; its texts and lines scale with it."""
+
+    width: int
+    height: int
+    css_class: str
+
+
+SMALL = Size(360, 230, "chart")
+# A chart of the page's whole width is drawn twice: the page shows the wide one, or on a narrow screen the other.
+NARROW, WIDE = Size(360, 230, "chart narrow"), Size(1100, 300, "chart wide")
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The vertical axis runs from 0 to `y_max`, by default to the highest point."""
+
+    x_ticks: Sequence[tuple[float, str]]  # position and label of each
+    x_label: str
+    y_label: str = ""
+    y_max: float | None = None
+    vertical_lines: Sequence[float] = ()  # positions on the horizontal axis
 
 
 @dataclass(frozen=True)
@@ -71,48 +95,37 @@ def draw_heat_map_svg(title: str, heat_map: HeatMap) -> str:
     )
 
 
-def draw_line_chart(
-    title: str,
-    lines: Sequence[Line],
-    x_ticks: Sequence[tuple[float, str]],
-    x_label: str,
-    y_max: float | None = None,
-    y_label: str = "",
-    vertical_lines: Sequence[float] = (),
-    width: int = WIDTH,
-) -> str:
-    """A chart whose vertical axis runs from 0 to `y_max`, by default to the highest point.
-
-    `x_ticks`: (position, label) of each tick. `vertical_lines`: positions on the horizontal axis.
-    """
-    xs = [x for line in lines for x, _ in line.points] + [x for x, _ in x_ticks] + list(vertical_lines)
+def draw_line_chart(title: str, lines: Sequence[Line], axes: Axes, size: Size = SMALL) -> str:
+    width, height = size.width, size.height
+    xs = [x for line in lines for x, _ in line.points] + [x for x, _ in axes.x_ticks] + list(axes.vertical_lines)
     x_min, x_max = min(xs), max(xs)
-    y_ticks = axis_ticks(y_max or max((y for line in lines for _, y in line.points), default=1.0))
-    y_top = y_max or y_ticks[-1]
+    y_ticks = axis_ticks(axes.y_max or max((y for line in lines for _, y in line.points), default=1.0))
+    y_top = axes.y_max or y_ticks[-1]
 
     def to_pixels(x: float, y: float) -> tuple[float, float]:
         fraction = (x - x_min) / (x_max - x_min) if x_max > x_min else 0.5
-        return LEFT + fraction * (width - LEFT - RIGHT), HEIGHT - BOTTOM - y / y_top * (HEIGHT - TOP - BOTTOM)
+        return LEFT + fraction * (width - LEFT - RIGHT), height - BOTTOM - y / y_top * (height - TOP - BOTTOM)
 
     parts = []
     for y_tick in y_ticks:
         _, y = to_pixels(x_min, y_tick)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{y_tick:g}</text>')
-    for position in vertical_lines:
+    for position in axes.vertical_lines:
         x, _ = to_pixels(position, 0)
-        parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-    for position, label in x_ticks:
+        parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{height - BOTTOM}"/>')
+    for position, label in axes.x_ticks:
         x, _ = to_pixels(position, 0)
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{label}</text>')
-    parts.append(f'<text class="axis" x="{width - RIGHT}" y="{HEIGHT - 3}" text-anchor="end">{escape(x_label)}</text>')
-    if y_label:
-        parts.append(f'<text class="axis" x="{LEFT + 4}" y="{TOP + 4}">{escape(y_label)}</text>')
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{height - BOTTOM + 15}" text-anchor="middle">{label}</text>')
+    parts.append(
+        f'<text class="axis" x="{width - RIGHT}" y="{height - 3}" text-anchor="end">{escape(axes.x_label)}</text>'
+    )
+    if axes.y_label:
+        parts.append(f'<text class="axis" x="{LEFT}" y="{TOP - 5}">{escape(axes.y_label)}</text>')
     for line in lines:
         parts.append(_draw_line(line, [to_pixels(*point) for point in line.points], line.dot and to_pixels(*line.dot)))
-    css_class = "chart broad" if width > WIDTH else "chart"
     return (
-        f'<svg class="{css_class}" role="img" aria-label="{escape(title)}" viewBox="0 0 {width} {HEIGHT}">'
+        f'<svg class="{size.css_class}" role="img" aria-label="{escape(title)}" viewBox="0 0 {width} {height}">'
         f"{''.join(parts)}</svg>"
     )
 

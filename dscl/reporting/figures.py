@@ -10,6 +10,7 @@ from dscl.reporting.averages import mean, mean_matrix, smooth_curve
 from dscl.reporting.charts import NARROW, WIDE, Axes, Line, draw_heat_map_svg, draw_legend, draw_line_chart
 from dscl.reporting.groups import ReportGroup, ReportRow
 from dscl.reporting.scores import ConfusionMatrix, OptionalFloats
+from dscl.reporting.tables import BYTE_UNITS
 
 MAX_CURVE_POINTS = 120  # of a loss curve
 MAX_TICKS = 12
@@ -138,8 +139,7 @@ def _draw_stored_bytes(rows: Sequence[ReportRow]) -> str:
     lines += reference_lines.values()
     legend_entries += [("one LoRA a task", None)] * bool(reference_lines)
     largest = max(y for line in lines for _, y in line.points)
-    units = ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)
-    unit, unit_bytes = next(((name, size) for name, size in units if largest >= size), ("B", 1))
+    unit, unit_bytes = next(((name, size) for name, size in BYTE_UNITS if largest >= size), ("B", 1))
     scaled = [Line(line.name, [(x, y / unit_bytes) for x, y in line.points], line.colour) for line in lines]
     x_ticks = _integer_ticks(1, len(_task_names(rows[0])))
     figure = _render_wide_figure("Bytes stored for the tasks", scaled, Axes(x_ticks, "tasks trained", unit))

@@ -1688,18 +1688,25 @@ OBSERVATION = (
         ("tests/monitoring/test_metrics_file.py::test_a_resumed_run_writes_the_same_bytes",),
     ),
     Breakage(
-        "dscl/monitoring/score_picture.py",
-        "has_frame=i + diagonal_offset == j",
-        "has_frame=i == j",
+        "dscl/monitoring/heat_map.py",
+        "framed[i] == column",
+        "heat_map.rows[i] == column",
         "in the picture of the scores another cell is framed than the one where a task was just learnt",
         ("tests/monitoring/test_tensorboard.py",),
     ),
     Breakage(
-        "dscl/monitoring/score_picture.py",
-        "_draw_cell(draw, font, (left + CELL[0] * j, y), score,",
-        "_draw_cell(draw, font, (left + CELL[0] * (len(row) - 1 - j), y), score,",
+        "dscl/monitoring/heat_map.py",
+        "Cell(left + CELL_WIDTH * j, y, value,",
+        "Cell(left + CELL_WIDTH * (len(values) - 1 - j), y, value,",
         "the picture shows each score in another task's column",
         ("tests/monitoring/test_tensorboard.py::test_a_cell_shows_its_score_and_no_other",),
+    ),
+    Breakage(
+        "dscl/monitoring/score_picture.py",
+        "    rows += [[None] * len(names)] * (len(names) + 1 - len(rows))\n",
+        "",
+        "the picture of the scores has another size after every task, so TensorBoard cannot page through it",
+        ("tests/monitoring/test_tensorboard.py::test_the_picture_keeps_its_size_and_fits_its_names",),
     ),
     Breakage(
         "dscl/monitoring/progress.py",
@@ -1764,9 +1771,9 @@ REPORTS = (
         ("tests/reporting/test_tables.py::test_means_and_deviations",),
     ),
     Breakage(
-        "dscl/reporting/charts.py",
-        'ink = "high" if value >= INK_THRESHOLD else "low"',
-        'ink = "low" if value >= INK_THRESHOLD else "high"',
+        "dscl/monitoring/heat_map.py",
+        "return value >= INK_THRESHOLD",
+        "return value < INK_THRESHOLD",
         "numbers on a heat map cannot be read",
         ("tests/reporting/test_pages.py::test_heat_map_numbers_have_enough_contrast",),
     ),
@@ -1846,6 +1853,16 @@ REPORTS = (
         "if score is not None and not score <= 1.0:",
         "a damaged score below zero is averaged",
         ("tests/reporting/test_runs.py::test_damaged_scores_are_reported",),
+    ),
+    Breakage(
+        "dscl/reporting/style.py",
+        "40%, transparent) right / 3rem 100% no-repeat local,",
+        "40%, transparent) right / 3rem 100% no-repeat scroll,",
+        "a table that is cut at the edge of a narrow screen shows no sign of that",
+        (
+            "tests/reporting/test_pages.py::"
+            "test_whatever_is_wider_than_the_page_scrolls_in_its_own_box_with_a_visible_edge",
+        ),
     ),
     Breakage(
         "dscl/reporting/style.py",

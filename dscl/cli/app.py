@@ -80,7 +80,7 @@ GENERATE_EXAMPLE = """example:
 Prompts must have the form that the tasks were trained on; --template brings them into it. A text file or the standard
 input holds one prompt a line. Prompts of several lines go into a .json or .jsonl file. Before each answer stands the
 task that the router chose (base: no task, so the base model answers) and its margin over the second best task. A model
-that was trained without a router (task_inference: given) needs --task."""
+that was trained without a router (router: oracle) needs --task."""
 
 EXPORT_EXAMPLE = """example:
   dscl export out/a out/export
@@ -292,7 +292,8 @@ def _run_single_process_verb(options: argparse.Namespace) -> int:
     elif options.verb == "export":
         export.export_run(Path(options.run).expanduser(), folder, options.checkpoint)
     else:
-        settings = {name: getattr(options, name) for name in ("feature_layer", "width", "max_length", "precision")}
+        names = ("feature_layer", "num_features", "max_length", "precision")
+        settings = {name: getattr(options, name) for name in names}
         export.import_adapters(folder, options.base, _parse_adapter_tasks(options.task), **settings)
     return 0
 
@@ -540,7 +541,7 @@ def _add_serving_arguments(generate: ArgumentParser, export: ArgumentParser, rou
         "--feature-layer", type=int, metavar="N", help="the router reads this layer's input (default: an eighth of all)"
     )
     route.add_argument(
-        "--width", type=int, metavar="E", help="random features (default: twice the hidden size, at least 1024)"
+        "--num-features", type=int, metavar="E", help="random features (default: twice the hidden size, at least 1024)"
     )
     route.add_argument(
         "--max-length",

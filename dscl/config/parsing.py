@@ -1,10 +1,10 @@
 """Strict configuration: frozen dataclasses from nested mappings, with bounds, dotted overrides and clear errors.
 
-Settings are declared as frozen dataclasses whose fields are made by `config_key`. `schema` declares the sections of a
-recipe, and `methods` the keys of every method. If a key is a reserved word of Python, its field's name ends in an
-underscore. `parse_config` turns a mapping into such a dataclass. It refuses an unknown key (and suggests the closest
-valid one), a wrong type and a value out of range. It converts only an int where a float is expected, and a number such
-as `1e-4`, which YAML reads as text.
+Settings are declared as frozen dataclasses whose fields are made by `config_key`: `schema` declares the sections of a
+recipe, `parts` the parts of a method, and `methods` which parts each method has. If a key is a reserved word of Python,
+its field's name ends in an underscore. `parse_config` turns a mapping into such a dataclass. It refuses an unknown key
+(and suggests the closest valid one), a wrong type and a value out of range. It converts only an int where a float is
+expected, and a number such as `1e-4`, which YAML reads as text.
 """
 
 from __future__ import annotations
@@ -59,12 +59,7 @@ def parse_config(cls: type[T], mapping: Any, path: str = "") -> T:
         if field.name not in values and field.default is REQUIRED and field.default_factory is REQUIRED:
             key_path = _join_path(path, key_name(field))
             raise UserError(f"{key_path}: missing; give it in the recipe or as {key_path}=VALUE")
-    try:
-        return cls(**values)
-    except UserError as error:  # `__post_init__` of a nested section names its keys as if they stood under `method`
-        if path.startswith("method.") and f"{path}." not in str(error):
-            raise UserError(re.sub(r"\bmethod\.(?=[a-z_]+\b)", f"{path}.", str(error))) from None
-        raise
+    return cls(**values)
 
 
 def parse_partial(cls: type, mapping: Any, path: str = "") -> dict[str, Any]:
@@ -264,7 +259,7 @@ def _convert_value(annotation: Any, value: Any, key_path: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         return _convert_union(arguments, value, key_path)
     if dataclasses.is_dataclass(annotation):
-        return parse_config(typing.cast(type, annotation), value, key_path)
+        return _convert_section([typing.cast(type, annotation)], value, key_path)
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise UserError(f"{key_path}: given {describe_value(value)}; a list is needed")
@@ -285,6 +280,8 @@ def _convert_union(annotations: tuple[Any, ...], value: Any, key_path: str) -> A
     """`value` converted to the first type that accepts it; if none does, the error of the last type."""
     if value is None and type(None) in annotations:
         return None
+    if dataclasses.is_dataclass(annotations[0]):
+        return _convert_section([a for a in annotations if a is not type(None)], value, key_path)
     *others, last = (annotation for annotation in annotations if annotation is not type(None))
     for annotation in others:
         try:
@@ -292,6 +289,29 @@ def _convert_union(annotations: tuple[Any, ...], value: Any, key_path: str) -> A
         except UserError:
             continue
     return _convert_value(last, value, key_path)
+
+
+def _convert_section(classes: list[type], value: Any, key_path: str) -> Any:
+    """`value` as the dataclass that its key `name` selects; by default the first. Text stands for {name: text}."""
+    names = {cls: str(getattr(cls, "name", "")) for cls in classes}
+    if isinstance(value, str) and names[classes[0]]:
+        value = {"name": value}
+    if not isinstance(value, Mapping):
+        return parse_config(classes[0], {} if value is None else value, key_path)
+    selected = next((cls for cls, name in names.items() if name == value.get("name", names[classes[0]])), None)
+    if selected is None:
+        raise UserError(
+            f"{key_path}.name: given {describe_value(value['name'])}; allowed: {', '.join(names.values())}"
+            f"{did_you_mean(str(value['name']), names.values())}"
+        )
+    for key in value:
+        owners = [name for cls, name in names.items() if any(key == key_name(f) for f in dataclasses.fields(cls))]
+        if owners and names[selected] not in owners:
+            raise UserError(
+                f"{key_path}.{key}: a key of {' and '.join(owners)}, given with name: {names[selected]}; remove it, or "
+                f"set {key_path}.name={owners[0]}"
+            )
+    return parse_config(selected, value, key_path)
 
 
 def _convert_scalar(annotation: type, value: Any, key_path: str) -> Any:

@@ -134,8 +134,10 @@ class EvaluateConfig:
     split: str = config_key(
         "test", choices=("test", "dev"), help="the split to evaluate; dev: to tune settings without the test split"
     )
-    given: bool = config_key(False, help="for a method with a task router: also evaluate with the true task given")
-    before: bool = config_key(
+    oracle_task_id: bool = config_key(
+        False, help="for a method with a task router: also evaluate with the true task of every prompt"
+    )
+    zero_shot: bool = config_key(
         True, help="also evaluate before any training (zero-shot); FWT needs that, and tasks: all"
     )
     heldout: str | None = config_key(

@@ -12,10 +12,11 @@ The step itself may still increase the stored samples' loss a little, because Ad
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 
-from dscl.config.methods import AgemConfig
+from dscl.config.methods import AgemPreset
 from dscl.data.replay_buffer import ReplayBuffer
 from dscl.engine.gradient_hooks import LocalShard
 from dscl.methods.base import RunInfo
@@ -25,13 +26,18 @@ from dscl.methods.replay import Replay
 class Agem(Replay):
     """A-GEM. The method object itself is the engine's `GradientHook`."""
 
-    Config = AgemConfig
+    Config: ClassVar[type] = AgemPreset
+    size_key = "method.constraint.memory_size"
     extra_state_names: tuple[str, ...] = ()
     needs_all_shards = True
 
-    def __init__(self, config: AgemConfig, run_info: RunInfo) -> None:
-        super().__init__(config, run_info)
+    def __init__(self, config: AgemPreset, run_info: RunInfo) -> None:
+        self.constraint_config = config.constraint
+        super().__init__(config, run_info)  # type: ignore[arg-type]  # its limits come from `buffer_limits`
         self._reference_gradients: dict[str, torch.Tensor] | None = None  # r, by shard
+
+    def buffer_limits(self) -> tuple[float | None, int | None]:
+        return self.constraint_config.memory_ratio, self.constraint_config.memory_size
 
     def replay_counts(self, task_sizes: Sequence[int]) -> list[int]:
         return []

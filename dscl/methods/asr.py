@@ -1,6 +1,6 @@
 """ASR, Analytic Subspace Routing (arXiv 2503.13575): one LoRA per task, and a closed-form router without forgetting.
 
-What trains: a LoRA in the decoder layers from `feature_layer` on, which is frozen into a bank when the task ends. What
+What trains: a LoRA in the decoder layers from `router.layer` on, which is frozen into a bank when the task ends. What
 may not change: all layers below, so that a prompt's router features stay the same for ever. At inference a ridge
 regression on the prompt's features chooses the task. The features are collected during training passes.
 """
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dscl.config.methods import ASR_PAPER_SETTINGS, AsrConfig
+from dscl.config.methods import AsrPreset
 from dscl.data.batches import Batch, PromptBatch
 from dscl.methods.base import TaskContext, TaskSummary
 from dscl.methods.lora_per_task import LoraPerTask
@@ -24,14 +24,12 @@ from dscl.methods.task_router import TaskRouter, make_router_spec, resolve_featu
 from dscl.model.adapters.routing import hook_feature_layer, match_targets_from_layer
 from dscl.utils.errors import UserError
 
-__all__ = ["ASR_PAPER_SETTINGS", "Asr", "AsrConfig"]
-
 
 class Asr(LoraPerTask):
     """ASR: LoRA per task with task inference by `TaskRouter`."""
 
-    Config = AsrConfig
-    config: AsrConfig
+    Config = AsrPreset
+    config: AsrPreset
     infers_task_id = True
     task_router: TaskRouter
 
@@ -42,13 +40,12 @@ class Asr(LoraPerTask):
                 f"this is a {type(model).__name__}"
             )
         device = next(model.parameters()).device
-        kind = "paper" if self.config.faithful else "exact"
+        kind = "paper" if self.config.paper_preset else "exact"
         shape: Any = model.config
-        layer = resolve_feature_layer(self.config.feature_layer, shape.num_hidden_layers)
-        spec = make_router_spec(
-            kind, layer, resolve_num_features(self.config.width, shape.hidden_size), shape.hidden_size, self.run_info
-        )
-        router = Router(spec, self.config.ridge, bool(self.config.reject), device)
+        layer = resolve_feature_layer(self.config.router.layer, shape.num_hidden_layers)
+        num_features = resolve_num_features(self.config.router.num_features, shape.hidden_size)
+        spec = make_router_spec(kind, layer, num_features, shape.hidden_size, self.run_info)
+        router = Router(spec, self.config.router.ridge, bool(self.config.router.ood_fallback), device)
         self.task_router = TaskRouter(router, self.routing)
         self.add_adapters(model, match_targets_from_layer(model, layer, self.lora.targets))
         hook_feature_layer(model, self.routing, layer)
@@ -66,7 +63,7 @@ class Asr(LoraPerTask):
     def end_task(self, index: int, name: str, context: TaskContext) -> TaskSummary:
         message = self.task_router.add_task(name, context)
         metrics = super().end_task(index, name, context).metrics
-        return TaskSummary(message, {**metrics, "deciding_bytes": self.task_router.statistics_bytes()})
+        return TaskSummary(message, {**metrics, "router_bytes": self.task_router.statistics_bytes()})
 
     def save_task_artifacts(self, folder: Path, name: str) -> list[Path]:
         return [*super().save_task_artifacts(folder, name), self.task_router.save_task_artifacts(folder, name)]

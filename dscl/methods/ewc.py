@@ -4,7 +4,7 @@ al., 2018).
 What trains: all weights, or one LoRA for all tasks. The penalty is added to the loss. Its gradient is computed element
 by element on the fp32 masters:
 
-    λ/2 Σ F (θ - θ*)²      F ← μ F + F_task,  θ* ← θ   when a task ends
+    λ/2 Σ F (θ - θ*)²      F ← gamma F + F_task,  θ* ← θ   when a task ends
 
 F_task is the diagonal of the empirical Fisher information: the mean squared gradient of single samples, with the
 answers in the data (not answers sampled from the model). The samples of a group are summed with random signs; the
@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from dscl.config.methods import EwcConfig
+from dscl.config.methods import EwcPreset
 from dscl.data.batches import Batch
 from dscl.engine.gradient_hooks import LocalShard
 from dscl.methods.base import TaskContext, TaskSummary
@@ -35,8 +35,8 @@ GROUP_SIZE = 8  # samples per group; larger groups cost less and give a noisier 
 class Ewc(Sequential):
     """Online EWC. The method object itself is the engine's `GradientHook`."""
 
-    Config = EwcConfig
-    config: EwcConfig
+    Config = EwcPreset
+    config: EwcPreset
     extra_state_names: tuple[str, ...] = ("fisher", "anchor")  # F and θ*
     needs_all_shards = False
 
@@ -48,16 +48,16 @@ class Ewc(Sequential):
     ) -> None:
         for shard in shards:
             change = shard.master - shard.extra_state["anchor"]
-            shard.gradient.addcmul_(shard.extra_state["fisher"], change, value=self.config.strength)
+            shard.gradient.addcmul_(shard.extra_state["fisher"], change, value=self.config.constraint.ewc_lambda)
 
     def end_task(self, index: int, name: str, context: TaskContext) -> TaskSummary:
-        groups = context.sample_groups(self.config.samples, GROUP_SIZE)
+        groups = context.sample_groups(self.config.constraint.fisher_samples, GROUP_SIZE)
         lengths = torch.from_numpy(np.asarray(context.task_samples().answer_lengths))
-        count = min(self.config.samples, len(lengths))
+        count = min(self.config.constraint.fisher_samples, len(lengths))
         signs = random_signs(len(lengths), self.run_info.seed, name)  # [samples]
         with torch.no_grad():
             for shard in context.local_shards():
-                shard.extra_state["fisher"].mul_(self.config.memory)
+                shard.extra_state["fisher"].mul_(self.config.constraint.gamma)
 
         def signed_batch_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
             sample_ids = torch.tensor(batch.sample_ids, dtype=torch.int64)

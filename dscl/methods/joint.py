@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dscl.config.methods import JointConfig
+from dscl.config.methods import JointPreset
 from dscl.methods.sequential import Sequential
 
 
 class Joint(Sequential):
     """Joint training."""
 
-    Config = JointConfig
+    Config = JointPreset
     joint = True

@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from dscl.config.methods import LoraConfig, LoraPerTaskConfig
+from dscl.config.methods import LoraPerTaskPreset
+from dscl.config.parts import LoraConfig
 from dscl.data.batches import PromptBatch
 from dscl.methods.base import Method, RunInfo, TaskContext, TaskSummary, TensorReader
 from dscl.model.adapters.injection import match_target_layers
@@ -26,13 +27,13 @@ from dscl.model.adapters.routing import Routing
 class LoraPerTask(Method):
     """One LoRA per task. Base class of the methods that keep a bank of LoRAs."""
 
-    Config: ClassVar[type] = LoraPerTaskConfig
+    Config: ClassVar[type] = LoraPerTaskPreset
     uses_task_id = True
     bank: LoraBank
 
     def __init__(self, config: Any, run_info: RunInfo) -> None:
         super().__init__(config, run_info)
-        self.lora: LoraConfig = config.lora or LoraConfig()
+        self.lora: LoraConfig = config.tune
         self.routing = Routing(num_slots=len(run_info.task_names), rank=self.lora.rank)
 
     def prepare(self, model: nn.Module) -> nn.Module:

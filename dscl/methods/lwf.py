@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from dscl.config.methods import LwfConfig
+from dscl.config.methods import LwfPreset
 from dscl.data.batches import Batch
 from dscl.methods.base import RunInfo, TaskContext
 from dscl.methods.sequential import Sequential
@@ -28,10 +28,10 @@ from dscl.model.lm_head import answer_logits
 class Lwf(Sequential):
     """Learning without forgetting."""
 
-    Config = LwfConfig
-    config: LwfConfig
+    Config = LwfPreset
+    config: LwfPreset
 
-    def __init__(self, config: LwfConfig, run_info: RunInfo) -> None:
+    def __init__(self, config: LwfPreset, run_info: RunInfo) -> None:
         super().__init__(config, run_info)
         # "said": log p, and "tokens": token ids, [target tokens, k]. "starts": index of each sample's first target.
         self._recorded: dict[str, torch.Tensor] = {}
@@ -42,12 +42,12 @@ class Lwf(Sequential):
             return
         samples = context.task_samples()
         starts = torch.from_numpy(np.concatenate([[0], np.cumsum(samples.answer_lengths)]))
-        num_recorded = min(self.config.tokens, int(context.model.get_output_embeddings().out_features))  # type: ignore[operator]
+        num_recorded = min(self.config.loss.top_tokens, int(context.model.get_output_embeddings().out_features))  # type: ignore[operator]
         shape = int(starts[-1]), num_recorded
         old_log_probs = torch.zeros(shape, device=context.device)
         tokens = torch.zeros(shape, dtype=torch.int32, device=context.device)
         for batch, logits in self._iter_answer_logits(context, len(samples)):
-            top_tokens = (logits / self.config.temperature).log_softmax(-1).topk(num_recorded)
+            top_tokens = (logits / self.config.loss.temperature).log_softmax(-1).topk(num_recorded)
             rows = _target_rows(batch, starts).to(context.device)
             old_log_probs[rows], tokens[rows] = top_tokens.values, top_tokens.indices.int()
         self._recorded = {
@@ -75,8 +75,8 @@ class Lwf(Sequential):
             return loss
         rows = _target_rows(batch, self._recorded["starts"]).to(logits.device)
         old_log_probs, tokens = (self._recorded[key].to(logits.device)[rows] for key in ("said", "tokens"))
-        new_log_probs = (logits[batch.labels != -100] / self.config.temperature).log_softmax(-1)
-        return loss + self.config.strength * distillation_loss(old_log_probs, new_log_probs, tokens.long())
+        new_log_probs = (logits[batch.labels != -100] / self.config.loss.temperature).log_softmax(-1)
+        return loss + self.config.loss.weight * distillation_loss(old_log_probs, new_log_probs, tokens.long())
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return self._recorded

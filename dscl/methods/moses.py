@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dscl.config.methods import MosesConfig
+from dscl.config.methods import MosesPreset, OsftPreset
+from dscl.config.parts import KeyRouterConfig, OracleRouterConfig, RlsRouterConfig
 from dscl.data.batches import Batch, PromptBatch
 from dscl.engine.matrix_owners import Constraint
 from dscl.maths.masks import mask_size
@@ -36,21 +37,23 @@ from dscl.utils.errors import UserError
 class Moses(Method):
     """MoSEs. `experts` holds the sub-experts and the masks of ended tasks."""
 
-    Config = MosesConfig
-    config: MosesConfig
+    Config = MosesPreset
+    config: MosesPreset
     uses_task_id = True
 
-    def __init__(self, config: MosesConfig, run_info: RunInfo) -> None:
+    def __init__(self, config: MosesPreset, run_info: RunInfo) -> None:
         super().__init__(config, run_info)
         self.infers_task_id = self.infers_task_id_with(config)
         self.routing = Routing(num_slots=len(run_info.task_names), rank=0)
-        self.dense_osft = Osft(config.weights, run_info) if config.weights is not None else None
+        self.dense_osft = None
+        if config.constraint is not None:
+            self.dense_osft = Osft(OsftPreset(constraint=config.constraint), run_info)
         self.task_router: TaskRouter | None = None
         self._task_masks: list[TaskMasks] = []  # one for each ended task
 
     @classmethod
-    def infers_task_id_with(cls, config: MosesConfig) -> bool:
-        return config.task_inference != "given"
+    def infers_task_id_with(cls, config: MosesPreset) -> bool:
+        return not isinstance(config.router, OracleRouterConfig)
 
     def prepare(self, model: nn.Module) -> nn.Module:
         if not isinstance(getattr(getattr(model, "model", None), "layers", None), nn.ModuleList):
@@ -61,26 +64,27 @@ class Moses(Method):
         layer = self._prepare_task_router(model) if self.infers_task_id else 0
         model.requires_grad_(False)
         if self.dense_osft is not None:
-            self.dense_osft.from_layer, self.dense_osft.targets_key = layer, "method.weights.targets"
+            self.dense_osft.from_layer = layer
             self.dense_osft.prepare(model)
         self.template = make_template_tensor(model)
-        config = self.config
-        columns = config.experts * config.rank
-        atoms = config.masks == "atom"
-        experts_per_task = mask_size(config.share, columns) / config.rank if atoms else config.share * config.experts
+        config = self.config.tune
+        columns = config.num_experts * config.rank
+        atoms = config.masks == "rank1"
+        density = config.mask_density
+        experts_per_task = mask_size(density, columns) / config.rank if atoms else density * config.num_experts
         max_needed = math.ceil(len(self.run_info.task_names) * experts_per_task - 1e-9)  # if tasks share no parameters
         shape = SubExpertShape(
-            experts=config.experts,
-            most=config.most or max(config.experts, max_needed),
+            experts=config.num_experts,
+            most=config.max_experts or max(config.num_experts, max_needed),
             rank=config.rank,
-            top=0 if config.gate == "uniform" else config.top_k or min(2, config.experts),
-            share=config.share,
+            top=0 if config.gate == "uniform" else config.top_k or min(2, config.num_experts),
+            share=density,
             scale=config.alpha / config.rank,
             atoms=atoms,
             dropout=config.dropout,
         )
         self.experts = inject_sub_experts(
-            model, shape, self.routing, match_targets_from_layer(model, layer, config.targets, "method.targets")
+            model, shape, self.routing, match_targets_from_layer(model, layer, config.targets, "method.tune.targets")
         )
         for sub_expert_linear in self.experts.layers.values():
             sub_expert_linear.make_trainable()
@@ -88,20 +92,23 @@ class Moses(Method):
 
     def _prepare_task_router(self, model: Any) -> int:
         """Create the task router and hook it into the model. Returns the feature layer."""
-        config, shape = self.config, model.config
-        layer = resolve_feature_layer(config.feature_layer, shape.num_hidden_layers)
-        kind = "exact" if config.task_inference == "rls" else "key"
+        config, shape = self.config.router, model.config
+        assert isinstance(config, KeyRouterConfig)
+        layer = resolve_feature_layer(config.layer, shape.num_hidden_layers)
+        analytic = config if isinstance(config, RlsRouterConfig) else RlsRouterConfig()
+        num_features = resolve_num_features(analytic.num_features, shape.hidden_size)
         spec = make_router_spec(
-            kind, layer, resolve_num_features(config.width, shape.hidden_size), shape.hidden_size, self.run_info
+            "exact" if config is analytic else "key", layer, num_features, shape.hidden_size, self.run_info
         )
-        router = Router(spec, config.ridge, config.reject is not False, next(model.parameters()).device)
+        device = next(model.parameters()).device
+        router = Router(spec, analytic.ridge, analytic.ood_fallback is not False, device)
         self.task_router = TaskRouter(router, self.routing)
         hook_feature_layer(model, self.routing, layer)
         return layer
 
     def estimate_memory(self) -> dict[str, float]:
         self.experts.num_open = self.experts.shape.most  # the most that training can come to
-        self.experts.open_for_training(self.config.reuse)
+        self.experts.open_for_training(self.config.tune.reuse)
         dense = self.dense_osft.estimate_memory() if self.dense_osft is not None else {}
         return {**dense, **(self.task_router.estimate_memory() if self.task_router is not None else {})}
 
@@ -109,7 +116,7 @@ class Moses(Method):
         return self.task_router.solve_bytes() if self.task_router is not None else 0.0
 
     def begin_task(self, index: int, name: str, context: TaskContext) -> TensorReader:
-        experts, policy = self.experts, self.config.when_full
+        experts, policy = self.experts, self.config.tune.on_full
         while (
             (num_missing := experts.count_missing_params())
             and policy == "grow"
@@ -117,14 +124,14 @@ class Moses(Method):
         ):
             experts.num_open += 1
         if num_missing and policy != "reuse":
-            remedies = [f"run again with method.when_full={other}" for other in self._alternative_policies(policy)]
-            remedies.append("start anew with a lower method.share, or a larger method.most")
+            remedies = [f"run again with method.tune.on_full={other}" for other in self._alternative_policies(policy)]
+            remedies.append("start anew with a lower method.tune.mask_density, or a larger method.tune.max_experts")
             unit = "atoms" if experts.shape.atoms else "entries"
             raise UserError(
                 f"method moses: task {name} opens {num_missing} more {unit} of a layer than are unclaimed there; "
                 + ", or ".join(remedies)
             )
-        experts.open_for_training(self.config.reuse)
+        experts.open_for_training(self.config.tune.reuse)
         if self.dense_osft is not None:
             self.dense_osft.begin_task(index, name, context)
 
@@ -136,9 +143,9 @@ class Moses(Method):
         return read_initial_values
 
     def _alternative_policies(self, policy: str) -> list[str]:
-        """The other values of `when_full` that would let a task begin that finds too few unclaimed parameters."""
+        """The other values of `on_full` that would let a task begin that finds too few unclaimed parameters."""
         grow = policy == "stop" and self.experts.num_open < self.experts.shape.most
-        return ["grow"] * grow + ["reuse"] * self.config.reuse
+        return ["grow"] * grow + ["reuse"] * self.config.tune.reuse
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         if self.task_router is not None:
@@ -187,9 +194,9 @@ class Moses(Method):
             columns * element_size * (m.in_features + m.out_features) for m in self.experts.layers.values()
         )
         if self.task_router is not None:
-            component_bytes["deciding_bytes"] = self.task_router.statistics_bytes()
+            component_bytes["router_bytes"] = self.task_router.statistics_bytes()
         # Keys count as capacity. The analytic router's statistics do not, as in asr.
-        key_bytes = component_bytes["deciding_bytes"] if self.config.task_inference == "key" else 0.0
+        key_bytes = component_bytes["router_bytes"] if self.config.router.name == "key" else 0.0
         return {
             "capacity_bytes": sum(component_bytes[f"{kind}_bytes"] for kind in task_bytes[0]) + key_bytes,
             "capacity_share": self.experts.frozen_share(),
@@ -219,7 +226,7 @@ class Moses(Method):
             if self.task_router is not None:
                 self.task_router.load_task_artifacts(folder, name)
         self.experts.num_open = self._saved_num_open
-        self.experts.open_for_training(self.config.reuse)
+        self.experts.open_for_training(self.config.tune.reuse)
 
     def inference_context(
         self, batch: PromptBatch, task: str | None = None

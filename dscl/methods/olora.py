@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from dscl.config.methods import OloraConfig
+from dscl.config.methods import OloraPreset
 from dscl.data.batches import Batch, PromptBatch
 from dscl.methods.base import RunInfo
 from dscl.methods.lora_per_task import LoraPerTask
@@ -30,7 +30,7 @@ from dscl.model.lm_head import answer_loss
 class Olora(LoraPerTask):
     """O-LoRA."""
 
-    Config: ClassVar[type] = OloraConfig
+    Config: ClassVar[type] = OloraPreset
     uses_task_id = False
 
     def __init__(self, config: Any, run_info: RunInfo) -> None:
@@ -49,7 +49,7 @@ class Olora(LoraPerTask):
         # Sum the overlaps before the backward pass, in which activation checkpointing runs the layers again.
         overlap = torch.stack(self._overlaps).sum()
         targets = (batch.labels != -100).sum()  # the engine divides the loss by the global number of targets
-        return loss + self.config.orthogonality * targets * overlap
+        return loss + self.config.constraint.orthogonality * targets * overlap
 
     def inference_context(
         self, batch: PromptBatch, task: str | None = None

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from dscl.config.methods import OsftConfig
+from dscl.config.methods import OsftPreset
 from dscl.data.batches import Batch
 from dscl.maths.subspace import (
     Directions,
@@ -61,15 +61,15 @@ CountFn = Callable[[str, Directions, torch.Tensor, float], int]
 class Osft(Method):
     """OSFT. The method object itself is the engine's `Constraint`."""
 
-    Config = OsftConfig
-    config: OsftConfig
+    Config = OsftPreset
+    config: OsftPreset
 
-    def __init__(self, config: OsftConfig, run_info: RunInfo) -> None:
+    def __init__(self, config: OsftPreset, run_info: RunInfo) -> None:
         super().__init__(config, run_info)
-        self.project_every = config.project_every
-        self.project_gradients = bool(config.gradients)
+        self.settings = config.constraint
+        self.project_every = self.settings.project_every
+        self.project_gradients = bool(self.settings.project_gradients)
         self.from_layer = -1  # decoder layers below this one are frozen
-        self.targets_key = "method.targets"  # the recipe key that error messages name
         self._matrix_shapes: dict[str, tuple[int, int]] = {}  # of all constrained weights
         self._module_names: dict[str, str] = {}  # constrained weight → its linear layer; others have none
         self._owned_names: list[str] = []
@@ -80,15 +80,16 @@ class Osft(Method):
         self._base_counts: dict[str, torch.Tensor] = {}
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        model.requires_grad_(self.config.rest == "free")
+        model.requires_grad_(self.settings.other_params == "free")
         modules = dict(model.named_modules())
-        for layer in match_targets_from_layer(model, self.from_layer, self.config.targets, self.targets_key):
+        targets, key = self.settings.targets, "method.constraint.targets"
+        for layer in match_targets_from_layer(model, self.from_layer, targets, key):
             linear = modules[layer]
             assert isinstance(linear, nn.Linear)
             self._matrix_shapes[f"{layer}.weight"] = linear.out_features, linear.in_features
             self._module_names[f"{layer}.weight"] = layer
             linear.weight.requires_grad_(True)
-        if self.config.rest == "protected":
+        if self.settings.other_params == "protected":
             for name, parameter in model.named_parameters():
                 shape = getattr(parameter, "ds_shape", parameter.shape)
                 if len(shape) == 2 and name not in self._matrix_shapes:
@@ -109,7 +110,7 @@ class Osft(Method):
     def _projection_flops(self, rows: int, columns: int) -> int:
         """The cost of projecting a matrix, if half of its directions are protected; the true count is not known yet."""
         half = rank_from_ratio(0.5, rows, columns)
-        return projection_flops(str(self.config.reading), rows, columns, half, half)
+        return projection_flops(str(self.settings.projection), rows, columns, half, half)
 
     def set_owned(self, names: Sequence[str], device: torch.device) -> None:
         self._owned_names, self._device = list(names), device
@@ -121,17 +122,17 @@ class Osft(Method):
         self._subspaces[name].project_gradient_(gradient)
 
     def estimate_memory(self) -> dict[str, float]:
-        assert self.config.share is not None
-        reading, full_bytes = str(self.config.reading), 0
+        assert self.settings.protected_ratio is not None
+        projection, full_bytes = str(self.settings.projection), 0
         for name in self._owned_names:
             rows, columns = self._matrix_shapes[name]
-            count = rank_from_ratio(self.config.share, rows, columns)
+            count = rank_from_ratio(self.settings.protected_ratio, rows, columns)
             self._subspaces[name] = ProtectedSubspace.from_state_dict(
-                reading, placeholder_state(reading, rows, columns, count, self._device)
+                projection, placeholder_state(projection, rows, columns, count, self._device)
             )
-            full_state = placeholder_state(reading, rows, columns, min(rows, columns), torch.device("meta"))
+            full_state = placeholder_state(projection, rows, columns, min(rows, columns), torch.device("meta"))
             full_bytes += sum(tensor.numel() * tensor.element_size() for tensor in full_state.values())
-            if "updates" in (self.config.claim or ()) and len(self.run_info.task_names) > 1:
+            if "updates" in (self.settings.protect_task or ()) and len(self.run_info.task_names) > 1:
                 self._task_start_weights[name] = torch.zeros(rows, columns)
         return {"directions of this rank, when all are protected": float(full_bytes)}
 
@@ -146,10 +147,10 @@ class Osft(Method):
                 self._base_counts[matrix] = torch.tensor(
                     [s.shape[1] for s in sides] + [len(s) - s.shape[1] for s in sides]
                 )
-        elif self.config.when_short == "give_back":
+        elif self.settings.on_full == "release_base":
             self._release_base_directions()
         self._check_free_directions(name, context)
-        if "updates" in (self.config.claim or ()) and name != self.run_info.task_names[-1]:
+        if "updates" in (self.settings.protect_task or ()) and name != self.run_info.task_names[-1]:
 
             def save_start_weight(matrix: str, weight: torch.Tensor) -> None:
                 self._task_start_weights[matrix] = weight.to("cpu", copy=True)
@@ -167,15 +168,15 @@ class Osft(Method):
         def count_task_directions(
             matrix: str, directions: Directions, protected: torch.Tensor, total_energy: float
         ) -> int:
-            count = rank_from_energy(directions, self.config.claim_energy or 0.0)
+            count = rank_from_energy(directions, self.settings.energy_threshold or 0.0)
             num_free = len(protected) - protected.shape[1]
             limit = int(num_free * CURRENT_TASK_WEIGHT / (CURRENT_TASK_WEIGHT + num_later_tasks))
-            return min(count, limit) if self.config.when_short == "share" else count
+            return min(count, limit) if self.settings.on_full == "fair_share" else count
 
-        if self.config.claim:
-            self._protect_directions(context, self.config.claim, passes, count_task_directions)
+        if self.settings.protect_task:
+            self._protect_directions(context, self.settings.protect_task, passes, count_task_directions)
             self._task_start_weights = {}
-        if self.config.allocate != "fixed":
+        if self.settings.rank_allocation != "fixed":
             self._protect_base(context, passes)
         return TaskSummary(self._describe_protection(context), self._capacity_metrics(context))
 
@@ -191,22 +192,22 @@ class Osft(Method):
 
     def _protect_base(self, context: TaskContext, passes: Callable[[], Iterable[ProbePass]]) -> None:
         """Protect the most important directions of the current model, up to the configured ratio."""
-        assert self.config.share is not None
-        share = self.config.share
-        shares = self._ratios_by_importance(context, passes) if self.config.allocate == "importance" else {}
+        assert self.settings.protected_ratio is not None
+        ratio = self.settings.protected_ratio
+        ratios = self._ratios_by_importance(context, passes) if self.settings.rank_allocation == "importance" else {}
 
         def count_base_directions(
             matrix: str, directions: Directions, protected: torch.Tensor, total_energy: float
         ) -> int:
-            if self.config.allocate != "energy":
+            if self.settings.rank_allocation != "energy":
                 return max(
-                    0, rank_from_ratio(shares.get(matrix, share), *self._matrix_shapes[matrix]) - protected.shape[1]
+                    0, rank_from_ratio(ratios.get(matrix, ratio), *self._matrix_shapes[matrix]) - protected.shape[1]
                 )
             rest = float(directions.energies.sum())
-            return rank_from_energy(directions, max(0.0, 1.0 - (1.0 - share) * total_energy / rest)) if rest else 0
+            return rank_from_energy(directions, max(0.0, 1.0 - (1.0 - ratio) * total_energy / rest)) if rest else 0
 
-        assert self.config.basis is not None
-        self._protect_directions(context, self.config.basis, passes, count_base_directions)
+        assert self.settings.protect_base is not None
+        self._protect_directions(context, self.settings.protect_base, passes, count_base_directions)
 
     def _protect_directions(
         self, context: TaskContext, sources: Sequence[str], passes: Callable[[], Iterable[ProbePass]], count_fn: CountFn
@@ -234,7 +235,8 @@ class Osft(Method):
             def protect_matrix(
                 name: str, weight: torch.Tensor, stats_by_source: dict[str, ActivationStats] = stats_by_source
             ) -> None:
-                subspace = self._subspaces.setdefault(name, ProtectedSubspace.empty(str(self.config.reading), weight))
+                empty = ProtectedSubspace.empty(str(self.settings.projection), weight)
+                subspace = self._subspaces.setdefault(name, empty)
                 factors = {"weights": weight}
                 if name in self._task_start_weights:
                     factors["updates"] = weight - self._task_start_weights[name].to(weight)
@@ -303,12 +305,11 @@ class Osft(Method):
         """Refuse to begin a task if no matrix has free directions, or if any has none and the recipe says to stop."""
         num_full = sum(self._is_full(subspace) for subspace in self._subspaces.values())
         count = int(context.all_reduce_sum(torch.tensor([num_full], dtype=torch.int64, device=context.device)))
-        where = self.targets_key.removesuffix("targets")
-        if count == len(self._matrix_shapes) or (count and self.config.when_short == "stop"):
+        if count == len(self._matrix_shapes) or (count and self.settings.on_full == "stop"):
             raise UserError(
                 f"method osft: task {name} finds no free direction in {count} of {len(self._matrix_shapes)} matrices; "
-                f"run again with {where}when_short=give_back, or start anew with a lower {where}share or "
-                f"{where}claim_energy"
+                "run again with method.constraint.on_full=release_base, or start anew with a lower "
+                "method.constraint.protected_ratio or method.constraint.energy_threshold"
             )
 
     @staticmethod
@@ -320,7 +321,7 @@ class Osft(Method):
     def _sample_general_texts(self, context: TaskContext) -> list[TextBlock]:
         """Texts sampled from the base model, whose activations show what it needs in general. Empty if no source uses
         them."""
-        if self.config.basis == ("weights",) and self.config.allocate != "importance":
+        if self.settings.protect_base == ("weights",) and self.settings.rank_allocation != "importance":
             return []
         training = context.model.training
         context.model.eval()
@@ -347,16 +348,18 @@ class Osft(Method):
                 importance.token_mask = probe_pass.token_weights
                 context.probe_activations(probe_pass.loss_fn, False)
         context.all_reduce_sum(importance.sums)
-        assert self.config.least is not None
-        assert self.config.share is not None
+        assert self.settings.min_protected is not None
+        assert self.settings.protected_ratio is not None
         try:
             ratios = protected_ratios_from_importance(
-                importance.mean_similarity(), self.config.least, self.config.share
+                importance.mean_similarity(), self.settings.min_protected, self.settings.protected_ratio
             ).tolist()
         except ArithmeticError as error:
-            raise UserError(f"method.allocate: given importance, but {error}; set method.allocate=fixed") from None
+            raise UserError(
+                f"method.constraint.rank_allocation: given importance, but {error}; set it to fixed"
+            ) from None
         return {
-            name: ratios[layer_index(name)] if layer_index(name) >= 0 else self.config.share
+            name: ratios[layer_index(name)] if layer_index(name) >= 0 else self.settings.protected_ratio
             for name in self._matrix_shapes
         }
 
@@ -424,7 +427,7 @@ class Osft(Method):
                 self._base_counts[name] = tensors.pop("base")
             if tensors:
                 moved = {kind: tensor.to(self._device) for kind, tensor in tensors.items()}
-                self._subspaces[name] = ProtectedSubspace.from_state_dict(str(self.config.reading), moved)
+                self._subspaces[name] = ProtectedSubspace.from_state_dict(str(self.settings.projection), moved)
 
 
 def _scale_by_unprotected_energy(moment: torch.Tensor, protected: torch.Tensor) -> torch.Tensor:

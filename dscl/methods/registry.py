@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dscl.config.methods import find_config_class
+from dscl.config.methods import find_preset
 from dscl.methods.agem import Agem
 from dscl.methods.asr import Asr
 from dscl.methods.base import Method
@@ -35,5 +35,5 @@ __all__ = ["METHODS", "Method", "find_method"]
 
 def find_method(name: str) -> type[Method]:
     """The class of a method."""
-    find_config_class(name)  # refuses unknown names
+    find_preset(name)  # refuses unknown names
     return METHODS[name]

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
-from dscl.config.methods import ReplayConfig
+from dscl.config.methods import ReplayPreset
 from dscl.data.replay_buffer import ReplayBuffer
 from dscl.methods.base import RunInfo, TaskContext, TaskSummary
 from dscl.methods.sequential import Sequential
@@ -23,17 +24,23 @@ from dscl.utils.errors import UserError
 class Replay(Sequential):
     """Experience replay."""
 
-    Config = ReplayConfig
-    config: ReplayConfig
+    Config: ClassVar[type] = ReplayPreset
+    config: ReplayPreset
+    size_key = "method.replay.size"  # the recipe key that error messages name
 
-    def __init__(self, config: ReplayConfig, run_info: RunInfo) -> None:
+    def __init__(self, config: ReplayPreset, run_info: RunInfo) -> None:
         super().__init__(config, run_info)
-        if config.most is not None and config.most < len(run_info.task_names) - 1:
+        self.ratio, self.size = self.buffer_limits()
+        if self.size is not None and self.size < len(run_info.task_names) - 1:
             raise UserError(
-                f"method.most: given {config.most}; each of the {len(run_info.task_names) - 1} tasks that end before "
+                f"{self.size_key}: given {self.size}; each of the {len(run_info.task_names) - 1} tasks that end before "
                 "the last keeps a sample at least, so give as many or more"
             )
         self._buffers: list[ReplayBuffer] = []  # one for each ended task; its samples are in random order
+
+    def buffer_limits(self) -> tuple[float | None, int | None]:
+        """The share of each task's samples that is stored, or the size of the whole buffer; the other one is None."""
+        return self.config.replay.ratio, self.config.replay.size
 
     def replay_counts(self, task_sizes: Sequence[int]) -> list[int]:
         return [self._samples_per_task(task_size, len(task_sizes)) for task_size in task_sizes]
@@ -43,10 +50,7 @@ class Replay(Sequential):
 
     def _samples_per_task(self, task_size: int, num_ended: int) -> int:
         """How many of a task's samples are replayed when this number of tasks has ended."""
-        if self.config.most is None:
-            count = round((self.config.share or 0.0) * task_size)
-        else:
-            count = self.config.most // num_ended
+        count = round((self.ratio or 0.0) * task_size) if self.size is None else self.size // num_ended
         return min(task_size, max(1, count))
 
     def end_task(self, index: int, name: str, context: TaskContext) -> TaskSummary:
@@ -59,8 +63,8 @@ class Replay(Sequential):
 
     def _shrink_buffers(self) -> None:
         """Drop samples of earlier tasks so that all tasks together stay within the maximum."""
-        if self.config.most is not None and self._buffers:
-            max_samples = max(1, self.config.most // len(self._buffers))
+        if self.size is not None and self._buffers:
+            max_samples = max(1, self.size // len(self._buffers))
             self._buffers = [ReplayBuffer(buffer.task, buffer.samples[:max_samples]) for buffer in self._buffers]
 
     def save_task_artifacts(self, folder: Path, name: str) -> list[Path]:

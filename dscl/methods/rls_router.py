@@ -167,13 +167,13 @@ class Router:
 
     def save(self, path: Path) -> None:
         """Write the statistics of all tasks into one file."""
-        _write_router_file(path, self.spec, {"ridge": self.ridge, "reject": self.ood_fallback}, self._tasks)
+        _write_router_file(path, self.spec, {"ridge": self.ridge, "ood_fallback": self.ood_fallback}, self._tasks)
 
     @classmethod
     def load(cls, path: Path, expected: RouterSpec | None = None, device: torch.device | str = "cpu") -> Router:
         """Load what `save` wrote. A damaged file, or one of other features than `expected`, is refused."""
         spec, settings, tasks = _read_router_file(path, expected)
-        router = cls(spec, settings["ridge"], settings["reject"], device)
+        router = cls(spec, settings["ridge"], settings["ood_fallback"], device)
         for name, statistics in tasks.items():
             router.add(name, statistics)
         return router
@@ -181,7 +181,7 @@ class Router:
 
 def save_task_statistics(path: Path, spec: RouterSpec, name: str, statistics: TaskStatistics) -> None:
     """Write one task's statistics. Equal statistics give files that are equal byte for byte."""
-    _write_router_file(path, spec, {"ridge": None, "reject": True}, {name: statistics})
+    _write_router_file(path, spec, {"ridge": None, "ood_fallback": True}, {name: statistics})
 
 
 def load_task_statistics(path: Path, expected: RouterSpec) -> TaskStatistics:

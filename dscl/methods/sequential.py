@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import nn
 
-from dscl.config.methods import LoraConfig, SequentialConfig
+from dscl.config.methods import SequentialPreset
+from dscl.config.parts import LoraConfig
 from dscl.methods.base import Method
 from dscl.model.adapters.injection import inject_lora
 
@@ -12,10 +15,10 @@ from dscl.model.adapters.injection import inject_lora
 class Sequential(Method):
     """Sequential fine-tuning of all weights or of one LoRA."""
 
-    Config = SequentialConfig
-    config: SequentialConfig
+    Config: ClassVar[type] = SequentialPreset
+    config: SequentialPreset
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        if self.config.tune == "lora":
-            return inject_lora(model, self.config.lora or LoraConfig(), self.run_info.seed)
+        if isinstance(self.config.tune, LoraConfig):
+            return inject_lora(model, self.config.tune, self.run_info.seed)
         return model.requires_grad_(True)

@@ -152,8 +152,8 @@ def resolve_feature_layer(configured: int | None, layers: int) -> int:
     layer = min(max(2, layers // 8), layers - 1) if configured is None else configured
     if not 1 <= layer < layers:
         raise UserError(
-            f"feature_layer: given {layer}; the model has {layers} layers, of which at least the first stays frozen "
-            f"and the last is adapted, so 1 to {layers - 1} is allowed"
+            f"the router's layer: given {layer}; the model has {layers} layers, of which at least the first stays "
+            f"frozen and the last is adapted, so 1 to {layers - 1} is allowed"
         )
     return layer
 

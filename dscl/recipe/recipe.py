@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import yaml
 
 from dscl.config.deepspeed_json import OWNED_BY_JSON, OWNED_BY_RECIPE
-from dscl.config.methods import find_config_class
+from dscl.config.methods import find_preset
 from dscl.config.parsing import (
     apply_overrides,
     check_key_names,
@@ -47,11 +48,10 @@ CHANGEABLE_KEYS = (
     "data.cache_dir",
     "deepspeed",
     "evaluate.batch",
-    "method.ridge",
-    "method.reject",
-    "method.when_short",
-    "method.when_full",
-    "method.weights.when_short",
+    "method.router.ridge",
+    "method.router.ood_fallback",
+    "method.constraint.on_full",
+    "method.tune.on_full",
 )
 # Prefixes of DeepSpeed JSON keys that users may try at a recipe's top level or under `train`.
 DEEPSPEED_KEY_PREFIXES = ("zero", "stage", "offload", "overlap_", "contiguous_", "reduce_", "allgather_", "sub_group")
@@ -105,6 +105,8 @@ class Recipe:
         )
 
 
+PART_KEYS = {"tune", "constraint", "router", "loss"}  # the keys of `method` that select a part by its name
+PART_BY_WORD = re.compile(r"^(method\.(?:tune|constraint|router|loss))=(?!null$)([a-z_0-9]+)$")  # method.tune=lora
 EXAMPLE_TASK = "{name: sst2, path: data/sst2}"
 TOP_LEVEL_KEYS = (
     *(field.name for field in dataclasses.fields(TopConfig)),
@@ -120,19 +122,39 @@ TOP_LEVEL_KEYS = (
 def read_recipe(path: str, assignments: Iterable[str] = ()) -> Recipe:
     """Read a recipe file and apply overrides; raise a UserError that names the wrong key.
 
-    If an override of `method.name` selects another method than the file, the file's `method` section is ignored, since
-    its keys belong to the other method.
+    If an override selects another method, or another part of it, than the file (`method.name=`, `method.tune.name=`),
+    the file's keys for the other one are ignored.
     """
-    document, assignments = read_yaml(path), list(assignments)
-    method_names = [
-        apply_overrides({}, [assignment])["method"]["name"]
-        for assignment in assignments
-        if assignment.startswith("method.name=")
-    ]
-    section = document.get("method")
-    if method_names and isinstance(section, dict) and method_names[-1] != section.get("name", "sequential"):
-        document = {**document, "method": {}}
+    document = read_yaml(path)
+    assignments = [PART_BY_WORD.sub(r"\1.name=\2", assignment) for assignment in assignments]
+    if isinstance(document.get("method"), dict):
+        document["method"] = _drop_keys_of_other_parts(document["method"], assignments)
     return resolve_recipe(apply_overrides(document, assignments), source=path)
+
+
+def _drop_keys_of_other_parts(section: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """The file's `method` section without keys of a method or part in whose place an override selects another one.
+
+    A part that is written as its name alone becomes a mapping, so that overrides can add keys to it.
+    """
+    selected = {}
+    for assignment in assignments:
+        key_path = assignment.partition("=")[0]
+        if re.fullmatch(r"method\.([a-z_]+\.)?name", key_path):
+            value: Any = apply_overrides({}, [assignment])
+            for key in key_path.split("."):
+                value = value[key]
+            selected[key_path] = value
+    if selected.get("method.name", section.get("name", "sequential")) != section.get("name", "sequential"):
+        return {}
+    section = dict(section)
+    for part in PART_KEYS & section.keys():
+        keys = {"name": section[part]} if isinstance(section[part], str) else section[part]
+        selected_name = selected.get(f"method.{part}.name")
+        if isinstance(keys, dict) and "name" in keys and selected_name not in (None, keys["name"]):
+            keys = {}
+        section[part] = keys
+    return section
 
 
 def read_run_recipe(run_dir: str, assignments: Sequence[str] = ()) -> Recipe:
@@ -164,7 +186,7 @@ def resolve_recipe(document: Mapping[str, Any], source: str = "recipe") -> Recip
             f"method.name: given {describe_value(name)}; the name of a method is needed, for example sequential"
         )
     return Recipe(
-        method=_parse_section(find_config_class(name), method, "method"),
+        method=_parse_section(find_preset(name), method, "method"),
         stream=_parse_stream(document),
         source=source,
         **vars(top),

@@ -25,7 +25,7 @@ from typing import Any
 
 import yaml
 
-from dscl.config.methods import METHOD_CONFIGS
+from dscl.config.methods import METHOD_PRESETS
 from dscl.config.parsing import apply_overrides, describe_value, did_you_mean, parse_config, parse_partial, read_yaml
 from dscl.config.schema import CompareConfig
 from dscl.distributed.launcher import count_cores, count_gpus, subprocess_environment
@@ -164,7 +164,7 @@ def read_comparison_plan(
     if "lr" in recipe["train"]:
         settings = parse_config(CompareConfig, {**vars(settings), "rates": [recipe["train"].pop("lr")]}, "compare")
     recipe.setdefault("seed", 0)
-    known_rows = {**{name: {"name": name} for name in METHOD_CONFIGS}, **settings.rows}
+    known_rows = {**{name: {"name": name} for name in METHOD_PRESETS}, **settings.rows}
     row_names = list(methods or settings.rows)
     if not row_names:
         raise UserError("compare.rows: none given; give rows there, or names of methods with --methods")

@@ -78,7 +78,7 @@ def result_tables(group: ReportGroup) -> list[Table]:
         "peak memory": _mean_column(lambda run: run.metrics.peak_memory, format_bytes),
         "trainable": _mean_column(lambda run: run.metrics.trainable_parameters, format_count),
         "stored": _mean_column(lambda run: last_task_metric(run, "capacity_bytes"), format_bytes),
-        "router": _mean_column(lambda run: last_task_metric(run, "deciding_bytes"), format_bytes),
+        "router": _mean_column(lambda run: last_task_metric(run, "router_bytes"), format_bytes),
     }
     return [table for table in (_build_table(group, scores), _build_table(group, costs)) if len(table.head) > 1]
 

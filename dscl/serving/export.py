@@ -14,15 +14,15 @@ from pathlib import Path
 import torch
 
 from dscl.config.methods import (
-    AsrConfig,
-    LoraConfig,
-    LoraPerTaskConfig,
-    MosesConfig,
-    OloraConfig,
-    OsftConfig,
-    SequentialConfig,
+    AsrPreset,
+    LoraPerTaskPreset,
+    MosesPreset,
+    OloraPreset,
+    OsftPreset,
+    SequentialPreset,
 )
 from dscl.config.parsing import did_you_mean, parse_config
+from dscl.config.parts import LoraConfig, OracleRouterConfig, RlsRouterConfig
 from dscl.config.schema import ModelConfig
 from dscl.data.encode import tokenizer_fingerprint
 from dscl.data.prompts import read_prompts
@@ -81,17 +81,17 @@ def describe_run(run_dir: Path, checkpoint_name: str | None = None) -> BundleDes
     """
     recipe = _read_run_recipe(run_dir)
     method = recipe.method
-    if isinstance(method, LoraPerTaskConfig):
-        raise UserError(
-            f"{run_dir}: a run of method {method.name}, which has no router to find a prompt's task; make an export of "
-            f"its adapters ({run_dir / 'adapters'}) with dscl route-existing"
-        )
-    if isinstance(method, OloraConfig):
+    if isinstance(method, OloraPreset):
         raise UserError(
             f"{run_dir}: a run of method {method.name}, whose adapters ({run_dir / 'adapters'}) are used as a sum; "
             "load them with PEFT and add them up"
         )
-    if not isinstance(method, AsrConfig | MosesConfig):
+    if isinstance(method, LoraPerTaskPreset):
+        raise UserError(
+            f"{run_dir}: a run of method {method.name}, which has no router to find a prompt's task; make an export of "
+            f"its adapters ({run_dir / 'adapters'}) with dscl import-adapters"
+        )
+    if not isinstance(method, AsrPreset | MosesPreset):
         raise UserError(
             f"{run_dir}: a run of method {method.name}, whose tasks have no adapters or sub-experts of their own (as "
             "with asr and moses); dscl export writes it as a model or a LoRA that transformers and PEFT load"
@@ -102,9 +102,9 @@ def describe_run(run_dir: Path, checkpoint_name: str | None = None) -> BundleDes
             "use dscl eval, or train on prompts that a template makes"
         )
     checkpoint, names = _find_trained_tasks(recipe, checkpoint_name)
-    kind = ADAPTERS if isinstance(method, AsrConfig) else EXPERTS
+    kind = ADAPTERS if isinstance(method, AsrPreset) else EXPERTS
     tasks = {name: task_artifact_path(run_dir, kind, name) for name in names}
-    if isinstance(method, MosesConfig) and method.task_inference == "given":
+    if isinstance(method, MosesPreset) and method.router.name == "oracle":
         router, first = None, read_task_masks(next(iter(tasks.values())))
         training = parse_config(TrainingInfo, first.training, "what the tasks were trained with")
     else:
@@ -113,7 +113,7 @@ def describe_run(run_dir: Path, checkpoint_name: str | None = None) -> BundleDes
     base = recipe.model.name and absolute_model_name(recipe.model.name)
     model = ModelConfig(base, recipe.model.shape, str(_locate_tokenizer(recipe).absolute()))
     description = BundleDescription(model, recipe.seed, tasks, training, router, kind)
-    if isinstance(method, MosesConfig) and method.weights is not None:
+    if isinstance(method, MosesPreset) and method.constraint is not None:
         # The dense weights of the checkpoint. If a further task is in progress, its steps have changed them already.
         description = dataclasses.replace(
             description, trained_weights=MasterWeights(checkpoint, parameter_shapes(open_base_model(description)))
@@ -124,13 +124,13 @@ def describe_run(run_dir: Path, checkpoint_name: str | None = None) -> BundleDes
 def export_run(run_dir: Path, folder: Path, checkpoint_name: str | None = None) -> None:
     """Write a run's result as a folder that does not need the run directory, and print what the folder contains."""
     recipe = _read_run_recipe(run_dir)
-    if isinstance(recipe.method, SequentialConfig):
+    if isinstance(recipe.method, SequentialPreset):
         return (
             export_shared_lora(recipe, folder, checkpoint_name)
-            if recipe.method.tune == "lora"
+            if isinstance(recipe.method.tune, LoraConfig)
             else export_model(recipe, folder, checkpoint_name)
         )
-    if isinstance(recipe.method, OsftConfig):
+    if isinstance(recipe.method, OsftPreset):
         return export_model(recipe, folder, checkpoint_name)
     check_export_target(folder)
     description = describe_run(run_dir, checkpoint_name)
@@ -168,7 +168,7 @@ def export_shared_lora(recipe: Recipe, folder: Path, checkpoint_name: str | None
     """Write the one LoRA that all tasks have trained, as a PEFT adapter folder."""
     _check_adapter_target(folder)
     checkpoint, names = _find_trained_tasks(recipe, checkpoint_name)
-    backbone, lora = _open_run_backbone(recipe), recipe.method.lora or LoraConfig()
+    backbone, lora = _open_run_backbone(recipe), recipe.method.tune
     with torch.device("meta"):
         modules = dict(backbone.build().named_modules())
         paths = match_target_layers(modules[""], lora.targets)
@@ -204,7 +204,7 @@ def export_task_adapter(run_dir: Path, folder: Path, task: str, checkpoint_name:
         )
     if description.trained_weights is not None:
         raise UserError(
-            f"--task: {run_dir} has trained the base model's own weights too (method.weights), so task {task!r} "
+            f"--task: {run_dir} has trained the base model's own weights too (method.constraint), so task {task!r} "
             "is no LoRA of the base model; export the run without --task"
         )
     backbone, token_routing = open_base_model(description), ""
@@ -237,7 +237,7 @@ def import_adapters(
     tasks: Mapping[str, tuple[Path, Path]],
     *,
     feature_layer: int | None = None,
-    width: int | None = None,
+    num_features: int | None = None,
     max_length: int = 512,
     precision: str = "bf16",
 ) -> None:
@@ -251,7 +251,7 @@ def import_adapters(
         raise UserError("--task: none given; at least one NAME=ADAPTER_FOLDER=PROMPTS_FILE is needed")
     if max_length < MIN_PROMPT_LENGTH:
         raise UserError(f"--max-length: given {max_length}; at least {MIN_PROMPT_LENGTH} tokens are needed")
-    config = parse_config(AsrConfig, {"feature_layer": feature_layer, "width": width})
+    config = parse_config(RlsRouterConfig, {"layer": feature_layer, "num_features": num_features})
     prompts = {name: read_prompts(file) for name, (_, file) in tasks.items()}
     base_folder = str(resolve_model_folder(base, "--base").absolute())
     backbone = resolve_backbone(
@@ -259,9 +259,9 @@ def import_adapters(
     )
     spec = RouterSpec(
         kind="exact",
-        layer=resolve_feature_layer(config.feature_layer, backbone.hf_config.num_hidden_layers),
+        layer=resolve_feature_layer(config.layer, backbone.hf_config.num_hidden_layers),
         dim=backbone.hf_config.hidden_size,
-        width=resolve_num_features(config.width, backbone.hf_config.hidden_size),
+        width=resolve_num_features(config.num_features, backbone.hf_config.hidden_size),
         seed=0,
         model=backbone.fingerprint(),
         tokenizer=tokenizer_fingerprint(backbone.tokenizer),
@@ -299,12 +299,14 @@ def _find_trained_tasks(recipe: Recipe, checkpoint_name: str | None) -> tuple[Pa
     return checkpoint, [task.name for task in recipe.stream[:count]]
 
 
-def _merge_task_routers(run_dir: Path, names: Sequence[str], method: AsrConfig | MosesConfig) -> Router:
+def _merge_task_routers(run_dir: Path, names: Sequence[str], method: AsrPreset | MosesPreset) -> Router:
     """Build the run's router from the statistics that each task saved."""
-    router = None
+    router, config = None, method.router
+    assert not isinstance(config, OracleRouterConfig)
+    analytic = config if isinstance(config, RlsRouterConfig) else RlsRouterConfig()
     for name in names:
         part = Router.load(run_dir / "router" / f"{task_file_name(name)}.safetensors", router.spec if router else None)
-        router = router or Router(part.spec, method.ridge, method.reject is not False)
+        router = router or Router(part.spec, analytic.ridge, analytic.ood_fallback is not False)
         router.add(name, part.get_statistics(name))
     assert router is not None
     return router

@@ -47,13 +47,13 @@ class TrainState:
     total: int = 0  # optimizer steps done in the whole run
     tokens: int = 0  # tokens trained on in the whole run
     beside: int = 0  # tokens of the current task that passed the model outside of its training steps
-    before: list[float] | None = None  # scores before training (evaluate.before)
+    before: list[float] | None = None  # scores before training (evaluate.zero_shot)
     # Row i: the scores of all tasks after training task i; None where a task was not evaluated.
     matrix: list[list[float | None]] = field(default_factory=list)
     # Likewise, if the method infers tasks: the shares of prompts that were routed to their own task, and to no task.
     routed: list[list[float | None]] = field(default_factory=list)
     rejected: list[list[float | None]] = field(default_factory=list)
-    given: list[list[float | None]] = field(default_factory=list)  # scores with the true task id (evaluate.given)
+    given: list[list[float | None]] = field(default_factory=list)  # scores with the true task id
     heldout: list[float] = field(default_factory=list)  # losses: before training, then after each task
     # Likewise, at the last evaluation: for each task, pairs (task or None, share of the prompts routed to it).
     went: list[list[list[Any]] | None] = field(default_factory=list)
@@ -125,9 +125,9 @@ def train_stream(
     if train_state.matrix or train_state.before or train_state.heldout:
         # The run may have been killed after it saved a checkpoint and before it wrote the scores.
         observer.log_scores(write_scores(recipe, setup, train_state))
-    if (recipe.evaluate.before or setup.heldout_texts) and train_state.before is None and not train_state.heldout:
+    if (recipe.evaluate.zero_shot or setup.heldout_texts) and train_state.before is None and not train_state.heldout:
         started = time.perf_counter()
-        if recipe.evaluate.before:
+        if recipe.evaluate.zero_shot:
             train_state.before = [
                 evaluate_with_progress(engine, setup, task_data, observer, stop).score for task_data in setup.tasks
             ]
@@ -153,7 +153,7 @@ def train_stream(
             for index, task_data in enumerate(setup.tasks)
         ]
         train_state.matrix.append([result and result.score for result in row])
-        if recipe.evaluate.given:
+        if recipe.evaluate.oracle_task_id:
             oracle_row = [
                 evaluate_with_progress(engine, setup, task_data, observer, stop, oracle_task_id=True)
                 if should_evaluate(setup, index, train_state.task)
@@ -418,10 +418,12 @@ def build_confusion(tasks: Sequence[str], train_state: TrainState) -> dict[str, 
 
 
 def reject_needless_oracle_evaluation(setup: RunSetup) -> None:
-    """Refuse evaluate.given for a method that infers no task: its scores would not change."""
-    if setup.recipe.evaluate.given and not setup.method.infers_task_id:
+    """Refuse evaluate.oracle_task_id for a method that infers no task: its scores would not change."""
+    if setup.recipe.evaluate.oracle_task_id and not setup.method.infers_task_id:
         how = "is told every prompt's task anyway" if setup.method.uses_task_id else "answers alike whatever the task"
-        raise UserError(f"evaluate.given: given true, but this method ({setup.recipe.method.name}) {how}; remove it")
+        raise UserError(
+            f"evaluate.oracle_task_id: given true, but this method ({setup.recipe.method.name}) {how}; remove it"
+        )
 
 
 def report_if_complete(recipe: Recipe) -> bool:
@@ -506,7 +508,7 @@ def evaluate_run(
                 task_data.eval_set, engine, method, tokenizer, recipe.evaluate, oracle_task_id=True
             ).score
             for task_data in setup.tasks
-            if recipe.evaluate.given
+            if recipe.evaluate.oracle_task_id
         }
         heldout = [mean_token_loss(setup.heldout_texts, engine, method, tokenizer)] if setup.heldout_texts else []
     document: dict[str, Any] = {"checkpoint": folder.name, "tasks_trained": train_state.task}

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dscl.config.methods import METHOD_CONFIGS
+from dscl.config.methods import METHOD_PRESETS
 from dscl.config.schema import METRICS, PRECISIONS
 from tools import bench_start
 
@@ -107,7 +107,7 @@ WRONG = {
     "method={name: osft, basis: [noise]}": "method.basis: given ['noise']; allowed: one or several of weights,",
     "method={name: osft, reading: both}": "method.reading: given 'both'; allowed: input, two_sided, paper",
     "method={name: moses, weights: {name: osft, shar: 1}}": "method.weights.shar: no such key",
-    **{f"method={{name: {name}, none: 1}}": "method.none: no such key; allowed here: name" for name in METHOD_CONFIGS},
+    **{f"method={{name: {name}, none: 1}}": "method.none: no such key; allowed here: name" for name in METHOD_PRESETS},
 }
 
 
@@ -179,8 +179,8 @@ def test_config_classes_agree_with_the_methods() -> None:
     from dscl.model.backbone import DTYPES
     from dscl.training import evaluation
 
-    assert list(METHODS) == list(METHOD_CONFIGS)
-    for name, config in METHOD_CONFIGS.items():
+    assert list(METHODS) == list(METHOD_PRESETS)
+    for name, config in METHOD_PRESETS.items():
         assert METHODS[name].Config is config
         assert (dataclasses.fields(config)[0].name, config().name) == ("name", name)
     assert tuple(DTYPES) == PRECISIONS

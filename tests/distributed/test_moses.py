@@ -562,7 +562,7 @@ def test_told_the_task_every_score_stays(ranks: Any, tasks: Path, stage: int, ma
         assert len({row[task] for row in found["matrix"][task:]}) == 1
     assert found["summary"]["BWT"] == 0.0
     assert found["summary"]["forgetting"] == 0.0
-    again = json.loads(ranks(2)(evaluated, tasks / f"given{stage}", ["evaluate.given=true"])[0])
+    again = json.loads(ranks(2)(evaluated, tasks / f"given{stage}", ["evaluate.oracle_task_id=true"])[0])
     assert list(again["given"].values()) == found["matrix"][-1]
 
 

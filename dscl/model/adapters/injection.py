@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from dscl.config.methods import LLAMA_PROJECTIONS, LoraConfig
+from dscl.config.parts import LLAMA_PROJECTIONS, LoraConfig
 from dscl.model.weights import draw_normal
 from dscl.utils.errors import UserError
 
@@ -43,7 +43,7 @@ def sample_lora_a(seed: int, name: str, shape: torch.Size, start: int, stop: int
     return draw_normal(seed, name, start, stop, 1.0 / math.sqrt(3 * shape[1]))
 
 
-def match_target_layers(model: nn.Module, targets: Iterable[str], setting: str = "method.lora.targets") -> list[str]:
+def match_target_layers(model: nn.Module, targets: Iterable[str], setting: str = "method.tune.targets") -> list[str]:
     """The linear layers that match the targets (names, or endings of names), in the model's order.
 
     Refuses a target that matches no layer; `setting` is the recipe key that the error names.

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from dscl.config.methods import LoraConfig
+from dscl.config.parts import LoraConfig
 from dscl.model.adapters.injection import sample_lora_a
 from dscl.model.adapters.peft_files import LoraAdapter, LoraWeights
 from dscl.model.adapters.routing import AdaptedLinear, Routing, make_template_tensor, replace_module

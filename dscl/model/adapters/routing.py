@@ -175,15 +175,15 @@ def hook_feature_layer(model: nn.Module, routing: Routing, feature_layer: int) -
 
 
 def match_targets_from_layer(
-    model: nn.Module, layer: int, targets: Sequence[str], setting: str = "method.lora.targets"
+    model: nn.Module, layer: int, targets: Sequence[str], setting: str = "method.tune.targets"
 ) -> list[str]:
     """The projections in decoder layers `layer` and above that match the targets; every target must match one."""
     matched = [name for name in match_target_layers(model, targets, setting) if layer_index(name) >= layer]
     for target in targets:
         if not any(name == target or name.endswith("." + target) for name in matched):
             raise UserError(
-                f"{setting}: given {target!r}, which stands in no layer from feature_layer={layer} on; what comes "
-                "before and after those layers is the same for all tasks, so leave it out"
+                f"{setting}: given {target!r}, which stands in no layer from the router's layer ({layer}) on; what "
+                "comes before and after those layers is the same for all tasks, so leave it out"
             )
     return matched
 

@@ -59,12 +59,14 @@ from dscl.methods.registry import find_method  # noqa: E402
 from dscl.model.lm_head import MAX_LOGITS, ChunkedCrossEntropy, answer_loss  # noqa: E402
 from dscl.monitoring.observer import Observer  # noqa: E402
 from dscl.monitoring.profiler import Tracer  # noqa: E402
+from dscl.monitoring.score_board import ScoreBoard  # noqa: E402
 from dscl.planning.simulate import MemoryTracker  # noqa: E402
 from dscl.recipe.recipe import Recipe, resolve_recipe  # noqa: E402
+from dscl.training import trainer as training_loop  # noqa: E402
 from dscl.training.checkpoint import Checkpoints  # noqa: E402
-from dscl.training.evaluation import EvaluateConfig, evaluate_task  # noqa: E402
+from dscl.training.evaluation import EvaluateConfig, evaluate_task, should_evaluate  # noqa: E402
 from dscl.training.setup import RunSetup, TaskData, build_setup  # noqa: E402
-from dscl.training.trainer import TrainState, should_evaluate, train_task  # noqa: E402
+from dscl.training.state import TrainState  # noqa: E402
 from dscl.utils import timers  # noqa: E402
 
 TOOLS = Path(__file__).resolve().parent
@@ -319,7 +321,9 @@ def watch(setup: RunSetup, engine: Engine, task_data: TaskData, between: Callabl
     checkpoints = Checkpoints(recipe.run_folder / "checkpoints", recipe.checkpoint)
     tracer = Tracer(recipe.run_folder, recipe.observe.profile)
     with Seen(recipe.run_folder, recipe.observe, comm.is_main(), setup.planned_steps()) as observer:
-        train_task(engine, setup, task_data, TrainState(), checkpoints, observer, tracer, None)
+        scores = ScoreBoard("", (), ())
+        loop = training_loop.Trainer(setup, engine, TrainState(), scores, checkpoints, observer, tracer, None)
+        loop.train_task(task_data)
     return found[:-1]  # in the last one the task ends
 
 

@@ -175,16 +175,18 @@ def clock_parts(words: Sequence[str]) -> None:
     began = time.perf_counter()
     with app.disable_gc_for_imports():
         from dscl.engine.engine import Engine
-        from dscl.training import trainer
+        from dscl.training import run
+        from dscl.training.evaluation import Evaluator
+        from dscl.training.trainer import Trainer
 
     spent["imports"] = time.perf_counter() - began
     for place, name, what in (
-        (trainer, "build_setup", "tokenizer, data and checks"),
-        (trainer.preflight, "require_consistent_ranks", "agreement of ranks"),
-        (trainer.RunSetup, "build_engine", "model and DeepSpeed"),
-        (trainer.Observer, "__init__", "TensorBoard"),
-        (trainer, "evaluate_with_progress", "evaluation before training"),
-        (trainer, "save_checkpoint", "checkpoints"),
+        (run, "build_setup", "tokenizer, data and checks"),
+        (run.preflight, "require_consistent_ranks", "agreement of ranks"),
+        (run.RunSetup, "build_engine", "model and DeepSpeed"),
+        (run.Observer, "__init__", "TensorBoard"),
+        (Evaluator, "evaluate", "evaluation before training"),
+        (Trainer, "save_checkpoint", "checkpoints"),
         (Engine, "step", "first step"),
     ):
         clock(place, name, what)

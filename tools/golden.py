@@ -41,6 +41,8 @@ METHODS: dict[str, dict[str, Any]] = {
 STAGES = {0: "fp32", 3: "bf16"}
 TASKS = {"colour": ["warm", "cold"], "animal": ["yes", "no", "maybe"], "weather": ["wet", "dry"]}
 WORDS = ("red", "blue", "green", "cat", "dog", "bird", "runs", "sleeps", "sings", "fast", "slow", "today", "here")
+# Entries of scores.json that had another name in earlier commits.
+RENAMED_SCORES = {"before": "zero_shot", "routed": "routing_accuracy", "rejected": "rejected_share"}
 COMPARED = ("step", "task", "loss", "grad_norm", "lr", "tokens", "targets")  # of each line of metrics.jsonl
 
 
@@ -93,7 +95,7 @@ def record(out: Path, only: str) -> None:
     silence_libraries()
     from dscl.distributed import comm
     from dscl.recipe.recipe import resolve_recipe
-    from dscl.training.trainer import train
+    from dscl.training.run import train
 
     with comm.process_group():
         for name, method, stage in cases():
@@ -178,8 +180,9 @@ def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
                 return f"{name} of step {step['step']}: {step[name]} was, {other[name]} is"
     if len(before["steps"]) != len(now["steps"]):
         return f"{len(before['steps'])} steps were, {len(now['steps'])} are"
-    if before["scores"] != now["scores"]:
-        names = [name for name in before["scores"] if before["scores"][name] != now["scores"].get(name)]
+    old_scores = {RENAMED_SCORES.get(name, name): value for name, value in before["scores"].items()}
+    if old_scores != now["scores"]:
+        names = [name for name in old_scores if old_scores[name] != now["scores"].get(name)]
         return f"scores.json: {', '.join(names) or 'new entries'}"
     was, is_ = collections.Counter(before["tensors"]), collections.Counter(now["tensors"])
     if was != is_:

@@ -139,13 +139,13 @@ def arm(moment: str, count: int) -> None:
             if name in vars(method):
                 around(method, name, lambda *_: die(moment))
     elif moment == "evaluation":
-        around(import_module("dscl.training.trainer"), "stop_if_requested", lambda *_: die("evaluation"))
+        around(import_module("dscl.training.trainer").Trainer, "_on_evaluated_batch", lambda *_: die("evaluation"))
     elif moment.startswith("writing tensors"):
-        for owner in (checkpoint, import_module("dscl.utils.checksummed")):
-            around(owner, "save_file", half_tensors)
+        for owner in ("dscl.training.checkpoint_files", "dscl.utils.checksummed"):
+            around(import_module(owner), "save_file", half_tensors)
         around(import_module("dscl.model.adapters.peft_files"), "_write_file", half)
     elif moment.startswith("writing other"):
-        around(checkpoint, "_write_bytes", half)
+        around(checkpoint, "write_bytes", half)
     elif moment.startswith("writing scores"):
         for name in ("dscl.training.run_dir", "dscl.training.trainer"):
             around(import_module(name), "write_text_atomically", half_text)

@@ -1,4 +1,4 @@
-"""Continual-learning metrics (OP, BWT, FWT, forgetting) of a score matrix, and the content of scores.json.
+"""Continual-learning metrics (OP, BWT, FWT, forgetting) of a score matrix.
 
 `matrix[i][j]` is the score of task j after training on task i, counted from 0, or None if it was not measured. Every
 row has a column for each task of the stream. A matrix with t rows stands for the t tasks trained so far; the metrics
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 ScoreRow = Sequence[float | None]
 ScoreMatrix = Sequence[ScoreRow]
@@ -58,40 +57,6 @@ def summarize(matrix: ScoreMatrix, zero_shot: ScoreRow | None = None) -> dict[st
     }
 
 
-def build_document(
-    method: str,
-    tasks: Sequence[str],
-    metrics: Sequence[str],
-    matrix: ScoreMatrix,
-    zero_shot: ScoreRow | None,
-    complete: bool,
-) -> dict[str, Any]:
-    """The content of scores.json, from the score matrix and the scores before any training."""
-    if len(metrics) != len(tasks):
-        raise ValueError(f"{len(metrics)} metrics for {len(tasks)} tasks; there must be one each")
-    if len(matrix) > len(tasks):
-        raise ValueError(f"the score matrix has {len(matrix)} rows for {len(tasks)} tasks; at most one each is allowed")
-    if complete and len(matrix) != len(tasks):
-        raise ValueError(
-            f"the score matrix has {len(matrix)} rows; a complete run of {len(tasks)} tasks needs one each"
-        )
-    for name, row in _named_rows(matrix, zero_shot):
-        if len(row) != len(tasks):
-            raise ValueError(f"{name} has {len(row)} scores for {len(tasks)} tasks; there must be one each")
-        for j, score in enumerate(row):
-            if score is not None and not 0.0 <= score <= 1.0:
-                raise ValueError(f"{name}[{j}], the score of {tasks[j]!r}, is {score}; it must lie in 0…1")
-    return {
-        "method": method,
-        "tasks": list(tasks),
-        "metrics": list(metrics),
-        "matrix": [list(row) for row in matrix],
-        "before": None if zero_shot is None else list(zero_shot),
-        "summary": summarize(matrix, zero_shot),
-        "complete": complete,
-    }
-
-
 def _check_matrix(matrix: ScoreMatrix, zero_shot: ScoreRow | None = None) -> None:
     """Raise ValueError for rows of unequal length, more rows than columns, or scores that are not finite."""
     rows = list(_named_rows(matrix, zero_shot))
@@ -107,7 +72,7 @@ def _check_matrix(matrix: ScoreMatrix, zero_shot: ScoreRow | None = None) -> Non
 
 def _named_rows(matrix: ScoreMatrix, zero_shot: ScoreRow | None) -> Iterable[tuple[str, ScoreRow]]:
     if zero_shot is not None:
-        yield "before", zero_shot
+        yield "zero_shot", zero_shot
     for i, row in enumerate(matrix):
         yield f"matrix[{i}]", row
 

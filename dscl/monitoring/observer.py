@@ -16,6 +16,7 @@ from dscl.monitoring.score_table import score_table
 
 if TYPE_CHECKING:
     from dscl.methods.base import TaskSummary
+    from dscl.monitoring.score_board import ScoreBoard
     from dscl.monitoring.tensorboard import TensorBoardWriter
 
 __all__ = ["ObserveConfig", "Observer", "ProfileConfig", "score_table"]
@@ -85,19 +86,19 @@ class Observer:
         if self._is_main:
             self._progress.show_activity(activity, done, total)
 
-    def log_scores(self, document: Mapping[str, Any], seconds: float | None = None) -> None:
-        """Log the scores after an evaluation that took `seconds`; `document` is the content of scores.json."""
+    def log_scores(self, scores: ScoreBoard, seconds: float | None = None) -> None:
+        """Log the scores after an evaluation that took `seconds`."""
         if not self._is_main:
             return
-        if document["matrix"] and any(score is not None for score in document["matrix"][-1]):
+        if scores.rows and any(scores.rows[-1]):
             self._progress.end_evaluation()
-        step = sum(self._steps[: len(document["matrix"])])
+        step = sum(self._steps[: len(scores.rows)])
         if seconds is not None:
             self._log_seconds("evaluate_seconds", seconds)
         if self._tensorboard is not None:
-            self._tensorboard.add_scores(document, step)
-            if document.get("complete"):
-                self._tensorboard.add_hparams(self._settings, document["summary"])
+            self._tensorboard.add_scores(scores, step)
+            if scores.is_complete:
+                self._tensorboard.add_hparams(self._settings, scores.summary)
 
     def log_task_summary(self, task: str, summary: TaskSummary, step: int) -> None:
         """Print and log what the method reports at the end of a task, at this step of the run."""

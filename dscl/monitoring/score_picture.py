@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dscl.maths.scores import ScoreRow
 from dscl.methods.base import TaskMatrix
+from dscl.monitoring.score_board import ScoreBoard
 from dscl.utils.formatting import truncate_middle
 
 CELL = (68, 40)  # width, height in pixels
@@ -21,14 +22,13 @@ INK, MUTED, UNMEASURED, GROUND = (25, 25, 25), (120, 120, 120), (236, 236, 236),
 _COLOURS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=float)
 
 
-def score_picture(document: Mapping[str, Any]) -> np.ndarray:
-    """The score matrix of a scores document as an RGB image, uint8 [height, width, 3].
+def score_picture(scores: ScoreBoard) -> np.ndarray:
+    """The score matrix as an RGB image, uint8 [height, width, 3].
 
     Its size depends on the task names only: rows that are still to come are drawn empty.
     """
-    names = [truncate_middle(name, LABEL_CHARACTERS) for name in document["tasks"]]
-    before = document.get("before")
-    rows = [before or [None] * len(names), *document["matrix"]]
+    names = [truncate_middle(name, LABEL_CHARACTERS) for name in scores.tasks]
+    rows = [scores.zero_shot or [None] * len(names), *scores.matrix]
     rows += [[None] * len(names)] * (len(names) + 1 - len(rows))
     return _draw_matrix(names, ["before training", *(f"after {name}" for name in names)], rows, diagonal_offset=-1)
 
@@ -39,9 +39,8 @@ def task_matrix_picture(matrix: TaskMatrix) -> np.ndarray:
     return _draw_matrix(names, names, matrix.values, diagonal_offset=0)
 
 
-def routing_picture(document: Mapping[str, Any]) -> np.ndarray:
+def routing_picture(confusion: Mapping[str, Any]) -> np.ndarray:
     """The confusion matrix of routing: shares of each task's prompts (rows) that each task answered (columns)."""
-    confusion = document["confusion"]
     tasks = [truncate_middle(name, LABEL_CHARACTERS) for name in confusion["tasks"]]
     answered_by = [
         "nobody" if name is None else truncate_middle(name, LABEL_CHARACTERS) for name in confusion["answered_by"]

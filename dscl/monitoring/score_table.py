@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
+from dscl.monitoring.score_board import ScoreBoard
 from dscl.utils.formatting import display_width, pad_to_width, truncate_middle
 
 _SCORE_WIDTH = 5  # columns of "0.912"
@@ -19,14 +19,14 @@ _MEANINGS = {
 }
 
 
-def score_table(document: Mapping[str, Any], width: int | None = None) -> str:
-    """A scores document as text of at most `width` columns (default: the terminal's); "-" marks missing scores.
+def score_table(scores: ScoreBoard, width: int | None = None) -> str:
+    """The scores as text of at most `width` columns (default: the terminal's); "-" marks missing scores.
 
     Task names are truncated if the table then fits; otherwise it is split into several tables.
     """
     width = max(40, width or shutil.get_terminal_size().columns)
-    tasks, before, matrix = document["tasks"], document.get("before"), document["matrix"]
-    rows = [before, *matrix] if before else matrix
+    tasks, zero_shot, matrix = scores.tasks, scores.zero_shot, scores.matrix
+    rows = [zero_shot, *matrix] if zero_shot else matrix
     longest = max(map(display_width, tasks))
     for limit in range(longest, min(longest, _MIN_NAME_WIDTH) - 1, -1):
         names = [truncate_middle(name, limit) for name in tasks]
@@ -34,7 +34,7 @@ def score_table(document: Mapping[str, Any], width: int | None = None) -> str:
         if len(parts) == 1:
             break
     labels = [f"after {name}" for name in names[: len(matrix)]]
-    if before:
+    if zero_shot:
         labels.insert(0, _BEFORE_LABEL)
     blocks = []
     for part in parts:
@@ -43,14 +43,12 @@ def score_table(document: Mapping[str, Any], width: int | None = None) -> str:
         for label, row in zip(labels, rows, strict=True):
             lines.append(pad_to_width(label, _label_width(names)) + _format_row(map(_format_score, row[part]), widths))
         blocks.append("\n".join(lines))
-    oracle_scores = document.get("given")
-    if oracle_scores:
-        summary = ", ".join(f"{name} {_format_score(oracle_scores['summary'][name])}" for name in ("OP", "BWT"))
-        blocks.append(f"with the task given: {summary}")
-    heldout_losses = document.get("heldout")
-    if heldout_losses:
+    if scores.oracle_rows:
+        summary = ", ".join(f"{name} {_format_score(scores.oracle_summary[name])}" for name in ("OP", "BWT"))
+        blocks.append(f"with the true task of every prompt: {summary}")
+    if heldout_losses := scores.heldout_losses:
         blocks.append(f"held-out loss {heldout_losses[0]:.3f} before training, {heldout_losses[-1]:.3f} now")
-    return "\n\n".join([*blocks, _format_summary(document["summary"], width)])
+    return "\n\n".join([*blocks, _format_summary(scores.summary, width)])
 
 
 def _split_columns(names: Sequence[str], width: int) -> list[slice]:

@@ -10,6 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from dscl.methods.base import TaskSummary
+from dscl.monitoring.score_board import ScoreBoard
 from dscl.monitoring.score_picture import routing_picture, score_picture, task_matrix_picture
 from dscl.utils.timers import COLLECTIVES, PARTS
 
@@ -42,20 +43,20 @@ class TensorBoardWriter:
                 self._writer.add_scalar(tag, record[name], record["step"])
         self._writer.flush()  # otherwise a killed run would leave a gap in the curves
 
-    def add_scores(self, document: Mapping[str, Any], step: int) -> None:
-        """Add the newest row of a scores document, its summary, and images of the score and confusion matrices."""
-        row = document["matrix"][-1] if document["matrix"] else document.get("before")
-        for name, score in zip(document["tasks"], row or (), strict=False):
+    def add_scores(self, scores: ScoreBoard, step: int) -> None:
+        """Add the newest scores, their summary, and images of the score and confusion matrices."""
+        row = scores.matrix[-1] if scores.rows else scores.zero_shot
+        for name, score in zip(scores.tasks, row or (), strict=False):
             if score is not None:
                 self._writer.add_scalar(f"task/{name}/score", score, step)
-        for name, value in document["summary"].items():
+        for name, value in scores.summary.items():
             if value is not None:
                 self._writer.add_scalar(f"task/{name}", value, step)
-        if document.get("heldout"):
-            self._writer.add_scalar("task/heldout_loss", document["heldout"][-1], step)
-        self._writer.add_image("task/scores", score_picture(document), step, dataformats="HWC")
-        if document.get("confusion"):
-            self._writer.add_image("task/routing", routing_picture(document), step, dataformats="HWC")
+        if scores.heldout_losses:
+            self._writer.add_scalar("task/heldout_loss", scores.heldout_losses[-1], step)
+        self._writer.add_image("task/scores", score_picture(scores), step, dataformats="HWC")
+        if (confusion := scores.confusion) is not None:
+            self._writer.add_image("task/routing", routing_picture(confusion), step, dataformats="HWC")
         self._writer.flush()
 
     def add_hparams(self, settings: Mapping[str, Any], summary: Mapping[str, Any]) -> None:

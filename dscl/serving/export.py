@@ -66,7 +66,9 @@ from dscl.serving.bundle import (
     write_export,
 )
 from dscl.serving.server import open_model
-from dscl.training.checkpoint import Checkpoints, MasterWeights
+from dscl.training.checkpoint import Checkpoints, read_progress
+from dscl.training.checkpoint_files import MasterWeights
+from dscl.training.state import Phase
 from dscl.utils.errors import UserError
 
 log = logging.getLogger("dscl")
@@ -288,11 +290,11 @@ def _find_trained_tasks(recipe: Recipe, checkpoint_name: str | None) -> tuple[Pa
         0,
     )
     if checkpoint is not None:
-        position = json.loads((checkpoint / "state.json").read_text("utf-8"))["position"]
+        state, _ = read_progress(checkpoint)
         joint = find_method(recipe.method.name).joint
-        count = len(recipe.stream) if joint and position["learned"] else position["task"] + position["learned"]
-        if position["step"] and not position["learned"] and not joint:
-            partial_task = f"{checkpoint.name}: within task {recipe.stream[position['task']].name!r}"
+        count = len(recipe.stream) if joint and state.num_trained_tasks else state.num_trained_tasks
+        if state.phase is Phase.TRAINING and state.task_step and not joint:
+            partial_task = f"{checkpoint.name}: within task {recipe.stream[state.task].name!r}"
             log.warning("%s, whose steps so far are included; --checkpoint selects another checkpoint", partial_task)
     if checkpoint is None or not count:
         raise UserError(f"{recipe.run_dir}: no task has ended there yet; train first, or let the training go on")

@@ -1,10 +1,10 @@
 """Checkpoints: written atomically, verified by checksums before use, loadable by any number of ranks.
 
 A checkpoint is one folder. Every rank writes its shards of the trainable tensors and of the method's rows
-(safetensors). The main rank adds the method's state and the run's `TrainState` (state.json), and writes the marker
-`complete.json` last, with the size and checksum of every file. Only then does the folder get its final name, so a kill
-or a full disk never damages the previous checkpoint. The artifacts of finished tasks are written once, into the run's
-folder; the marker holds their checksums too.
+(safetensors). The main rank adds the method's state, and the run's `TrainState` and `ScoreBoard` (state.json). It
+writes the marker `complete.json` last, with the size and checksum of every file. Only then does the folder get its
+final name, so a kill or a full disk never damages the previous checkpoint. The artifacts of finished tasks are written
+once, into the run's folder; the marker holds their checksums too.
 """
 
 from __future__ import annotations
@@ -16,33 +16,41 @@ import os
 import shutil
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from dscl.config.parsing import did_you_mean
 from dscl.config.schema import CheckpointConfig
 from dscl.distributed import comm
 from dscl.engine.engine import Engine
-from dscl.engine.optimizer import ParamShard
-from dscl.maths import scores
 from dscl.methods.base import Method
+from dscl.monitoring.score_board import ScoreBoard
+from dscl.training.checkpoint_files import (
+    MARKER_FILE,
+    MATRIX_FILE_PREFIX,
+    ROW_PREFIX,
+    FileContent,
+    ShardReader,
+    copy_to_host,
+    find_damage,
+    fsync_file,
+    fsync_folder,
+    name_tensors,
+    open_matrix_state,
+    read_rows,
+    write_bytes,
+    write_tensors,
+)
+from dscl.training.state import Phase, TrainState
+from dscl.utils.atomic_io import FileChecksum, file_checksum
 from dscl.utils.errors import ExternalFailure, RunStopped, UserError
 
 log = logging.getLogger("dscl")
-MARKER_FILE = "complete.json"
 SAVED_FILE = ".saved"  # stands in the run's folder once a first checkpoint is complete
-FORMAT = 2
-FileChecksum = dict[str, int]  # {"bytes": size, "crc32": checksum}
-FileContent = bytes | dict[str, torch.Tensor]
-ROW_PREFIX = "rows"  # begins the key of a method's rows in a rank's file
-MATRIX_FILE_PREFIX = "owned-"  # begins the name of the file with a rank's state of the matrices it owns
+FORMAT = 3
 
 
 class CheckpointWriter:
@@ -61,16 +69,16 @@ class CheckpointWriter:
             for name, content in self._files.items():
                 path = self.folder / name
                 if isinstance(content, bytes):
-                    self.checksums[name] = _write_bytes(path, content)
+                    self.checksums[name] = write_bytes(path, content)
                 else:
-                    self.checksums[name] = _write_tensors(path, content)
+                    self.checksums[name] = write_tensors(path, content)
         except (OSError, SafetensorError) as error:
             self.problem = self.problem or f"rank {comm.rank()}: {error}"
         self.done.set()
 
     def start(self) -> None:
         """Write in a background thread, from a copy: training goes on and changes the tensors."""
-        self._files = {name: _copy_to_host(content) for name, content in self._files.items()}
+        self._files = {name: copy_to_host(content) for name, content in self._files.items()}
         self._thread = threading.Thread(target=self._run_in_thread, name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -107,8 +115,8 @@ class Checkpoints:
             try:
                 self.folder.stat()  # raises if the folder was removed: `write` would create its parent again
                 for path in write():
-                    _fsync_file(path)
-                    self._artifacts[str(path.relative_to(self.folder.parent))] = _compute_checksum(path)
+                    fsync_file(path)
+                    self._artifacts[str(path.relative_to(self.folder.parent))] = file_checksum(path)
             except (OSError, ExternalFailure) as error:
                 problem = str(error)
         if problem := comm.broadcast_from_main(problem):
@@ -117,9 +125,10 @@ class Checkpoints:
                 f"{self.folder.parent}: cannot be written ({problem}); make room and run again to go on"
             )
 
-    def save(self, name: str, position: Mapping[str, Any], engine: Engine, method: Method) -> None:
+    def save(self, train_state: TrainState, score_board: ScoreBoard, engine: Engine, method: Method) -> None:
         """Write one checkpoint; all ranks call it. If any rank fails, the run stops and the previous one stays."""
         self.finish_pending()
+        name = train_state.checkpoint_name()
         started, partial, problem = time.monotonic(), self.folder / f"{name}.partial", ""
         try:
             if comm.is_main():
@@ -128,19 +137,20 @@ class Checkpoints:
         except OSError as error:
             problem = str(error)
         comm.barrier()
-        rows = {f"{ROW_PREFIX}|0|{name}": values for name, values in method.row_state_dict().items()}
+        rows = {f"{ROW_PREFIX}|0|{key}": values for key, values in method.row_state_dict().items()}
         files: dict[str, FileContent] = {
-            f"rank-{comm.rank():05d}.safetensors": {**dict(_name_tensors(engine.shards.disjoint_shards())), **rows},
+            f"rank-{comm.rank():05d}.safetensors": {**dict(name_tensors(engine.shards.disjoint_shards())), **rows},
         }
         if matrix_state := method.matrix_state_dict():
             files[f"{MATRIX_FILE_PREFIX}{comm.rank():05d}.safetensors"] = matrix_state
         if comm.is_main():
             state = {
                 "format": FORMAT,
-                "world": comm.world_size(),
+                "world_size": comm.world_size(),
                 "optimizer_steps": engine.shards.step_count(),
                 "loss_scale": engine.loss_scale_state(),
-                "position": position,
+                "train_state": train_state.to_json(),
+                "scores": score_board.to_json(),
             }
             files |= {"method.safetensors": method.state_dict(), "state.json": json.dumps(state).encode()}
         self._pending = CheckpointWriter(name, partial, files, started)
@@ -178,12 +188,12 @@ class Checkpoints:
         if not problem and comm.is_main():
             try:
                 files = {name: checksum for report, _ in reports for name, checksum in report.items()}
-                _write_bytes(partial / MARKER_FILE, json.dumps({"files": files, "left": self._artifacts}).encode())
+                write_bytes(partial / MARKER_FILE, json.dumps({"files": files, "artifacts": self._artifacts}).encode())
                 if final.exists():  # left by an earlier start; this start found it damaged
                     shutil.rmtree(final)
-                _fsync_folder(partial)
+                fsync_folder(partial)
                 os.replace(partial, final)
-                _fsync_folder(self.folder)
+                fsync_folder(self.folder)
                 (self.folder.parent / SAVED_FILE).touch()
             except OSError as error:
                 problem = str(error)
@@ -229,9 +239,9 @@ class Checkpoints:
         """
         damage = ""
         for folder in reversed(comm.broadcast_from_main(self._list_complete())):
-            damage = next(filter(None, comm.all_gather_objects(_find_damage(folder))), "")
+            damage = next(filter(None, comm.all_gather_objects(find_damage(folder))), "")
             if not damage:
-                self._artifacts = json.loads((folder / MARKER_FILE).read_text("utf-8")).get("left", {})
+                self._artifacts = json.loads((folder / MARKER_FILE).read_text("utf-8")).get("artifacts", {})
                 return folder
             log.warning("checkpoint %s is damaged (%s); going back to the one before", folder.name, damage)
         if damage:
@@ -259,7 +269,7 @@ class Checkpoints:
             allowed = f"allowed: {', '.join(folders)}" if folders else "there is none yet, so train first"
             raise UserError(f"--checkpoint: given {name}, which {why}{did_you_mean(name, folders)}; {allowed}")
         folder = folders[name]
-        if damage := next(filter(None, comm.all_gather_objects(_find_damage(folder))), ""):
+        if damage := next(filter(None, comm.all_gather_objects(find_damage(folder))), ""):
             raise ExternalFailure(f"checkpoint {folder.name} is damaged ({damage}); use another one")
         return folder
 
@@ -275,180 +285,39 @@ def find_best_checkpoint(folders: Iterable[Path], metric: str | None) -> Path | 
     best: tuple[float, str, Path] | None = None
     for folder in folders if metric is not None else ():
         try:
-            position = json.loads((folder / "state.json").read_text("utf-8"))["position"]
+            train_state, score_board = read_progress(folder)
         except (OSError, ValueError, KeyError):  # damaged
             continue
-        if position["step"] or position["learned"] or not position["matrix"]:
+        if train_state.phase is not Phase.TRAINING or train_state.task_step or not score_board.rows:
             continue
         if metric == "heldout":
-            value = -position["heldout"][-1] if position["heldout"] else None
+            value = -score_board.heldout_losses[-1] if score_board.heldout_losses else None
         else:
-            value = scores.summarize(position["matrix"])[str(metric)]
+            value = score_board.summary[str(metric)]
         if value is not None and math.isfinite(value) and (best is None or (value, folder.name) > best[:2]):
             best = value, folder.name, folder
     return best[2] if best else None
 
 
-def load_checkpoint(folder: Path, engine: Engine, method: Method) -> dict[str, Any]:
-    """Load a checkpoint into the engine and the method; returns the fields of its `TrainState`."""
+def read_progress(folder: Path) -> tuple[TrainState, ScoreBoard]:
+    """How far the run had come at a checkpoint, and its results until then."""
+    state = json.loads((folder / "state.json").read_text("utf-8"))
+    return TrainState.from_json(state["train_state"]), ScoreBoard.from_json(state["scores"])
+
+
+def load_checkpoint(folder: Path, engine: Engine, method: Method) -> tuple[TrainState, ScoreBoard]:
+    """Load a checkpoint into the engine and the method; returns how far the run had come, and its results."""
     state = json.loads((folder / "state.json").read_text("utf-8"))
     if state["format"] != FORMAT:
         raise ExternalFailure(
             f"{folder}: written in format {state['format']}, this dscl reads {FORMAT}; use the one that wrote it"
         )
     with ExitStack() as stack:
-        engine.shards.restore_shards(_ShardReader(folder, stack).read, state["optimizer_steps"])
+        engine.shards.restore_shards(ShardReader(folder, stack).read, state["optimizer_steps"])
     engine.load_loss_scale_state(state["loss_scale"])
     with safe_open(folder / "method.safetensors", framework="pt") as file:
         method_state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    method.load_state_dict(method_state, _read_rows(folder))
+    method.load_state_dict(method_state, read_rows(folder))
     with ExitStack() as stack:
-        method.load_matrix_state(_open_matrix_state(folder, stack))
-    return dict(state["position"])
-
-
-class MasterWeights:
-    """The fp32 master weights in a checkpoint: whole tensors, each read on demand.
-
-    `model_shapes` names all tensors of the model; `shapes` are those among them that were trained. The files stay open,
-    so reading works to the end even if the checkpoint is removed meanwhile in favour of newer ones.
-    """
-
-    def __init__(self, folder: Path, model_shapes: Mapping[str, torch.Size]) -> None:
-        self._shards = _ShardReader(folder, ExitStack())
-        self.shapes = {name: shape for name, shape in model_shapes.items() if self._shards.has_tensor(name, "master")}
-
-    def read(self, name: str) -> torch.Tensor:
-        return self._shards.read(name, "master", 0, self.shapes[name].numel()).view(self.shapes[name])
-
-
-def _read_rows(folder: Path) -> dict[str, torch.Tensor]:
-    """This rank's part of the method's rows, redistributed from however many ranks wrote the checkpoint."""
-    parts: dict[str, list[torch.Tensor]] = {}
-    for path in sorted(folder.glob("rank-*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for stored in file.keys():  # noqa: SIM118 - not a dict
-                if stored.startswith(f"{ROW_PREFIX}|"):
-                    parts.setdefault(stored.split("|", 2)[2], []).append(file.get_tensor(stored))
-    return {name: torch.cat(values)[comm.rank() :: comm.world_size()] for name, values in parts.items()}
-
-
-def _open_matrix_state(folder: Path, stack: ExitStack) -> Callable[[str], dict[str, torch.Tensor]]:
-    """A function from a matrix's name to its saved tensors, whichever rank owned the matrix when it was saved."""
-    entries: dict[str, dict[str, tuple[Any, str]]] = {}
-    for path in sorted(folder.glob(f"{MATRIX_FILE_PREFIX}*.safetensors")):
-        file = stack.enter_context(safe_open(path, framework="pt"))
-        for stored in file.keys():  # noqa: SIM118 - not a dict
-            matrix, kind = stored.rsplit("|", 1)
-            entries.setdefault(matrix, {})[kind] = file, stored
-
-    def read(matrix: str) -> dict[str, torch.Tensor]:
-        return {kind: file.get_tensor(stored) for kind, (file, stored) in entries.get(matrix, {}).items()}
-
-    return read
-
-
-class _ShardReader:
-    """Reads any range of elements of any saved tensor, from whichever ranks' files hold them."""
-
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
-        self._pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
-        for path in sorted(folder.glob("rank-*.safetensors")):
-            file = stack.enter_context(safe_open(path, framework="pt"))
-            for stored in file.keys():  # noqa: SIM118 - not a dict
-                kind, start, name = stored.split("|", 2)
-                if kind == ROW_PREFIX:
-                    continue
-                (length,) = file.get_slice(stored).get_shape()
-                self._pieces.setdefault((name, kind), []).append((int(start), int(start) + length, file, stored))
-        for pieces in self._pieces.values():
-            pieces.sort(key=lambda piece: piece[:2])
-
-    def has_tensor(self, name: str, kind: str) -> bool:
-        return (name, kind) in self._pieces
-
-    def read(self, name: str, kind: str, start: int, stop: int) -> torch.Tensor:
-        parts, position = [], start
-        for first, last, file, stored in self._pieces.get((name, kind), []):
-            if first <= position < last:
-                end = min(last, stop)
-                parts.append(file.get_slice(stored)[position - first : end - first])
-                position = end
-                if position == stop:
-                    return torch.cat(parts)
-        raise ExternalFailure(
-            f"the checkpoint lacks {kind} of {name} from element {position}: it belongs to another model or method"
-        )
-
-
-def _name_tensors(shards: Iterable[ParamShard]) -> Iterator[tuple[str, torch.Tensor]]:
-    for shard in shards:
-        for kind, values in shard.state_tensors().items():
-            yield f"{kind}|{shard.start}|{shard.name}", values
-
-
-def _copy_to_host(content: FileContent) -> FileContent:
-    """A copy on the host, which further training does not change."""
-    if isinstance(content, bytes):
-        return content
-    return {name: value.detach().to("cpu", copy=True) for name, value in content.items()}
-
-
-def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> FileChecksum:
-    save_file({name: value.detach().contiguous() for name, value in tensors.items()}, path)
-    _fsync_file(path)
-    return _compute_checksum(path)
-
-
-def _fsync_file(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-def _write_bytes(path: Path, content: bytes) -> FileChecksum:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    return _compute_checksum(path)
-
-
-def _compute_checksum(path: Path) -> FileChecksum:
-    checksum = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            checksum = zlib.crc32(block, checksum)
-    return {"bytes": path.stat().st_size, "crc32": checksum}
-
-
-def _find_damage(folder: Path) -> str:
-    """Verify this rank's share of the checkpoint's files; describes the first problem, or returns ""."""
-    try:
-        marker = json.loads((folder / MARKER_FILE).read_text("utf-8"))
-        files = [(folder / name, checksum) for name, checksum in sorted(marker["files"].items())]
-        files += [(folder.parent.parent / name, checksum) for name, checksum in sorted(marker.get("left", {}).items())]
-    except (OSError, ValueError, KeyError):
-        return f"{MARKER_FILE} is missing or unreadable"
-    for index, (path, checksum) in enumerate(files):
-        name = path.name if path.parent == folder else path.relative_to(folder.parent.parent)
-        if index % comm.world_size() == comm.rank():
-            try:
-                size = path.stat().st_size
-                actual = _compute_checksum(path) if size == checksum["bytes"] else None
-            except FileNotFoundError:
-                return f"{name} is missing"
-            except OSError as error:  # for example a failing disk
-                return f"{name} cannot be read ({error.strerror})"
-            if actual is None:
-                return f"{name} has {size} bytes of {checksum['bytes']}"
-            if actual != checksum:
-                return f"{name} does not match its checksum"
-    return ""
-
-
-def _fsync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        method.load_matrix_state(open_matrix_state(folder, stack))
+    return read_progress(folder)

@@ -1,4 +1,6 @@
-"""Evaluation of a task's test split, with the samples distributed over the ranks at every ZeRO stage.
+"""Evaluation: scores of the tasks' test splits, and the loss on held-out texts.
+
+The samples are distributed over the ranks at every ZeRO stage.
 
 Under ZeRO-3 a forward pass is a collective. Every rank therefore makes the same number of passes; a rank whose samples
 have run out passes a dummy row.
@@ -6,10 +8,11 @@ have run out passes a dummy row.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
@@ -23,6 +26,11 @@ from dscl.maths import text
 from dscl.methods.base import Method
 from dscl.model.generation import generate, label_log_probs
 from dscl.model.tokenizer import Tokenizer, pad_id
+from dscl.monitoring.score_board import EvalResult
+from dscl.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from dscl.training.setup import RunSetup
 
 HELDOUT_BATCH = 4  # held-out texts in one forward pass; small, because every token's logits are kept
 
@@ -59,13 +67,57 @@ class EvalSet:
     bos_id: int | None = None  # the token prepended to every prompt, if the model uses one
 
 
-class EvalResult(NamedTuple):
-    """A task's score and, where the method infers the task of each prompt, how it routed this task's prompts."""
+class Evaluator:
+    """Evaluates the tasks of a run. `on_progress(name, done, total)` is called after every batch."""
 
-    score: float  # in 0…1
-    routing_accuracy: float | None = None  # share of prompts routed to their own task
-    rejected_share: float | None = None  # share of prompts routed to no task
-    routing_shares: tuple[tuple[str | None, float], ...] | None = None  # (task or None, share of prompts routed to it)
+    def __init__(
+        self, setup: RunSetup, engine: Engine, on_progress: Callable[[str, int, int], None] = lambda *_: None
+    ) -> None:
+        self.setup, self.engine, self.on_progress = setup, engine, on_progress
+        self.config = setup.recipe.evaluate
+
+    def evaluate_tasks(self, after: int | None = None, oracle_task_id: bool = False) -> list[EvalResult | None]:
+        """Evaluate the tasks that are due after training task `after` (None: all); None for the others."""
+        return [
+            self.evaluate(index, oracle_task_id) if after is None or should_evaluate(self.setup, index, after) else None
+            for index in range(len(self.setup.tasks))
+        ]
+
+    def evaluate(self, index: int, oracle_task_id: bool = False) -> EvalResult:
+        """Evaluate one task. `oracle_task_id`: give the method every prompt's true task."""
+        eval_set = self.setup.tasks[index].eval_set
+        on_progress = functools.partial(self.on_progress, eval_set.task.name)
+        method, tokenizer = self.setup.method, self.setup.backbone.tokenizer
+        return evaluate_task(eval_set, self.engine, method, tokenizer, self.config, on_progress, oracle_task_id)
+
+    def heldout_loss(self) -> list[float]:
+        """The loss on the held-out texts as a list of one; an empty list if the recipe names no such texts."""
+        texts = self.setup.heldout_texts
+        if not texts:
+            return []
+        on_progress = functools.partial(self.on_progress, "held-out texts")
+        return [mean_token_loss(texts, self.engine, self.setup.method, self.setup.backbone.tokenizer, on_progress)]
+
+
+def reject_needless_oracle(setup: RunSetup) -> None:
+    """Refuse evaluate.oracle_task_id for a method that infers no task: its scores would not change."""
+    if setup.recipe.evaluate.oracle_task_id and not setup.method.infers_task_id:
+        how = "needs every prompt's task anyway" if setup.method.uses_task_id else "answers alike whatever the task"
+        raise UserError(
+            f"evaluate.oracle_task_id: given true, but this method ({setup.recipe.method.name}) {how}; remove it"
+        )
+
+
+def should_evaluate(setup: RunSetup, task: int, after: int) -> bool:
+    """Whether task `task` is evaluated after training task `after` (evaluate.every, evaluate.tasks); both are indices.
+
+    After the last task, all tasks are evaluated.
+    """
+    settings = setup.recipe.evaluate
+    if after + 1 == len(setup.tasks):
+        return True
+    selected = {"all": True, "seen": task <= after, "new": task == after}
+    return (after + 1) % settings.every == 0 and selected[settings.tasks]
 
 
 def evaluate_task(

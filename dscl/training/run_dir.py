@@ -10,7 +10,6 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import IO
 
 import yaml
@@ -19,6 +18,7 @@ from dscl.distributed import comm
 from dscl.methods.base import RunInfo
 from dscl.recipe.recipe import Recipe, find_difference, resolve_recipe
 from dscl.training.checkpoint import SAVED_FILE
+from dscl.utils.atomic_io import write_text_atomically
 from dscl.utils.errors import UserError
 
 log = logging.getLogger("dscl")
@@ -124,10 +124,3 @@ def _acquire_lock(recipe: Recipe) -> IO[str] | None:
     file.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}")
     file.flush()
     return file
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """Replace a file such that readers see either the old content or the new one, never a part."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, "utf-8")
-    os.replace(partial, path)

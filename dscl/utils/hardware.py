@@ -1,11 +1,17 @@
-"""Peak FLOPS of common GPUs, and sizes such as 80GiB as users type them; imports no torch.
+"""The hardware: peak FLOPS of common GPUs, free memory and disk, and sizes such as 80GiB as users type them.
+
+Importing this file imports no torch.
 
 The peaks are from the makers' data sheets, for dense bf16 operations with fp32 accumulation, without sparsity.
 """
 
 from __future__ import annotations
 
+import math
 import re
+import shutil
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dscl.utils.errors import UserError
@@ -70,3 +76,27 @@ def parse_gpu_peak(gpu_name: str) -> float:
             f"--gpu: given {gpu_name!r}, which is not known; give --tflops, its peak TFLOPS at this precision"
         )
     return flops
+
+
+def free_host_memory(root: Path = Path("/")) -> float:
+    """Free bytes of the host, but at most what the limits of its container or Slurm job (cgroups v2) leave."""
+    meminfo = root / "proc/meminfo"
+    lines = meminfo.read_text().splitlines() if meminfo.exists() else []
+    free = next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), math.inf)
+    with suppress(OSError, ValueError, StopIteration):
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+        own = Path(next(line for line in groups if line.startswith("0::")).removeprefix("0::/"))
+        for group in (own, *own.parents):  # the limits of all parent groups hold too
+            folder = root / "sys/fs/cgroup" / group
+            limit = (folder / "memory.max").read_text().strip() if (folder / "memory.max").exists() else "max"
+            if limit != "max":
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                used = int((folder / "memory.current").read_text()) - int(stat.get("inactive_file", 0))
+                free = min(free, max(0.0, float(limit) - used))
+    return free
+
+
+def free_disk(folder: Path) -> float:
+    """Free bytes of the disk that holds the folder, or will hold it once it is created."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return float(shutil.disk_usage(existing).free)

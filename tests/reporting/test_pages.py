@@ -67,14 +67,14 @@ def write_example_folder(folder: Path, tasks: tuple[str, ...] = ("one", "two")) 
     write_run(folder / "runs/free/seed-0", scores=scores, tasks=tasks)
     write_run(folder / "runs/free/seed-1", "seed=1", scores=scores[:1], tasks=tasks)
     write_run(folder / "runs/free/dev", "evaluate.split=dev", scores=scores, tasks=tasks)
-    failed = [{"row": "free", "run": "free: seed 1", "status": 1, "said": "out of <memory>", "log": "free.log"}]
+    failed = [{"row": "free", "run": "free: seed 1", "status": 1, "message": "out of <memory>", "log": "free.log"}]
     tried = {"0.001": {"OP": 0.5, "BWT": -0.1}, "0.01": {"OP": 0.25, "BWT": None}}
     rows = {
-        f"free {ODD}": {"rates": tried, "rate": 0.001, "runs": ["runs/free/seed-0"], "failed": failed},
-        "asr": {"rates": {}, "rate": 0.001, "runs": ["runs/asr/seed-0", "runs/asr/seed-1"], "failed": []},
+        f"free {ODD}": {"trials": tried, "learning_rate": 0.001, "runs": ["runs/free/seed-0"], "failed": failed},
+        "asr": {"trials": {}, "learning_rate": 0.001, "runs": ["runs/asr/seed-0", "runs/asr/seed-1"], "failed": []},
     }
     rates = {f"free {ODD}": [0.001, 0.01, 0.1], "asr": [0.001]}
-    write_comparison(folder, rows, rates=rates, keeps=0.1, deviations=[f"free: {ODD}"])
+    write_comparison(folder, rows, learning_rates=rates, max_forgetting=0.1, deviations=[f"free: {ODD}"])
 
 
 def render_report(tmp_path: Path, *runs: Path) -> tuple[str, str]:
@@ -180,7 +180,8 @@ def test_comparison_lists_all_trials(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]", "{}", '{"rows": 3}', '{"rows": {"a": []}}', '{"stream": "", "rates": {}, "rows": {"a": {}}}']
+    "content",
+    ["{", "[]", "{}", '{"rows": 3}', '{"rows": {"a": []}}', '{"stream": "", "learning_rates": {}, "rows": {"a": {}}}'],
 )
 def test_damaged_comparison_is_reported(tmp_path: Path, content: str) -> None:
     write_run(tmp_path / "all" / "a")

@@ -308,8 +308,8 @@ def _convert_section(classes: list[type], value: Any, key_path: str) -> Any:
         owners = [name for cls, name in names.items() if any(key == key_name(f) for f in dataclasses.fields(cls))]
         if owners and names[selected] not in owners:
             raise UserError(
-                f"{key_path}.{key}: a key of {' and '.join(owners)}, given with name: {names[selected]}; remove it, or "
-                f"set {key_path}.name={owners[0]}"
+                f"{key_path}.{key}: a key of {' and '.join(owners)}, but {key_path}.name is {names[selected]}; remove "
+                f"it, or set {key_path}.name={owners[0]}"
             )
     return parse_config(selected, value, key_path)
 

@@ -88,10 +88,10 @@ class ComparisonPlan:
         if is_search:  # OP is needed; BWT too if the comparison limits forgetting
             stream = self.shared_recipe.get("stream")
             every = len(stream) if isinstance(stream, list) and stream and self.settings.keeps is None else 1
-            evaluate |= {"before": False, "tasks": "new", "every": every, "heldout": None}
-        if "given" in evaluate and (is_search or not _infers_task_id(method)):
+            evaluate |= {"zero_shot": False, "tasks": "new", "every": every, "heldout": None}
+        if "oracle_task_id" in evaluate and (is_search or not _infers_task_id(method)):
             # A method that does not infer the task answers alike, whether or not the task is given.
-            del evaluate["given"]
+            del evaluate["oracle_task_id"]
         recipe = {
             **self.shared_recipe,
             **(self._limit_train_samples() if is_search else {}),

@@ -293,11 +293,16 @@ def _convert_union(annotations: tuple[Any, ...], value: Any, key_path: str) -> A
 
 def _convert_section(classes: list[type], value: Any, key_path: str) -> Any:
     """`value` as the dataclass that its key `name` selects; by default the first. Text stands for {name: text}."""
-    names = {cls: str(getattr(cls, "name", "")) for cls in classes}
-    if isinstance(value, str) and names[classes[0]]:
+    names = {cls: getattr(cls, "name", None) for cls in classes}
+    if not isinstance(names[classes[0]], str):  # not selected by a name
+        return parse_config(classes[0], value, key_path)
+    if isinstance(value, str):
         value = {"name": value}
+    value = {} if value is None else value
     if not isinstance(value, Mapping):
-        return parse_config(classes[0], {} if value is None else value, key_path)
+        raise UserError(
+            f"{key_path}: given {describe_value(value)}; one of {', '.join(names.values())} or a mapping is needed"
+        )
     selected = next((cls for cls, name in names.items() if name == value.get("name", names[classes[0]])), None)
     if selected is None:
         raise UserError(

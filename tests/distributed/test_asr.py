@@ -427,7 +427,7 @@ def faithful(document: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torc
 PAPER_AS_IT_IS = dict(ASR_PAPER_SETTINGS)
 
 
-def test_faithful_is_the_papers_equation(ranks: Any, tasks: Path) -> None:
+def test_paper_preset_is_the_papers_equation(ranks: Any, tasks: Path) -> None:
     """W = (ΦᵀΦ + 100 I)⁻¹ ΦᵀY in fp64, from every prompt alone, unpadded; P is drawn from the seed."""
     evaluation, trainer = {"before": False, "every": 3}, {"epochs": 1}
     document = recipe(tasks, "paper", 0, NAMES[:3], evaluate=evaluation, train=trainer)

@@ -22,7 +22,6 @@ from tests.support.five_tasks import recipe as recipe_of_tasks
 from tests.support.runs import failing, metrics, outcome, run, run_until
 
 __all__ = ["tasks"]  # the fixture
-ROUTER = {"num_features": 128, "layer": 1}  # as in the recipe of the five tasks
 EVALUATE_LAST: dict[str, Any] = {"evaluate": {"zero_shot": False, "every": 2}}  # of two tasks
 
 
@@ -298,9 +297,8 @@ def test_nothing_is_forgotten_to_the_last_bit(ranks: Any, tasks: Path) -> None:
     """Where a prompt's route is the same after later tasks, so is every bit of what the model says to it."""
     names = NAMES[:3]
     evaluation, trainer = {"zero_shot": False, "batch": 64}, {"epochs": 1}
-    document = recipe(
-        tasks, "bits", 3, names, evaluate=evaluation, asr={"router": {**ROUTER, "ood_fallback": False}}, train=trainer
-    )
+    never_base = {"router": {"ood_fallback": False}}
+    document = recipe(tasks, "bits", 3, names, evaluate=evaluation, asr=never_base, train=trainer)
     compared = 0
     for seen in ranks(2)(likelihoods, document):
         assert len(seen) == len(names) ** 2
@@ -353,9 +351,8 @@ def test_a_ridge_that_fails_loses_nothing(ranks: Any, tasks: Path) -> None:
     """The task is saved before the router is needed, and the ridge may be given anew."""
 
     def with_ridge(name: str, ridge: float) -> Any:
-        return recipe(
-            tasks, name, asr={"router": {**ROUTER, "ridge": ridge}}, evaluate={"zero_shot": False}, train={"epochs": 1}
-        )
+        asr = {"router": {"ridge": ridge}}
+        return recipe(tasks, name, asr=asr, evaluate={"zero_shot": False}, train={"epochs": 1})
 
     document = with_ridge("ridge", 1e-18)
     for kind, told in ranks(2)(failing, document):

@@ -82,6 +82,7 @@ def init_deepspeed_comm() -> None:
             build_shm_extension()
         deepspeed.init_distributed(verbose=False)
     count_collectives(deepspeed.comm.comm.cdb)
+    time_weight_gathering()
 
 
 def import_muon_without_compiler() -> None:
@@ -107,15 +108,26 @@ def count_collectives(backend: Any) -> None:
     """Wrap the collectives of DeepSpeed's backend so that their bytes and waiting times are counted.
 
     Reason: DeepSpeed's own `comms_logger` synchronizes with the device at every collective, and knows no training step.
-    Relies on: the methods of `deepspeed.comm.torch.TorchBackend` in `COLLECTIVE_SIGNATURES`, with these arguments; and
-    `PartitionedParameterCoordinator.fetch_sub_module`, where at ZeRO 3 a layer waits for its weights, which are
-    gathered in a separate stream. Checked: 0.19.8.
+    Relies on: the methods of `deepspeed.comm.torch.TorchBackend` in `COLLECTIVE_SIGNATURES`, with these arguments.
+    Checked: 0.19.8.
     """
     for name, (kind, arg_index, keyword) in COLLECTIVE_SIGNATURES.items():
         setattr(backend, name, timers.wrap_collective(kind, getattr(backend, name), arg_index, keyword))
-    if not hasattr(PartitionedParameterCoordinator.fetch_sub_module, "__wrapped__"):
-        fetch = PartitionedParameterCoordinator.fetch_sub_module
-        PartitionedParameterCoordinator.fetch_sub_module = wraps(fetch)(timers.wrap_wait("all_gather", fetch))
+
+
+def time_weight_gathering() -> None:
+    """Time how long a layer waits for its weights at ZeRO 3.
+
+    Reason: ZeRO-3 gathers weights in a separate stream, where a collective costs the step nothing; the step waits in
+    this method.
+    Relies on: `PartitionedParameterCoordinator.fetch_sub_module`. DeepSpeed decorates it, so `__wrapped__` does not
+    show whether it is patched. Checked: 0.19.8.
+    """
+    fetch = PartitionedParameterCoordinator.fetch_sub_module
+    if not hasattr(fetch, "_is_timed"):
+        timed: Any = wraps(fetch)(timers.wrap_wait("all_gather", fetch))
+        timed._is_timed = True
+        PartitionedParameterCoordinator.fetch_sub_module = timed
 
 
 def build_shm_extension() -> None:

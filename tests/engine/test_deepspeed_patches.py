@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import inspect
 import re
@@ -16,6 +17,7 @@ from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
 import dscl.engine
 from dscl.engine import deepspeed_patches, zero_layouts
+from dscl.utils import timers
 from dscl.utils.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -183,3 +185,22 @@ def test_asserts_between_ranks_are_back_afterwards() -> None:
     with deepspeed_patches.without_cross_rank_asserts():
         assert coordinator.assert_ints_same_as_other_ranks([1]) is None  # alone, with no process group
     assert coordinator.assert_ints_same_as_other_ranks is check
+
+
+def test_waiting_for_gathered_weights_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed's method is decorated itself, which must not be taken for the patch."""
+    owner = deepspeed_patches.PartitionedParameterCoordinator
+
+    @functools.wraps(owner.fetch_sub_module)
+    def fetch(self: Any, submodule: Any, forward: bool) -> str:
+        return f"{submodule} {forward}"
+
+    assert hasattr(fetch, "__wrapped__")
+    monkeypatch.setattr(owner, "fetch_sub_module", fetch)
+    for _ in range(2):  # a process may initialize more than once
+        deepspeed_patches.time_weight_gathering()
+    timers.collect_timings()
+    with timers.timed_part("forward"):
+        assert owner.fetch_sub_module(None, "layer", forward=True) == "layer True"
+    assert len([span for span in timers._recorder.spans if span[1] == "all_gather"]) == 1
+    assert timers.collect_timings().wait_seconds["all_gather"] > 0

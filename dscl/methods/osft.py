@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from dscl.config.methods import OsftPreset
 from dscl.data.batches import Batch
+from dscl.engine.full_shape import full_shape
 from dscl.maths.subspace import (
     Directions,
     ProtectedSubspace,
@@ -91,7 +92,7 @@ class Osft(Method):
             linear.weight.requires_grad_(True)
         if self.settings.other_params == "protected":
             for name, parameter in model.named_parameters():
-                shape = getattr(parameter, "ds_shape", parameter.shape)
+                shape = full_shape(parameter)
                 if len(shape) == 2 and name not in self._matrix_shapes:
                     self._matrix_shapes[name] = int(shape[0]), int(shape[1])
                     parameter.requires_grad_(True)

@@ -22,7 +22,8 @@ from torch.utils._pytree import tree_leaves
 
 from dscl.data.batches import Batch
 from dscl.distributed import comm
-from dscl.engine.engine import Engine, without_cross_rank_asserts
+from dscl.engine.deepspeed_patches import without_cross_rank_asserts
+from dscl.engine.engine import Engine
 from dscl.methods.base import Method
 from dscl.methods.registry import find_method
 from dscl.model.flops import FlopCount, count_flops
@@ -102,10 +103,9 @@ def simulate_step(
         # The first step also allocates and gathers what later steps reuse, so communication is taken from the others.
         sent_by_one, sent_by_all = sent[1], sent[-1]
         further = (micro_batches_per_step - 1) * (len(batches) > 1)
-        parameters: list[Any] = list(engine.module.parameters())
         # The method keeps these tensors in the host's memory; here all tensors are on the CPU.
         on_host = {id(t) for name, t in method.matrix_state_dict().items() if name.endswith("|start")}
-        weights = _unique_storages(t for p in parameters for t in (p.data, getattr(p, "ds_tensor", None)))
+        weights = _unique_storages(engine.layout.weight_tensors())
         optimizer_tensors = [t for f in engine.shards.local_shards() for t in (f.master, *f.moments.values())]
         optimizer = _unique_storages(optimizer_tensors) - weights
         shard_state = (t for f in engine.shards.local_shards() for t in f.extra_state.values())
@@ -129,8 +129,8 @@ def simulate_step(
             later_tasks=later_tasks,
             task_end=int(method.task_end_bytes()),
             flop_count=count_flops(engine.module),
-            num_parameters=sum(getattr(p, "ds_numel", p.numel()) for p in parameters),
-            num_trainable=sum(getattr(p, "ds_numel", p.numel()) for p in parameters if p.requires_grad),
+            num_parameters=sum(shape.numel() for shape in engine.full_shapes().values()),
+            num_trainable=engine.shards.num_trainable(),
             load_imbalance=engine.load_imbalance(),
         )
         engine.close()

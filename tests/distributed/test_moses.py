@@ -29,7 +29,8 @@ from dscl.config.methods import MosesPreset
 from dscl.config.parts import OracleRouterConfig, SubExpertsConfig
 from dscl.data.batches import PromptBatch, collate_prompts
 from dscl.distributed import comm
-from dscl.engine.engine import Engine, load_parameters
+from dscl.engine.engine import Engine
+from dscl.engine.zero_layouts import load_parameters
 from dscl.maths import gates, grouped
 from dscl.methods import moses
 from dscl.methods.base import RunInfo

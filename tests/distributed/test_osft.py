@@ -20,8 +20,9 @@ from transformers import LlamaConfig
 from dscl.config.methods import OsftPreset
 from dscl.config.parts import OsftConfig
 from dscl.distributed import comm
-from dscl.engine.engine import Engine, load_parameters
+from dscl.engine.engine import Engine
 from dscl.engine.matrix_owners import assign_owners
+from dscl.engine.zero_layouts import load_parameters
 from dscl.maths.subspace import PROJECTIONS
 from dscl.methods.base import RunInfo
 from dscl.methods.osft import Osft

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import dscl
 from dscl.cli.app import main
-from dscl.engine.engine import load_parameters
+from dscl.engine.zero_layouts import load_parameters
 from dscl.serving import export, server
 from dscl.serving.bundle import open_base_model, task_artifact_path
 from dscl.training import evaluation

@@ -32,7 +32,7 @@ def tried_small(case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
         seen["gathered"] = len(deciding.row_state_dict()["samples"]) if deciding is not None else None
         experts = getattr(method, "experts", None)
         seen["open"] = [int(layer.allowed_atoms.sum()) for layer in experts.layers.values()] if experts else []
-        seen["protected"] = len(getattr(method, "_subspaces", {}))
+        seen["protected"] = len(method.directions.subspaces) if hasattr(method, "directions") else 0
         seen["again"] = bool(engine.module.model.gradient_checkpointing)
         return found
 

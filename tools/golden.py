@@ -28,15 +28,22 @@ RANKS = 2
 METHODS: dict[str, dict[str, Any]] = {
     "sequential": {},
     "joint": {},
-    "replay": {"most": 9, "tune": "lora", "lora": {"rank": 4, "dropout": 0.1}},
-    "agem": {"share": 0.2},
-    "ewc": {"strength": 300.0, "samples": 16},
-    "lwf": {"tokens": 50},
-    "olora": {"lora": {"rank": 4}},
-    "lora_per_task": {"lora": {"rank": 4}},
-    "asr": {"lora": {"rank": 4}, "width": 128},
-    "osft": {"basis": ["activations"], "claim": ["updates", "sensitivity"], "share": 0.3, "when_short": "share"},
-    "moses": {"experts": 4, "top_k": 2, "rank": 2, "width": 128},
+    "replay": {"replay": {"size": 9}, "tune": {"name": "lora", "rank": 4, "dropout": 0.1}},
+    "agem": {"constraint": {"memory_ratio": 0.2}},
+    "ewc": {"constraint": {"ewc_lambda": 300.0, "fisher_samples": 16}},
+    "lwf": {"loss": {"top_tokens": 50}},
+    "olora": {"tune": {"rank": 4}},
+    "lora_per_task": {"tune": {"rank": 4}},
+    "asr": {"tune": {"rank": 4}, "router": {"num_features": 128}},
+    "osft": {
+        "constraint": {
+            "protect_base": ["activations"],
+            "protect_task": ["updates", "sensitivity"],
+            "protected_ratio": 0.3,
+            "on_full": "fair_share",
+        }
+    },
+    "moses": {"tune": {"num_experts": 4, "top_k": 2, "rank": 2}, "router": {"num_features": 128}},
 }
 STAGES = {0: "fp32", 3: "bf16"}
 TASKS = {"colour": ["warm", "cold"], "animal": ["yes", "no", "maybe"], "weather": ["wet", "dry"]}

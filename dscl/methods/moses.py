@@ -28,7 +28,8 @@ from dscl.methods.rls_router import Router
 from dscl.methods.task_router import TaskRouter, make_router_spec, resolve_feature_layer, resolve_num_features
 from dscl.model.adapters.peft_files import task_file_name
 from dscl.model.adapters.routing import Routing, hook_feature_layer, make_template_tensor, match_targets_from_layer
-from dscl.model.adapters.sub_experts import SubExpertShape, initial_expert_values, inject_sub_experts
+from dscl.model.adapters.sub_expert_bank import initial_expert_values, inject_sub_experts
+from dscl.model.adapters.sub_experts import SubExpertShape
 from dscl.model.adapters.task_masks import TaskMasks, read_matching_masks, write_task_masks
 from dscl.model.lm_head import answer_loss
 from dscl.utils.errors import UserError

@@ -36,7 +36,8 @@ from dscl.methods.osft import Osft
 from dscl.methods.task_router import TaskRouter
 from dscl.model import generation
 from dscl.model.adapters import sub_experts
-from dscl.model.adapters.sub_experts import SubExpertBank, SubExpertLinear
+from dscl.model.adapters.sub_expert_bank import SubExpertBank
+from dscl.model.adapters.sub_experts import SubExpertLinear
 from dscl.model.adapters.task_masks import read_task_masks
 from dscl.model.backbone import ModelConfig
 from dscl.recipe.recipe import resolve_recipe

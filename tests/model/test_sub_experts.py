@@ -13,13 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from dscl.maths.masks import unpack_bits
 from dscl.model.adapters import sub_experts as module
 from dscl.model.adapters.routing import Routing
-from dscl.model.adapters.sub_experts import (
-    SubExpertBank,
-    SubExpertLinear,
-    SubExpertShape,
-    initial_expert_values,
-    inject_sub_experts,
-)
+from dscl.model.adapters.sub_expert_bank import SubExpertBank, initial_expert_values, inject_sub_experts
+from dscl.model.adapters.sub_experts import SubExpertLinear, SubExpertShape
 from tests.support.sub_experts import IN, OUT, TASKS, scramble, shape_of
 
 

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dscl.model.adapters.routing import Routing
-from dscl.model.adapters.sub_experts import SubExpertBank, SubExpertShape, inject_sub_experts
+from dscl.model.adapters.sub_expert_bank import SubExpertBank, inject_sub_experts
+from dscl.model.adapters.sub_experts import SubExpertShape
 from dscl.model.adapters.task_masks import KIND, TaskMasks, read_matching_masks, read_task_masks, write_task_masks
 from dscl.utils import checksummed
 from dscl.utils.errors import ExternalFailure, UserError

@@ -23,7 +23,8 @@ from dscl.methods.rls_router import Router
 from dscl.model.adapters.peft_files import write_adapter
 from dscl.model.adapters.routing import Routing, make_template_tensor, match_targets_from_layer
 from dscl.model.adapters.serving_bank import SubExpertServingBank
-from dscl.model.adapters.sub_experts import SubExpertBank, SubExpertShape, inject_sub_experts
+from dscl.model.adapters.sub_expert_bank import SubExpertBank, inject_sub_experts
+from dscl.model.adapters.sub_experts import SubExpertShape
 from dscl.model.adapters.task_masks import TaskMasks, write_task_masks
 from dscl.model.backbone import ModelConfig, resolve_backbone
 from dscl.model.generation import generate

@@ -18,7 +18,8 @@ from torch.nn import functional
 from dscl.model.adapters.lora_bank import LoraBank, RoutedLoraLinear, inject_lora_bank
 from dscl.model.adapters.peft_files import LoraAdapter, LoraWeights, read_adapter
 from dscl.model.adapters.routing import Routing, hook_feature_layer, layer_index, make_template_tensor, replace_module
-from dscl.model.adapters.sub_experts import SubExpertLinear, inject_sub_experts
+from dscl.model.adapters.sub_expert_bank import inject_sub_experts
+from dscl.model.adapters.sub_experts import SubExpertLinear
 from dscl.model.adapters.task_masks import read_matching_masks, read_task_masks
 from dscl.utils.errors import UserError
 

@@ -17,7 +17,8 @@ import torch
 
 from dscl.config.parsing import to_plain_data
 from dscl.maths.masks import unpack_bits
-from dscl.model.adapters.sub_experts import SubExpertBank, SubExpertLinear, SubExpertShape, Tensors
+from dscl.model.adapters.sub_expert_bank import SubExpertBank
+from dscl.model.adapters.sub_experts import SubExpertLinear, SubExpertShape, Tensors
 from dscl.utils.checksummed import read_checksummed, write_checksummed
 from dscl.utils.errors import UserError
 

@@ -81,7 +81,7 @@ def planned(options: argparse.Namespace, world: int, name: str, **method: Any) -
             "deepspeed": "ds_configs/zero3.json",
         }
         (Path(folder) / "recipe.yaml").write_text(yaml.safe_dump(recipe), "utf-8")
-        words = ["recipe.yaml", "--alone", "--json", "--gpus-per-node", str(world)]
+        words = ["recipe.yaml", "--recipe-only", "--json", "--gpus-per-node", str(world)]
         done = subprocess.run(
             [sys.executable, "-m", "dscl", "plan", *words], cwd=folder, capture_output=True, text=True
         )

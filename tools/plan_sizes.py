@@ -57,7 +57,7 @@ def line(size: str, method: str, gpus: int, options: argparse.Namespace) -> str:
         write_task(Path(folder) / "task", samples=gpus)
         recipe = Path(folder) / "recipe.yaml"
         recipe.write_text(yaml.safe_dump(document(size, method, gpus, options)), "utf-8")
-        words = ["--nodes", str(-(-gpus // 8)), "--gpus-per-node", str(min(8, gpus)), "--gpu", GPU, "--alone"]
+        words = ["--nodes", str(-(-gpus // 8)), "--gpus-per-node", str(min(8, gpus)), "--gpu", GPU, "--recipe-only"]
         words += ["--bandwidth", BANDWIDTH, "--json"]
         done = subprocess.run(
             [sys.executable, "-m", "dscl", "plan", str(recipe), *words], cwd=folder, capture_output=True, text=True

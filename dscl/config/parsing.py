@@ -25,6 +25,10 @@ from dscl.utils.errors import UserError
 T = TypeVar("T")
 REQUIRED: Any = dataclasses.MISSING
 MAX_RECIPE_LENGTH = 1_000_000  # characters of a recipe
+MAX_RECIPE_NODES = 200_000  # values of a recipe, with every YAML alias written out
+# Characters that no text of a recipe may hold: control characters (except tab and line feed), lone surrogates, other
+# line breaks, and marks that reverse the direction of the text behind them.
+FORBIDDEN_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 NUMBER_PATTERN = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 TYPE_DESCRIPTIONS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
@@ -172,8 +176,16 @@ def shorten_to_line(text: str) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML's safe loader, except that a duplicate key is an error (PyYAML would keep the last value)."""
+class _StrictLoader(yaml.SafeLoader):
+    """YAML's safe loader with two more errors: a duplicate key (PyYAML would keep the last value), and aliases that
+    multiply to a huge document."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None and _expanded_size(node, {}) > MAX_RECIPE_NODES:
+            problem = f"its aliases multiply to more than {MAX_RECIPE_NODES:,} values"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         # Checked before merge keys (<<) are resolved, because a mapping may override a merged key.
@@ -188,10 +200,23 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return node
 
 
+def _expanded_size(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """How many values a YAML node holds, with every alias written out; `sizes` holds those of nodes seen before."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in sizes:
+        sizes[id(node)] = MAX_RECIPE_NODES + 1  # an alias within the node itself
+        children = (
+            node.value if isinstance(node, yaml.SequenceNode) else [child for pair in node.value for child in pair]
+        )
+        sizes[id(node)] = min(MAX_RECIPE_NODES + 1, 1 + sum(_expanded_size(child, sizes) for child in children))
+    return sizes[id(node)]
+
+
 def _load_yaml(text: str) -> Any:
     """Parse YAML; bad YAML raises a ValueError with a message of one line."""
     try:
-        return yaml.load(text, Loader=_UniqueKeyLoader)
+        return yaml.load(text, Loader=_StrictLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         position = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
@@ -328,6 +353,10 @@ def _convert_scalar(annotation: type, value: Any, key_path: str) -> Any:
         raise UserError(f"{key_path}: given {value}; a finite number is needed")
     if isinstance(value, str) and annotation is str and not value.strip():
         raise UserError(f"{key_path}: given {value!r}; text that is not blank is needed")
+    if isinstance(value, str) and annotation is str and (match := FORBIDDEN_CHARACTERS.search(value)):
+        raise UserError(
+            f"{key_path}: given {_short_repr(value)}, which holds the character U+{ord(match[0]):04X}; remove it"
+        )
     if isinstance(value, annotation) and not (annotation is int and isinstance(value, bool)):
         return value
     quotable = annotation is str and not isinstance(value, list | dict | type(None))

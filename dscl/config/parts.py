@@ -36,7 +36,7 @@ class LoraConfig:
     """One LoRA for all tasks."""
 
     name: str = part_name("lora")
-    rank: int = config_key(8, at_least=1, help="rank of the adapters")
+    rank: int = config_key(8, at_least=1, at_most=16384, help="rank of the adapters")
     alpha: float = config_key(16.0, above=0.0, help="the adapter's output is scaled by alpha / rank")
     dropout: float = config_key(0.0, at_least=0.0, at_most=0.99, help="dropout on the adapters' input")
     targets: tuple[str, ...] = config_key(
@@ -61,10 +61,12 @@ class SubExpertsConfig:
         choices=("rank1", "element"),
         help="what a task's mask selects: rank-1 pairs of a column and a row, or single entries of the matrices",
     )
-    num_experts: int = config_key(8, at_least=1, help="initial number of sub-experts beside each projection")
-    rank: int = config_key(8, at_least=1, help="rank of a sub-expert")
+    num_experts: int = config_key(
+        8, at_least=1, at_most=4096, help="initial number of sub-experts beside each projection"
+    )
+    rank: int = config_key(8, at_least=1, at_most=16384, help="rank of a sub-expert")
     max_experts: int | None = config_key(
-        None, at_least=1, help="maximum number of sub-experts; default: what the stream can need"
+        None, at_least=1, at_most=65536, help="maximum number of sub-experts; default: what the stream can need"
     )
     mask_density: float = config_key(
         0.25, above=0.0, at_most=1.0, help="share of the initial sub-experts' parameters that a task's mask selects"

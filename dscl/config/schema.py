@@ -208,23 +208,26 @@ class ObserveConfig:
 class CompareConfig:
     """The section `compare` of the file for `dscl compare`."""
 
-    rates: tuple[float, ...] = config_key(
-        (), help="the learning rates that every row without rates of its own tries on dev"
+    learning_rates: tuple[float, ...] = config_key(
+        (), help="the learning rates that every row without learning rates of its own tries on dev"
     )
     rows: Mapping[str, Mapping[str, Any]] = config_key(
         dict,
-        help="by name: a method's keys, and optionally `rates`; default: the methods of --methods with their defaults",
+        help="by name: a method's keys, and optionally `learning_rates`; default: the methods of --methods with their "
+        "defaults",
     )
     seeds: tuple[int, ...] = config_key((0, 1, 2), help="seeds of the runs on the test split")
     search_limit: int | None = config_key(
         None, at_least=1, help="training samples of each task in the learning rate search; default: as in the runs"
     )
-    keeps: float | None = config_key(
-        None, at_least=0.0, help="choose the best among the rates whose BWT on dev is at least minus this, if any is"
+    max_forgetting: float | None = config_key(
+        None,
+        at_least=0.0,
+        help="choose the best among the learning rates whose BWT on dev is at least minus this, if any is",
     )
 
     def __post_init__(self) -> None:
-        for name, values in (("rates", self.rates), ("seeds", self.seeds)):
+        for name, values in (("learning_rates", self.learning_rates), ("seeds", self.seeds)):
             if len(set(values)) < len(values):
                 raise UserError(f"compare.{name}: given {list(values)}; name each once")
         for row in self.rows:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,14 +14,13 @@ from typing import Any, Protocol
 import torch
 
 from dscl.model.weights import FLOAT_DTYPES, open_safetensors
+from dscl.utils.atomic_io import FileChecksum, file_checksum
 from dscl.utils.errors import UserError
 
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-READ_BLOCK_BYTES = 1 << 22  # bytes of a file read at once
 ReadSlice = Callable[
     [str, torch.Size, int, int], torch.Tensor
 ]  # (name, shape, start, stop) → elements [start, stop) of a flattened tensor
-FileChecksum = dict[str, int]  # a file's "bytes" and "crc32"
 
 
 class WeightOverlay(Protocol):
@@ -42,7 +40,7 @@ class OverlayFile:
         self.path = path
         if not path.is_file():
             raise UserError(f"{path}: no such file; it holds the weights that were trained, so copy it again")
-        if _file_checksum(path) != checksum:
+        if file_checksum(path) != checksum:
             raise UserError(f"{path}: damaged, or of another export; its checksum is not the one noted; copy it again")
         with open_safetensors(path) as file:
             self.shapes = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -89,12 +87,4 @@ def write_overlay(path: Path, overlay: WeightOverlay, dtype: torch.dtype) -> Fil
         file.write(len(text).to_bytes(8, "little") + text)
         for name in sorted(overlay.shapes):
             file.write(overlay.read(name).to(dtype).contiguous().flatten().view(torch.uint8).numpy().data)
-    return _file_checksum(path)
-
-
-def _file_checksum(path: Path) -> FileChecksum:
-    checksum = 0
-    with open(path, "rb") as file:
-        while block := file.read(READ_BLOCK_BYTES):
-            checksum = zlib.crc32(block, checksum)
-    return {"bytes": path.stat().st_size, "crc32": checksum}
+    return file_checksum(path)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from dscl.utils.atomic_io import replace_atomically
 from dscl.utils.errors import ExternalFailure
 
 Record = Mapping[str, Any]
@@ -57,13 +57,12 @@ class MetricsFile:
 
     def _replace_lines(self, lines: Iterable[bytes]) -> None:
         """Replace the file's content atomically."""
-        new_path = self.path.with_name(self.path.name + ".new")
-        with _explain_os_errors(self.path):
-            with open(new_path, "wb") as new_file:
-                new_file.writelines(lines)
-                new_file.flush()
-                os.fsync(new_file.fileno())
-            os.replace(new_path, self.path)
+        with (
+            _explain_os_errors(self.path),
+            replace_atomically(self.path) as partial,
+            open(partial, "wb") as new_file,
+        ):
+            new_file.writelines(lines)
 
     def _read_until(self, step: float) -> Iterator[bytes]:
         """The lines of all complete records up to `step`."""

@@ -115,9 +115,10 @@ class ScoreBoard:
             for task, shares in zip(confusion["tasks"], confusion["shares"], strict=True):
                 index = board.tasks.index(task)
                 result = row[index]
-                assert result is not None
-                pairs = zip(confusion["answered_by"], shares, strict=True)
-                row[index] = result._replace(routing_shares=tuple((name, share) for name, share in pairs if share))
+                if result is None:
+                    raise ValueError(f"confusion: {task!r} was not evaluated")
+                pairs = [pair for pair in zip(confusion["answered_by"], shares, strict=True) if pair[1]]
+                row[index] = result._replace(routing_shares=tuple(sorted(pairs, key=lambda pair: pair[0] or "")))
         return board
 
     def _check(self) -> None:

@@ -1,25 +1,31 @@
-"""Matrices of tasks as images: a coloured cell for each value, with the task names on both axes."""
+"""Matrices of tasks as images for TensorBoard."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
-from dscl.maths.scores import ScoreRow
 from dscl.methods.base import TaskMatrix
+from dscl.monitoring.heat_map import (
+    CELL_HEIGHT,
+    CELL_WIDTH,
+    EDGE_COLOUR,
+    HEAT_COLOUR,
+    HIGH_INK,
+    LOW_INK,
+    Cell,
+    HeatMap,
+    draw_heat_map,
+    needs_high_ink,
+)
 from dscl.monitoring.score_board import ScoreBoard
-from dscl.utils.formatting import truncate_middle
 
-CELL = (68, 40)  # width, height in pixels
-MARGIN = 16
-LABEL_CHARACTERS = 26
-INK, MUTED, UNMEASURED, GROUND = (25, 25, 25), (120, 120, 120), (236, 236, 236), (255, 255, 255)
-
-# Dark to light in even steps of brightness, so that the image also reads in grey and to colour-blind eyes.
-_COLOURS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=float)
+SCALE = 2  # image pixels for a pixel of the layout
+MARGIN = 8  # around the heat map, in pixels of the layout
 
 
 def score_picture(scores: ScoreBoard) -> np.ndarray:
@@ -27,84 +33,75 @@ def score_picture(scores: ScoreBoard) -> np.ndarray:
 
     Its size depends on the task names only: rows that are still to come are drawn empty.
     """
-    names = [truncate_middle(name, LABEL_CHARACTERS) for name in scores.tasks]
+    names = scores.tasks
     rows = [scores.zero_shot or [None] * len(names), *scores.matrix]
     rows += [[None] * len(names)] * (len(names) + 1 - len(rows))
-    return _draw_matrix(names, ["before training", *(f"after {name}" for name in names)], rows, diagonal_offset=-1)
+    return _draw_picture(
+        HeatMap(rows, ["before training", *(f"after {name}" for name in names)], names, framed=[None, *names])
+    )
 
 
 def task_matrix_picture(matrix: TaskMatrix) -> np.ndarray:
     """A method's `TaskMatrix` as an RGB image, with a row and a column for each task."""
-    names = [truncate_middle(name, LABEL_CHARACTERS) for name in matrix.tasks]
-    return _draw_matrix(names, names, matrix.values, diagonal_offset=0)
+    return _draw_picture(HeatMap(matrix.values, matrix.tasks, matrix.tasks))
 
 
 def routing_picture(confusion: Mapping[str, Any]) -> np.ndarray:
     """The confusion matrix of routing: shares of each task's prompts (rows) that each task answered (columns)."""
-    tasks = [truncate_middle(name, LABEL_CHARACTERS) for name in confusion["tasks"]]
-    answered_by = [
-        "nobody" if name is None else truncate_middle(name, LABEL_CHARACTERS) for name in confusion["answered_by"]
-    ]
-    return _draw_matrix(answered_by, tasks, confusion["shares"], diagonal_offset=0)
+    answered_by = ["nobody" if name is None else name for name in confusion["answered_by"]]
+    return _draw_picture(HeatMap(confusion["shares"], confusion["tasks"], answered_by))
 
 
-def _draw_matrix(
-    names: Sequence[str], labels: Sequence[str], rows: Sequence[ScoreRow], diagonal_offset: int
-) -> np.ndarray:
-    """Draw a matrix with `names` over its columns and `labels` beside its rows.
-
-    Cell (i, j) is framed where i + diagonal_offset == j.
-    """
-    font = ImageFont.load_default(15)
-    left = MARGIN + 10 + max(_text_width(font, label) for label in labels)
-    longest = max(_text_width(font, name) for name in names)
-    is_vertical = longest > CELL[0] - 6
-    top = MARGIN + 10 + (longest if is_vertical else 18)
-    size = (left + CELL[0] * len(names) + MARGIN, top + CELL[1] * len(rows) + MARGIN)
-    image = Image.new("RGB", size, GROUND)
-    draw = ImageDraw.Draw(image)
-
-    for j, name in enumerate(names):
-        centre = left + CELL[0] * j + CELL[0] // 2
-        if is_vertical:
-            _draw_vertical_text(image, name, font, centre, top - 8)
-        else:
-            draw.text((centre, top - 8), name, INK, font, anchor="ms")
-    for i, (label, row) in enumerate(zip(labels, rows, strict=True)):
-        y = top + CELL[1] * i
-        draw.text((left - 8, y + CELL[1] // 2), label, INK, font, anchor="rm")
-        for j, score in enumerate(row):
-            _draw_cell(draw, font, (left + CELL[0] * j, y), score, has_frame=i + diagonal_offset == j)
-    return np.asarray(image)
+def _draw_picture(heat_map: HeatMap) -> np.ndarray:
+    canvas = PixelCanvas()
+    draw_heat_map(canvas, heat_map)
+    return np.asarray(canvas.image)
 
 
-def _draw_cell(
-    draw: ImageDraw.ImageDraw, font: Any, corner: tuple[int, int], score: float | None, has_frame: bool
-) -> None:
-    x, y = corner
-    box = (x + 1, y + 1, x + CELL[0] - 2, y + CELL[1] - 2)
-    fill = UNMEASURED if score is None else _colour_of(score)
-    draw.rectangle(box, fill=fill, outline=INK if has_frame else None, width=2)
-    text = "-" if score is None else f"{score:.3f}"
-    is_bright = 0.299 * fill[0] + 0.587 * fill[1] + 0.114 * fill[2] > 140
-    ink = MUTED if score is None else INK if is_bright else GROUND
-    draw.text((x + CELL[0] // 2, y + CELL[1] // 2), text, ink, font, anchor="mm")
+class PixelCanvas:
+    """Draws into an RGB image, in the colours of the report's light theme."""
+
+    label_width = 26
+
+    def resize(self, width: float, height: float) -> None:
+        size = math.ceil((width + 2 * MARGIN) * SCALE), math.ceil((height + 2 * MARGIN) * SCALE)
+        self.image = Image.new("RGB", size, "white")
+        self._draw = ImageDraw.Draw(self.image)
+        self._font = ImageFont.load_default(11 * SCALE)
+
+    def add_row_label(self, x: float, y: float, text: str) -> None:
+        self._draw.text(_to_pixels(x, y), text, LOW_INK, self._font, anchor="rs")
+
+    def add_column_label(self, x: float, y: float, text: str, is_rotated: bool) -> None:
+        centre_x, centre_y = _to_pixels(x, y)
+        if not is_rotated:
+            self._draw.text((centre_x, centre_y), text, LOW_INK, self._font, anchor="ms")
+            return
+        length = int(self._font.getlength(text)) + 20 * SCALE
+        strip = Image.new("L", (2 * length, 2 * length), 0)  # the text starts at its centre and turns around it
+        ImageDraw.Draw(strip).text((length, length), text, 255, self._font, anchor="ls")
+        rotated = strip.rotate(45, Image.Resampling.BICUBIC)
+        self.image.paste(LOW_INK, (centre_x - length, centre_y - length), rotated)
+
+    def add_cell(self, cell: Cell) -> None:
+        x, y = _to_pixels(cell.x + 1, cell.y + 1)
+        box = (x, y, x + (CELL_WIDTH - 2) * SCALE - 1, y + (CELL_HEIGHT - 2) * SCALE - 1)
+        if cell.value is None:
+            self._draw.rectangle(box, outline=EDGE_COLOUR, width=SCALE)
+            return
+        edge = LOW_INK if cell.framed else EDGE_COLOUR
+        self._draw.rectangle(box, fill=_cell_colour(cell.value), outline=edge, width=SCALE)
+        centre = _to_pixels(cell.x + CELL_WIDTH / 2, cell.y + CELL_HEIGHT / 2)
+        ink = HIGH_INK if needs_high_ink(cell.value) else LOW_INK
+        self._draw.text(centre, f"{cell.value:.3f}", ink, self._font, anchor="mm")
 
 
-def _colour_of(score: float) -> tuple[int, int, int]:
-    position = min(max(score, 0.0), 1.0) * (len(_COLOURS) - 1)
-    low = min(int(position), len(_COLOURS) - 2)
-    r, g, b = _COLOURS[low] + (position - low) * (_COLOURS[low + 1] - _COLOURS[low])
-    return round(r), round(g), round(b)
+def _to_pixels(x: float, y: float) -> tuple[int, int]:
+    return round((x + MARGIN) * SCALE), round((y + MARGIN) * SCALE)
 
 
-def _draw_vertical_text(image: Image.Image, text: str, font: Any, centre: int, bottom: int) -> None:
-    """Draw `text` from bottom to top, centred at x = `centre` and starting at y = `bottom`."""
-    strip = Image.new("RGB", (_text_width(font, text), 20), GROUND)
-    ImageDraw.Draw(strip).text((0, 10), text, INK, font, anchor="lm")
-    rotated = strip.rotate(90, expand=True)
-    image.paste(rotated, (centre - rotated.width // 2, bottom - rotated.height))
-
-
-def _text_width(font: Any, text: str) -> int:
-    return int(font.getlength(text)) + 1
+def _cell_colour(value: float) -> tuple[int, int, int]:
+    """The heat colour with this opacity on white."""
+    opacity = min(max(value, 0.0), 1.0)
+    red, green, blue = (round(255 + opacity * (part - 255)) for part in ImageColor.getrgb(HEAT_COLOUR)[:3])
+    return red, green, blue

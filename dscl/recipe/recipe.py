@@ -295,7 +295,7 @@ def _apply_order(tasks: Sequence[TaskConfig], order: Any) -> tuple[TaskConfig, .
     if not isinstance(order, list) or not order:
         raise UserError(f"order: given {describe_value(order)}; a list of names of the stream's tasks is needed")
     for index, name in enumerate(order):
-        if name not in tasks_by_name:
+        if not isinstance(name, str) or name not in tasks_by_name:
             raise UserError(
                 f"order.{index}: given {describe_value(name)}, "
                 f"which is no task of the stream{did_you_mean(str(name), tasks_by_name)}; "

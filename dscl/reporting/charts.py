@@ -7,14 +7,35 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from dscl.utils.formatting import display_width, truncate_middle
+from dscl.monitoring.heat_map import CELL_HEIGHT, CELL_WIDTH, Cell, HeatMap, draw_heat_map, needs_high_ink
 
 NUM_COLOURS = 8
-NAME_COLUMNS = 14  # names beside a chart are shortened to this width
-CELL_WIDTH, CELL_HEIGHT = 48, 28  # of a heat map, in pixels
-INK_THRESHOLD = 0.66  # cells from this value on are so dark (in the dark theme: so light) that they need the other ink
-WIDTH, WIDE_WIDTH, HEIGHT = 360, 680, 230  # of a line chart, in pixels
-LEFT, RIGHT, TOP, BOTTOM = 44, 12, 12, 34  # margins of a line chart
+LEFT, RIGHT, TOP, BOTTOM = 44, 12, 18, 34  # margins of a line chart
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a line chart, in pixels. A chart scales with its place on the page; its texts and lines scale with it."""
+
+    width: int
+    height: int
+    css_class: str
+
+
+SMALL = Size(360, 230, "chart")
+# A chart of the page's whole width is drawn twice: the page shows the wide one, or on a narrow screen the other.
+NARROW, WIDE = Size(360, 230, "chart narrow"), Size(1100, 300, "chart wide")
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The vertical axis runs from 0 to `y_max`, by default to the highest point."""
+
+    x_ticks: Sequence[tuple[float, str]]  # position and label of each
+    x_label: str
+    y_label: str = ""
+    y_max: float | None = None
+    vertical_lines: Sequence[float] = ()  # positions on the horizontal axis
 
 
 @dataclass(frozen=True)
@@ -28,102 +49,83 @@ class Line:
     dot: tuple[float, float] | None = None  # a marked point
 
 
-def draw_heat_map(
-    title: str,
-    values: Sequence[Sequence[float | None]],
-    rows: Sequence[str],
-    columns: Sequence[str],
-) -> str:
-    """A heat map of values in 0…1. Cells whose row and column have the same name are framed."""
-    short_names = [truncate_middle(name, NAME_COLUMNS) for name in columns]
-    longest = max(map(_estimate_text_width, short_names))
-    is_rotated = longest > CELL_WIDTH - 2
-    left = 10 + max(_estimate_text_width(truncate_middle(name, NAME_COLUMNS)) for name in rows)
-    top = 10 + (longest * 0.75 + 6 if is_rotated else 16)
-    width = left + CELL_WIDTH * len(columns) + (longest * 0.71 - CELL_WIDTH / 2 if is_rotated else 4)
-    height = top + CELL_HEIGHT * len(rows) + 4
-    parts = []
-    for j, name in enumerate(short_names):
-        x, y = left + CELL_WIDTH * (j + 0.5), top - 7
+class SvgCanvas:
+    """Collects the elements of an SVG."""
+
+    label_width = 14
+
+    def __init__(self) -> None:
+        self.parts: list[str] = []
+        self.width = self.height = 0.0
+
+    def resize(self, width: float, height: float) -> None:
+        self.width, self.height = width, height
+
+    def add_row_label(self, x: float, y: float, text: str) -> None:
+        self.parts.append(f'<text class="tick" x="{x:.0f}" y="{y:.0f}" text-anchor="end">{escape(text)}</text>')
+
+    def add_column_label(self, x: float, y: float, text: str, is_rotated: bool) -> None:
         placement = ' text-anchor="middle"'
         if is_rotated:
             placement = f' transform="rotate(-45 {x:.0f} {y:.0f})" text-anchor="start"'
-        parts.append(f'<text class="tick" x="{x:.0f}" y="{y:.0f}"{placement}>{escape(name)}</text>')
-    for i, (name, row) in enumerate(zip(rows, values, strict=True)):
-        y = top + CELL_HEIGHT * i
-        parts.append(
-            f'<text class="tick" x="{left - 7:.0f}" y="{y + CELL_HEIGHT / 2 + 4:.0f}" text-anchor="end">'
-            f"{escape(truncate_middle(name, NAME_COLUMNS))}</text>"
+        self.parts.append(f'<text class="tick" x="{x:.0f}" y="{y:.0f}"{placement}>{escape(text)}</text>')
+
+    def add_cell(self, cell: Cell) -> None:
+        box = f'x="{cell.x + 1:.0f}" y="{cell.y + 1:.0f}" width="{CELL_WIDTH - 2}" height="{CELL_HEIGHT - 2}" rx="3"'
+        tooltip = f"<title>{escape(cell.tooltip)}</title>"
+        if cell.value is None:
+            self.parts.append(f'<g>{tooltip}<rect class="none" {box}/></g>')
+            return
+        ink = "high" if needs_high_ink(cell.value) else "low"
+        centre = f'x="{cell.x + CELL_WIDTH / 2:.0f}" y="{cell.y + CELL_HEIGHT / 2 + 4:.0f}"'
+        edge = "edge own" if cell.framed else "edge"
+        self.parts.append(
+            f'<g>{tooltip}<rect class="heat" {box} fill-opacity="{cell.value:.3f}"/><rect class="{edge}" {box}/>'
+            f'<text class="{ink}" {centre} text-anchor="middle">{cell.value:.2f}</text></g>'
         )
-        for j, (value, column) in enumerate(zip(row, columns, strict=True)):
-            tooltip = f"{name}, {column}: {'not measured' if value is None else f'{value:.3f}'}"
-            parts.append(_draw_cell(left + CELL_WIDTH * j, y, value, tooltip, framed=name == column))
+
+
+def draw_heat_map_svg(title: str, heat_map: HeatMap) -> str:
+    canvas = SvgCanvas()
+    draw_heat_map(canvas, heat_map)
+    width, height = round(canvas.width), round(canvas.height)
     return (
-        f'<svg class="map" role="img" aria-label="{escape(title)}" width="{width:.0f}" height="{height:.0f}" '
-        f'viewBox="0 0 {width:.0f} {height:.0f}">{"".join(parts)}</svg>'
+        f'<svg class="map" role="img" aria-label="{escape(title)}" width="{width}" height="{height}" '
+        f'viewBox="0 0 {width} {height}">{"".join(canvas.parts)}</svg>'
     )
 
 
-def _estimate_text_width(text: str) -> float:
-    """The width of a small text in pixels, rather too large than too small."""
-    return sum(display_width(character) * (8.0 if character.isupper() else 6.4) for character in text)
-
-
-def _draw_cell(x: float, y: float, value: float | None, tooltip: str, framed: bool) -> str:
-    box = f'x="{x + 1:.0f}" y="{y + 1:.0f}" width="{CELL_WIDTH - 2}" height="{CELL_HEIGHT - 2}" rx="3"'
-    if value is None:
-        return f'<g><title>{escape(tooltip)}</title><rect class="none" {box}/></g>'
-    ink = "high" if value >= INK_THRESHOLD else "low"
-    centre = f'x="{x + CELL_WIDTH / 2:.0f}" y="{y + CELL_HEIGHT / 2 + 4:.0f}"'
-    edge = "edge own" if framed else "edge"
-    return (
-        f'<g><title>{escape(tooltip)}</title><rect class="heat" {box} fill-opacity="{value:.3f}"/>'
-        f'<rect class="{edge}" {box}/><text class="{ink}" {centre} text-anchor="middle">{value:.2f}</text></g>'
-    )
-
-
-def draw_line_chart(
-    title: str,
-    lines: Sequence[Line],
-    x_ticks: Sequence[tuple[float, str]],
-    x_label: str,
-    y_max: float | None = None,
-    y_label: str = "",
-    vertical_lines: Sequence[float] = (),
-    width: int = WIDTH,
-) -> str:
-    """A chart whose vertical axis runs from 0 to `y_max`, by default to the highest point.
-
-    `x_ticks`: (position, label) of each tick. `vertical_lines`: positions on the horizontal axis.
-    """
-    xs = [x for line in lines for x, _ in line.points] + [x for x, _ in x_ticks] + list(vertical_lines)
+def draw_line_chart(title: str, lines: Sequence[Line], axes: Axes, size: Size = SMALL) -> str:
+    width, height = size.width, size.height
+    xs = [x for line in lines for x, _ in line.points] + [x for x, _ in axes.x_ticks] + list(axes.vertical_lines)
     x_min, x_max = min(xs), max(xs)
-    y_ticks = axis_ticks(y_max or max((y for line in lines for _, y in line.points), default=1.0))
-    y_top = y_max or y_ticks[-1]
+    y_ticks = axis_ticks(axes.y_max or max((y for line in lines for _, y in line.points), default=1.0))
+    y_top = axes.y_max or y_ticks[-1]
 
     def to_pixels(x: float, y: float) -> tuple[float, float]:
         fraction = (x - x_min) / (x_max - x_min) if x_max > x_min else 0.5
-        return LEFT + fraction * (width - LEFT - RIGHT), HEIGHT - BOTTOM - y / y_top * (HEIGHT - TOP - BOTTOM)
+        return LEFT + fraction * (width - LEFT - RIGHT), height - BOTTOM - y / y_top * (height - TOP - BOTTOM)
 
     parts = []
     for y_tick in y_ticks:
         _, y = to_pixels(x_min, y_tick)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{y_tick:g}</text>')
-    for position in vertical_lines:
+    for position in axes.vertical_lines:
         x, _ = to_pixels(position, 0)
-        parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-    for position, label in x_ticks:
+        parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{height - BOTTOM}"/>')
+    for position, label in axes.x_ticks:
         x, _ = to_pixels(position, 0)
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{label}</text>')
-    parts.append(f'<text class="axis" x="{width - RIGHT}" y="{HEIGHT - 3}" text-anchor="end">{escape(x_label)}</text>')
-    if y_label:
-        parts.append(f'<text class="axis" x="{LEFT + 4}" y="{TOP + 4}">{escape(y_label)}</text>')
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{height - BOTTOM + 15}" text-anchor="middle">{label}</text>')
+    parts.append(
+        f'<text class="axis" x="{width - RIGHT}" y="{height - 3}" text-anchor="end">{escape(axes.x_label)}</text>'
+    )
+    if axes.y_label:
+        parts.append(f'<text class="axis" x="{LEFT}" y="{TOP - 5}">{escape(axes.y_label)}</text>')
     for line in lines:
         parts.append(_draw_line(line, [to_pixels(*point) for point in line.points], line.dot and to_pixels(*line.dot)))
-    css_class = "chart broad" if width > WIDTH else "chart"
     return (
-        f'<svg class="{css_class}" role="img" aria-label="{escape(title)}" viewBox="0 0 {width} {HEIGHT}">'
+        f'<svg class="{size.css_class}" role="img" aria-label="{escape(title)}" viewBox="0 0 {width} {height}">'
         f"{''.join(parts)}</svg>"
     )
 

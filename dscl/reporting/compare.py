@@ -8,58 +8,27 @@ process with its own folder. Complete runs are not repeated. A failed run is rep
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-import subprocess
-import sys
-import threading
-import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from dscl.config.methods import METHOD_PRESETS
 from dscl.config.parsing import apply_overrides, describe_value, did_you_mean, parse_config, parse_partial, read_yaml
 from dscl.config.schema import CompareConfig
-from dscl.distributed.launcher import count_cores, count_gpus, subprocess_environment
 from dscl.recipe.recipe import Recipe, resolve_recipe
 from dscl.reporting import report
+from dscl.reporting.run_pool import PlannedRun, RunPool, machine_shares
+from dscl.utils.atomic_io import write_text_atomically
 from dscl.utils.errors import ExternalFailure, UserError
-from dscl.utils.formatting import format_duration
 
 RUNS_FOLDER = "runs"  # the folder of a comparison's runs, in its run_dir
 MAX_LISTED_FAILURES = 3  # failed runs that the error message names
-
-
-@dataclass(frozen=True)
-class PlannedRun:
-    """One `dscl train` process of a comparison."""
-
-    row: str
-    learning_rate: float
-    seed: int
-    split: str  # "dev" in the search for a learning rate, else "test"
-    folder: Path
-    recipe: Mapping[str, Any]
-
-    @property
-    def name(self) -> str:
-        return f"{self.row}: {'dev' if self.split == 'dev' else f'seed {self.seed}'}, rate {self.learning_rate:g}"
-
-    def read_scores(self) -> dict[str, Any] | None:
-        """The content of the run's scores.json; None while the run is not complete."""
-        try:
-            scores: dict[str, Any] = json.loads((self.folder / "scores.json").read_text("utf-8"))
-        except (OSError, ValueError):
-            return None
-        return scores if scores.get("complete") else None
 
 
 @dataclass
@@ -72,7 +41,6 @@ class ComparisonPlan:
     settings: CompareConfig
     rows: Mapping[str, Mapping[str, Any]]  # row name → the row's `method` section
     learning_rates: Mapping[str, tuple[float, ...]]  # row name → the learning rates that the row tries
-    failures: list[dict[str, Any]] = field(default_factory=list)  # records of failed runs, as in comparison.json
 
     def plan_run(self, row: str, learning_rate: float, seed: int, split: str) -> PlannedRun:
         """Write the recipe of one run. A run on the dev split evaluates only what the choice of a rate needs."""
@@ -87,7 +55,7 @@ class ComparisonPlan:
         evaluate = {**self.shared_recipe["evaluate"], "split": split}
         if is_search:  # OP is needed; BWT too if the comparison limits forgetting
             stream = self.shared_recipe.get("stream")
-            every = len(stream) if isinstance(stream, list) and stream and self.settings.keeps is None else 1
+            every = len(stream) if isinstance(stream, list) and stream and self.settings.max_forgetting is None else 1
             evaluate |= {"before": False, "tasks": "new", "every": every, "heldout": None}
         if "given" in evaluate and (is_search or not _infers_task_id(method)):
             # A method that does not infer the task answers alike, whether or not the task is given.
@@ -159,10 +127,14 @@ def read_comparison_plan(
         recipe[section] = recipe.get(section) or {}
         if not isinstance(recipe[section], dict):
             raise UserError(f"{section}: given {describe_value(recipe[section])}; a mapping of keys is needed")
-    if "lr" in recipe["train"] and settings.rates:
-        raise UserError("train.lr: given in a comparison, whose rows try those of compare.rates; write it there")
+    if "lr" in recipe["train"] and settings.learning_rates:
+        raise UserError(
+            "train.lr: given in a comparison, whose rows try those of compare.learning_rates; write it there"
+        )
     if "lr" in recipe["train"]:
-        settings = parse_config(CompareConfig, {**vars(settings), "rates": [recipe["train"].pop("lr")]}, "compare")
+        settings = parse_config(
+            CompareConfig, {**vars(settings), "learning_rates": [recipe["train"].pop("lr")]}, "compare"
+        )
     recipe.setdefault("seed", 0)
     known_rows = {**{name: {"name": name} for name in METHOD_PRESETS}, **settings.rows}
     row_names = list(methods or settings.rows)
@@ -174,7 +146,7 @@ def read_comparison_plan(
                 f"--methods: given {name!r}; allowed: {', '.join(known_rows)}{did_you_mean(name, known_rows)}"
             )
     rows = {
-        name: {key: value for key, value in known_rows[name].items() if key != "rates"}
+        name: {key: value for key, value in known_rows[name].items() if key != "learning_rates"}
         for name in dict.fromkeys(row_names)
     }
     learning_rates = {name: _row_learning_rates(name, known_rows[name], settings) for name in rows}
@@ -209,21 +181,20 @@ def _infers_task_id(method: Mapping[str, Any]) -> bool:
 
 
 def _row_learning_rates(name: str, row: Mapping[str, Any], settings: CompareConfig) -> tuple[float, ...]:
-    own = (
-        parse_partial(CompareConfig, {"rates": row["rates"]}, f"compare.rows.{name}")["rates"] if "rates" in row else ()
-    )
-    rates: tuple[float, ...] = tuple(own or settings.rates)
-    if not rates:
-        raise UserError(f"compare.rates: none given, and row {name!r} has none of its own; give a list of rates")
-    return rates
+    own = {key: value for key, value in row.items() if key == "learning_rates"}
+    parsed = parse_partial(CompareConfig, own, f"compare.rows.{name}")
+    learning_rates: tuple[float, ...] = tuple(parsed.get("learning_rates") or settings.learning_rates)
+    if not learning_rates:
+        raise UserError(f"compare.learning_rates: none given, and row {name!r} has none of its own; give a list")
+    return learning_rates
 
 
-def _check_equal_trials(rates: Mapping[str, Sequence[float]]) -> None:
-    (first_row, first_rates), *others = rates.items()
+def _check_equal_trials(learning_rates: Mapping[str, Sequence[float]]) -> None:
+    (first_row, first_rates), *others = learning_rates.items()
     for name, own_rates in others:
         if len(own_rates) != len(first_rates):
             raise UserError(
-                f"compare.rows.{name}.rates: given {len(own_rates)} rates, and {first_row} has {len(first_rates)}; "
+                f"compare.rows.{name}.learning_rates: given {len(own_rates)}, and {first_row} has {len(first_rates)}; "
                 "every row tries equally many, so give as many"
             )
 
@@ -259,13 +230,36 @@ def run_comparison(comparison: ComparisonPlan, max_parallel: int | None = None, 
     # This import loads DeepSpeed, so it comes only after all recipes have been checked.
     from dscl.training.run_dir import reject_other_recipe
 
-    shares = _machine_shares(max_parallel, nproc)
+    shares = machine_shares(max_parallel, nproc)
     for row, rates in comparison.learning_rates.items():
         for run in (*comparison.search_runs(row), *(run for rate in rates for run in comparison.final_runs(row, rate))):
             reject_other_recipe(resolve_run_recipe(run, comparison))  # an existing run must have the same settings
-    run_pool = RunPool(comparison, shares, nproc, len(comparison.all_runs()))
+    run_pool = RunPool(shares, nproc, len(comparison.all_runs()))
+    rows = _train_rows(comparison, run_pool, len(shares))
+    document = {
+        "stream": comparison.source,
+        "learning_rates": {row: list(rates) for row, rates in comparison.learning_rates.items()},
+        "max_forgetting": comparison.settings.max_forgetting,
+        "search_limit": comparison.settings.search_limit,
+        "max_parallel": len(shares),
+        "rows": rows,
+        "deviations": find_deviations(comparison, rows),
+    }
+    write_text_atomically(comparison.folder / "comparison.json", json.dumps(document, indent=1))
+    report_files = report.write_report([comparison.folder], comparison.folder)
+    if run_pool.failures:
+        listed = run_pool.failures[:MAX_LISTED_FAILURES]
+        names = "; ".join(f"{failure['run']} ({failure['message']}; {failure['log']})" for failure in listed)
+        raise ExternalFailure(
+            f"{len(run_pool.failures)} of the runs failed: {names}; run the same command again to repeat them"
+        )
+    return report_files
+
+
+def _train_rows(comparison: ComparisonPlan, run_pool: RunPool, num_parallel: int) -> dict[str, Any]:
+    """Search each row's learning rate, then train the row with it. Return the entry of each row in comparison.json."""
     rows: dict[str, Any] = {}
-    with ThreadPoolExecutor(len(shares)) as pool:
+    with ThreadPoolExecutor(num_parallel) as pool:
         try:
             search_futures = {
                 row: [pool.submit(run_pool.complete_run, run) for run in comparison.search_runs(row)]
@@ -276,15 +270,15 @@ def run_comparison(comparison: ComparisonPlan, max_parallel: int | None = None, 
                 result_tables = [future.result() for future in futures]
                 summaries = {run.learning_rate: scores["summary"] for run, scores in result_tables if scores}
                 trials = {f"{rate:g}": summary for rate, summary in summaries.items()}
-                rows[row] = {"rates": trials, "rate": None, "runs": []}
+                rows[row] = {"trials": trials, "learning_rate": None, "runs": []}
                 if len(summaries) < len(futures):  # a search run failed, so the other rows had more trials
                     continue
                 best_rate = comparison.learning_rates[row][0]
                 if summaries:
-                    best_rate = choose_learning_rate(summaries, comparison.settings.keeps)
+                    best_rate = choose_learning_rate(summaries, comparison.settings.max_forgetting)
                     op_list = ", ".join(f"{rate:g}: OP {summary['OP']:.3f}" for rate, summary in summaries.items())
                     print(f"{row}: on dev {op_list}; so {best_rate:g}", flush=True)
-                rows[row]["rate"] = best_rate
+                rows[row]["learning_rate"] = best_rate
                 final_futures[row] = [
                     pool.submit(run_pool.complete_run, run) for run in comparison.final_runs(row, best_rate)
                 ]
@@ -295,25 +289,8 @@ def run_comparison(comparison: ComparisonPlan, max_parallel: int | None = None, 
             run_pool.stop()
             raise
     for row in rows:
-        rows[row]["failed"] = [failure for failure in comparison.failures if failure["row"] == row]
-    document = {
-        "stream": comparison.source,
-        "rates": {row: list(rates) for row, rates in comparison.learning_rates.items()},
-        "keeps": comparison.settings.keeps,
-        "search_limit": comparison.settings.search_limit,
-        "at_once": len(shares),
-        "rows": rows,
-        "deviations": find_deviations(comparison, rows),
-    }
-    (comparison.folder / "comparison.json").write_text(json.dumps(document, indent=1), "utf-8")
-    report_files = report.write_report([comparison.folder], comparison.folder)
-    if comparison.failures:
-        listed = comparison.failures[:MAX_LISTED_FAILURES]
-        names = "; ".join(f"{failure['run']} ({failure['said']}; {failure['log']})" for failure in listed)
-        raise ExternalFailure(
-            f"{len(comparison.failures)} of the runs failed: {names}; run the same command again to repeat them"
-        )
-    return report_files
+        rows[row]["failed"] = [failure for failure in run_pool.failures if failure["row"] == row]
+    return rows
 
 
 def find_deviations(comparison: ComparisonPlan, rows: Mapping[str, Any]) -> list[str]:
@@ -339,9 +316,9 @@ def find_deviations(comparison: ComparisonPlan, rows: Mapping[str, Any]) -> list
                     f"{usual_budget[0]} and {usual_budget[1]:,}"
                 )
     for row, own_rates in comparison.learning_rates.items():
-        if own_rates != comparison.settings.rates:
+        if own_rates != comparison.settings.learning_rates:
             deviations.append(f"{row}: tried rates of its own, {', '.join(f'{rate:g}' for rate in own_rates)}")
-        best_rate = rows[row]["rate"]
+        best_rate = rows[row]["learning_rate"]
         if len(own_rates) > 2 and best_rate in (min(own_rates), max(own_rates)):
             edge = "lowest" if best_rate == min(own_rates) else "highest"
             deviations.append(
@@ -354,83 +331,3 @@ def find_deviations(comparison: ComparisonPlan, rows: Mapping[str, Any]) -> list
                 "base model alone"
             )
     return deviations
-
-
-class RunPool:
-    """Runs several `dscl train` processes in parallel and prints the progress of the comparison."""
-
-    def __init__(self, comparison: ComparisonPlan, shares: list[dict[str, str]], nproc: int, total_runs: int) -> None:
-        """`shares`: for each parallel process, its environment variables (see `_machine_shares`)."""
-        self._comparison, self._free_shares, self._nproc, self._total_runs = comparison, shares, nproc, total_runs
-        self._lock = threading.Lock()
-        self._processes: set[subprocess.Popen[bytes]] = set()
-        self._num_done, self._stopped, self._num_parallel = 0, False, len(shares)
-        self._seconds: list[float] = []  # the duration of each run
-
-    def complete_run(self, run: PlannedRun) -> tuple[PlannedRun, dict[str, Any] | None]:
-        """Train a run unless it is complete. Return the run with its scores, or with None if it failed."""
-        scores = run.read_scores()
-        if scores is None and not self._stopped:
-            start = time.monotonic()
-            self._train_run(run)
-            self._seconds.append(time.monotonic() - start)
-            scores = run.read_scores()
-        with self._lock:
-            self._num_done += 1
-            remaining_runs = self._total_runs - self._num_done
-            remaining = remaining_runs * sum(self._seconds) / max(1, len(self._seconds)) / self._num_parallel
-            estimate = f", about {format_duration(remaining)} left" if self._seconds and remaining_runs > 0 else ""
-            outcome = f"OP {scores['summary']['OP']:.3f}" if scores else "failed"
-            print(f"{self._num_done} of {self._total_runs} runs: {run.name}: {outcome}{estimate}", flush=True)
-        return run, scores
-
-    def _train_run(self, run: PlannedRun) -> None:
-        """Run `dscl train` in a process and wait for its end. A failure is recorded in the comparison."""
-        run.folder.mkdir(parents=True, exist_ok=True)
-        recipe_path, log = (run.folder.parent / f"{run.folder.name}.{suffix}" for suffix in ("yaml", "log"))
-        recipe_path.write_text(yaml.safe_dump(dict(run.recipe), sort_keys=False, allow_unicode=True), "utf-8")
-        with self._lock:
-            share = self._free_shares.pop()
-        command = [sys.executable, "-m", "dscl", "train", str(recipe_path), "--nproc", str(self._nproc)]
-        try:
-            with open(log, "wb") as file:
-                environment = {**subprocess_environment(), **share}
-                process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
-                self._processes.add(process)
-                status = process.wait()
-                self._processes.discard(process)
-        finally:
-            with self._lock:
-                self._free_shares.append(share)
-        if status and run.read_scores() is None:  # a run with complete scores counts even if its process failed later
-            lines = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
-            message = lines[-1].strip() if lines else f"status {status}"
-            failure = {"row": run.row, "run": run.name, "status": status, "said": message, "log": str(log)}
-            with self._lock:
-                self._comparison.failures.append(failure)
-
-    def stop(self) -> None:
-        """Terminate all processes when the comparison ends early. Running it again resumes them."""
-        self._stopped = True
-        for process in list(self._processes):
-            with contextlib.suppress(OSError):
-                process.terminate()
-
-
-def _machine_shares(max_parallel: int | None, nproc: int) -> list[dict[str, str]]:
-    """Divide the machine's cores and GPUs among the parallel runs, as environment variables of each run."""
-    num_gpus = count_gpus()
-    capacity = max(1, (num_gpus or count_cores()) // nproc)
-    num_parallel = capacity if max_parallel is None else max_parallel
-    if num_gpus and num_parallel > capacity:
-        raise UserError(
-            f"--at-once: given {num_parallel}; {num_gpus} GPUs serve {capacity} runs of {nproc} ranks, so at most "
-            f"{capacity}"
-        )
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, count_cores() // (num_parallel * nproc)))
-    shares = [{"OMP_NUM_THREADS": threads} for _ in range(num_parallel)]
-    visible_gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(num_gpus)))).split(",")
-    for i, share in enumerate(shares):
-        if num_gpus:
-            share["CUDA_VISIBLE_DEVICES"] = ",".join(visible_gpus[i * nproc : (i + 1) * nproc])
-    return shares

@@ -66,7 +66,7 @@ def read_comparison_result(path: Path) -> ComparisonResult:
 
 def _parse_comparison(folder: Path, document: Mapping[str, Any]) -> ComparisonResult:
     rows = document["rows"]
-    max_forgetting, search_limit = document.get("keeps"), document.get("search_limit")
+    max_forgetting, search_limit = document.get("max_forgetting"), document.get("search_limit")
     rule = "the highest OP on the dev split"
     if max_forgetting is not None:
         rule += f", among the rates whose BWT there is at least -{max_forgetting:g} if there are any"
@@ -74,21 +74,21 @@ def _parse_comparison(folder: Path, document: Mapping[str, Any]) -> ComparisonRe
         rule += f"; tried with {search_limit:,} training samples a task"
     failed_runs = {
         (entry["run"], str(entry.get("log", ""))): FailedRun(
-            entry["run"], str(entry.get("status", "")), str(entry.get("said", "")), str(entry.get("log", ""))
+            entry["run"], str(entry.get("status", "")), str(entry.get("message", "")), str(entry.get("log", ""))
         )
         for row in rows.values()
         for entry in row.get("failed", [])
     }
     deviations = tuple(map(str, document.get("deviations", [])))
-    if int(document.get("at_once", 1)) > 1:
+    if int(document.get("max_parallel", 1)) > 1:
         deviations += (
-            f"all: {document['at_once']} runs shared the machine, so their times are not those of single runs",
+            f"all: {document['max_parallel']} runs shared the machine, so their times are not those of single runs",
         )
     return ComparisonResult(
         folder=folder,
         stream=str(document["stream"]),
         rule=rule,
-        trials={str(name): _parse_trials(row, document["rates"].get(name, [])) for name, row in rows.items()},
+        trials={str(name): _parse_trials(row, document["learning_rates"].get(name, [])) for name, row in rows.items()},
         failed_runs=tuple(failed_runs.values()),
         deviations=deviations,
         folder_rows=_map_folders_to_rows(folder, {name: row.get("runs", []) for name, row in rows.items()}),
@@ -99,10 +99,10 @@ def _parse_trials(row: Mapping[str, Any], grid: list[float]) -> tuple[Trial, ...
     """The trials of a row; `grid` are the learning rates that it was to try."""
     summaries = {
         float(rate): {name: None if summary.get(name) is None else float(summary[name]) for name in ("OP", "BWT")}
-        for rate, summary in row["rates"].items()
+        for rate, summary in row["trials"].items()
     }
     rates = sorted({*map(float, grid), *summaries})
-    return tuple(Trial(rate, summaries.get(rate), rate == row.get("rate")) for rate in rates)
+    return tuple(Trial(rate, summaries.get(rate), rate == row.get("learning_rate")) for rate in rates)
 
 
 def _map_folders_to_rows(folder: Path, runs: Mapping[str, list[str]]) -> dict[Path, str]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
+from dscl.monitoring.heat_map import HeatMap
 from dscl.reporting.averages import mean, mean_matrix, smooth_curve
-from dscl.reporting.charts import WIDE_WIDTH, Line, draw_heat_map, draw_legend, draw_line_chart
+from dscl.reporting.charts import NARROW, WIDE, Axes, Line, draw_heat_map_svg, draw_legend, draw_line_chart
 from dscl.reporting.groups import ReportGroup, ReportRow
 from dscl.reporting.scores import ConfusionMatrix, OptionalFloats
+from dscl.reporting.tables import BYTE_UNITS
 
 MAX_CURVE_POINTS = 120  # of a loss curve
 MAX_TICKS = 12
@@ -34,6 +36,10 @@ def draw_charts(group: ReportGroup) -> str:
 def _render_figure(title: str, svg: str, remark: str = "") -> str:
     small = f" <small>{escape(remark)}</small>" if remark else ""
     return f'<figure><figcaption>{escape(title)}{small}</figcaption><div class="scroll">{svg}</div></figure>'
+
+
+def _render_wide_figure(title: str, lines: Sequence[Line], axes: Axes) -> str:
+    return f"<figure>{''.join(draw_line_chart(title, lines, axes, size) for size in (WIDE, NARROW))}</figure>"
 
 
 def _render_section(title: str, explanation: str, css_class: str, figures: Sequence[str], legend: str = "") -> str:
@@ -67,8 +73,8 @@ def _draw_score_matrices(rows: Sequence[ReportRow]) -> str:
         shown = [i for i, scores in enumerate(matrix) if any(score is not None for score in scores)]
         # Joint training has a single measured row, after all tasks.
         row_names = [names[i] for i in shown] if len(shown) > 1 else ["at the end"]
-        svg = draw_heat_map(row.label, [matrix[i] for i in shown], row_names, _task_names(row))
-        figures.append(_render_figure(row.label, svg, _describe_seeds(row)))
+        heat_map = HeatMap([matrix[i] for i in shown], row_names, _task_names(row))
+        figures.append(_render_figure(row.label, draw_heat_map_svg(row.label, heat_map), _describe_seeds(row)))
     explanation = "Row: the scores after training this task. Column: the evaluated task. Framed: the task just trained."
     return _render_section("Score matrices", explanation, "maps", figures)
 
@@ -93,7 +99,7 @@ def _draw_scores_over_time(rows: Sequence[ReportRow]) -> str:
         if all(len(line.points) < 2 for line in lines):
             continue
         x_ticks = _integer_ticks(1 - has_zero_shot, len(tasks))
-        svg = draw_line_chart(row.label, lines, x_ticks, "tasks trained", y_max=1.0)
+        svg = draw_line_chart(row.label, lines, Axes(x_ticks, "tasks trained", y_max=1.0))
         figures.append(_render_figure(row.label, svg, _describe_seeds(row)))
     explanation = "The score of each task after each training. Dot: the task was just trained. Faint: before that."
     legend = draw_legend([(task, j) for j, task in enumerate(tasks)])
@@ -109,8 +115,8 @@ def _draw_confusion_matrices(rows: Sequence[ReportRow]) -> str:
             continue
         first: ConfusionMatrix = matrices[0]
         columns = ["none" if name is None else name for name in first.answered_by]
-        svg = draw_heat_map(row.label, mean_matrix([matrix.shares for matrix in matrices]), first.tasks, columns)
-        figures.append(_render_figure(row.label, svg, _describe_seeds(row)))
+        heat_map = HeatMap(mean_matrix([matrix.shares for matrix in matrices]), first.tasks, columns)
+        figures.append(_render_figure(row.label, draw_heat_map_svg(row.label, heat_map), _describe_seeds(row)))
     explanation = "Row: the task of the prompts. Column: the task that answered them; none: the base model alone."
     return _render_section("Routing of prompts at the end", explanation, "maps", figures)
 
@@ -133,14 +139,10 @@ def _draw_stored_bytes(rows: Sequence[ReportRow]) -> str:
     lines += reference_lines.values()
     legend_entries += [("one LoRA a task", None)] * bool(reference_lines)
     largest = max(y for line in lines for _, y in line.points)
-    units = ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)
-    unit, unit_bytes = next(((name, size) for name, size in units if largest >= size), ("B", 1))
+    unit, unit_bytes = next(((name, size) for name, size in BYTE_UNITS if largest >= size), ("B", 1))
     scaled = [Line(line.name, [(x, y / unit_bytes) for x, y in line.points], line.colour) for line in lines]
     x_ticks = _integer_ticks(1, len(_task_names(rows[0])))
-    svg = draw_line_chart(
-        "Bytes stored for the tasks", scaled, x_ticks, "tasks trained", y_label=unit, width=WIDE_WIDTH
-    )
-    figure = f'<figure class="scroll">{svg}</figure>'
+    figure = _render_wide_figure("Bytes stored for the tasks", scaled, Axes(x_ticks, "tasks trained", unit))
     legend = draw_legend(legend_entries)
     return _render_section("Storage for the tasks", "Bytes in addition to the model.", "single", [figure], legend)
 
@@ -170,20 +172,17 @@ def _draw_training_losses(rows: Sequence[ReportRow]) -> str:
     ]
     last_step = max(len(run.metrics.losses) for _, _, run in numbered_runs)
     boundaries = {tuple(_task_boundaries([task for task, _ in run.metrics.losses])) for _, _, run in numbered_runs}
-    svg = draw_line_chart(
-        "Training loss",
-        lines,
+    axes = Axes(
         [(1, "1"), (last_step, f"{last_step:,}")],
         "step",
-        y_label="loss",
-        width=WIDE_WIDTH,
+        "loss",
         vertical_lines=boundaries.pop() if len(boundaries) == 1 else (),
     )
     explanation = (
         f"A line for each run; every point is the mean over {max(1, round(last_step / MAX_CURVE_POINTS))} steps."
     )
     legend = draw_legend([(row.label, number) for number, row in enumerate(rows)])
-    figure = f'<figure class="scroll">{svg}</figure>'
+    figure = _render_wide_figure("Training loss", lines, axes)
     return _render_section("Training loss", explanation, "single thin", [figure], legend)
 
 

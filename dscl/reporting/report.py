@@ -11,6 +11,7 @@ from dscl.reporting.markdown import render_markdown
 from dscl.reporting.page import render_html
 from dscl.reporting.runs import find_runs, read_run
 from dscl.reporting.tables import Report
+from dscl.utils.atomic_io import write_text_atomically
 from dscl.utils.errors import ExternalFailure, UserError
 
 __all__ = ["write_report"]
@@ -25,7 +26,7 @@ def write_report(runs: Sequence[Path], out: Path) -> list[Path]:
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
-            (out / name).write_text(text, "utf-8", errors="replace")
+            write_text_atomically(out / name, text, errors="replace")
     except OSError as error:
         raise ExternalFailure(
             f"{out}: the report cannot be written ({error.strerror}); make room or name another --out"

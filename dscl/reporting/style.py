@@ -1,14 +1,16 @@
 """The CSS of the HTML report: light and dark themes, screens of any width, and print."""
 
-LIGHT = """
-  --ground: #f6f7f9; --card: #ffffff; --ink: #161a1f; --soft: #565f6b; --rule: #dfe3e8; --heat: #083d68;
-  --low: #0b0e12; --high: #ffffff; --note: #fff6df; --mark: #1b66a8;
+from dscl.monitoring.heat_map import EDGE_COLOUR, HEAT_COLOUR, HIGH_INK, LOW_INK
+
+LIGHT = f"""
+  --ground: #f6f7f9; --card: #ffffff; --ink: #161a1f; --soft: #565f6b; --rule: {EDGE_COLOUR}; --heat: {HEAT_COLOUR};
+  --low: {LOW_INK}; --high: {HIGH_INK}; --note: #fff6df; --shade: #161a1f30; --mark: #1b66a8;
   --c0: #0072b2; --c1: #d55e00; --c2: #00805e; --c3: #b0568c; --c4: #b88400; --c5: #3d9bd6; --c6: #7a4fb5;
   --c7: #4a4f57;
 """
 DARK = """
   --ground: #0f1216; --card: #181b20; --ink: #e8ebef; --soft: #a2abb7; --rule: #2e343c; --heat: #5fb0f0;
-  --low: #ffffff; --high: #0b0e12; --note: #2b2717; --mark: #7cc0f5;
+  --low: #ffffff; --high: #0b0e12; --note: #2b2717; --shade: #000000b0; --mark: #7cc0f5;
   --c0: #56a8e8; --c1: #f08650; --c2: #3fc79a; --c3: #e29cc6; --c4: #e6b43c; --c5: #9ad4f7; --c6: #b79af0;
   --c7: #c3c9d1;
 """
@@ -36,7 +38,11 @@ section { background: var(--card); border: 1px solid var(--rule); border-radius:
 .facts dt { color: var(--soft); white-space: nowrap; }
 .facts dd { margin: 0; overflow-wrap: anywhere; min-width: 0; }
 .facts .apart dd { color: var(--mark); font-weight: 600; }
-.scroll { overflow-x: auto; margin: 0 -0.25rem; padding: 0 0.25rem; }
+.scroll { overflow-x: auto; scrollbar-width: thin; margin: 0 -0.25rem; padding: 0 0.25rem;
+  background: linear-gradient(to right, var(--card) 40%, transparent) left / 3rem 100% no-repeat local,
+    linear-gradient(to left, var(--card) 40%, transparent) right / 3rem 100% no-repeat local,
+    linear-gradient(to right, var(--soft) 1px, var(--shade) 1px, transparent) left / 1rem 100% no-repeat scroll,
+    linear-gradient(to left, var(--soft) 1px, var(--shade) 1px, transparent) right / 1rem 100% no-repeat scroll; }
 tbody th small { color: var(--soft); font-weight: 400; font-size: 0.85em; display: block; }
 td small { color: var(--soft); font-size: 0.8em; }
 .scroll + .scroll { margin-top: 1.25rem; }
@@ -45,8 +51,8 @@ th, td { padding: 0.5rem 0.7rem; text-align: right; white-space: nowrap; border-
 thead th { color: var(--soft); font-weight: 600; font-size: 0.8125rem; vertical-align: bottom; }
 thead th[title] { text-decoration: underline dotted; text-underline-offset: 3px; cursor: help; }
 th:first-child, .words th, .words td { text-align: left; }
-tbody th { font-weight: 600; position: sticky; left: 0; background: var(--card); white-space: normal;
-  min-width: 9rem; overflow-wrap: anywhere; }
+tr > th:first-child { position: sticky; left: 0; background: var(--card); }
+tbody th { font-weight: 600; white-space: normal; min-width: 9rem; overflow-wrap: anywhere; }
 tbody tr:last-child > * { border-bottom: 0; }
 .words td { white-space: normal; overflow-wrap: anywhere; min-width: 4rem; }
 .notes { background: var(--note); border-radius: 8px; padding: 0.6rem 0.9rem 0.6rem 2rem; margin: 1rem 0 0;
@@ -71,8 +77,8 @@ svg .tick, svg .axis { font-size: 11px; fill: var(--soft); } svg .axis { font-si
 svg .low { fill: var(--low); } svg .high { fill: var(--high); }
 .heat { fill: var(--heat); } .edge, .none { fill: none; stroke: var(--rule); } .none { stroke-dasharray: 2 3; }
 .own { stroke: var(--ink); stroke-width: 1.75; }
-.chart { width: 100%; max-width: 440px; height: auto; }
-.broad { min-width: 520px; max-width: 760px; }
+.chart { width: 100%; height: auto; } .charts .chart { max-width: 440px; }
+.wide, .narrow { overflow: visible; } .narrow { display: none; max-width: 500px; }
 .grid { stroke: var(--rule); } .mark { stroke: var(--soft); stroke-dasharray: 1 4; }
 .line { fill: none; stroke: var(--line); stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
 .dot { fill: var(--line); stroke: var(--card); stroke-width: 1.5; }
@@ -83,7 +89,10 @@ svg .low { fill: var(--low); } svg .high { fill: var(--high); }
   margin: 0.25rem 0 0.5rem; font-size: 0.8125rem; }
 .legend li { display: flex; align-items: center; gap: 0.4rem; overflow-wrap: anywhere; }
 .legend svg { flex: none; }
+@media (max-width: 1000px) { .wide .tick, .wide .axis { font-size: 15px; } }
+@media (max-width: 640px) { .wide { display: none; } .narrow { display: block; } }
 @media (max-width: 560px) {
+  tr > th:first-child { border-right: 1px solid var(--rule); }
   main { padding: 1.25rem 0.75rem 3rem; } section { padding: 1.1rem 0.9rem; border-radius: 12px; }
   h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; }
   th, td { padding: 0.45rem 0.6rem; } tbody th { min-width: 7rem; max-width: 38vw; }
@@ -92,9 +101,10 @@ svg .low { fill: var(--low); } svg .high { fill: var(--high); }
 @media print {
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   html { font-size: 13px; } body { background: #ffffff; } main { max-width: none; padding: 0; }
-  section { border: 0; padding: 0 0 1rem; } .scroll { overflow: visible; } tbody th { position: static; }
+  section { border: 0; padding: 0 0 1rem; } .scroll { overflow: visible; background: none; }
+  tr > th:first-child { position: static; }
   table { font-size: 7.5pt; } th, td { padding: 0.25rem 0.35rem; } .map { max-width: 100%; height: auto; }
-  thead th { font-size: inherit; } .charts { grid-template-columns: 1fr 1fr; } .broad { min-width: 0; }
+  thead th { font-size: inherit; } .charts { grid-template-columns: 1fr 1fr; }
   figure, tr, .published { break-inside: avoid; } h2, h3 { break-after: avoid; }
 }
 """

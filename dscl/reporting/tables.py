@@ -13,6 +13,7 @@ from dscl.reporting.runs import RunRecord
 from dscl.reporting.scores import SUMMARY_KEYS
 from dscl.utils.formatting import format_count, format_duration
 
+BYTE_UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 MISSING = "-"  # a cell without a value
 MAX_LISTED_SEEDS = 5  # with more seeds, a row shows only their number
 
@@ -158,7 +159,7 @@ def format_score(value: float) -> str:
 
 def format_bytes(value: float) -> str:
     """For example 870 B, 3.4 KiB or 1.2 GiB."""
-    for unit, unit_bytes in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+    for unit, unit_bytes in BYTE_UNITS:
         if value >= unit_bytes:
             return f"{value / unit_bytes:.1f} {unit}"
     return f"{value:.0f} B"

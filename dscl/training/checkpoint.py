@@ -26,28 +26,29 @@ from dscl.config.parsing import did_you_mean
 from dscl.config.schema import CheckpointConfig
 from dscl.distributed import comm
 from dscl.engine.engine import Engine
-from dscl.methods.base import Method
+from dscl.methods.base import Method, RunInfo
 from dscl.monitoring.score_board import ScoreBoard
 from dscl.training.checkpoint_files import (
     MARKER_FILE,
     MATRIX_FILE_PREFIX,
     ROW_PREFIX,
-    FileChecksum,
     FileContent,
     ShardReader,
-    compute_checksum,
     copy_to_host,
     find_damage,
     fsync_file,
     fsync_folder,
     name_tensors,
     open_matrix_state,
+    read_marker,
     read_rows,
     write_bytes,
     write_tensors,
 )
 from dscl.training.state import Phase, TrainState
+from dscl.utils.atomic_io import FileChecksum, file_checksum
 from dscl.utils.errors import ExternalFailure, RunStopped, UserError
+from dscl.utils.json_files import add_checksum
 
 log = logging.getLogger("dscl")
 SAVED_FILE = ".saved"  # stands in the run's folder once a first checkpoint is complete
@@ -117,7 +118,7 @@ class Checkpoints:
                 self.folder.stat()  # raises if the folder was removed: `write` would create its parent again
                 for path in write():
                     fsync_file(path)
-                    self._artifacts[str(path.relative_to(self.folder.parent))] = compute_checksum(path)
+                    self._artifacts[str(path.relative_to(self.folder.parent))] = file_checksum(path)
             except (OSError, ExternalFailure) as error:
                 problem = str(error)
         if problem := comm.broadcast_from_main(problem):
@@ -150,6 +151,7 @@ class Checkpoints:
                 "world_size": comm.world_size(),
                 "optimizer_steps": engine.shards.step_count(),
                 "loss_scale": engine.loss_scale_state(),
+                "base_model": _base_model(method.run_info),
                 "train_state": train_state.to_json(),
                 "scores": score_board.to_json(),
             }
@@ -189,7 +191,8 @@ class Checkpoints:
         if not problem and comm.is_main():
             try:
                 files = {name: checksum for report, _ in reports for name, checksum in report.items()}
-                write_bytes(partial / MARKER_FILE, json.dumps({"files": files, "artifacts": self._artifacts}).encode())
+                marker = json.dumps(add_checksum({"files": files, "artifacts": self._artifacts})).encode()
+                write_bytes(partial / MARKER_FILE, marker)
                 if final.exists():  # left by an earlier start; this start found it damaged
                     shutil.rmtree(final)
                 fsync_folder(partial)
@@ -242,7 +245,7 @@ class Checkpoints:
         for folder in reversed(comm.broadcast_from_main(self._list_complete())):
             damage = next(filter(None, comm.all_gather_objects(find_damage(folder))), "")
             if not damage:
-                self._artifacts = json.loads((folder / MARKER_FILE).read_text("utf-8")).get("artifacts", {})
+                self._artifacts = read_marker(folder)["artifacts"]
                 return folder
             log.warning("checkpoint %s is damaged (%s); going back to the one before", folder.name, damage)
         if damage:
@@ -298,6 +301,22 @@ def find_best_checkpoint(folders: Iterable[Path], metric: str | None) -> Path | 
         if value is not None and math.isfinite(value) and (best is None or (value, folder.name) > best[:2]):
             best = value, folder.name, folder
     return best[2] if best else None
+
+
+def reject_other_base_model(folder: Path, run_info: RunInfo) -> None:
+    """Raise a `UserError` if the base model or the tokenizer is not the one that the checkpoint's run started from."""
+    saved = json.loads((folder / "state.json").read_text("utf-8")).get("base_model", {})
+    changed = [name for name, fingerprint in _base_model(run_info).items() if saved.get(name) != fingerprint]
+    if changed := comm.broadcast_from_main(changed):
+        raise UserError(
+            f"run_dir: {folder.parent.parent} was started with another {' and '.join(changed)} than "
+            f"{run_info.base_model} holds now; put back what was there, or choose another run_dir"
+        )
+
+
+def _base_model(run_info: RunInfo) -> dict[str, str]:
+    """The fingerprints of what a run starts from."""
+    return {"model": run_info.model, "tokenizer": run_info.tokenizer}
 
 
 def read_progress(folder: Path) -> tuple[TrainState, ScoreBoard]:

@@ -6,9 +6,7 @@ key names what is stored, the first element, and the tensor: `master|0|model.lay
 
 from __future__ import annotations
 
-import json
 import os
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,10 +18,11 @@ from safetensors.torch import save_file
 
 from dscl.distributed import comm
 from dscl.engine.optimizer import ParamShard
+from dscl.utils.atomic_io import FileChecksum, file_checksum
 from dscl.utils.errors import ExternalFailure
+from dscl.utils.json_files import parse_checked_json
 
 MARKER_FILE = "complete.json"
-FileChecksum = dict[str, int]  # {"bytes": size, "crc32": checksum}
 FileContent = bytes | dict[str, torch.Tensor]
 ROW_PREFIX = "rows"  # begins the key of a method's rows in a rank's file
 MATRIX_FILE_PREFIX = "owned-"  # begins the name of the file with a rank's state of the matrices it owns
@@ -32,7 +31,7 @@ MATRIX_FILE_PREFIX = "owned-"  # begins the name of the file with a rank's state
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> FileChecksum:
     save_file({name: value.detach().contiguous() for name, value in tensors.items()}, path)
     fsync_file(path)
-    return compute_checksum(path)
+    return file_checksum(path)
 
 
 def fsync_file(path: Path) -> None:
@@ -45,15 +44,7 @@ def write_bytes(path: Path, content: bytes) -> FileChecksum:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    return compute_checksum(path)
-
-
-def compute_checksum(path: Path) -> FileChecksum:
-    checksum = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            checksum = zlib.crc32(block, checksum)
-    return {"bytes": path.stat().st_size, "crc32": checksum}
+    return file_checksum(path)
 
 
 def fsync_folder(folder: Path) -> None:
@@ -64,22 +55,27 @@ def fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def read_marker(folder: Path) -> dict[str, dict[str, FileChecksum]]:
+    """The checksums of a checkpoint's "files", and of the "artifacts" of finished tasks in the run's folder."""
+    return parse_checked_json((folder / MARKER_FILE).read_bytes())
+
+
 def find_damage(folder: Path) -> str:
     """Verify this rank's share of the checkpoint's files; describes the first problem, or returns ""."""
     try:
-        marker = json.loads((folder / MARKER_FILE).read_text("utf-8"))
-        files = [(folder / name, checksum) for name, checksum in sorted(marker["files"].items())]
-        files += [
-            (folder.parent.parent / name, checksum) for name, checksum in sorted(marker.get("artifacts", {}).items())
-        ]
-    except (OSError, ValueError, KeyError):
+        marker = read_marker(folder)
+    except OSError:
         return f"{MARKER_FILE} is missing or unreadable"
+    except ValueError as error:
+        return f"{MARKER_FILE} is damaged: {error}"
+    files = [(folder / name, checksum) for name, checksum in sorted(marker["files"].items())]
+    files += [(folder.parent.parent / name, checksum) for name, checksum in sorted(marker["artifacts"].items())]
     for index, (path, checksum) in enumerate(files):
         name = path.name if path.parent == folder else path.relative_to(folder.parent.parent)
         if index % comm.world_size() == comm.rank():
             try:
                 size = path.stat().st_size
-                actual = compute_checksum(path) if size == checksum["bytes"] else None
+                actual = file_checksum(path) if size == checksum["bytes"] else None
             except FileNotFoundError:
                 return f"{name} is missing"
             except OSError as error:  # for example a failing disk

@@ -242,7 +242,8 @@ def run_dscl_plan(setup: RunSetup) -> tuple[dict[str, Any], str]:
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "recipe.yaml"
         recipe.write_text(setup.recipe.to_yaml(), "utf-8")
-        arguments = [f"deepspeed={json.dumps(str(setup.recipe.find_deepspeed_json().absolute()))}", "--alone", "--json"]
+        deepspeed_json = json.dumps(str(setup.recipe.find_deepspeed_json().absolute()))
+        arguments = [f"deepspeed={deepspeed_json}", "--recipe-only", "--json"]
         process = subprocess.run(
             [sys.executable, *PROGRAM, "plan", str(recipe), *arguments, "--gpus-per-node", str(comm.world_size())],
             env=subprocess_environment(), capture_output=True, text=True,

@@ -18,13 +18,14 @@ from dscl.monitoring.profiler import Tracer
 from dscl.monitoring.score_board import EvalResult, ScoreBoard
 from dscl.recipe.recipe import Recipe, read_run_recipe
 from dscl.training import lm_eval, preflight
-from dscl.training.checkpoint import Checkpoints, load_checkpoint
+from dscl.training.checkpoint import Checkpoints, load_checkpoint, reject_other_base_model
 from dscl.training.evaluation import Evaluator, reject_needless_oracle
-from dscl.training.run_dir import lock_run_dir, reject_other_base_model, reject_other_recipe
+from dscl.training.run_dir import lock_run_dir, reject_other_recipe
 from dscl.training.setup import RunSetup, build_setup
 from dscl.training.state import Phase, TrainState
 from dscl.training.trainer import Trainer
 from dscl.utils.errors import UserError
+from dscl.utils.json_files import parse_json_object
 
 log = logging.getLogger("dscl")
 
@@ -43,7 +44,6 @@ def train(recipe: Recipe, stop: StopHandler | None = None, check_cluster: bool =
     else:
         preflight.require_consistent_ranks(setup)
     with lock_run_dir(recipe):
-        reject_other_base_model(recipe, setup.run_info)
         run(setup, stop)
     report_if_complete(recipe)
 
@@ -51,12 +51,15 @@ def train(recipe: Recipe, stop: StopHandler | None = None, check_cluster: bool =
 def run(setup: RunSetup, stop: StopHandler | None) -> None:
     """Build the engine, resume from the newest checkpoint and train what is left of the stream."""
     recipe = setup.recipe
+    checkpoints = Checkpoints(recipe.run_folder / "checkpoints", recipe.checkpoint)
+    newest = checkpoints.find_newest()
+    if newest is not None:
+        reject_other_base_model(newest, setup.run_info)
     tracer = Tracer(recipe.run_folder, recipe.observe.profile)
     with tracer:
         engine = setup.build_engine()
     with closing(engine), tracer:  # the tracer exits first: after an out-of-memory error it dumps the memory
-        checkpoints = Checkpoints(recipe.run_folder / "checkpoints", recipe.checkpoint)
-        state, scores = resume_from_newest(checkpoints, engine, setup)
+        state, scores = start_new_run(setup) if newest is None else resume(newest, engine, setup)
         if stop is not None:
             stop.enable_graceful_stop(recipe.checkpoint.grace)
         planned_steps = setup.planned_steps()
@@ -82,10 +85,11 @@ def evaluate_run(
     recipe = read_run_recipe(run_dir, overrides)
     # As in training, prompts leave free the tokens that the run's own recipe reserves for answers.
     setup = build_setup_on_all_ranks(recipe, read_run_recipe(run_dir).evaluate.max_new_tokens)
+    folder = Checkpoints(recipe.run_folder / "checkpoints", recipe.checkpoint).find_checkpoint(checkpoint)
+    if folder is None:
+        raise UserError(f"{run_dir}: no checkpoint there yet; train first")
+    reject_other_base_model(folder, setup.run_info)
     with closing(setup.build_engine()) as engine:
-        folder = Checkpoints(recipe.run_folder / "checkpoints", recipe.checkpoint).find_checkpoint(checkpoint)
-        if folder is None:
-            raise UserError(f"{run_dir}: no checkpoint there yet; train first")
         state, _ = restore_checkpoint(folder, engine, setup)
         lm_eval_scores = lm_eval.evaluate_with_lm_eval(
             lm_eval_tasks, lm_eval_limit, engine, setup.backbone.tokenizer, recipe.evaluate.batch
@@ -123,18 +127,18 @@ def build_setup_on_all_ranks(recipe: Recipe, max_answer_tokens: int | None = Non
     return setup
 
 
-def resume_from_newest(checkpoints: Checkpoints, engine: Engine, setup: RunSetup) -> tuple[TrainState, ScoreBoard]:
-    """Load the newest intact checkpoint; without one, return the state of a new run."""
-    newest = checkpoints.find_newest()
-    if newest is None:
-        needs_zero_shot = setup.recipe.evaluate.zero_shot or setup.heldout_texts
-        tasks = [task_data.task for task_data in setup.tasks]
-        names, metrics = tuple(task.name for task in tasks), tuple(task.metric for task in tasks)
-        scores = ScoreBoard(setup.recipe.method.name, names, metrics)
-        return TrainState(Phase.ZERO_SHOT if needs_zero_shot else Phase.TRAINING), scores
-    state, scores = restore_checkpoint(newest, engine, setup)
+def start_new_run(setup: RunSetup) -> tuple[TrainState, ScoreBoard]:
+    needs_zero_shot = setup.recipe.evaluate.zero_shot or setup.heldout_texts
+    tasks = [task_data.task for task_data in setup.tasks]
+    names, metrics = tuple(task.name for task in tasks), tuple(task.metric for task in tasks)
+    scores = ScoreBoard(setup.recipe.method.name, names, metrics)
+    return TrainState(Phase.ZERO_SHOT if needs_zero_shot else Phase.TRAINING), scores
+
+
+def resume(folder: Path, engine: Engine, setup: RunSetup) -> tuple[TrainState, ScoreBoard]:
+    state, scores = restore_checkpoint(folder, engine, setup)
     num_tasks = len(setup.tasks)
-    log.info("resumed from %s: task %d of %d", newest.name, min(state.task + 1, num_tasks), num_tasks)
+    log.info("resumed from %s: task %d of %d", folder.name, min(state.task + 1, num_tasks), num_tasks)
     return state, scores
 
 
@@ -149,13 +153,15 @@ def restore_checkpoint(folder: Path, engine: Engine, setup: RunSetup) -> tuple[T
 def report_if_complete(recipe: Recipe) -> bool:
     """Whether the run in this directory is complete; if so, its scores and the paths of its files are printed."""
     try:
-        document: dict[str, Any] = json.loads((recipe.run_folder / "scores.json").read_text("utf-8"))
-    except (OSError, ValueError):  # missing or damaged: it is written again from the checkpoint
+        document = parse_json_object((recipe.run_folder / "scores.json").read_bytes())
+        scores = ScoreBoard.from_json(document)
+        is_complete = document["complete"] is True and scores.to_json()["complete"]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # written again from the checkpoint
         return False
-    if not document.get("complete"):
+    if not is_complete:
         return False
     if comm.is_main():
-        print(f"\n{score_table(ScoreBoard.from_json(document))}\n")
+        print(f"\n{score_table(scores)}\n")
         print(f"complete: {recipe.run_dir} (scores.json, metrics.jsonl, checkpoints/)")
         print(f"look:     {sys.executable} -m tensorboard.main --logdir {recipe.run_folder / 'tensorboard'}")
         print("again:    remove that folder, or give another run_dir", flush=True)

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import logging
 import os
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import IO
 
 import yaml
 
 from dscl.distributed import comm
-from dscl.methods.base import RunInfo
 from dscl.recipe.recipe import Recipe, find_difference, resolve_recipe
 from dscl.training.checkpoint import SAVED_FILE
+from dscl.utils.atomic_io import write_text_atomically
 from dscl.utils.errors import UserError
 
 log = logging.getLogger("dscl")
 LOCK_FILE = ".lock"
-BASE_FILE = "base.json"  # fingerprints of the model and the tokenizer that the run started from
 
 
 def has_saved_checkpoint(recipe: Recipe) -> bool:
@@ -47,33 +44,6 @@ def reject_other_recipe(recipe: Recipe) -> None:
             f"run_dir: {recipe.run_dir} holds a run with another {changed}; "
             "choose another run_dir, remove that folder, or give the settings it was started with"
         )
-
-
-def reject_other_base_model(recipe: Recipe, run_info: RunInfo) -> None:
-    """Raise a `UserError` if the base model or the tokenizer has changed in place since the run was first started.
-
-    Call it with the run directory locked.
-    """
-    path = recipe.run_folder / BASE_FILE
-    current = {"model": run_info.model, "tokenizer": run_info.tokenizer}
-    problem = ""
-    if comm.is_main():
-        try:
-            stored = json.loads(path.read_text("utf-8")) if has_saved_checkpoint(recipe) else current
-        except (OSError, ValueError):  # the run was started by a version that did not write this file
-            stored = current
-        if changed := [name for name, fingerprint in current.items() if stored.get(name) != fingerprint]:
-            problem = (
-                f"run_dir: {recipe.run_dir} was started with another {' and '.join(changed)} than "
-                f"{run_info.base_model} holds now; put back what was there, or choose another run_dir"
-            )
-        else:
-            try:
-                write_text_atomically(path, json.dumps(current))
-            except OSError as error:
-                problem = f"run_dir: {recipe.run_dir} cannot be written ({error.strerror}); choose another"
-    if problem := comm.broadcast_from_main(problem):
-        raise UserError(problem)
 
 
 @contextmanager
@@ -124,10 +94,3 @@ def _acquire_lock(recipe: Recipe) -> IO[str] | None:
     file.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}")
     file.flush()
     return file
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """Replace a file such that readers see either the old content or the new one, never a part."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, "utf-8")
-    os.replace(partial, path)

@@ -20,11 +20,11 @@ from dscl.monitoring.profiler import Tracer
 from dscl.monitoring.score_board import ScoreBoard
 from dscl.training.checkpoint import Checkpoints
 from dscl.training.evaluation import Evaluator
-from dscl.training.run_dir import write_text_atomically
 from dscl.training.setup import RunSetup, TaskData
 from dscl.training.state import Phase, TrainState
 from dscl.training.task_context import build_task_context
 from dscl.utils import timers
+from dscl.utils.atomic_io import write_text_atomically
 from dscl.utils.errors import RERUN_HINT, ExternalFailure, RunStopped
 
 

@@ -7,11 +7,11 @@ import json
 import logging
 import os
 import shutil
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from dscl.utils.atomic_io import file_checksum
 from dscl.utils.errors import ExternalFailure
 
 log = logging.getLogger("dscl")
@@ -70,12 +70,4 @@ def _write_marker(folder: Path) -> None:
 
 
 def _file_checksums(folder: Path) -> dict[str, int]:
-    return {path.name: _file_crc32(path) for path in sorted(folder.iterdir()) if path.name != MARKER_FILE}
-
-
-def _file_crc32(path: Path) -> int:
-    checksum = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
+    return {path.name: file_checksum(path)["crc32"] for path in sorted(folder.iterdir()) if path.name != MARKER_FILE}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from dscl.utils.atomic_io import replace_atomically
 from dscl.utils.errors import ExternalFailure, UserError
 
 
@@ -26,13 +26,10 @@ def write_checksummed(
     """
     full_header = {"format": version, **header}
     full_header["checksum"] = _checksum(full_header, tensors)
-    partial = path.with_name(f"{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, {kind: json.dumps(full_header)})
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        with replace_atomically(path) as partial:
+            save_file(tensors, partial, {kind: json.dumps(full_header)})
     except (OSError, SafetensorError) as error:
         raise ExternalFailure(
             f"{path}: cannot be written ({error}); make room or mend the folder, and try again"

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,10 +20,12 @@ from typing import Any
 import pytest
 
 from dscl.cli import app
-from dscl.cli.app import _apply_template, main, run_with_error_report
+from dscl.cli.app import main
+from dscl.cli.generate import apply_template
+from dscl.cli.lazy_imports import choose_accelerator
 from dscl.distributed import comm
 from dscl.distributed.launcher import FORWARDED_SIGNALS
-from dscl.utils.errors import ExternalFailure, RunStopped, UserError
+from dscl.utils.errors import UserError
 from tests.support.programs import Program, forked_run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -115,7 +118,7 @@ def test_help_is_fast_and_imports_no_torch() -> None:
 @pytest.mark.parametrize(
     ("words", "expected_message"),
     [
-        ([], "no verb given; allowed: train, plan, doctor, eval, generate, export, compare, report, route-existing"),
+        ([], "no verb given; allowed: train, plan, doctor, eval, generate, export, compare, report, import-adapters"),
         (["trian"], "trian: no such verb (did you mean 'train'?); allowed: train, plan, doctor, eval, generate,"),
         (["--fast"], "the following arguments are required: VERB; see dscl --help"),
         (["train"], "the following arguments are required: RECIPE.yaml; see dscl train --help"),
@@ -141,13 +144,13 @@ def test_help_is_fast_and_imports_no_torch() -> None:
         (["compare", "no.yaml"], "no.yaml: no such recipe; give the path of a YAML file"),
         (["compare", "r.yaml", "--seeds", "x"], "--seeds: given 'x'; allowed: how many, or seeds like 3,4,5"),
         (["compare", "r.yaml", "--seeds", "0"], "--seeds: given '0'; allowed: how many, or seeds like 3,4,5"),
-        (["compare", "r.yaml", "--at-once", "0"], "--at-once: given 0; at least 1 is needed"),
+        (["compare", "r.yaml", "--max-parallel", "0"], "--max-parallel: given 0; at least 1 is needed"),
         (["report", "--out", "x"], "the following arguments are required: RUN; see dscl report --help"),
         (["report", "no-such", "--out", "x"], "no-such"),
         (["generate", "out", "--max-new-tokens", "x"], "argument --max-new-tokens: invalid int value: 'x'; see dscl"),
         (["export", "out"], "the following arguments are required: DIR; see dscl export --help"),
         (["export", "out", "made", "more"], "more: not understood; allowed: options, see dscl export --help"),
-        (["route-existing", "made"], "the following arguments are required: --base, --task; see dscl route-existing"),
+        (["import-adapters", "made"], "the following arguments are required: --base, --task; see dscl import-adapters"),
     ],
 )
 def test_wrong_arguments_are_reported_in_one_line(
@@ -237,20 +240,31 @@ def test_a_spawned_rank_ignores_nproc(project: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(app, "die_with_parent", lambda: None)  # the tests are to live on
     monkeypatch.setattr(app, "spawn_ranks", lambda *_: pytest.fail("spawned again"))
 
-    def run(options: Any, *_: Any) -> int:
+    def run(options: Any, *_: Any) -> None:
         ran.append(options.recipe)
-        return 0
 
-    monkeypatch.setattr(app, "_run_distributed_verb", run)
+    monkeypatch.setitem(app.VERBS, "train", replace(app.TRAIN, run=run))
     assert main(["train", "r.yaml", "--nproc", "2"]) == 0
     assert ran == ["r.yaml"]
 
 
-def raise_error(error: BaseException) -> Any:
-    def work() -> int:
-        raise error
-
-    return work
+@pytest.mark.parametrize(
+    ("words", "function"),
+    [
+        (["train", "r.yaml", "--dry-run"], "dscl.training.trainer.dry_run"),
+        (["doctor", "r.yaml"], "dscl.training.trainer.diagnose_cluster"),
+        (["export", "out", "made"], "dscl.serving.export.export_run"),
+        (["export", "out", "made", "--task", "color"], "dscl.serving.export.export_task_adapter"),
+    ],
+)
+def test_a_command_line_becomes_one_call(
+    project: Path, words: list[str], function: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+    monkeypatch.chdir(project)
+    monkeypatch.setattr(function, lambda *arguments: calls.append(arguments))
+    assert main(words) == 0
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("words", [[], ["--doctor"]])
@@ -261,26 +275,6 @@ def test_train_runs_the_checks_only_with_doctor(
     monkeypatch.setattr("dscl.training.trainer.train", lambda recipe, stop, thorough: looked.append(thorough))
     assert main(["train", str(project / "r.yaml"), *words]) == 0
     assert looked == [bool(words)]
-
-
-@pytest.mark.parametrize(
-    ("error", "status", "expected_message"),
-    [
-        (UserError("x: given 1;\nallowed: 2"), 2, "dscl: x: given 1; allowed: 2\n"),
-        (ExternalFailure("the disk is full"), 1, "dscl: the disk is full\n"),
-        (RunStopped("stopped after step 3"), 75, "dscl: stopped after step 3\n"),
-        (KeyboardInterrupt(), 1, "dscl: interrupted; run the same command again to resume\n"),
-    ],
-)
-def test_exit_statuses(
-    error: BaseException, status: int, expected_message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run_with_error_report(raise_error(error)) == status
-    assert capsys.readouterr().err == expected_message
-    assert (
-        run_with_error_report(lambda: run_with_error_report(raise_error(error))) == status
-    )  # only the inner call reports the error
-    assert capsys.readouterr().err == expected_message
 
 
 def test_the_installed_command_is_the_same_program_as_the_module() -> None:
@@ -296,15 +290,8 @@ def test_the_accelerator_is_the_cpu_without_a_gpu(
     monkeypatch.setenv("DS_ACCELERATOR", "")  # restored afterwards
     monkeypatch.delenv("DS_ACCELERATOR")
     monkeypatch.setattr(comm, "device", lambda: SimpleNamespace(type=kind))
-    app._choose_accelerator()
+    choose_accelerator()
     assert os.environ.get("DS_ACCELERATOR") == chosen
-
-
-def test_an_internal_error_shows_its_traceback_once(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_with_error_report(lambda: run_with_error_report(raise_error(ZeroDivisionError("inside")))) == 1
-    shown = capsys.readouterr().err
-    assert shown.count("Traceback (most recent call last)") == 1
-    assert shown.rstrip().endswith("ZeroDivisionError: inside")
 
 
 def test_a_rank_reports_its_error_before_it_leaves_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -367,54 +354,22 @@ def test_the_argument_of_deepspeeds_launcher_is_ignored(capsys: pytest.CaptureFi
 
 
 def test_the_template_is_applied_to_every_prompt() -> None:
-    assert _apply_template(["a", "b"], None) == ["a", "b"]
-    assert _apply_template(["a {x}", "b"], r"{prompt}\nAnswer:") == ["a {x}\nAnswer:", "b\nAnswer:"]
+    assert apply_template(["a", "b"], None) == ["a", "b"]
+    assert apply_template(["a {x}", "b"], r"{prompt}\nAnswer:") == ["a {x}\nAnswer:", "b\nAnswer:"]
     with pytest.raises(UserError, match=r"--template: given 'Answer:'; it must hold \{prompt\}"):
-        _apply_template(["a"], "Answer:")
-
-
-def test_a_closed_output_pipe_is_no_failure() -> None:
-    """As in `dscl generate ... | head -1`."""
-    work = "lambda: [print('x', flush=True) for _ in range(9999)] and 0"
-    program = f"import sys; from dscl.cli.app import run_with_error_report; sys.exit(run_with_error_report({work}))"
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout is not None
-    assert process.stderr is not None
-    process.stdout.readline()
-    process.stdout.close()
-    assert (process.wait(60), process.stderr.read()) == (0, b"")
+        apply_template(["a"], "Answer:")
 
 
 def test_dry_run_of_a_comparison_lists_its_runs(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Rows in the order of the file, with overrides after options; nothing is written."""
     recipe = json.loads((project / "r.yaml").read_text())
-    recipe["compare"] = {"rates": [1e-3, 1e-2], "rows": {"b": {"name": "replay"}, "a": {"tune": "lora"}}}
+    recipe["compare"] = {"learning_rates": [1e-3, 1e-2], "rows": {"b": {"name": "replay"}, "a": {"tune": "lora"}}}
     (project / "c.yaml").write_text(json.dumps(recipe))
-    assert main(["compare", str(project / "c.yaml"), "--dry-run", "--seeds", "4,6", "compare.rates=[0.5]"]) == 0
+    words = ["compare", str(project / "c.yaml"), "--dry-run"]
+    assert main([*words, "--seeds", "4,6", "compare.learning_rates=[0.5]"]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert shown == ["b: seed 4, rate 0.5", "b: seed 6, rate 0.5", "a: seed 4, rate 0.5", "a: seed 6, rate 0.5"]
-    assert main(["compare", str(project / "c.yaml"), "--dry-run", "--seeds", "1", "--methods", "osft"]) == 0
+    assert main([*words, "--seeds", "1", "--methods", "osft"]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert shown == ["osft: dev, rate 0.001", "osft: dev, rate 0.01", "osft: seed 0, rate 0.001"]
     assert not (project / "out").exists()
-
-
-def test_an_abort_in_the_interpreters_shutdown_changes_no_status() -> None:
-    """Threads of libraries may abort the shutdown. The atexit functions run, and all output is flushed."""
-    code = (
-        "import atexit, builtins, os, sys\n"
-        "class Aborts:\n"
-        "    def __del__(self, abort=os.abort): abort()\n"
-        "builtins.kept = Aborts()\n"
-        "atexit.register(lambda: print('at the end'))\n"
-        "sys.argv = ['dscl', 'trian']\n"
-        "from dscl.cli.app import {how}\n"
-        "sys.exit({how}())\n"
-    )
-    for how, status in (("main", -signal.SIGABRT), ("run_and_exit", 2)):  # `main` alone would abort
-        done = subprocess.run(
-            [sys.executable, "-c", code.format(how=how)], cwd=REPOSITORY, capture_output=True, text=True
-        )
-        assert done.returncode == status, done.stderr
-        assert done.stdout == "at the end\n"
-        assert "trian: no such verb (did you mean 'train'?)" in done.stderr

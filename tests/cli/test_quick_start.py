@@ -128,7 +128,7 @@ def test_all_verbs_refuse_a_wrong_recipe_before_heavy_imports(tmp_path: Path) ->
         ["doctor", RECIPE, "train.lrr=1"],
         ["plan", RECIPE, "--gpu", "H100", "--gpu-memory", "80GiB", "train.lrr=1"],
         ["compare", COMPARISON, f"folder={tmp_path}", "train.lrr=1"],
-        ["compare", COMPARISON, f"folder={tmp_path}", "compare.ratse=[1]"],
+        ["compare", COMPARISON, f"folder={tmp_path}", "compare.learning_rate=[1]"],
         ["eval", str(tmp_path), "evaluate.bathc=1"],
         ["eval", str(tmp_path), "train.lr=1"],
         ["eval", str(tmp_path / "none")],

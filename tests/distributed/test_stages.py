@@ -1,6 +1,6 @@
 """Every method at every ZeRO stage, with and without offload, on two ranks: equal to one process that shards nothing.
 
-The README's table of methods and stages is made of what is found here. In the fast suite test_sizes.py takes every
+The table of methods and stages in dscl/methods/README.md shows the result. In the fast suite test_sizes.py takes every
 method through all stages.
 """
 
@@ -18,7 +18,7 @@ from tests.support.five_tasks import scores, tasks
 from tests.support.runs import metrics, run
 
 __all__ = ["tasks"]  # the fixture
-README = Path(__file__).resolve().parents[2] / "README.md"
+METHODS_PAGE = Path(__file__).resolve().parents[2] / "dscl" / "methods" / "README.md"
 STAGES = {
     "ZeRO 0": "zero0",
     "1": "zero1",
@@ -91,11 +91,12 @@ def test_logits_in_parts_change_nothing_at_any_stage(
 
 
 @pytest.mark.exhaustive
-def test_the_readme_shows_it() -> None:
+def test_the_methods_page_shows_it() -> None:
     """Comes last in this file; alone it has nothing to show."""
     if len(EQUAL) < len(METHODS) * len(STAGES):
         pytest.skip("the tests of the methods did not run in this process")
     rows = [["method", *STAGES], ["---"] * (1 + len(STAGES))]
     rows += [[f"`{m}`", *("equal" if EQUAL[m, stage] else "no" for stage in STAGES)] for m in METHODS]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    assert table in README.read_text("utf-8"), f"the README's table of methods and stages should be:\n\n{table}\n"
+    text = METHODS_PAGE.read_text("utf-8")
+    assert table in text, f"the table of methods and stages in {METHODS_PAGE} should be:\n\n{table}\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 
@@ -10,7 +9,6 @@ import pytest
 
 from dscl.maths.scores import (
     backward_transfer,
-    build_document,
     forgetting,
     forward_transfer,
     overall_performance,
@@ -128,7 +126,7 @@ def test_evaluating_only_the_tasks_seen_so_far_leaves_forward_transfer_open() ->
     ],
 )
 def test_a_score_that_is_not_finite_is_named(bad: float, measure) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(ValueError, match=r"(matrix\[1\]|before)\[0\] is (nan|inf)"):
+    with pytest.raises(ValueError, match=r"(matrix\[1\]|zero_shot)\[0\] is (nan|inf)"):
         measure([[0.5, 0.5], [bad, 0.5]])
 
 
@@ -137,40 +135,3 @@ def test_rows_of_unequal_length_are_refused() -> None:
         overall_performance([[0.5, 0.5], [0.5]])
     with pytest.raises(ValueError, match="1 scores for 2 trained tasks"):
         overall_performance([[0.5], [0.5]])
-
-
-def document(**changed):  # type: ignore[no-untyped-def]
-    given = {
-        "method": "sequential",
-        "tasks": ["a", "b"],
-        "metrics": ["accuracy", "rouge_l"],
-        "matrix": [[0.9, 0.2], [0.4, 0.8]],
-        "zero_shot": [0.1, 0.3],
-        "complete": True,
-    }
-    return build_document(**{**given, **changed})
-
-
-def test_document_is_the_contract_and_survives_json() -> None:
-    built = document()
-    assert json.loads(json.dumps(built, allow_nan=False)) == built
-    assert set(built) == {"method", "tasks", "metrics", "matrix", "before", "summary", "complete"}
-    assert built["summary"] == pytest.approx({"OP": 0.6, "BWT": -0.5, "FWT": -0.1, "forgetting": 0.5})
-    assert document(matrix=[], complete=False)["summary"]["OP"] is None
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"metrics": ["accuracy"]}, "1 metrics for 2 tasks"),
-        ({"matrix": [[0.1, 0.2]]}, "1 rows; a complete run of 2 tasks"),
-        ({"matrix": [[0.1, 0.2]] * 3, "complete": False}, "3 rows for 2 tasks"),
-        ({"matrix": [[0.1, 0.2], [0.1]]}, r"matrix\[1\] has 1 scores"),
-        ({"zero_shot": [0.1]}, "before has 1 scores"),
-        ({"matrix": [[0.1, 0.2], [0.1, 80.0]]}, r"matrix\[1\]\[1\], the score of 'b', is 80.0"),
-        ({"zero_shot": [0.1, math.nan]}, r"before\[1\], the score of 'b', is nan"),
-    ],
-)
-def test_document_of_the_wrong_shape_is_refused(changed: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        document(**changed)

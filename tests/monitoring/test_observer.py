@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from dscl.config.parsing import parse_config
-from dscl.maths.scores import build_document
 from dscl.monitoring.observer import ObserveConfig, Observer
+from dscl.monitoring.score_board import ScoreBoard
 from dscl.utils.errors import UserError
+from tests.support.score_boards import make_score_board
 
 TASKS = [("a", 4), ("b", 6)]
 
@@ -20,21 +21,21 @@ def record(step: int) -> dict:
     return {"step": step, "task": "a", "loss": 0.5, "lr": 0.1, "grad_norm": 1.0, "tokens": 8, "tokens_per_s": 80.0}
 
 
-def document(rows: int) -> dict:
-    return build_document("m", ["a", "b"], ["accuracy"] * 2, [[0.5, 0.25]] * rows, [0.0, 0.0], rows == 2)
+def scores(rows: int) -> ScoreBoard:
+    return make_score_board([[0.5, 0.25]] * rows, [0.0, 0.0])
 
 
 def use(observer: Observer, steps: range) -> None:
     with observer:
         observer.log_recipe("seed: 1")
         if steps.start == 1:
-            observer.log_scores(document(0))
+            observer.log_scores(scores(0))
         for step in steps:
             observer.log_steps(record(step))
             for name, done in TASKS:
                 observer.show_evaluation(name, 1, done)
             if step in (4, 10):
-                observer.log_scores(document(1 if step == 4 else 2))
+                observer.log_scores(scores(1 if step == 4 else 2))
         observer.print_message("the end")
 
 
@@ -77,17 +78,17 @@ def test_several_records_at_once_are_as_good_as_one_by_one(tmp_path: Path) -> No
 def test_seconds_between_steps_stand_in_the_next_record_or_else_in_the_last(tmp_path: Path) -> None:
     config = ObserveConfig(tensorboard=False, live="off")
     with Observer(tmp_path, config, True, TASKS, stream=io.StringIO()) as observer:
-        observer.log_scores(document(0), 4.0)
+        observer.log_scores(scores(0), 4.0)
         for step in range(1, 5):
             observer.log_steps(record(step))
         observer.log_save_time(0.5)
-        observer.log_scores(document(1), 2.0)
+        observer.log_scores(scores(1), 2.0)
     with Observer(tmp_path, config, True, TASKS, 4, stream=io.StringIO()) as observer:
-        observer.log_scores(document(1), 1.0)
+        observer.log_scores(scores(1), 1.0)
         observer.log_save_time(0.25)
         for step in range(5, 11):
             observer.log_steps(record(step))
-        observer.log_scores(document(2), 3.0)
+        observer.log_scores(scores(2), 3.0)
     found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [each["step"] for each in found] == list(range(1, 11))
     assert {each["step"]: each["evaluate_seconds"] for each in found if "evaluate_seconds" in each} == {

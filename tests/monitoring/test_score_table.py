@@ -6,20 +6,21 @@ import random
 
 import pytest
 
-from dscl.maths.scores import build_document
+from dscl.monitoring.score_board import ScoreBoard
 from dscl.monitoring.score_table import score_table
 from dscl.utils.formatting import display_width, format_count, format_duration, truncate_end, truncate_middle
+from tests.support.score_boards import make_score_board
 
 
-def make(names: list[str], trained: int, before: bool = True) -> dict:
+def make(names: list[str], trained: int, zero_shot: bool = True) -> ScoreBoard:
     draw = random.Random(0)
     first, *rows = [[round(draw.random(), 3) for _ in names] for _ in range(trained + 1)]
-    return build_document("m", names, ["accuracy"] * len(names), rows, first if before else None, False)
+    return make_score_board(rows, first if zero_shot else None, names)
 
 
 def test_by_hand() -> None:
-    document = build_document("m", ["a", "newsgroup"], ["accuracy"] * 2, [[0.9, None], [0.5, 1.0]], [0.25, 0.125], True)
-    assert score_table(document, 80).splitlines() == [
+    scores = make_score_board([[0.9, None], [0.5, 1.0]], [0.25, 0.125], ["a", "newsgroup"])
+    assert score_table(scores, 80).splitlines() == [
         "                     a  newsgroup",
         "before training  0.250      0.125",
         "after a          0.900          -",
@@ -43,12 +44,12 @@ STREAMS = {
 
 @pytest.mark.parametrize("stream", STREAMS)
 @pytest.mark.parametrize("width", [40, 80, 100, 200])
-@pytest.mark.parametrize("before", [True, False])
-def test_every_score_stands_in_its_row_within_the_width(stream: str, width: int, before: bool) -> None:
+@pytest.mark.parametrize("zero_shot", [True, False])
+def test_every_score_stands_in_its_row_within_the_width(stream: str, width: int, zero_shot: bool) -> None:
     names = STREAMS[stream]
-    document = make(names, max(1, len(names) - 1), before)
-    *blocks, _ = score_table(document, width).split("\n\n")
-    rows = ([document["before"]] if before else []) + document["matrix"]
+    scores = make(names, max(1, len(names) - 1), zero_shot)
+    *blocks, _ = score_table(scores, width).split("\n\n")
+    rows = [*([scores.zero_shot] if zero_shot else []), *scores.matrix]
     shown: list[list[float]] = [[] for _ in rows]
     for block in blocks:
         header, *lines = block.splitlines()

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 
-from dscl.maths.scores import build_document
-from dscl.monitoring.score_picture import CELL, INK, UNMEASURED, routing_picture, score_picture
+from dscl.monitoring.heat_map import CELL_HEIGHT, CELL_WIDTH, LOW_INK
+from dscl.monitoring.score_picture import MARGIN, SCALE, routing_picture, score_picture
+from tests.support.score_boards import make_score_board
 
 accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 
@@ -39,20 +40,16 @@ def record(step: int) -> dict:
     }
 
 
-def document(matrix: list, before: list | None = None, tasks: tuple[str, ...] = ("a", "b")) -> dict:
-    return build_document("m", tasks, ["accuracy"] * len(tasks), matrix, before, len(matrix) == len(tasks))
-
-
 def test_curves_scores_picture_and_recipe_read_back(tmp_path: Path) -> None:
     from dscl.monitoring.tensorboard import TensorBoardWriter
 
     board = TensorBoardWriter(tmp_path, 0)
     board.add_text("recipe", "seed: 7", 0)
-    board.add_scores(document([], [0.125, 0.25]), 0)
+    board.add_scores(make_score_board([], [0.125, 0.25]), 0)
     board.add_step(record(1))
     board.add_step({"step": 2, "loss": 0.5, "grad_norm": None})
-    board.add_scores(document([[0.75, 0.5]], [0.125, 0.25]), 2)
-    board.add_scores(document([[0.75, 0.5], [0.25, 1.0]], [0.125, 0.25]), 4)
+    board.add_scores(make_score_board([[0.75, 0.5]], [0.125, 0.25]), 2)
+    board.add_scores(make_score_board([[0.75, 0.5], [0.25, 1.0]], [0.125, 0.25]), 4)
     board.close()
 
     events = read(tmp_path)
@@ -68,7 +65,7 @@ def test_curves_scores_picture_and_recipe_read_back(tmp_path: Path) -> None:
     last = events.Images("task/scores")[-1]
     shown = np.asarray(Image.open(BytesIO(last.encoded_image_string)))
     assert last.step == 4
-    assert np.array_equal(shown, score_picture(document([[0.75, 0.5], [0.25, 1.0]], [0.125, 0.25])))
+    assert np.array_equal(shown, score_picture(make_score_board([[0.75, 0.5], [0.25, 1.0]], [0.125, 0.25])))
 
 
 def test_every_number_of_a_record_has_its_curve(tmp_path: Path) -> None:
@@ -103,7 +100,7 @@ def test_every_number_of_a_record_has_its_curve(tmp_path: Path) -> None:
 def test_routing_and_what_was_held_out_read_back(tmp_path: Path) -> None:
     from dscl.monitoring.tensorboard import TensorBoardWriter
 
-    shown = document([[0.75, 0.5]]) | {"confusion": CONFUSION, "heldout": [4.0, 3.5]}
+    shown = make_score_board([[0.75, 0.5]], confusion=CONFUSION, heldout=[4.0, 3.5])
     board = TensorBoardWriter(tmp_path, 0)
     board.add_scores(shown, 5)
     board.close()
@@ -111,18 +108,18 @@ def test_routing_and_what_was_held_out_read_back(tmp_path: Path) -> None:
     assert scalars(events, "task/heldout_loss") == [(5, 3.5)]
     (event,) = events.Images("task/routing")
     assert event.step == 5
-    assert np.array_equal(np.asarray(Image.open(BytesIO(event.encoded_image_string))), routing_picture(shown))
+    assert np.array_equal(np.asarray(Image.open(BytesIO(event.encoded_image_string))), routing_picture(CONFUSION))
 
 
 def test_routing_shows_whose_prompts_were_answered_by_whom() -> None:
-    picture = routing_picture({"confusion": CONFUSION})
-    shares = score_picture(document([[0.9, 0.0, 0.1], [0.2, 0.8, 0.0]], None, ("a", "b", "c")))
+    picture = routing_picture(CONFUSION)
+    shares = score_picture(make_score_board([[0.9, 0.0, 0.1], [0.2, 0.8, 0.0]], None, ("a", "b", "c")))
     for row in range(2):
         for column in range(3):
             seen = cell(picture, row, column, 3, 2)
             assert seen == cell(shares, row, column, 3), (row, column)
     moved = {**CONFUSION, "shares": [[0.9, 0.1, 0.0], [0.2, 0.8, 0.0]]}
-    assert not np.array_equal(picture, routing_picture({"confusion": moved}))
+    assert not np.array_equal(picture, routing_picture(moved))
 
 
 def test_runs_can_be_compared_by_settings_and_scores(tmp_path: Path) -> None:
@@ -131,9 +128,9 @@ def test_runs_can_be_compared_by_settings_and_scores(tmp_path: Path) -> None:
     from dscl.monitoring.tensorboard import TensorBoardWriter
 
     board = TensorBoardWriter(tmp_path, 0)
-    complete = document([[0.75, 0.5], [0.25, 1.0]])
+    complete = make_score_board([[0.75, 0.5], [0.25, 1.0]])
     board.add_scores(complete, 4)
-    board.add_hparams({"train.lr": 0.5, "method.name": "asr"}, complete["summary"])
+    board.add_hparams({"train.lr": 0.5, "method.name": "asr"}, complete.summary)
     board.close()
     events = read(tmp_path)
     (told,) = (data for tag, data in events.PluginTagToContent("hparams").items() if "experiment" in tag)
@@ -149,13 +146,13 @@ def test_what_came_after_the_checkpoint_is_gone_after_resuming(tmp_path: Path, r
     from dscl.monitoring.tensorboard import TensorBoardWriter
 
     killed = TensorBoardWriter(tmp_path, 0)
-    killed.add_scores(document([], [0.5, 0.5]), 0)
+    killed.add_scores(make_score_board([], [0.5, 0.5]), 0)
     for step in range(1, 7):
         killed.add_step(record(step))
     killed.close()
     again = TensorBoardWriter(tmp_path, resumed_from)
     if not resumed_from:
-        again.add_scores(document([], [0.5, 0.5]), 0)
+        again.add_scores(make_score_board([], [0.5, 0.5]), 0)
     for step in range(resumed_from + 1, 9):
         again.add_step(record(step))
     again.close()
@@ -164,17 +161,29 @@ def test_what_came_after_the_checkpoint_is_gone_after_resuming(tmp_path: Path, r
     assert scalars(events, "task/a/score") == [(0, 0.5)]
 
 
-def cell(picture: np.ndarray, row: int, column: int, tasks: int, rows: int = 0, inset: int = 5) -> tuple[int, ...]:
-    """A corner of a cell's filling, counted from the picture's lower right."""
-    y = picture.shape[0] - 16 - CELL[1] * ((rows or tasks) - row) + inset
-    x = picture.shape[1] - 16 - CELL[0] * (tasks - column) + inset
-    return tuple(picture[y, x].tolist())
+def cell(picture: np.ndarray, row: int, column: int, tasks: int, rows: int = 0, inset: int = 6) -> tuple[int, ...]:
+    """A pixel near the upper left corner of a cell: its filling, or with an inset of 3 its edge."""
+    x, y = corner(picture, row, column, tasks, rows)
+    return tuple(picture[y + inset, x + inset].tolist())
+
+
+def corner(picture: np.ndarray, row: int, column: int, tasks: int, rows: int = 0) -> tuple[int, int]:
+    """The upper left corner of a cell, counted from the picture's lower right, where names are short."""
+    x = picture.shape[1] - (4 + MARGIN + CELL_WIDTH * (tasks - column)) * SCALE
+    y = picture.shape[0] - (4 + MARGIN + CELL_HEIGHT * ((rows or tasks) - row)) * SCALE
+    return x, y
+
+
+def has_number(picture: np.ndarray, row: int, column: int, tasks: int) -> bool:
+    x, y = corner(picture, row, column, tasks)
+    inside = picture[y + 6 : y + CELL_HEIGHT * SCALE - 6, x + 6 : x + CELL_WIDTH * SCALE - 6]
+    return bool((inside != inside[0, 0]).any())
 
 
 def test_a_cell_shows_its_score_and_no_other() -> None:
     matrix = [[0.2, 0.4, None], [0.6, 0.2, 1.0]]
     tasks = ("x", "y", "z")
-    whole = score_picture(document(matrix, [0.0, 0.4, 0.6], tasks))
+    whole = score_picture(make_score_board(matrix, [0.0, 0.4, 0.6], tasks))
     colour = {
         score: cell(whole, row, column, 3)
         for score, row, column in ((0.2, 0, 0), (0.4, 0, 1), (0.6, 1, 0), (1.0, 1, 2))
@@ -183,26 +192,28 @@ def test_a_cell_shows_its_score_and_no_other() -> None:
     assert cell(whole, 1, 1, 3) == colour[0.2]
     assert cell(whole, -1, 1, 3) == colour[0.4]
     assert cell(whole, -1, 2, 3) == colour[0.6]
-    assert cell(whole, 0, 2, 3) == UNMEASURED == cell(whole, 2, 0, 3)
+    assert has_number(whole, -1, 0, 3)  # 0.0
+    assert not has_number(whole, 0, 2, 3)
+    assert not has_number(whole, 2, 0, 3)
     colour[0.0] = cell(whole, -1, 0, 3)
     assert len(set(colour.values())) == 5
     brightness = [sum(colour[score]) for score in sorted(colour)]
-    assert brightness == sorted(brightness)
+    assert brightness == sorted(brightness, reverse=True)
 
 
 def test_the_score_right_after_a_task_is_framed() -> None:
-    whole = score_picture(document([[0.2, 0.4, 0.6]] * 3, [0.2] * 3, ("x", "y", "z")))
+    whole = score_picture(make_score_board([[0.2, 0.4, 0.6]] * 3, [0.2] * 3, ("x", "y", "z")))
     places = [(row, column) for row in range(-1, 3) for column in range(3)]
-    framed = {place for place in places if cell(whole, *place, 3, inset=1) == INK}
+    framed = {place for place in places if cell(whole, *place, 3, inset=3) == ImageColor.getrgb(LOW_INK)}
     assert framed == {(0, 0), (1, 1), (2, 2)}
 
 
 @pytest.mark.parametrize("count", [1, 5, 15])
 def test_the_picture_keeps_its_size_and_fits_its_names(count: int) -> None:
     names = tuple(f"task{i:03d}_with_a_long_name_{i}" for i in range(count))
-    sizes = {score_picture(document([[0.5] * count] * rows, None, names)).shape for rows in range(count + 1)}
+    sizes = {score_picture(make_score_board([[0.5] * count] * rows, None, names)).shape for rows in range(count + 1)}
     assert len(sizes) == 1
-    picture = score_picture(document([], None, names))
+    picture = score_picture(make_score_board([], None, names))
     assert picture.dtype == np.uint8
     assert picture.shape[2] == 3
     edge = np.concatenate([picture[:4].ravel(), picture[-4:].ravel(), picture[:, :4].ravel(), picture[:, -4:].ravel()])

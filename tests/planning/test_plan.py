@@ -188,7 +188,7 @@ def test_a_plan_names_stages_what_fits_and_how_sure_it_is(recipe: Path) -> None:
 
 
 def test_a_plan_for_programs_is_one_object(recipe: Path) -> None:
-    words = ["--alone", "--json", "--gpus-per-node", "2", "train.precision=fp16"]
+    words = ["--recipe-only", "--json", "--gpus-per-node", "2", "train.precision=fp16"]
     done = subprocess.run(
         [sys.executable, "-m", "dscl", "plan", str(recipe), *words],
         cwd=recipe.parent, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True,
@@ -205,8 +205,8 @@ def test_a_plan_for_programs_is_one_object(recipe: Path) -> None:
 
 def test_a_plan_for_programs_has_times_and_the_balance_of_owners(recipe: Path) -> None:
     """Two matrices of one size have two owners; of four ranks these have twice the mean each."""
-    words = ["--alone", "--json", "--gpus-per-node", "4", "--tflops", "1", "--bandwidth", "1GB", "--efficiency", "0.5"]
-    found = json.loads(run_plan(recipe, *words, "method.targets=[q_proj]"))
+    cluster = ["--gpus-per-node", "4", "--tflops", "1", "--bandwidth", "1GB", "--efficiency", "0.5"]
+    found = json.loads(run_plan(recipe, "--recipe-only", "--json", *cluster, "method.targets=[q_proj]"))
     step = found["step"]
     computing, sending = step["operations"] / 0.5e12, step["sent"] / 1e9
     assert step["seconds"] == pytest.approx([max(computing, sending), computing + sending])
@@ -216,7 +216,7 @@ def test_a_plan_for_programs_has_times_and_the_balance_of_owners(recipe: Path) -
 
 def test_a_router_that_is_solved_counts(recipe: Path) -> None:
     """Wide features take more than a step of a small model does: seven matrices of them in fp64."""
-    found = json.loads(run_plan(recipe, "--alone", "--json", "method.name=asr", "method.width=4096"))
+    found = json.loads(run_plan(recipe, "--recipe-only", "--json", "method.name=asr", "method.width=4096"))
     stage = found["stages"][found["recipe"]]
     assert stage["ending"] == 7 * 8 * 4096**2
     assert stage["device"] == stage["peak"] - stage["passing"] + stage["ending"] > stage["peak"]

@@ -70,5 +70,10 @@ def write_run(
 
 
 def write_comparison(folder: Path, rows: Mapping[str, Any], **others: Any) -> None:
-    document = {"stream": "stream.yaml", "rates": {row: [0.001] for row in rows}, "rows": rows, "deviations": []}
+    document = {
+        "stream": "stream.yaml",
+        "learning_rates": {row: [0.001] for row in rows},
+        "rows": rows,
+        "deviations": [],
+    }
     (folder / "comparison.json").write_text(json.dumps(document | others), "utf-8")

@@ -13,13 +13,14 @@ import pytest
 import yaml
 
 from dscl.recipe.recipe import resolve_recipe
-from dscl.reporting import compare
-from dscl.reporting.compare import PlannedRun, RunPool, choose_learning_rate, read_comparison_plan, run_comparison
+from dscl.reporting import run_pool
+from dscl.reporting.compare import choose_learning_rate, read_comparison_plan, run_comparison
+from dscl.reporting.run_pool import PlannedRun, RunPool, machine_shares
 from dscl.utils.errors import ExternalFailure, UserError
 from tests.support.programs import Program
 from tests.support.runs import recipe_of, write_tasks
 
-COMPARE = {"rates": [1e-3, 1e-2], "rows": {"plain": {"name": "sequential"}, "one LoRA": {"tune": "lora"}}}
+COMPARE = {"learning_rates": [1e-3, 1e-2], "rows": {"plain": {"name": "sequential"}, "one LoRA": {"tune": "lora"}}}
 
 
 def write_comparison_recipe(folder: Path, compare: Mapping[str, Any] = COMPARE, **changes: Any) -> str:
@@ -53,8 +54,8 @@ def simulate_training(monkeypatch: pytest.MonkeyPatch, op: Any) -> list[PlannedR
         started.append(run)
         value = op(run)
         if value is None:
-            failure = {"row": run.row, "run": run.name, "status": 2, "said": "dscl: no", "log": "a.log"}
-            self._comparison.failures.append(failure)
+            failure = {"row": run.row, "run": run.name, "status": 2, "message": "dscl: no", "log": "a.log"}
+            self.failures.append(failure)
         else:
             write_finished_run(run, *value) if isinstance(value, tuple) else write_finished_run(run, value)
 
@@ -99,7 +100,7 @@ def test_search_runs_evaluate_only_what_the_choice_of_a_rate_needs(tmp_path: Pat
         "told": {"name": "moses", "task_inference": "given"},
     }
     path = write_comparison_recipe(
-        tmp_path, {"rates": [1e-3, 1e-2], "rows": rows, "search_limit": 5}, evaluate=evaluate
+        tmp_path, {"learning_rates": [1e-3, 1e-2], "rows": rows, "search_limit": 5}, evaluate=evaluate
     )
     comparison = read_comparison_plan(path)
     dev, test = comparison.search_runs("asr")[0].recipe, comparison.final_runs("asr", 1e-3)[0].recipe
@@ -116,7 +117,7 @@ def test_search_runs_evaluate_only_what_the_choice_of_a_rate_needs(tmp_path: Pat
 def test_command_line_chooses_methods_seeds_and_overrides(tmp_path: Path) -> None:
     write_tasks(tmp_path)
     comparison = read_comparison_plan(
-        write_comparison_recipe(tmp_path), ["train.epochs=5", "compare.rates=[0.1]"], ["osft", "plain"], [4, 7]
+        write_comparison_recipe(tmp_path), ["train.epochs=5", "compare.learning_rates=[0.1]"], ["osft", "plain"], [4, 7]
     )
     assert [(run.row, run.seed, run.learning_rate) for run in comparison.all_runs()] == [
         (row, seed, 0.1) for row in ("osft", "plain") for seed in (4, 7)
@@ -130,28 +131,37 @@ def test_command_line_chooses_methods_seeds_and_overrides(tmp_path: Path) -> Non
     ("change", "message"),
     [
         (
-            {"compare": {"rates": [1e-3]}},
+            {"compare": {"learning_rates": [1e-3]}},
             "compare.rows: none given; give rows there, or names of methods with --methods",
         ),
-        ({"compare": {"rows": {"a": {"name": "osft"}}}}, "compare.rates: none given, and row 'a' has none of its own"),
-        ({"compare": {"rates": [0.1], "rows": {"a": {"name": "ofst"}}}}, "row 'a': method.name: given 'ofst'"),
-        ({"compare": {"rates": [0.1], "rows": {"a": {"rank": 3}}}}, "row 'a': method.rank: no such key"),
-        ({"compare": {"rates": [-0.1], "rows": {"a": {}}}}, "row 'a': train.lr: given -0.1"),
-        ({"compare": {"rates": [0.1, 0.1], "rows": {"a": {}}}}, "compare.rates: given [0.1, 0.1]; name each once"),
         (
-            {"compare": {"rates": [0.1, 0.2], "rows": {"a": {}, "b": {"rates": [0.3]}}}},
-            "compare.rows.b.rates: given 1 rates, and a has 2; every row tries equally many, so give as many",
+            {"compare": {"rows": {"a": {"name": "osft"}}}},
+            "compare.learning_rates: none given, and row 'a' has none of its own",
+        ),
+        ({"compare": {"learning_rates": [0.1], "rows": {"a": {"name": "ofst"}}}}, "row 'a': method.name: given 'ofst'"),
+        ({"compare": {"learning_rates": [0.1], "rows": {"a": {"rank": 3}}}}, "row 'a': method.rank: no such key"),
+        ({"compare": {"learning_rates": [-0.1], "rows": {"a": {}}}}, "row 'a': train.lr: given -0.1"),
+        (
+            {"compare": {"learning_rates": [0.1, 0.1], "rows": {"a": {}}}},
+            "compare.learning_rates: given [0.1, 0.1]; name each once",
         ),
         (
-            {"compare": {"rates": [0.1], "rows": {"a b": {}, "a?b": {}}}},
+            {"compare": {"learning_rates": [0.1, 0.2], "rows": {"a": {}, "b": {"learning_rates": [0.3]}}}},
+            "compare.rows.b.learning_rates: given 1, and a has 2; every row tries equally many, so give as many",
+        ),
+        (
+            {"compare": {"learning_rates": [0.1], "rows": {"a b": {}, "a?b": {}}}},
             "compare.rows: 'a?b' and 'a b' would share the folder a-b; rename one",
         ),
-        ({"compare": {"rates": [0.1], "rows": {"a": {}}, "speed": 1}}, "compare.speed: no such key"),
-        ({"compare": {"rates": [0.1], "rows": {"a, b": {}}}}, "compare.rows: given 'a, b'; a name holds no comma"),
+        ({"compare": {"learning_rates": [0.1], "rows": {"a": {}}, "speed": 1}}, "compare.speed: no such key"),
+        (
+            {"compare": {"learning_rates": [0.1], "rows": {"a, b": {}}}},
+            "compare.rows: given 'a, b'; a name holds no comma",
+        ),
         ({"train": 5}, "train: given 5 (int); a mapping of keys is needed"),
         ({"stream_defaults": [1]}, "stream_defaults: given a list; a mapping of keys is needed"),
         ({"method": {"name": "osft"}}, "method: given a mapping in a comparison; write it as a row of compare.rows"),
-        ({"train": {"lr": 0.1}}, "train.lr: given in a comparison, whose rows try those of compare.rates"),
+        ({"train": {"lr": 0.1}}, "train.lr: given in a comparison, whose rows try those of compare.learning_rates"),
     ],
 )
 def test_errors_are_reported_before_any_run_starts(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -170,10 +180,10 @@ def test_unknown_method_name_suggests_the_nearest_row(tmp_path: Path) -> None:
         read_comparison_plan(write_comparison_recipe(tmp_path), methods=["plane"])
 
 
-@pytest.mark.parametrize(("keeps", "chosen"), [(None, 3.0), (0.05, 2.0), (0.02, 1.0), (0.001, 3.0)])
-def test_choose_learning_rate_by_op_and_max_forgetting(keeps: float | None, chosen: float) -> None:
+@pytest.mark.parametrize(("max_forgetting", "chosen"), [(None, 3.0), (0.05, 2.0), (0.02, 1.0), (0.001, 3.0)])
+def test_choose_learning_rate_by_op_and_max_forgetting(max_forgetting: float | None, chosen: float) -> None:
     found = {1.0: {"OP": 0.4, "BWT": -0.01}, 2.0: {"OP": 0.5, "BWT": -0.04}, 3.0: {"OP": 0.6, "BWT": -0.3}}
-    assert choose_learning_rate(found, keeps) == chosen
+    assert choose_learning_rate(found, max_forgetting) == chosen
 
 
 def test_final_runs_use_the_best_rate_of_their_own_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,8 +199,8 @@ def test_final_runs_use_the_best_rate_of_their_own_search(tmp_path: Path, monkey
     }
     assert len(started) == 10
     document = json.loads((tmp_path / "out" / "comparison.json").read_text())
-    assert document["rows"]["plain"]["rate"] == 1e-2
-    assert document["rows"]["plain"]["rates"]["0.001"]["OP"] == 0.5
+    assert document["rows"]["plain"]["learning_rate"] == 1e-2
+    assert document["rows"]["plain"]["trials"]["0.001"]["OP"] == 0.5
     assert document["deviations"] == []
     assert all(path.is_file() for path in files)
     run_comparison(read_comparison_plan(write_comparison_recipe(tmp_path)), max_parallel=1)
@@ -209,7 +219,7 @@ def test_failed_runs_are_reported_and_do_not_stop_the_others(tmp_path: Path, mon
         run_comparison(read_comparison_plan(write_comparison_recipe(tmp_path)), max_parallel=1)
     document = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert document["rows"]["plain"]["runs"] == []  # with a trial less than the others it would not be on a par
-    assert document["rows"]["plain"]["rate"] is None
+    assert document["rows"]["plain"]["learning_rate"] is None
     assert len(document["rows"]["one LoRA"]["runs"]) == 2
     assert [failure["status"] for failure in document["rows"]["one LoRA"]["failed"]] == [2]
     bad.clear()
@@ -232,18 +242,21 @@ def test_complete_run_counts_even_if_its_process_fails(tmp_path: Path, monkeypat
                 (run.folder / "scores.json").write_text(json.dumps(document))
                 return -6
 
-        monkeypatch.setattr(compare.subprocess, "Popen", Aborted)
-        _, scores = RunPool(comparison, [{}], 1, 1).complete_run(run)
+        monkeypatch.setattr(run_pool.subprocess, "Popen", Aborted)
+        pool = RunPool([{}], 1, 1)
+        _, scores = pool.complete_run(run)
         assert (scores is not None) == complete
-    assert [failure["status"] for failure in comparison.failures] == [-6]
+        assert [failure["status"] for failure in pool.failures] == ([] if complete else [-6])
 
 
 def test_unequal_budgets_are_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tasks(tmp_path)
-    rows = {"plain": {}, "again": {"name": "replay"}, "one LoRA": {"tune": "lora", "rates": [1.0, 2.0]}}
+    rows = {"plain": {}, "again": {"name": "replay"}, "one LoRA": {"tune": "lora", "learning_rates": [1.0, 2.0]}}
     simulate_training(monkeypatch, lambda run: (0.5, -0.1, 130 if run.row == "again" else 100))
     run_comparison(
-        read_comparison_plan(write_comparison_recipe(tmp_path, {"rates": [1e-3, 1e-2], "rows": rows, "seeds": [0]})),
+        read_comparison_plan(
+            write_comparison_recipe(tmp_path, {"learning_rates": [1e-3, 1e-2], "rows": rows, "seeds": [0]})
+        ),
         max_parallel=1,
     )
     document = json.loads((tmp_path / "out" / "comparison.json").read_text())
@@ -287,7 +300,7 @@ def test_search_runs_never_train_on_more_samples_than_final_runs(tmp_path: Path)
     write_tasks(tmp_path)
     document = recipe_of(tmp_path, "out", 1)
     stream = [{**document["stream"][0], "train_limit": 4}, *document["stream"][1:]]
-    compared = {"rates": [1e-3, 1e-2], "rows": {"plain": {}}, "search_limit": 6}
+    compared = {"learning_rates": [1e-3, 1e-2], "rows": {"plain": {}}, "search_limit": 6}
     path = write_comparison_recipe(tmp_path, compared, stream=stream, stream_defaults={"train_limit": 5})
     (dev, *_) = read_comparison_plan(path).search_runs("plain")
     assert [task.train_limit for task in resolve_recipe(dev.recipe).stream] == [4, 5]
@@ -295,17 +308,17 @@ def test_search_runs_never_train_on_more_samples_than_final_runs(tmp_path: Path)
 
 @pytest.mark.parametrize("gpus", [0, 4])
 def test_parallel_runs_divide_cores_and_gpus(monkeypatch: pytest.MonkeyPatch, gpus: int) -> None:
-    monkeypatch.setattr(compare, "count_gpus", lambda: gpus)
-    monkeypatch.setattr(compare, "count_cores", lambda: 8)
+    monkeypatch.setattr(run_pool, "count_gpus", lambda: gpus)
+    monkeypatch.setattr(run_pool, "count_cores", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    places = compare._machine_shares(None, 2)
+    places = machine_shares(None, 2)
     assert len(places) == (2 if gpus else 4)
     assert {place["OMP_NUM_THREADS"] for place in places} == {"2" if gpus else "1"}
     if gpus:
         assert [place["CUDA_VISIBLE_DEVICES"] for place in places] == ["0,1", "2,3"]
-        with pytest.raises(UserError, match="--at-once: given 3; 4 GPUs serve 2 runs of 2 ranks, so at most 2"):
-            compare._machine_shares(3, 2)
+        with pytest.raises(UserError, match="--max-parallel: given 3; 4 GPUs serve 2 runs of 2 ranks, so at most 2"):
+            machine_shares(3, 2)
 
 
 def test_killed_comparison_resumes(tmp_path: Path) -> None:
@@ -314,8 +327,8 @@ def test_killed_comparison_resumes(tmp_path: Path) -> None:
     rows = {"plain": {}, "one LoRA": {"tune": "lora", "lora": {"rank": 2}}}
     words = [
         "compare",
-        write_comparison_recipe(tmp_path, {"rates": [1e-3], "rows": rows, "seeds": [0]}),
-        "--at-once",
+        write_comparison_recipe(tmp_path, {"learning_rates": [1e-3], "rows": rows, "seeds": [0]}),
+        "--max-parallel",
         "1",
     ]
     program = Program(words)

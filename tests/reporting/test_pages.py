@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from dscl.monitoring.heat_map import HeatMap
 from dscl.reporting import report
-from dscl.reporting.charts import NUM_COLOURS, axis_ticks, draw_heat_map
+from dscl.reporting.charts import NUM_COLOURS, axis_ticks, draw_heat_map_svg
 from dscl.reporting.markdown import escape_markdown
 from dscl.reporting.published import TRACE
 from dscl.reporting.style import STYLE
@@ -30,6 +31,8 @@ class Page(HTMLParser):
         self.tags: list[str] = []
         self.texts: list[str] = []
         self.attributes: list[tuple[str, str]] = []
+        self.places: list[tuple[str, dict[str, str], list[str]]] = []  # tag, its attributes, classes that surround it
+        self.classes: list[str] = []  # of the open tags
         self.feed(text)
         self.close()
         assert self.open == []
@@ -37,14 +40,18 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.attributes += [(name, value or "") for name, value in attributes]
+        named = {name: value or "" for name, value in attributes}
+        self.places.append((tag, named, list(self.classes)))
         if tag not in VOID:
             self.open.append(tag)
+            self.classes.append(named.get("class", ""))
 
     def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
+        self.classes.pop()
 
     def handle_data(self, data: str) -> None:
         self.texts.append(data)
@@ -67,14 +74,14 @@ def write_example_folder(folder: Path, tasks: tuple[str, ...] = ("one", "two")) 
     write_run(folder / "runs/free/seed-0", scores=scores, tasks=tasks)
     write_run(folder / "runs/free/seed-1", "seed=1", scores=scores[:1], tasks=tasks)
     write_run(folder / "runs/free/dev", "evaluate.split=dev", scores=scores, tasks=tasks)
-    failed = [{"row": "free", "run": "free: seed 1", "status": 1, "said": "out of <memory>", "log": "free.log"}]
+    failed = [{"row": "free", "run": "free: seed 1", "status": 1, "message": "out of <memory>", "log": "free.log"}]
     tried = {"0.001": {"OP": 0.5, "BWT": -0.1}, "0.01": {"OP": 0.25, "BWT": None}}
     rows = {
-        f"free {ODD}": {"rates": tried, "rate": 0.001, "runs": ["runs/free/seed-0"], "failed": failed},
-        "asr": {"rates": {}, "rate": 0.001, "runs": ["runs/asr/seed-0", "runs/asr/seed-1"], "failed": []},
+        f"free {ODD}": {"trials": tried, "learning_rate": 0.001, "runs": ["runs/free/seed-0"], "failed": failed},
+        "asr": {"trials": {}, "learning_rate": 0.001, "runs": ["runs/asr/seed-0", "runs/asr/seed-1"], "failed": []},
     }
     rates = {f"free {ODD}": [0.001, 0.01, 0.1], "asr": [0.001]}
-    write_comparison(folder, rows, rates=rates, keeps=0.1, deviations=[f"free: {ODD}"])
+    write_comparison(folder, rows, learning_rates=rates, max_forgetting=0.1, deviations=[f"free: {ODD}"])
 
 
 def render_report(tmp_path: Path, *runs: Path) -> tuple[str, str]:
@@ -102,6 +109,41 @@ def test_html_is_well_formed_and_loads_nothing(tmp_path: Path, tasks: tuple[str,
     assert page.tags.count("table") > 4
     for part in ("Score matrices", "Every task over time", "Routing of prompts at the end", "Training loss"):
         assert part in page.texts
+
+
+def css_rules(selector: str) -> str:
+    """The declarations of a selector outside of media queries."""
+    return " ".join(re.findall(rf"(?:^|\}} ){re.escape(selector)} {{([^}}]*)}}", STYLE.split("@media (max")[0], re.M))
+
+
+def test_whatever_is_wider_than_the_page_scrolls_in_its_own_box_with_a_visible_edge(tmp_path: Path) -> None:
+    """Tables and heat maps keep their size. A shadow stands at the edge of a box that hides something."""
+    write_example_folder(tmp_path / "all", TRACE)
+    page = Page(render_report(tmp_path)[0])
+    wide = [(tag, around) for tag, named, around in page.places if tag == "table" or named.get("class") == "map"]
+    assert len(wide) > 8
+    assert all("scroll" in around for _, around in wide)
+    scroll = css_rules(".scroll")
+    assert "overflow-x: auto" in scroll
+    for side in ("left", "right"):  # the cover moves with the content, the shadow stays with the box
+        assert re.search(rf"var\(--card\) [^,]*, transparent\) {side} [^,]*no-repeat local", scroll)
+        assert re.search(rf"var\(--shade\) [^,]*, transparent\) {side} [^,]*no-repeat scroll", scroll)
+    assert STYLE.count("--shade:") == 2  # light and dark
+
+
+def test_charts_fill_their_place_on_the_page(tmp_path: Path) -> None:
+    """They scale by their viewBox. One of the page's whole width has a form for narrow screens beside it."""
+    write_example_folder(tmp_path / "all")
+    page = Page(render_report(tmp_path)[0])
+    drawings = [named for tag, named, _ in page.places if tag == "svg" and "role" in named]
+    assert all(re.fullmatch(r"0 0 \d+ \d+", named["viewbox"]) for named in drawings)
+    charts = [named["class"] for named in drawings if named["class"].startswith("chart")]
+    assert all("width" not in named for named in drawings if named["class"] in charts)
+    assert charts.count("chart wide") == charts.count("chart narrow") > 0
+    assert "width: 100%; height: auto" in css_rules(".chart")
+    assert "min-width" not in css_rules(".chart") + css_rules(".wide") + css_rules(".narrow")
+    assert "display: none" in css_rules(".narrow")
+    assert "@media (max-width: 640px) { .wide { display: none; } .narrow { display: block; } }" in STYLE
 
 
 def test_names_are_escaped(tmp_path: Path) -> None:
@@ -180,7 +222,8 @@ def test_comparison_lists_all_trials(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]", "{}", '{"rows": 3}', '{"rows": {"a": []}}', '{"stream": "", "rates": {}, "rows": {"a": {}}}']
+    "content",
+    ["{", "[]", "{}", '{"rows": 3}', '{"rows": {"a": []}}', '{"stream": "", "learning_rates": {}, "rows": {"a": {}}}'],
 )
 def test_damaged_comparison_is_reported(tmp_path: Path, content: str) -> None:
     write_run(tmp_path / "all" / "a")
@@ -225,7 +268,7 @@ def test_heat_map_numbers_have_enough_contrast() -> None:
         ]
         for i in range(101):
             cell = _blend(values[ground], values["--heat"], i / 100)
-            drawn = draw_heat_map("", [[i / 100]], ["a"], ["b"])
+            drawn = draw_heat_map_svg("", HeatMap([[i / 100]], ["a"], ["b"]))
             ink = values["--high" if 'class="high"' in drawn else "--low"]
             assert _contrast(_blend(ink, ink, 0.0), cell) > 4.0
 

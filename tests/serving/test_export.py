@@ -238,10 +238,10 @@ def elsewhere(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 def words(folder: Path, base: Path, tasks: dict[str, tuple[Path, Path]]) -> list[str]:
     named = [word for name, paths in tasks.items() for word in ("--task", f"{name}={paths[0]}={paths[1]}")]
-    return ["route-existing", str(folder), "--base", str(base), *named]
+    return ["import-adapters", str(folder), "--base", str(base), *named]
 
 
-SETTINGS = ["--max-length", "20", "--precision", "fp32", "--feature-layer", "1", "--width=128"]
+SETTINGS = ["--max-length", "20", "--precision", "fp32", "--feature-layer", "1", "--num-features=128"]
 
 
 def test_imported_adapters_are_routed_without_training(
@@ -272,7 +272,7 @@ def test_import_uses_the_method_defaults(base: Path, elsewhere: dict[str, tuple[
         (["--feature-layer", "4"], "feature_layer: given 4; the model has 4 layers, of which at least"),
         (["--feature-layer", "0"], "feature_layer: given 0; it must be at least 1"),
         (["--feature-layer", "x"], "argument --feature-layer: invalid int value: 'x'"),
-        (["--width", "4"], "width: given 4; it must be at least 8"),
+        (["--num-features", "4"], "width: given 4; it must be at least 8"),
         (["--max-length", "7"], "--max-length: given 7; at least 8 tokens are needed"),
         (["--precision", "fp8"], "argument --precision: invalid choice: 'fp8'"),
         (["--task", "new"], "--task: given 'new'; NAME=ADAPTER_FOLDER=PROMPTS_FILE is needed"),
@@ -280,8 +280,8 @@ def test_import_uses_the_method_defaults(base: Path, elsewhere: dict[str, tuple[
         (["--task", "rain=a=b.txt"], "--task: 'rain' is given twice"),
         (["--task", "new=none=none.txt"], "none.txt: cannot be read (No such file or directory)"),
         (["--base", "./none"], "--base: given './none'; there is no such folder"),
-        (["word"], "word: not understood; allowed: options, see dscl route-existing --help"),
-        (["a=1"], "a=1: not understood; allowed: options, see dscl route-existing --help"),
+        (["word"], "word: not understood; allowed: options, see dscl import-adapters --help"),
+        (["a=1"], "a=1: not understood; allowed: options, see dscl import-adapters --help"),
     ],
 )
 def test_invalid_import_arguments_are_rejected(

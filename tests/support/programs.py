@@ -191,10 +191,10 @@ def _become(arguments: Sequence[str], environment: Mapping[str, str], session: b
 
     from dscl.cli import app
     from dscl.distributed import launcher
-    from dscl.reporting import compare
+    from dscl.reporting import run_pool
 
     launcher.subprocess = SimpleNamespace(Popen=ForkedRank)  # type: ignore[assignment]
-    compare.subprocess = SimpleNamespace(Popen=ForkedRank, STDOUT=subprocess.STDOUT)  # type: ignore[assignment]
+    run_pool.subprocess = SimpleNamespace(Popen=ForkedRank, STDOUT=subprocess.STDOUT)  # type: ignore[assignment]
     app.run_and_exit()
 
 

@@ -110,7 +110,7 @@ def plan(tasks: Path) -> dict[str, Any]:
     document = relative(tasks, "planned")
     (tasks / "planned.yaml").write_text(yaml.safe_dump(document))
     settings = f"deepspeed={Path(document['deepspeed']).absolute()}"
-    words = ["plan", "planned.yaml", settings, "--alone", "--json", "--gpus-per-node", "2"]
+    words = ["plan", "planned.yaml", settings, "--recipe-only", "--json", "--gpus-per-node", "2"]
     out, err = Program(words, cwd=tasks).communicate(timeout=100)
     assert out, err
     found: dict[str, Any] = json.loads(out.splitlines()[-1])

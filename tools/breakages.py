@@ -1011,8 +1011,8 @@ METHODS = (
     ),
     Breakage(
         "dscl/methods/lwf.py",
-        '"said": context.all_reduce_sum(old_log_probs),\n            "tokens": context.all_reduce_sum(tokens),',
-        '"said": old_log_probs,\n            "tokens": tokens,',
+        '"log_probs": context.all_reduce_sum(old_log_probs),\n            "tokens": context.all_reduce_sum(tokens),',
+        '"log_probs": old_log_probs,\n            "tokens": tokens,',
         "LwF's targets of samples that another rank recorded are zeros",
         ("tests/distributed/test_method_contract.py::test_another_number_of_ranks_restores_the_same_state[lwf-1]",),
     ),
@@ -1212,8 +1212,8 @@ MODEL = (
     ),
     Breakage(
         "dscl/model/adapters/sub_experts.py",
-        "copy_(is_open & (~frozen_mask | reuse))",
-        "copy_(is_open)",
+        "copy_(is_used & (~frozen_mask | reuse))",
+        "copy_(is_used)",
         "reuse: false is accepted and ignored: tasks share what they may not",
         ("tests/model/test_sub_experts.py::test_masks_select_only_allowed_params",),
     ),
@@ -1261,7 +1261,7 @@ MODEL = (
     ),
     Breakage(
         "dscl/model/adapters/serving_bank.py",
-        "mean_gate = shape.experts / num_experts * min(1.0, shape.top / num_experts) if shape.top else 1.0",
+        "mean_gate = shape.num_experts / num_used * min(1.0, shape.top_k / num_used) if shape.top_k else 1.0",
         "mean_gate = 1.0",
         "a task of sub-experts that is exported as a LoRA acts too strongly",
         ("tests/serving/test_server_experts.py::test_task_as_lora_is_exact_with_uniform_gates",),

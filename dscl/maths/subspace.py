@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dscl.maths.readings import PROJECTIONS
+from dscl.maths.projections import PROJECTIONS
 
 EPS = torch.finfo(torch.float64).eps
 

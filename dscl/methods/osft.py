@@ -139,7 +139,7 @@ class Osft(Method):
                 TEXT_LENGTH,
                 self.run_info.seed,
                 context.device,
-                functools.partial(context.report_progress, "making up texts"),
+                functools.partial(context.report_progress, "sampling texts"),
             )
         context.model.train(training)
         return texts

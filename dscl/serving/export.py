@@ -263,7 +263,7 @@ def import_adapters(
         kind="exact",
         layer=resolve_feature_layer(config.layer, backbone.hf_config.num_hidden_layers),
         dim=backbone.hf_config.hidden_size,
-        width=resolve_num_features(config.num_features, backbone.hf_config.hidden_size),
+        num_features=resolve_num_features(config.num_features, backbone.hf_config.hidden_size),
         seed=0,
         model=backbone.fingerprint(),
         tokenizer=tokenizer_fingerprint(backbone.tokenizer),
@@ -367,7 +367,7 @@ def _print_export_summary(folder: Path, description: BundleDescription) -> None:
     print(f"base:  {_base_model_label(description.model, description.seed)} (not copied)")
     task = ""
     if description.router is None:
-        print("route: none; training was told each prompt's task, so the caller has to name the task too")
+        print("route: none; the run has router: oracle, so the caller names each prompt's task")
         task = f", task={next(iter(description.tasks))!r}"
     print("use:   import dscl")
     print(f"       dscl.load({str(folder)!r}).generate(['a prompt']{task})", flush=True)

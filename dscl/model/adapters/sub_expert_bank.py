@@ -21,17 +21,18 @@ class SubExpertBank:
     def __init__(self, model: nn.Module, shape: SubExpertShape, routing: Routing) -> None:
         self.shape, self.routing = shape, routing
         self.layers = {name: m for name, m in model.named_modules() if isinstance(m, SubExpertLinear)}
-        self.num_open = shape.experts  # experts that the current task trains
+        self.num_used_experts = shape.num_experts  # experts that the current task trains
         self.names: list[str] = []  # tasks that have ended; the index is the slot
 
     def count_missing_params(self) -> int:
-        """How many trainable parameters a layer lacks for a mask without frozen ones; the largest of all layers."""
-        return max(layer.count_missing_params(self.num_open) for layer in self.layers.values())
+        """How many free parameters a layer lacks for a mask without frozen ones; the largest of all layers."""
+        return max(layer.count_missing_params(self.num_used_experts) for layer in self.layers.values())
 
-    def open_for_training(self, reuse: bool) -> None:
-        """Open the first `num_open` experts for the next task. Without `reuse`, its masks exclude frozen parameters."""
+    def set_allowed_masks(self, reuse: bool) -> None:
+        """Let the next task's masks select parameters of the first `num_used_experts` experts; without `reuse`, only
+        those that are not frozen."""
         for layer in self.layers.values():
-            layer.open_for_training(self.num_open, reuse)
+            layer.set_allowed_masks(self.num_used_experts, reuse)
 
     def trainable_names(self) -> list[str]:
         """The names of the tensors that train."""
@@ -55,7 +56,7 @@ class SubExpertBank:
         slot = self._add_slot(name)
         for path, layer in self.layers.items():
             layer.load_task_params(slot, task_tensors[path])
-            self.num_open = int(layer.seats[slot].sum())
+            self.num_used_experts = int(layer.expert_mask[slot].sum())
 
     def _add_slot(self, name: str) -> int:
         assert name not in self.names, f"{name} has ended already"
@@ -76,7 +77,7 @@ class SubExpertBank:
     def frozen_share(self) -> float:
         """Frozen parameters as a fraction of the parameters of the initial experts; above 1 if experts were added."""
         total_params = sum(
-            self.shape.experts * self.shape.rank * (m.in_features + m.out_features) for m in self.layers.values()
+            self.shape.num_experts * self.shape.rank * (m.in_features + m.out_features) for m in self.layers.values()
         )
         return sum(layer.num_frozen_params for layer in self.layers.values()) / total_params
 

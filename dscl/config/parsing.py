@@ -318,11 +318,16 @@ def _convert_union(annotations: tuple[Any, ...], value: Any, key_path: str) -> A
 
 def _convert_section(classes: list[type], value: Any, key_path: str) -> Any:
     """`value` as the dataclass that its key `name` selects; by default the first. Text stands for {name: text}."""
-    names = {cls: str(getattr(cls, "name", "")) for cls in classes}
-    if isinstance(value, str) and names[classes[0]]:
+    names = {cls: getattr(cls, "name", None) for cls in classes}
+    if not isinstance(names[classes[0]], str):  # not selected by a name
+        return parse_config(classes[0], value, key_path)
+    if isinstance(value, str):
         value = {"name": value}
+    value = {} if value is None else value
     if not isinstance(value, Mapping):
-        return parse_config(classes[0], {} if value is None else value, key_path)
+        raise UserError(
+            f"{key_path}: given {describe_value(value)}; one of {', '.join(names.values())} or a mapping is needed"
+        )
     selected = next((cls for cls, name in names.items() if name == value.get("name", names[classes[0]])), None)
     if selected is None:
         raise UserError(
@@ -333,8 +338,8 @@ def _convert_section(classes: list[type], value: Any, key_path: str) -> Any:
         owners = [name for cls, name in names.items() if any(key == key_name(f) for f in dataclasses.fields(cls))]
         if owners and names[selected] not in owners:
             raise UserError(
-                f"{key_path}.{key}: a key of {' and '.join(owners)}, given with name: {names[selected]}; remove it, or "
-                f"set {key_path}.name={owners[0]}"
+                f"{key_path}.{key}: a key of {' and '.join(owners)}, but {key_path}.name is {names[selected]}; remove "
+                f"it, or set {key_path}.name={owners[0]}"
             )
     return parse_config(selected, value, key_path)
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 
 ScoreRow = Sequence[float | None]
 ScoreMatrix = Sequence[ScoreRow]
+SUMMARY_KEYS = ("OP", "BWT", "FWT", "forgetting")  # names of the metrics in scores.json
 
 
 def overall_performance(matrix: ScoreMatrix) -> float | None:

@@ -60,6 +60,12 @@ class ScoreBoard:
         return summarize(_column(self.oracle_rows, "score"))
 
     @property
+    def final_routing_accuracy(self) -> OptionalScores:
+        """The share of each task's prompts that its own task answered, after the last training; [] without a router."""
+        row = _column(self.rows[-1:], "routing_accuracy")
+        return row[0] if row and any(share is not None for share in row[0]) else []
+
+    @property
     def confusion(self) -> dict[str, Any] | None:
         """The routing of the last evaluation: which share of each task's prompts was answered by which task."""
         row = next((row for row in reversed(self.rows) if any(row)), [])

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from dscl.reporting.scores import OptionalFloats
+from dscl.maths.scores import ScoreRow
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def mean(values: Sequence[float | None]) -> float | None:
     return result.mean if result else None
 
 
-def mean_matrix(matrices: Sequence[Sequence[OptionalFloats]]) -> list[OptionalFloats]:
+def mean_matrix(matrices: Sequence[Sequence[ScoreRow]]) -> list[ScoreRow]:
     """The elementwise mean of matrices of the same shape."""
     return [tuple(mean(entries) for entries in zip(*rows, strict=True)) for rows in zip(*matrices, strict=True)]
 

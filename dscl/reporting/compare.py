@@ -56,10 +56,10 @@ class ComparisonPlan:
         if is_search:  # OP is needed; BWT too if the comparison limits forgetting
             stream = self.shared_recipe.get("stream")
             every = len(stream) if isinstance(stream, list) and stream and self.settings.max_forgetting is None else 1
-            evaluate |= {"before": False, "tasks": "new", "every": every, "heldout": None}
-        if "given" in evaluate and (is_search or not _infers_task_id(method)):
+            evaluate |= {"zero_shot": False, "tasks": "new", "every": every, "heldout": None}
+        if "oracle_task_id" in evaluate and (is_search or not _infers_task_id(method)):
             # A method that does not infer the task answers alike, whether or not the task is given.
-            del evaluate["given"]
+            del evaluate["oracle_task_id"]
         recipe = {
             **self.shared_recipe,
             **(self._limit_train_samples() if is_search else {}),
@@ -268,7 +268,7 @@ def _train_rows(comparison: ComparisonPlan, run_pool: RunPool, num_parallel: int
             final_futures = {}
             for row, futures in search_futures.items():
                 result_tables = [future.result() for future in futures]
-                summaries = {run.learning_rate: scores["summary"] for run, scores in result_tables if scores}
+                summaries = {run.learning_rate: scores.summary for run, scores in result_tables if scores}
                 trials = {f"{rate:g}": summary for rate, summary in summaries.items()}
                 rows[row] = {"trials": trials, "learning_rate": None, "runs": []}
                 if len(summaries) < len(futures):  # a search run failed, so the other rows had more trials
@@ -304,7 +304,7 @@ def find_deviations(comparison: ComparisonPlan, rows: Mapping[str, Any]) -> list
             records = [json.loads(line) for line in (comparison.folder / run / "metrics.jsonl").open(encoding="utf-8")]
             tokens = {record["step"]: int(record["tokens"]) for record in records}
             budgets[row] = len(tokens), sum(tokens.values())
-            extra_tokens = sum({record["step"]: int(record.get("tokens_beside", 0)) for record in records}.values())
+            extra_tokens = sum({record["step"]: int(record.get("extra_tokens", 0)) for record in records}.values())
             if extra_tokens:
                 deviations.append(f"{row}: reads {extra_tokens:,} tokens in addition to those of its training steps")
     if budgets:

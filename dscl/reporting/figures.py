@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
+from dscl.maths.scores import ScoreRow
 from dscl.monitoring.heat_map import HeatMap
 from dscl.reporting.averages import mean, mean_matrix, smooth_curve
 from dscl.reporting.charts import NARROW, WIDE, Axes, Line, draw_heat_map_svg, draw_legend, draw_line_chart
 from dscl.reporting.groups import ReportGroup, ReportRow
-from dscl.reporting.scores import ConfusionMatrix, OptionalFloats
 from dscl.reporting.tables import BYTE_UNITS
 
 MAX_CURVE_POINTS = 120  # of a loss curve
@@ -56,10 +56,10 @@ def _task_names(row: ReportRow) -> tuple[str, ...]:
     return tuple(task["name"] for task in row.recipe["stream"])
 
 
-def _mean_score_matrix(row: ReportRow) -> tuple[list[OptionalFloats], bool]:
+def _mean_score_matrix(row: ReportRow) -> tuple[list[ScoreRow], bool]:
     """The mean score matrix over the seeds, and whether its first row holds the scores before training."""
     scores = [run.scores for run in row.runs if run.scores]
-    zero_shot = [run_scores.zero_shot_scores for run_scores in scores if run_scores.zero_shot_scores is not None]
+    zero_shot = [run_scores.zero_shot for run_scores in scores if run_scores.zero_shot is not None]
     has_zero_shot = len(zero_shot) == len(scores)
     zero_shot_rows = mean_matrix([[run_row] for run_row in zero_shot]) if has_zero_shot else []
     return [*zero_shot_rows, *mean_matrix([run_scores.matrix for run_scores in scores])], has_zero_shot
@@ -110,12 +110,12 @@ def _draw_confusion_matrices(rows: Sequence[ReportRow]) -> str:
     figures = []
     for row in rows:
         matrices = [run.scores.confusion for run in row.runs if run.scores and run.scores.confusion]
-        labels = {(matrix.tasks, matrix.answered_by) for matrix in matrices}
+        labels = {(tuple(matrix["tasks"]), tuple(matrix["answered_by"])) for matrix in matrices}
         if not matrices or len(matrices) < len(row.runs) or len(labels) > 1:
             continue
-        first: ConfusionMatrix = matrices[0]
-        columns = ["none" if name is None else name for name in first.answered_by]
-        heat_map = HeatMap(mean_matrix([matrix.shares for matrix in matrices]), first.tasks, columns)
+        ((tasks, answered_by),) = labels
+        columns = ["none" if name is None else name for name in answered_by]
+        heat_map = HeatMap(mean_matrix([matrix["shares"] for matrix in matrices]), tasks, columns)
         figures.append(_render_figure(row.label, draw_heat_map_svg(row.label, heat_map), _describe_seeds(row)))
     explanation = "Row: the task of the prompts. Column: the task that answered them; none: the base model alone."
     return _render_section("Routing of prompts at the end", explanation, "maps", figures)

@@ -196,7 +196,9 @@ def _settings_differ(name: str, settings: Sequence[Mapping[str, Any]], count_mis
 
 
 def _shorten_key(name: str) -> str:
-    return name.removeprefix("method.").removeprefix("train.")
+    if name.startswith("method."):  # method.tune.name: which part was selected
+        return name.removeprefix("method.").removesuffix(".name")
+    return name.removeprefix("train.")
 
 
 def flatten_mapping(value: Any, path: str = "") -> dict[str, Any]:

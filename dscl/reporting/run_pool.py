@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import subprocess
 import sys
@@ -17,6 +16,8 @@ from typing import Any
 import yaml
 
 from dscl.distributed.launcher import count_cores, count_gpus, subprocess_environment
+from dscl.monitoring.score_board import ScoreBoard
+from dscl.reporting.scores import DamagedFileError, read_scores
 from dscl.utils.errors import UserError
 from dscl.utils.formatting import format_duration
 
@@ -36,13 +37,13 @@ class PlannedRun:
     def name(self) -> str:
         return f"{self.row}: {'dev' if self.split == 'dev' else f'seed {self.seed}'}, rate {self.learning_rate:g}"
 
-    def read_scores(self) -> dict[str, Any] | None:
-        """The content of the run's scores.json; None while the run is not complete."""
+    def read_scores(self) -> ScoreBoard | None:
+        """The run's scores; None while the run is not complete."""
         try:
-            scores: dict[str, Any] = json.loads((self.folder / "scores.json").read_text("utf-8"))
-        except (OSError, ValueError):
+            scores = read_scores(self.folder / "scores.json")
+        except DamagedFileError:  # the run itself writes it again
             return None
-        return scores if scores.get("complete") else None
+        return scores if scores is not None and scores.is_complete else None
 
 
 class RunPool:
@@ -57,7 +58,7 @@ class RunPool:
         self._num_done, self._stopped, self._num_parallel = 0, False, len(shares)
         self._seconds: list[float] = []  # the duration of each run
 
-    def complete_run(self, run: PlannedRun) -> tuple[PlannedRun, dict[str, Any] | None]:
+    def complete_run(self, run: PlannedRun) -> tuple[PlannedRun, ScoreBoard | None]:
         """Train a run unless it is complete. Return the run with its scores, or with None if it failed."""
         scores = run.read_scores()
         if scores is None and not self._stopped:
@@ -70,7 +71,7 @@ class RunPool:
             remaining_runs = self._total_runs - self._num_done
             remaining = remaining_runs * sum(self._seconds) / max(1, len(self._seconds)) / self._num_parallel
             estimate = f", about {format_duration(remaining)} left" if self._seconds and remaining_runs > 0 else ""
-            outcome = f"OP {scores['summary']['OP']:.3f}" if scores else "failed"
+            outcome = f"OP {scores.summary['OP']:.3f}" if scores else "failed"
             print(f"{self._num_done} of {self._total_runs} runs: {run.name}: {outcome}{estimate}", flush=True)
         return run, scores
 

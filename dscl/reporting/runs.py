@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from dscl.config.parsing import read_yaml
-from dscl.reporting.scores import DamagedFileError, RunScores, is_nonempty_text, is_number, read_scores
+from dscl.monitoring.score_board import ScoreBoard
+from dscl.reporting.scores import DamagedFileError, is_nonempty_text, is_number, read_scores
 from dscl.utils.errors import UserError
 
 
@@ -36,7 +37,7 @@ class RunRecord:
     folder: Path
     row: str  # the run's row in a comparison; else empty
     recipe: Mapping[str, Any]  # empty if it cannot be read
-    scores: RunScores | None
+    scores: ScoreBoard | None
     metrics: RunMetrics
     problem: str  # why averages leave this run out; else empty
 
@@ -85,8 +86,8 @@ def read_run(folder: Path, row: str = "") -> RunRecord:
     except DamagedFileError as error:
         return RunRecord(folder, row, recipe, None, metrics, str(error))
     problem = ""
-    if scores is None or not scores.complete:
-        num_scored = len(scores.matrix) if scores else 0
+    if scores is None or not scores.is_complete:
+        num_scored = len(scores.rows) if scores else 0
         progress = ""
         if metrics.losses:
             progress = f", {metrics.num_steps:,} steps done, the last of {metrics.losses[-1][0]}"

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from dscl.maths.scores import SUMMARY_KEYS
 from dscl.reporting.averages import MeanStd, mean, mean_and_std
 from dscl.reporting.comparison import ComparisonResult
 from dscl.reporting.groups import ReportGroup, ReportRow
 from dscl.reporting.published import PublishedTable, find_published_tables
 from dscl.reporting.runs import RunRecord
-from dscl.reporting.scores import SUMMARY_KEYS
 from dscl.utils.formatting import format_count, format_duration
 
 BYTE_UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
@@ -69,8 +69,8 @@ def result_tables(group: ReportGroup) -> list[Table]:
     scores: dict[str, Callable[[ReportRow], str]] = {
         "seeds": _format_seeds,
         **{name: _mean_column(_summary_getter(name)) for name in SUMMARY_KEYS},
-        "OP, task given": _mean_column(lambda run: run.scores.oracle_summary.get("OP") if run.scores else None),
-        "routing accuracy": _mean_column(lambda run: mean(run.scores.routing_accuracy) if run.scores else None),
+        "OP, task given": _mean_column(lambda run: run.scores.oracle_summary["OP"] if run.scores else None),
+        "routing accuracy": _mean_column(lambda run: mean(run.scores.final_routing_accuracy) if run.scores else None),
         "held-out loss": _format_heldout_losses,
     }
     costs: dict[str, Callable[[ReportRow], str]] = {
@@ -199,7 +199,7 @@ def _format_mean_and_std(value: MeanStd) -> str:
 
 def _format_heldout_losses(row: ReportRow) -> str:
     """The mean loss before training and at the end."""
-    losses = [run.scores.heldout_losses if run.scores else () for run in row.runs]
+    losses = [run.scores.heldout_losses if run.scores else [] for run in row.runs]
     if not losses or not all(losses):
         return MISSING
     first, last = (mean_and_std([run_losses[position] for run_losses in losses]) for position in (0, -1))

@@ -253,7 +253,7 @@ def import_adapters(
         raise UserError("--task: none given; at least one NAME=ADAPTER_FOLDER=PROMPTS_FILE is needed")
     if max_length < MIN_PROMPT_LENGTH:
         raise UserError(f"--max-length: given {max_length}; at least {MIN_PROMPT_LENGTH} tokens are needed")
-    config = parse_config(RlsRouterConfig, {"layer": feature_layer, "num_features": num_features})
+    config = parse_config(RlsRouterConfig, {"layer": feature_layer, "num_features": num_features}, "router")
     prompts = {name: read_prompts(file) for name, (_, file) in tasks.items()}
     base_folder = str(resolve_model_folder(base, "--base").absolute())
     backbone = resolve_backbone(

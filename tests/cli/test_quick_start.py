@@ -100,13 +100,22 @@ WRONG = {
     "checkpoint.best=loss": "checkpoint.best: given 'loss'; allowed: OP, BWT, heldout",
     "observe.profile.steps=[3]": "observe.profile.steps: given [3]; the first and the last step of a trace are needed",
     "method.name=asrr": "method.name: given 'asrr'; allowed: sequential, joint, replay,",
-    "method.widht=3": "method.widht: no such key (did you mean 'width'?); allowed here: name, faithful,",
-    "method.width=3": "method.width: given 3; it must be at least 8",
-    "method.lora.rank=0": "method.lora.rank: given 0; it must be at least 1",
-    "method={name: asr, faithful: true, width: 64}": "method.width: given 64 together with faithful: true",
-    "method={name: osft, basis: [noise]}": "method.basis: given ['noise']; allowed: one or several of weights,",
-    "method={name: osft, reading: both}": "method.reading: given 'both'; allowed: input, two_sided, paper",
-    "method={name: moses, weights: {name: osft, shar: 1}}": "method.weights.shar: no such key",
+    "method.ruter=3": "method.ruter: no such key (did you mean 'router'?); allowed here: name, paper_preset,",
+    "method.router.num_feature=3": "method.router.num_feature: no such key (did you mean 'num_features'?)",
+    "method.router.num_features=3": "method.router.num_features: given 3; it must be at least 8",
+    "method.tune.rank=0": "method.tune.rank: given 0; it must be at least 1",
+    "method={name: asr, paper_preset: true, router: {num_features: 64}}": (
+        "method.router.num_features: given 64 together with paper_preset: true"
+    ),
+    "method={name: osft, constraint: {protect_base: [noise]}}": (
+        "method.constraint.protect_base: given ['noise']; allowed: one or several of weights,"
+    ),
+    "method={name: osft, constraint: {projection: both}}": (
+        "method.constraint.projection: given 'both'; allowed: input, two_sided, paper"
+    ),
+    "method={name: moses, constraint: {protected_ratoi: 1}}": "method.constraint.protected_ratoi: no such key",
+    "method={name: moses, router: {name: key, ridge: 1}}": "method.router.ridge: a key of rls, but method.router.name",
+    "method={name: sequential, tune: lroa}": "method.tune.name: given 'lroa' (str); allowed: full, lora (did you mean",
     **{f"method={{name: {name}, none: 1}}": "method.none: no such key; allowed here: name" for name in METHOD_PRESETS},
 }
 
@@ -153,7 +162,7 @@ def test_training_imports_only_what_it_uses(tmp_path: Path) -> None:
         "model": {
             "shape": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 300},
         },
-        "method": {"name": "asr", "feature_layer": 1},
+        "method": {"name": "asr", "router": {"layer": 1}},
         "stream": [{"name": task, "path": str(tmp_path / task), "test_limit": 4} for task in ("a", "b")],
         "data": {"cache_dir": str(tmp_path / "cache")},
         "train": {"precision": "fp32", "max_length": 64},

@@ -22,19 +22,19 @@ LAYER_SHAPES = {
 }
 
 
-def llama_7b_costs(reading: str) -> dict[str, float]:
+def llama_7b_costs(projection: str) -> dict[str, float]:
     """The projection cost of every matrix of a LLaMA model with 7B parameters, with half of each protected."""
     half = 2048
     return {
-        f"model.layers.{layer}.{name}": float(projection_flops(reading, *shape, half, half))
+        f"model.layers.{layer}.{name}": float(projection_flops(projection, *shape, half, half))
         for layer in range(32)
         for name, shape in LAYER_SHAPES.items()
     }
 
 
-@pytest.mark.parametrize("reading", PROJECTIONS)
-def test_work_is_balanced_for_a_7b_model(reading: str) -> None:
-    costs = llama_7b_costs(reading)
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_work_is_balanced_for_a_7b_model(projection: str) -> None:
+    costs = llama_7b_costs(projection)
     owners = assign_owners(costs, 64)
     assert sorted(owners) == sorted(costs)
     load = Counter[int]()

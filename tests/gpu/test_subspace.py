@@ -23,16 +23,16 @@ def otherwise(request: pytest.FixtureRequest) -> Iterator[str]:
     setting.fp32_precision = before
 
 
-@pytest.mark.parametrize("reading", PROJECTIONS)
-def test_gradients_are_freed_to_a_thousandth_and_the_weight_is_held_exactly(reading: str, otherwise: str) -> None:
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_gradients_are_freed_to_a_thousandth_and_the_weight_is_held_exactly(projection: str, otherwise: str) -> None:
     drawn = torch.Generator().manual_seed(0)
     weight, step = (torch.randn(512, 768, generator=drawn).cuda() for _ in range(2))
     right, left = (torch.linalg.qr(torch.randn(n, 256, generator=drawn, dtype=torch.float64))[0] for n in (768, 512))
-    space = ProtectedSubspace.empty(reading, weight)
+    space = ProtectedSubspace.empty(projection, weight)
     space.add_directions(weight, right.cuda(), left.cuda())
     gradient = step.clone()
     space.project_gradient_(gradient)
-    assert space.protected_norm(gradient) < (4e-3 if reading == "paper" else 2e-3) * space.protected_norm(
+    assert space.protected_norm(gradient) < (4e-3 if projection == "paper" else 2e-3) * space.protected_norm(
         step
     )  # of four products, or two
     assert torch.backends.cuda.matmul.fp32_precision == otherwise

@@ -61,9 +61,9 @@ def size(matrix: Tensor) -> float:
     return float(matrix.norm())
 
 
-def protected(reading: str, weight: Tensor, right: int, left: int) -> ProtectedSubspace:
+def protected(projection: str, weight: Tensor, right: int, left: int) -> ProtectedSubspace:
     """The leading directions of the weight itself on both sides."""
-    space = ProtectedSubspace.empty(reading, weight)
+    space = ProtectedSubspace.empty(projection, weight)
     space.add_directions(
         weight,
         right_singular_directions(weight).vectors[:, :right],
@@ -271,7 +271,7 @@ def test_cosines_add_over_batches() -> None:
 # ---- the weight
 
 
-def sides(reading: str, rows: int, columns: int) -> list[tuple[int, int]]:
+def sides(projection: str, rows: int, columns: int) -> list[tuple[int, int]]:
     """Numbers of right and left directions: none, few, unequal, all."""
     least = min(rows, columns)
     return sorted(
@@ -279,12 +279,12 @@ def sides(reading: str, rows: int, columns: int) -> list[tuple[int, int]]:
     )
 
 
-@pytest.mark.parametrize("reading", PROJECTIONS)
+@pytest.mark.parametrize("projection", PROJECTIONS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_hold_is_the_dense_projection_of_the_change(reading: str, shape: tuple[int, int]) -> None:
+def test_hold_is_the_dense_projection_of_the_change(projection: str, shape: tuple[int, int]) -> None:
     weight, change = draw(0, *shape), draw(9, *shape)
-    for right, left in sides(reading, *shape):
-        space = protected(reading, weight, right, left)
+    for right, left in sides(projection, *shape):
+        space = protected(projection, weight, right, left)
         moved = weight + change
         space.project_weight_(moved)
         expected = weight + freed(space, change)
@@ -299,34 +299,34 @@ def test_hold_is_the_dense_projection_of_the_change(reading: str, shape: tuple[i
         assert size(gradient - (moved - weight)) < 1e-12 * size(weight)
 
 
-@pytest.mark.parametrize("reading", PROJECTIONS)
-def test_nothing_protected_changes_nothing_and_everything_stops_the_weight(reading: str) -> None:
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_nothing_protected_changes_nothing_and_everything_stops_the_weight(projection: str) -> None:
     weight, change = draw(0, 12, 12).float(), draw(9, 12, 12).float()
     moved = weight + change
     expected = moved.clone()
-    ProtectedSubspace.empty(reading, weight).project_weight_(moved)
+    ProtectedSubspace.empty(projection, weight).project_weight_(moved)
     assert torch.equal(moved, expected)
-    assert ProtectedSubspace.empty(reading, weight).protected_norm(change) == 0
-    everything = protected(reading, weight, 12, 12)
+    assert ProtectedSubspace.empty(projection, weight).protected_norm(change) == 0
+    everything = protected(projection, weight, 12, 12)
     everything.project_weight_(moved)
     assert size(moved - weight) < 1e-6 * size(weight)
     assert everything.protected_norm(change) == pytest.approx(size(change), rel=1e-6)
 
 
-@pytest.mark.parametrize("reading", PROJECTIONS)
-def test_a_zero_or_deficient_weight_is_held_as_well(reading: str) -> None:
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_a_zero_or_deficient_weight_is_held_as_well(projection: str) -> None:
     for weight in (torch.zeros(6, 9, dtype=torch.float64), low_rank(6, 9, 2)):
-        space = ProtectedSubspace.empty(reading, weight)
+        space = ProtectedSubspace.empty(projection, weight)
         space.add_directions(weight, orthonormal(1, 9, 4), orthonormal(2, 6, 3))  # beyond its rank, as from activations
         moved = weight + draw(3, 6, 9)
         space.project_weight_(moved)
         assert size(moved - weight - freed(space, draw(3, 6, 9))) < 1e-12
 
 
-@pytest.mark.parametrize("reading", PROJECTIONS)
-def test_the_constraint_does_not_drift_in_fp32(reading: str) -> None:
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_the_constraint_does_not_drift_in_fp32(projection: str) -> None:
     weight = draw(0, 48, 64).float()
-    space, moved = protected(reading, weight, 24, 24), weight.clone()
+    space, moved = protected(projection, weight, 24, 24), weight.clone()
     assert {tensor.dtype for tensor in space.state_dict().values()} == {torch.float32}
     for step in range(200):
         moved += 0.1 * draw(step, 48, 64).float()
@@ -345,13 +345,13 @@ class Tf32(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("reading", PROJECTIONS)
+@pytest.mark.parametrize("projection", PROJECTIONS)
 def test_what_quick_products_leave_in_gradients_is_undone_in_the_weight(
-    reading: str, monkeypatch: pytest.MonkeyPatch
+    projection: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(subspace, "matmul_precision", lambda kind, device: Tf32() if kind == "tf32" else nullcontext())
     weight = draw(0, 48, 64).float()
-    space, moved = protected(reading, weight, 24, 24), weight.clone()
+    space, moved = protected(projection, weight, 24, 24), weight.clone()
     for step in range(50):
         gradient = draw(step, 48, 64).float()
         whole, exact = space.protected_norm(gradient), freed(space, gradient)
@@ -365,9 +365,9 @@ def test_what_quick_products_leave_in_gradients_is_undone_in_the_weight(
     assert space.protected_norm(change) < 1e-6 * size(weight)
 
 
-@pytest.mark.parametrize(("reading", "share"), [("input", 0.5), ("two_sided", 0.25), ("paper", 0.75)])
-def test_how_much_stays_free_at_half_the_rank(reading: str, share: float) -> None:
-    space = protected(reading, draw(0, 12, 12), 6, 6)
+@pytest.mark.parametrize(("projection", "share"), [("input", 0.5), ("two_sided", 0.25), ("paper", 0.75)])
+def test_how_much_stays_free_at_half_the_rank(projection: str, share: float) -> None:
+    space = protected(projection, draw(0, 12, 12), 6, 6)
     images = []
     for unit in torch.eye(144, dtype=torch.float64):
         change = unit.reshape(12, 12).clone()
@@ -394,16 +394,16 @@ def test_outputs_for_protected_inputs_stay() -> None:
     assert size(free - before) > 0.5 * size(before)
 
 
-@pytest.mark.parametrize("reading", PROJECTIONS)
+@pytest.mark.parametrize("projection", PROJECTIONS)
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64])
-def test_growth_is_nested(reading: str, kind: torch.dtype) -> None:
+def test_growth_is_nested(projection: str, kind: torch.dtype) -> None:
     """Over tasks: what was held stays bit for bit, and every earlier constraint holds on the last weight."""
     weight = draw(0, 20, 30).to(kind)
-    space, first, held = ProtectedSubspace.empty(reading, weight), weight.clone(), []
+    space, first, held = ProtectedSubspace.empty(projection, weight), weight.clone(), []
     precision = 1e-6 if kind == torch.float32 else 1e-12
     for task in range(5):
         before = ProtectedSubspace.from_state_dict(
-            reading, {name: tensor.clone() for name, tensor in space.state_dict().items()}
+            projection, {name: tensor.clone() for name, tensor in space.state_dict().items()}
         )
         count = (4, 0, 3, 5, 2)[task]
         right = right_singular_directions(weight, space.right).vectors[:, :count]
@@ -412,13 +412,13 @@ def test_growth_is_nested(reading: str, kind: torch.dtype) -> None:
         for name, tensor in before.state_dict().items():
             kept = getattr(space, name)[tuple(map(slice, tensor.shape))]
             assert torch.equal(kept, tensor), name
-        held.append((ProtectedSubspace.from_state_dict(reading, space.state_dict()), weight.clone()))
+        held.append((ProtectedSubspace.from_state_dict(projection, space.state_dict()), weight.clone()))
         assert off_orthonormal(space.right.double()) < precision
         assert off_orthonormal(space.left.double()) < precision
         weight = weight + draw(task + 50, 20, 30).to(kind)
         space.project_weight_(weight)
     assert space.right.shape == (30, 14)
-    assert space.left.shape == (20, 0 if reading == "input" else 11)
+    assert space.left.shape == (20, 0 if projection == "input" else 11)
     assert size(weight - first) > 0.2 * size(first)
     for earlier, then in held:
         assert earlier.protected_norm(weight.double() - then.double()) < 2 * precision * size(first)
@@ -447,10 +447,10 @@ def test_growth_refuses_directions_that_are_held() -> None:
             ProtectedSubspace.from_state_dict(space.projection, space.state_dict()).add_directions(weight, right, left)
 
 
-@pytest.mark.parametrize("reading", PROJECTIONS)
-def test_a_parameter_is_held_through_a_checkpoint(reading: str) -> None:
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_a_parameter_is_held_through_a_checkpoint(projection: str) -> None:
     weight = torch.nn.Parameter(draw(0, 10, 14).float())
-    space = protected(reading, weight, 4, 5)
+    space = protected(projection, weight, 4, 5)
     stored = space.state_dict()
     assert list(stored) == ["right", "left", "image", "coimage", "core"]
     assert not any(tensor.requires_grad for tensor in stored.values())
@@ -458,15 +458,15 @@ def test_a_parameter_is_held_through_a_checkpoint(reading: str) -> None:
     weight.data += 1
     again = weight.detach().clone()
     space.project_weight_(weight)
-    ProtectedSubspace.from_state_dict(reading, stored).project_weight_(again)
+    ProtectedSubspace.from_state_dict(projection, stored).project_weight_(again)
     assert torch.equal(weight, again)
     assert space.protected_norm(weight.detach() - first) < 1e-6 * size(first)
 
 
-@pytest.mark.parametrize("reading", PROJECTIONS)
+@pytest.mark.parametrize("projection", PROJECTIONS)
 @pytest.mark.parametrize("sizes", [(10, 14, 4, 4), (14, 10, 4, 4), (10, 14, 2, 7), (10, 14, 7, 2), (10, 14, 0, 3)])
 def test_operations_are_those_of_the_products(
-    reading: str, sizes: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch
+    projection: str, sizes: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Counted by torch; its counter knows no product in place."""
 
@@ -475,12 +475,12 @@ def test_operations_are_those_of_the_products(
 
     rows, columns, right, left = sizes
     weight = draw(0, rows, columns)
-    space = protected(reading, weight, right, left)
+    space = protected(projection, weight, right, left)
     for work in (space.project_weight_, space.project_gradient_):
         with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as counter:
             work(weight)
-        assert counter.get_total_flops() == projection_flops(reading, rows, columns, right, left)
-    if reading == "paper":  # whichever side is taken first
+        assert counter.get_total_flops() == projection_flops(projection, rows, columns, right, left)
+    if projection == "paper":  # whichever side is taken first
         once = weight + 1
         expected = once.clone()
         space.project_weight_(expected)

@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from dscl.config.methods import MosesPreset
 from dscl.config.parsing import parse_config
 from dscl.data.batches import PromptBatch, collate, collate_prompts
 from dscl.methods.base import RunInfo, TaskContext
-from dscl.methods.moses import Moses, MosesConfig
+from dscl.methods.moses import Moses
 from dscl.methods.rls_router import RoutingResult
 from dscl.utils.errors import UserError
 
@@ -26,11 +27,12 @@ SHAPE = LlamaConfig(
     hidden_size=16, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, intermediate_size=24,
     vocab_size=50, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
-ROUTED = {"task_inference": "rls", "width": 32}
+RLS = {"name": "rls", "num_features": 32}
+UNSHARED = {"num_experts": 2, "rank": 2, "mask_density": 0.5, "reuse": False}  # of `tune`
 
 
-def make_config(**settings: Any) -> MosesConfig:
-    return parse_config(MosesConfig, {"name": "moses", "task_inference": "given", **settings}, "method")
+def make_config(**parts: Any) -> MosesPreset:
+    return parse_config(MosesPreset, {"name": "moses", "router": "oracle", **parts}, "method")
 
 
 def make_tiny_model() -> LlamaForCausalLM:
@@ -41,10 +43,10 @@ def make_tiny_model() -> LlamaForCausalLM:
 class SingleRankMoses:
     """A `Moses` method on a tiny model, called as the trainer would call it."""
 
-    def __init__(self, tasks: Sequence[str] = TASKS, model: nn.Module | None = None, **settings: Any) -> None:
+    def __init__(self, tasks: Sequence[str] = TASKS, model: nn.Module | None = None, **parts: Any) -> None:
         self.model = make_tiny_model() if model is None else model
         run_info = RunInfo(0, tuple(tasks), "base", "model", "tokenizer", 64, "fp32")
-        self.method = Moses(make_config(**settings), run_info)
+        self.method = Moses(make_config(**parts), run_info)
         self.method.prepare(self.model)
         self.context = TaskContext(
             torch.device("cpu"),
@@ -94,71 +96,86 @@ def _unexpected_call(*_: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("parts", "message"),
     [
-        ({"top_k": 9}, "method.top_k: given 9; there are 8 sub-experts, so at most that many"),
-        ({"top_k": 3, "experts": 2}, "method.top_k: given 3; there are 2 sub-experts"),
-        ({"top_k": 0}, "method.top_k: given 0"),
-        ({"gate": "uniform", "top_k": 2}, "method.top_k: given 2 with gate: uniform, which asks all sub-experts"),
-        ({"gate": "hard"}, "method.gate: given 'hard'"),
-        ({"share": 0.0}, "method.share: given 0.0"),
-        ({"share": 1.5}, "method.share: given 1.5"),
-        ({"share": -0.5}, "method.share: given -0.5"),
-        ({"experts": 0}, "method.experts: given 0"),
-        ({"rank": 0}, "method.rank: given 0"),
-        ({"masks": "atoms"}, "method.masks: given 'atoms'"),
-        ({"most": 4}, "method.most: given 4; at least method.experts=8 are needed"),
-        ({"when_full": "wait"}, "method.when_full: given 'wait'"),
-        ({"reuse": False, "when_full": "reuse"}, "method.when_full: given reuse with reuse: false"),
-        ({"dropout": 1.0}, "method.dropout: given 1.0"),
-        ({"alpha": 0.0}, "method.alpha: given 0.0"),
-        ({"task_inference": "oracle"}, "method.task_inference: given 'oracle'"),
-        ({"feature_layer": 2}, "method.feature_layer: given 2 with task_inference: given, which has no use for it"),
-        ({"task_inference": "given", "width": 64}, "method.width: given 64 with task_inference: given"),
-        ({"task_inference": "key", "width": 64}, "method.width: given 64 with task_inference: key"),
-        ({"task_inference": "key", "ridge": 0.1}, "method.ridge: given 0.1 with task_inference: key"),
-        ({"task_inference": "key", "reject": False}, "method.reject: given False with task_inference: key"),
-        ({"weights": {"name": "moses"}}, "method.weights.name: given 'moses'; allowed: osft"),
-        ({"weights": {"name": "sequential"}}, "method.weights.name: given 'sequential'; allowed: osft"),
-        ({"weights": {"name": "osft", "share": 2.0}}, "method.weights.share: given 2.0"),
+        ({"tune": {"top_k": 9}}, "method.tune.top_k: given 9; there are 8 sub-experts, so at most that many"),
+        ({"tune": {"top_k": 3, "num_experts": 2}}, "method.tune.top_k: given 3; there are 2 sub-experts"),
+        ({"tune": {"top_k": 0}}, "method.tune.top_k: given 0"),
         (
-            {"weights": {"name": "osft", "rest": "free"}, "task_inference": "rls"},
-            "method.weights.rest: given free with task_inference: rls",
+            {"tune": {"gate": "uniform", "top_k": 2}},
+            "method.tune.top_k: given 2 with gate: uniform, which uses all sub-experts",
+        ),
+        ({"tune": {"gate": "hard"}}, "method.tune.gate: given 'hard'"),
+        ({"tune": {"mask_density": 0.0}}, "method.tune.mask_density: given 0.0"),
+        ({"tune": {"mask_density": 1.5}}, "method.tune.mask_density: given 1.5"),
+        ({"tune": {"mask_density": -0.5}}, "method.tune.mask_density: given -0.5"),
+        ({"tune": {"num_experts": 0}}, "method.tune.num_experts: given 0"),
+        ({"tune": {"rank": 0}}, "method.tune.rank: given 0"),
+        ({"tune": {"masks": "atoms"}}, "method.tune.masks: given 'atoms'"),
+        (
+            {"tune": {"max_experts": 4}},
+            "method.tune.max_experts: given 4; at least method.tune.num_experts=8 are needed",
+        ),
+        ({"tune": {"on_full": "wait"}}, "method.tune.on_full: given 'wait'"),
+        ({"tune": {"reuse": False, "on_full": "reuse"}}, "method.tune.on_full: given reuse with reuse: false"),
+        ({"tune": {"dropout": 1.0}}, "method.tune.dropout: given 1.0"),
+        ({"tune": {"alpha": 0.0}}, "method.tune.alpha: given 0.0"),
+        ({"router": "given"}, "method.router.name: given 'given' (str); allowed: rls, key, oracle"),
+        ({"router": {"name": "oracle", "layer": 2}}, "method.router.layer: a key of rls and key"),
+        ({"router": {"name": "oracle", "num_features": 64}}, "method.router.num_features: a key of rls"),
+        ({"router": {"name": "key", "num_features": 64}}, "method.router.num_features: a key of rls"),
+        ({"router": {"name": "key", "ridge": 0.1}}, "method.router.ridge: a key of rls"),
+        ({"router": {"name": "key", "ood_fallback": False}}, "method.router.ood_fallback: a key of rls"),
+        ({"constraint": {"name": "moses"}}, "method.constraint.name: given 'moses' (str); allowed: osft"),
+        ({"constraint": {"name": "sequential"}}, "method.constraint.name: given 'sequential' (str); allowed: osft"),
+        ({"constraint": {"protected_ratio": 2.0}}, "method.constraint.protected_ratio: given 2.0"),
+        (
+            {"constraint": {"name": "osft", "other_params": "free"}, "router": "rls"},
+            "method.constraint.other_params: given free with router: rls",
         ),
         (
-            {"weights": {"name": "osft", "rest": "protected"}, "task_inference": "key"},
-            "method.weights.rest: given protected with task_inference: key",
+            {"constraint": {"name": "osft", "other_params": "protected"}, "router": "key"},
+            "method.constraint.other_params: given protected with router: key",
         ),
     ],
 )
-def test_settings_that_contradict_are_refused(settings: dict[str, Any], message: str) -> None:
+def test_settings_that_contradict_are_refused(parts: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)) as caught:
-        make_config(**settings)
+        make_config(**parts)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("parts", "message"),
     [
-        ({"targets": ["query"]}, "method.targets: given 'query'"),
-        ({"targets": ["q_proj", "lm_head"]}, "method.targets: given 'lm_head', which stands in no layer"),
-        ({**ROUTED, "targets": ["model.layers.0.self_attn.q_proj"]}, "method.targets: given 'model.layers.0"),
-        ({**ROUTED, "feature_layer": 3}, "feature_layer: given 3; the model has 3 layers"),
-        ({**ROUTED, "feature_layer": 0}, "method.feature_layer: given 0"),
-        ({"weights": {"name": "osft", "targets": ["query"]}}, "given 'query', which no layer matches"),
+        ({"tune": {"targets": ["query"]}}, "method.tune.targets: given 'query'"),
+        (
+            {"tune": {"targets": ["q_proj", "lm_head"]}},
+            "method.tune.targets: given 'lm_head', which stands in no layer",
+        ),
+        (
+            {"tune": {"targets": ["model.layers.0.self_attn.q_proj"]}, "router": RLS},
+            "method.tune.targets: given 'model.layers.0",
+        ),
+        ({"router": {**RLS, "layer": 3}}, "the router's layer: given 3; the model has 3 layers"),
+        ({"router": {**RLS, "layer": 0}}, "method.router.layer: given 0"),
+        (
+            {"constraint": {"name": "osft", "targets": ["query"]}},
+            "method.constraint.targets: given 'query', which no layer matches",
+        ),
     ],
 )
-def test_settings_that_do_not_fit_the_model_are_refused(settings: dict[str, Any], message: str) -> None:
+def test_settings_that_do_not_fit_the_model_are_refused(parts: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)) as caught:
-        SingleRankMoses(**settings)
+        SingleRankMoses(**parts)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("inference", [ROUTED, {"task_inference": "key"}, {}])
-def test_a_model_of_another_kind_is_refused(inference: dict[str, Any]) -> None:
+@pytest.mark.parametrize("router", [RLS, "key", "oracle"])
+def test_a_model_of_another_kind_is_refused(router: Any) -> None:
     model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50, n_positions=32))
     with pytest.raises(UserError, match=r"moses needs a model whose layers stand in model.layers .*GPT2LMHeadModel"):
-        SingleRankMoses(model=model, **inference)
+        SingleRankMoses(model=model, router=router)
 
 
 @pytest.mark.parametrize(
@@ -166,13 +183,13 @@ def test_a_model_of_another_kind_is_refused(inference: dict[str, Any]) -> None:
 )
 def test_dense_weights_that_may_not_train_are_refused(targets: list[str]) -> None:
     """The router needs frozen layers below the feature layer."""
-    with pytest.raises(UserError, match=r"method\.weights\.targets: given .*model\.layers\.0\.mlp\.up_proj"):
-        SingleRankMoses(**ROUTED, feature_layer=1, weights={"name": "osft", "targets": targets})
+    with pytest.raises(UserError, match=r"method\.constraint\.targets: given .*model\.layers\.0\.mlp\.up_proj"):
+        SingleRankMoses(router={**RLS, "layer": 1}, constraint={"name": "osft", "targets": targets})
 
 
 def test_only_sub_experts_and_gates_train() -> None:
     """Only at the targets and from the feature layer on; new sub-experts do not change the output yet."""
-    plain, run = make_tiny_model().eval(), SingleRankMoses(**ROUTED, feature_layer=2)
+    plain, run = make_tiny_model().eval(), SingleRankMoses(router={**RLS, "layer": 2})
     trained = {name for name, p in run.model.named_parameters() if p.requires_grad}
     own = ("sub_a", "sub_b", "score_atoms", "token_router")
     assert trained == {
@@ -183,7 +200,7 @@ def test_only_sub_experts_and_gates_train() -> None:
     expected = plain(ids).logits
     assert torch.equal(run.model.eval()(ids).logits, expected)
     torch.testing.assert_close(run.model.train()(ids).logits, expected)
-    everywhere = SingleRankMoses(targets=["v_proj", "down_proj"], masks="element", gate="uniform")
+    everywhere = SingleRankMoses(tune={"targets": ["v_proj", "down_proj"], "masks": "element", "gate": "uniform"})
     trained = {name for name, p in everywhere.model.named_parameters() if p.requires_grad}
     assert trained == {
         f"model.layers.{layer}.{target}.{each}"
@@ -194,7 +211,7 @@ def test_only_sub_experts_and_gates_train() -> None:
 
 
 def test_dense_weights_train_only_from_the_feature_layer_on() -> None:
-    run = SingleRankMoses(**ROUTED, feature_layer=1, weights={"name": "osft", "basis": ["weights"]})
+    run = SingleRankMoses(router={**RLS, "layer": 1}, constraint={"name": "osft", "protect_base": ["weights"]})
     trained = {name for name, p in run.model.named_parameters() if p.requires_grad}
     dense = {name for name in trained if name.endswith(".weight")}
     assert len(dense) == 2 * 7
@@ -207,16 +224,19 @@ def test_dense_weights_train_only_from_the_feature_layer_on() -> None:
 # ---- room
 
 
-@pytest.mark.parametrize("masks", ["atom", "element"])
+@pytest.mark.parametrize("masks", ["rank1", "element"])
 @pytest.mark.parametrize(
-    ("experts", "rank", "share"), [(1, 1, 1.0), (2, 2, 0.5), (3, 1, 0.5), (3, 3, 0.5), (4, 2, 0.3), (1, 3, 0.2)]
+    ("num_experts", "rank", "mask_density"),
+    [(1, 1, 1.0), (2, 2, 0.5), (3, 1, 0.5), (3, 3, 0.5), (4, 2, 0.3), (1, 3, 0.2)],
 )
-def test_default_max_experts_suffices_for_the_stream(masks: str, experts: int, rank: int, share: float) -> None:
+def test_default_max_experts_suffices_for_the_stream(
+    masks: str, num_experts: int, rank: int, mask_density: float
+) -> None:
     """Even if no task may use parameters of another."""
     for tasks in (1, 2, 4):
-        run = SingleRankMoses(
-            TASKS[:tasks], masks=masks, experts=experts, rank=rank, share=share, reuse=False, targets=["v_proj"]
-        )
+        sizes = {"num_experts": num_experts, "rank": rank, "mask_density": mask_density}
+        tune = {**sizes, "masks": masks, "reuse": False, "targets": ["v_proj"]}
+        run = SingleRankMoses(TASKS[:tasks], tune=tune)
         for task in TASKS[:tasks]:
             run.train_task(task)
         for layer in run.method.experts.layers.values():
@@ -225,10 +245,10 @@ def test_default_max_experts_suffices_for_the_stream(masks: str, experts: int, r
             )
 
 
-@pytest.mark.parametrize("masks", ["atom", "element"])
+@pytest.mark.parametrize("masks", ["rank1", "element"])
 def test_experts_grow_only_when_needed(masks: str) -> None:
     """Each task needs half of two sub-experts, unshared: two tasks fill both, and each later task adds one."""
-    run = SingleRankMoses(masks=masks, experts=2, rank=2, share=0.5, reuse=False, when_full="grow")
+    run = SingleRankMoses(tune={**UNSHARED, "masks": masks, "on_full": "grow"})
     counts, messages = [], []
     for task in TASKS:
         run.begin_task(task)
@@ -245,7 +265,7 @@ def test_experts_grow_only_when_needed(masks: str) -> None:
 
 
 def test_a_task_is_refused_when_too_few_parameters_are_free() -> None:
-    run = SingleRankMoses(experts=2, rank=2, share=0.5, reuse=False, when_full="stop")
+    run = SingleRankMoses(tune={**UNSHARED, "on_full": "stop"})
     run.train_task("one")
     run.train_task("two")
     before = {name: t.clone() for name, t in run.model.named_buffers()}
@@ -253,22 +273,22 @@ def test_a_task_is_refused_when_too_few_parameters_are_free() -> None:
         run.begin_task("three")
     message = str(caught.value)
     assert "\n" not in message
-    assert "method.when_full=grow" in message
-    assert "when_full=reuse" not in message  # which reuse: false would refuse
+    assert "method.tune.on_full=grow" in message
+    assert "on_full=reuse" not in message  # which reuse: false would refuse
     assert all(torch.equal(before[name], tensor) for name, tensor in run.model.named_buffers())
     assert run.method.experts.names == ["one", "two"]
 
 
 def test_growth_stops_at_max_experts() -> None:
-    run = SingleRankMoses(experts=2, most=3, rank=2, share=0.5, reuse=False, when_full="grow")
+    run = SingleRankMoses(tune={**UNSHARED, "max_experts": 3, "on_full": "grow"})
     for task in TASKS[:3]:
         run.train_task(task)
-    with pytest.raises(UserError, match=r"task four opens 2 more .*larger method\.most"):
+    with pytest.raises(UserError, match=r"task four opens 2 more .*larger method\.tune\.max_experts"):
         run.begin_task("four")
 
 
 def test_reuse_continues_without_free_parameters() -> None:
-    run = SingleRankMoses(experts=2, rank=2, share=0.75, when_full="reuse")
+    run = SingleRankMoses(tune={"num_experts": 2, "rank": 2, "mask_density": 0.75, "on_full": "reuse"})
     shares, messages = [], []
     for task in TASKS:
         messages.append(run.train_task(task).message.partition("; ")[2])
@@ -283,9 +303,10 @@ def test_reuse_continues_without_free_parameters() -> None:
 # ---- capacity metrics and artifacts
 
 
-@pytest.mark.parametrize(("masks", "inference"), [("atom", {}), ("element", {}), ("atom", ROUTED)])
-def test_capacity_metrics_match_the_files(tmp_path: Path, masks: str, inference: dict[str, Any]) -> None:
-    run = SingleRankMoses(TASKS[:3], masks=masks, experts=2, rank=3, share=0.5, **inference)
+@pytest.mark.parametrize(("masks", "router"), [("rank1", "oracle"), ("element", "oracle"), ("rank1", RLS)])
+def test_capacity_metrics_match_the_files(tmp_path: Path, masks: str, router: Any) -> None:
+    tune = {"masks": masks, "num_experts": 2, "rank": 3, "mask_density": 0.5}
+    run = SingleRankMoses(TASKS[:3], tune=tune, router=router)
     layers = run.method.experts.layers.values()
     seen, router_bytes, gate_bytes = [], 0, 0
     for number, task in enumerate(TASKS[:3], 1):
@@ -293,7 +314,7 @@ def test_capacity_metrics_match_the_files(tmp_path: Path, masks: str, inference:
         seen.append(ended.metrics)
         numbers = ended.metrics
         values = sum(4 * layer.num_frozen_params for layer in layers)
-        bits = {"atom": lambda m: m.shape.columns, "element": None}[masks]
+        bits = {"rank1": lambda m: m.shape.columns, "element": None}[masks]
         masks_each = sum(
             m.shape.most
             + (
@@ -311,11 +332,11 @@ def test_capacity_metrics_match_the_files(tmp_path: Path, masks: str, inference:
         whole = sum(6 * (m.in_features + m.out_features) for m in layers)
         assert numbers["capacity_share"] == values / 4 / whole
         assert numbers["lora_per_task_bytes"] == number * sum(3 * 4 * (m.in_features + m.out_features) for m in layers)
-        assert ("deciding_bytes" in numbers) == bool(inference)
+        assert ("router_bytes" in numbers) == (router != "oracle")
         files = run.method.save_task_artifacts(tmp_path, task)
         assert files[0] == tmp_path / "experts" / f"{task}.safetensors"
-        router_bytes += sum(tensor.nbytes for tensor in load_file(files[1]).values()) if inference else 0
-        assert numbers.get("deciding_bytes", 0) == router_bytes
+        router_bytes += sum(tensor.nbytes for tensor in load_file(files[1]).values()) if router != "oracle" else 0
+        assert numbers.get("router_bytes", 0) == router_bytes
         assert ended.task_matrix is not None
         assert ended.task_matrix.tasks == TASKS[:number]
         assert all(ended.task_matrix.values[i][i] == 1.0 for i in range(number))
@@ -323,12 +344,12 @@ def test_capacity_metrics_match_the_files(tmp_path: Path, masks: str, inference:
     assert seen[2]["capacity_bytes"] > seen[1]["capacity_bytes"] > seen[0]["capacity_bytes"]
 
 
-@pytest.mark.parametrize("masks", ["atom", "element"])
-@pytest.mark.parametrize("inference", [ROUTED, {"task_inference": "key"}])
-def test_artifacts_are_loaded_into_another_process(tmp_path: Path, masks: str, inference: dict[str, Any]) -> None:
+@pytest.mark.parametrize("masks", ["rank1", "element"])
+@pytest.mark.parametrize("router", [RLS, {"name": "key"}])
+def test_artifacts_are_loaded_into_another_process(tmp_path: Path, masks: str, router: dict[str, Any]) -> None:
     """Outputs are bit-identical. The number of open experts comes from the checkpoint, not from the last file."""
-    settings = {"masks": masks, "experts": 2, "rank": 2, "share": 0.75, "feature_layer": 1, **inference}
-    run, other = SingleRankMoses(TASKS, **settings), SingleRankMoses(TASKS, **settings)
+    tune = {"masks": masks, "num_experts": 2, "rank": 2, "mask_density": 0.75}
+    run, other = (SingleRankMoses(TASKS, tune=tune, router={**router, "layer": 1}) for _ in range(2))
     for task in TASKS[:3]:
         run.train_task(task)
         run.method.save_task_artifacts(tmp_path, task)
@@ -370,8 +391,8 @@ def run_inference(run: SingleRankMoses, batch: PromptBatch, task: str | None) ->
 
 
 def test_base_model_answers_before_the_first_task() -> None:
-    for settings in ({}, ROUTED, {"task_inference": "key"}):
-        run, batch = SingleRankMoses(**settings), make_prompt_batch([20, 6, 33])
+    for router in ("oracle", RLS, "key"):
+        run, batch = SingleRankMoses(router=router), make_prompt_batch([20, 6, 33])
         bare = make_tiny_model().eval()
         with torch.no_grad():
             expected = bare(batch.input_ids, batch.attention_mask, batch.position_ids).logits
@@ -384,7 +405,7 @@ def test_base_model_answers_before_the_first_task() -> None:
 
 def test_prompts_of_no_task_use_the_base_model() -> None:
     """In a batch with other rows that are routed to a task."""
-    run, batch = SingleRankMoses(**ROUTED), make_prompt_batch([20, 6, 33])
+    run, batch = SingleRankMoses(router=RLS), make_prompt_batch([20, 6, 33])
     run.train_task("one")
     run.train_task("two")
     assert run.method.task_router is not None
@@ -401,10 +422,10 @@ def test_prompts_of_no_task_use_the_base_model() -> None:
     assert (logits[2] - bare[2]).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("inference", [ROUTED, {"task_inference": "key"}])
-def test_statistics_sum_over_all_ranks(inference: dict[str, Any]) -> None:
+@pytest.mark.parametrize("router", [RLS, "key"])
+def test_statistics_sum_over_all_ranks(router: Any) -> None:
     """An all-reduce over two ranks with the same samples doubles the count."""
-    run = SingleRankMoses(**inference)
+    run = SingleRankMoses(router=router)
     run.context = dataclasses.replace(run.context, all_reduce_sum=lambda tensor: tensor.mul_(2))
     run.train_task("one")
     assert run.method.task_router is not None

@@ -12,12 +12,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from dscl.config.methods import OsftPreset
 from dscl.config.parsing import parse_config
 from dscl.data.batches import Batch, collate
 from dscl.maths.subspace import ProtectedSubspace
 from dscl.methods import osft
 from dscl.methods.base import RunInfo, TaskContext
-from dscl.methods.osft import Osft, OsftConfig
+from dscl.methods.osft import Osft
 from dscl.utils.errors import UserError
 
 TASKS = ("one", "two", "three", "four")
@@ -33,6 +34,10 @@ def sample_few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer and shorter sampled texts; still many more tokens than a matrix has columns."""
     monkeypatch.setattr(osft, "NUM_TEXTS", 40)
     monkeypatch.setattr(osft, "TEXT_LENGTH", 16)
+
+
+def make_config(**constraint: Any) -> OsftPreset:
+    return parse_config(OsftPreset, {"name": "osft", "constraint": constraint}, "method")
 
 
 def make_tiny_model() -> LlamaForCausalLM:
@@ -52,11 +57,9 @@ def _unexpected_call(*_: Any) -> Any:
 class SingleRankOsft:
     """An `Osft` method on a tiny model, called as the trainer would call it."""
 
-    def __init__(self, tasks: Sequence[str] = TASKS, **settings: Any) -> None:
+    def __init__(self, tasks: Sequence[str] = TASKS, **constraint: Any) -> None:
         self.model = make_tiny_model()
-        self.method = Osft(
-            parse_config(OsftConfig, {"name": "osft", **settings}), RunInfo(0, tuple(tasks), "", "", "", 0, "")
-        )
+        self.method = Osft(make_config(**constraint), RunInfo(0, tuple(tasks), "", "", "", 0, ""))
         self.method.prepare(self.model)
         self.weights = dict(self.model.named_parameters())
         self.names = list(self.method.matrix_costs())
@@ -93,7 +96,7 @@ class SingleRankOsft:
             if what not in ("start", "base"):
                 found.setdefault(name, {})[what] = tensor.clone()
         return {
-            name: ProtectedSubspace.from_state_dict(str(self.method.config.reading), parts)
+            name: ProtectedSubspace.from_state_dict(str(self.method.settings.projection), parts)
             for name, parts in found.items()
         }
 
@@ -116,10 +119,10 @@ class SingleRankOsft:
             raise UserError(problem)
 
 
-@pytest.mark.parametrize("reading", ["input", "two_sided", "paper"])
-@pytest.mark.parametrize("claim", [["sensitivity"], ["activations"], ["updates"], None])
-def test_protected_directions_stay_protected_in_later_tasks(reading: str, claim: list[str] | None) -> None:
-    run = SingleRankOsft(reading=reading, claim=claim, claim_energy=0.9, share=0.25)
+@pytest.mark.parametrize("projection", ["input", "two_sided", "paper"])
+@pytest.mark.parametrize("protect_task", [["sensitivity"], ["activations"], ["updates"], None])
+def test_protected_directions_stay_protected_in_later_tasks(projection: str, protect_task: list[str] | None) -> None:
+    run = SingleRankOsft(projection=projection, protect_task=protect_task, energy_threshold=0.9, protected_ratio=0.25)
     seen: list[tuple[dict[str, ProtectedSubspace], dict[str, torch.Tensor]]] = []
     for task in TASKS:
         run.train_task(task)
@@ -137,38 +140,40 @@ def test_protected_directions_stay_protected_in_later_tasks(reading: str, claim:
     assert grown > TARGETS  # and it does grow
 
 
-@pytest.mark.parametrize("rest", ["frozen", "free", "protected"])
-def test_what_trains_besides_the_targets(rest: str) -> None:
-    run = SingleRankOsft(rest=rest, targets=["q_proj"], share=0.25)
+@pytest.mark.parametrize("other_params", ["frozen", "free", "protected"])
+def test_what_trains_besides_the_targets(other_params: str) -> None:
+    run = SingleRankOsft(other_params=other_params, targets=["q_proj"], protected_ratio=0.25)
     matrices = {name for name, weight in run.weights.items() if weight.ndim == 2}
     targets = {name for name in matrices if "q_proj" in name}
     training = {name for name, weight in run.weights.items() if weight.requires_grad}
     assert len(targets) == SHAPE.num_hidden_layers
-    assert training == {"frozen": targets, "free": set(run.weights), "protected": matrices}[rest]
-    assert set(run.names) == (matrices if rest == "protected" else targets)  # those under the constraint
+    assert training == {"frozen": targets, "free": set(run.weights), "protected": matrices}[other_params]
+    assert set(run.names) == (matrices if other_params == "protected" else targets)  # those under the constraint
 
 
-@pytest.mark.parametrize(("reading", "share"), [("input", 0.25), ("two_sided", 0.0)])
-def test_a_task_protects_the_strongest_directions_of_its_change(reading: str, share: float) -> None:
+@pytest.mark.parametrize(("projection", "protected_ratio"), [("input", 0.25), ("two_sided", 0.0)])
+def test_a_task_protects_the_strongest_directions_of_its_change(projection: str, protected_ratio: float) -> None:
     """Compared with the singular vectors of the task's change of each weight."""
-    run = SingleRankOsft(reading=reading, claim_energy=0.6, claim=["updates"], share=share)
+    run = SingleRankOsft(
+        projection=projection, energy_threshold=0.6, protect_task=["updates"], protected_ratio=protected_ratio
+    )
     before = {name: run.weights[name].data.clone() for name in run.names}
     run.train_task("one")
     for name, space in run.get_subspaces().items():
         change = (run.weights[name].data - before[name]).double()
         decomposed = torch.linalg.svd(change)
-        claimed = space.right[:, int(share * min(change.shape)) :].double()
+        claimed = space.right[:, int(protected_ratio * min(change.shape)) :].double()
         strongest = decomposed.Vh[: claimed.shape[1]].T
         assert claimed.shape[1] >= 1
         assert torch.allclose(claimed @ claimed.T, strongest @ strongest.T, atol=1e-4)
-        if reading == "two_sided":
+        if projection == "two_sided":
             left, strongest = space.left.double(), decomposed.U[:, : space.left.shape[1]]
             assert left.shape[1] >= 1
             assert torch.allclose(left @ left.T, strongest @ strongest.T, atol=1e-4)
 
 
 def test_a_task_gets_at_most_its_part_of_the_free_directions() -> None:
-    run = SingleRankOsft(claim_energy=1.0, claim=["updates"], share=0.5)
+    run = SingleRankOsft(energy_threshold=1.0, protect_task=["updates"], protected_ratio=0.5)
     free = []
     for task in TASKS:
         if not free:
@@ -185,7 +190,7 @@ def test_a_task_gets_at_most_its_part_of_the_free_directions() -> None:
 
 
 def test_weakest_base_directions_are_released_and_tasks_keep_theirs() -> None:
-    run = SingleRankOsft(claim_energy=1.0, claim=["updates"], share=0.5, when_short="give_back")
+    run = SingleRankOsft(energy_threshold=1.0, protect_task=["updates"], protected_ratio=0.5, on_full="release_base")
     run.train_task("one")
     before = run.get_subspaces()
     run.train_task("two")
@@ -201,25 +206,27 @@ def test_weakest_base_directions_are_released_and_tasks_keep_theirs() -> None:
 
 
 def test_error_names_the_task_without_free_directions() -> None:
-    run = SingleRankOsft(claim_energy=1.0, claim=["updates"], share=0.5, when_short="stop")
+    run = SingleRankOsft(energy_threshold=1.0, protect_task=["updates"], protected_ratio=0.5, on_full="stop")
     run.train_task("one")
-    with pytest.raises(UserError, match=r"task two finds no free direction in 14 of 14.*method.when_short=give_back"):
+    with pytest.raises(
+        UserError, match=r"task two finds no free direction in 14 of 14.*method.constraint.on_full=release_base"
+    ):
         run.train_task("two")
     with pytest.raises(UserError, match="task one finds no free direction in"):
-        SingleRankOsft(share=1.0, basis=["weights"], targets=["q_proj"]).train_task("one")
+        SingleRankOsft(protected_ratio=1.0, protect_base=["weights"], targets=["q_proj"]).train_task("one")
 
 
 def test_the_last_task_protects_nothing() -> None:
-    run = SingleRankOsft(tasks=("only",), share=0.5)
+    run = SingleRankOsft(tasks=("only",), protected_ratio=0.5)
     run.train_task("only")
     assert run.message == ""
     assert all(space.right.shape[1] == int(0.5 * min(run.weights[n].shape)) for n, space in run.get_subspaces().items())
 
 
-@pytest.mark.parametrize("basis", [["weights"], ["activations"], ["weights", "activations"], ["sensitivity"]])
-def test_base_directions_are_the_strongest_of_their_source(basis: list[str]) -> None:
+@pytest.mark.parametrize("protect_base", [["weights"], ["activations"], ["weights", "activations"], ["sensitivity"]])
+def test_base_directions_are_the_strongest_of_their_source(protect_base: list[str]) -> None:
     """Compared with moments collected here by plain hooks on the same sampled texts."""
-    run = SingleRankOsft(basis=basis, share=0.5, claim=[])
+    run = SingleRankOsft(protect_base=protect_base, protected_ratio=0.5, protect_task=[])
     run.method.begin_task(0, "one", run.context)
     name = "model.layers.1.mlp.gate_proj"
     ids = torch.cat(
@@ -234,21 +241,28 @@ def test_base_directions_are_the_strongest_of_their_source(basis: list[str]) -> 
 
     weight = run.weights[f"{name}.weight"].data.double()
     moment = weight.T @ weight / weight.square().sum()
-    if basis != ["weights"]:
+    if protect_base != ["weights"]:
         handle = run.model.get_submodule(name).register_forward_hook(hook)
         logits = run.model(input_ids=ids, use_cache=False).logits[:, :-1]
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
         handle.remove()
-        rows = given[0] * (felt[0].norm(dim=1, keepdim=True) if basis == ["sensitivity"] else 1.0)
+        rows = given[0] * (felt[0].norm(dim=1, keepdim=True) if protect_base == ["sensitivity"] else 1.0)
         seen = rows.T @ rows
-        moment = seen if len(basis) == 1 else moment + seen / seen.trace()
+        moment = seen if len(protect_base) == 1 else moment + seen / seen.trace()
     strongest = torch.linalg.eigh(moment).eigenvectors.flip(1)[:, :8]
     overlap = torch.linalg.svdvals(strongest.T @ run.get_subspaces()[f"{name}.weight"].right.double())
     assert overlap.min() > 1 - 1e-6
 
 
 def test_importance_sets_the_protected_ratio_of_each_layer() -> None:
-    run = SingleRankOsft(reading="paper", basis=["weights"], allocate="importance", share=0.8, least=0.1, claim=[])
+    run = SingleRankOsft(
+        projection="paper",
+        protect_base=["weights"],
+        rank_allocation="importance",
+        protected_ratio=0.8,
+        min_protected=0.1,
+        protect_task=[],
+    )
     run.method.begin_task(0, "one", run.context)
     counts = {name: space.right.shape[1] / min(run.weights[name].shape) for name, space in run.get_subspaces().items()}
     for layer in range(2):
@@ -258,37 +272,53 @@ def test_importance_sets_the_protected_ratio_of_each_layer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "complaint"),
+    ("constraint", "complaint"),
     [
-        ({"least": 0.2}, "method.least: given 0.2 with allocate: fixed"),
-        ({"allocate": "importance", "share": 0.3, "least": 0.4}, "method.least: given 0.4, more than share=0.3"),
-        ({"claim": [], "claim_energy": 0.5}, "method.claim_energy: given 0.5 with claim: []"),
-        ({"basis": ["updates"]}, "method.basis: given ['updates']; allowed: one or several of weights"),
-        ({"basis": []}, "method.basis: given []; allowed"),
-        ({"claim": ["updates", "updates"]}, "method.claim: given ['updates', 'updates']"),
-        ({"claim": ["weights"]}, "method.claim: given ['weights']; allowed: one or several of activations"),
-        ({"faithful": True, "reading": "input"}, "method.reading: given input together with faithful"),
-        ({"share": 1.5}, "share"),
-        ({"reading": "outputs"}, "reading"),
+        ({"min_protected": 0.2}, "method.constraint.min_protected: given 0.2 with rank_allocation: fixed"),
+        (
+            {"rank_allocation": "importance", "protected_ratio": 0.3, "min_protected": 0.4},
+            "method.constraint.min_protected: given 0.4, more than protected_ratio=0.3",
+        ),
+        (
+            {"protect_task": [], "energy_threshold": 0.5},
+            "method.constraint.energy_threshold: given 0.5 with protect_task: []",
+        ),
+        (
+            {"protect_base": ["updates"]},
+            "method.constraint.protect_base: given ['updates']; allowed: one or several of weights",
+        ),
+        ({"protect_base": []}, "method.constraint.protect_base: given []; allowed"),
+        ({"protect_task": ["updates", "updates"]}, "method.constraint.protect_task: given ['updates', 'updates']"),
+        (
+            {"protect_task": ["weights"]},
+            "method.constraint.protect_task: given ['weights']; allowed: one or several of activations",
+        ),
+        (
+            {"paper_preset": True, "projection": "input"},
+            "method.constraint.projection: given input together with paper_preset",
+        ),
+        ({"protected_ratio": 1.5}, "method.constraint.protected_ratio"),
+        ({"projection": "outputs"}, "method.constraint.projection"),
     ],
 )
-def test_settings_that_contradict_are_refused(settings: dict[str, Any], complaint: str) -> None:
+def test_settings_that_contradict_are_refused(constraint: dict[str, Any], complaint: str) -> None:
     with pytest.raises(UserError, match=re.escape(complaint)):
-        parse_config(OsftConfig, {"name": "osft", **settings})
+        make_config(**constraint)
 
 
 def test_unmatched_targets_and_non_finite_weights_are_refused() -> None:
-    with pytest.raises(UserError, match=r"method.targets: given 'query'.*layers here: .*q_proj"):
+    with pytest.raises(UserError, match=r"method.constraint.targets: given 'query'.*layers here: .*q_proj"):
         SingleRankOsft(targets=["query"])
-    run = SingleRankOsft(basis=["weights"])
+    run = SingleRankOsft(protect_base=["weights"])
     run.weights["model.layers.1.mlp.up_proj.weight"].data[0, 0] = float("nan")
     with pytest.raises(UserError, match=r"method osft: model.layers.1.mlp.up_proj.weight: .*not finite"):
         run.train_task("one")
 
 
-def test_faithful_is_the_papers_setting() -> None:
-    config = parse_config(OsftConfig, {"name": "osft", "faithful": True})
-    shown = json.dumps({name: getattr(config, name) for name in ("reading", "basis", "allocate", "least", "share")})
-    assert shown == '{"reading": "paper", "basis": ["weights"], "allocate": "importance", "least": 0.1, "share": 0.8}'
-    assert config.claim == ()
-    assert config.gradients
+def test_paper_preset_is_the_papers_setting() -> None:
+    config = make_config(paper_preset=True).constraint
+    names = ("projection", "protect_base", "rank_allocation", "min_protected", "protected_ratio")
+    shown = json.dumps([getattr(config, name) for name in names])
+    assert shown == '["paper", ["weights"], "importance", 0.1, 0.8]'
+    assert config.protect_task == ()
+    assert config.project_gradients

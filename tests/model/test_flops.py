@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from dscl.config.parsing import parse_config
 from dscl.methods.base import RunInfo
 from dscl.methods.registry import find_method
 from dscl.model.backbone import enable_activation_checkpointing
@@ -23,38 +24,39 @@ SHAPE = {
 ROWS, WIDTH, KEPT = 3, 24, 5
 FACTS = RunInfo(0, ("a", "b", "c"), "", "", "", 40, "fp32")
 LORA = {"rank": 4, "targets": ["q_proj", "down_proj"]}
+ROUTER = {"layer": 2, "num_features": 128}
 METHODS: list[dict[str, Any]] = [
     {"name": "sequential"},
-    {"name": "sequential", "tune": "lora", "lora": LORA},
+    {"name": "sequential", "tune": {"name": "lora", **LORA}},
     {"name": "osft"},
-    {"name": "asr", "width": 128, "feature_layer": 2, "lora": LORA},
-    {"name": "lora_per_task", "lora": {"rank": 4}},
-    {"name": "olora", "lora": LORA},
-    {"name": "moses", "experts": 4, "top_k": 2, "rank": 2},
-    {"name": "moses", "experts": 4, "gate": "uniform", "rank": 2, "masks": "element"},
+    {"name": "asr", "tune": LORA, "router": ROUTER},
+    {"name": "lora_per_task", "tune": {"rank": 4}},
+    {"name": "olora", "tune": LORA},
+    {"name": "moses", "tune": {"num_experts": 4, "top_k": 2, "rank": 2}},
+    {"name": "moses", "tune": {"num_experts": 4, "gate": "uniform", "rank": 2, "masks": "element"}},
 ]
 # Where something stands beside the layer's last product as well.
 AT_LAST: list[dict[str, Any]] = [
-    {"name": "moses", "experts": 4, "top_k": 2, "rank": 2, "targets": ["q_proj", "down_proj"]},
-    {"name": "asr", "width": 128, "feature_layer": 2, "lora": {"rank": 4, "targets": ["gate_proj"]}},
+    {"name": "moses", "tune": {"num_experts": 4, "top_k": 2, "rank": 2, "targets": ["q_proj", "down_proj"]}},
+    {"name": "asr", "tune": {"rank": 4, "targets": ["gate_proj"]}, "router": ROUTER},
 ]
+
+
+def describe_method(method: dict[str, Any]) -> str:
+    """The id of a test case: all values of a method's keys."""
+    values = [part.values() if isinstance(part, dict) else [part] for part in method.values()]
+    return "-".join(str(value) for part in values for value in part)[:60]
 
 
 def prepared(method: dict[str, Any], tied: bool = True, again: bool = False) -> nn.Module:
     config = LlamaConfig(**SHAPE, tie_word_embeddings=tied, attn_implementation="eager")
     kind = find_method(method["name"])
-    made = kind(kind.Config(**{**method, **({"lora": lora(method["lora"])} if "lora" in method else {})}), FACTS)
+    made = kind(parse_config(kind.Config, method, "method"), FACTS)
     plain = LlamaForCausalLM(config)
     if again:
         enable_activation_checkpointing(plain)
     model: nn.Module = made.prepare(plain)
     return model.train()
-
-
-def lora(keys: dict[str, Any]) -> Any:
-    from dscl.model.adapters.injection import LoraConfig
-
-    return LoraConfig(**{**keys, **({"targets": tuple(keys["targets"])} if "targets" in keys else {})})
 
 
 def in_place(_added: Any, a: Any, b: Any, **_: Any) -> int:
@@ -71,7 +73,7 @@ def counted(model: nn.Module) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: "-".join(map(str, method.values()))[:40])
+@pytest.mark.parametrize("method", METHODS, ids=describe_method)
 def test_count_equals_torchs_flop_counter(method: dict[str, Any]) -> None:
     model = prepared(method)
     cost = count_flops(model)
@@ -94,7 +96,7 @@ def counted_without_overlap(model: nn.Module, times: int = 1) -> int:
     return counted(model) - times * overlap
 
 
-@pytest.mark.parametrize("method", [*METHODS, *AT_LAST], ids=lambda method: "-".join(map(str, method.values()))[:60])
+@pytest.mark.parametrize("method", [*METHODS, *AT_LAST], ids=describe_method)
 def test_recomputation_is_counted_separately(method: dict[str, Any]) -> None:
     """Of whole layers from the first that something trains in or below, and of none under it."""
     plain, again = prepared(method), prepared(method, again=True)

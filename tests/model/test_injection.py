@@ -80,6 +80,6 @@ def test_targets_by_ending_or_full_name(targets: tuple[str, ...], count: int) ->
 
 @pytest.mark.parametrize("target", ["qproj", "proj", "norm", ""])
 def test_unknown_targets_are_refused(target: str) -> None:
-    with pytest.raises(UserError, match=r"^method.lora.targets: given .*; layers here: down.*lm_head.*q_proj") as said:
+    with pytest.raises(UserError, match=r"^method.tune.targets: given .*; layers here: down.*lm_head.*q_proj") as said:
         inject_lora(tiny(), LoraConfig(targets=("q_proj", target)), seed=0)
     assert repr(target) in str(said.value)

@@ -231,5 +231,5 @@ def test_layers_below_the_feature_layer_need_no_gradient() -> None:
 def test_all_projections_can_be_routed() -> None:
     model = make_model()
     assert len(match_targets_from_layer(model, 1, LLAMA_PROJECTIONS)) == 7
-    with pytest.raises(UserError, match="'q_proj', which stands in no layer from feature_layer=2 on"):
+    with pytest.raises(UserError, match=r"'q_proj', which stands in no layer from the router's layer \(2\) on"):
         match_targets_from_layer(model, 2, ("q_proj",))

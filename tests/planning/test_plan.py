@@ -125,15 +125,15 @@ def test_sizes_and_devices_are_read_or_refused() -> None:
         parse_gpu_peak("abacus")
 
 
-@pytest.mark.parametrize("reading", PROJECTIONS)
-def test_room_is_that_of_directions_that_were_protected(reading: str) -> None:
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_room_is_that_of_directions_that_were_protected(projection: str) -> None:
     import torch
 
     weight, count = torch.randn(7, 5), 3
-    space = ProtectedSubspace.empty(reading, weight)
+    space = ProtectedSubspace.empty(projection, weight)
     left, _, right = torch.linalg.svd(weight)
     space.add_directions(weight, right[:count].T.contiguous(), left[:, :count].contiguous())
-    room = placeholder_state(reading, 7, 5, count, torch.device("cpu"))
+    room = placeholder_state(projection, 7, 5, count, torch.device("cpu"))
     assert {name: t.shape for name, t in room.items()} == {name: t.shape for name, t in space.state_dict().items()}
 
 
@@ -206,7 +206,7 @@ def test_a_plan_for_programs_is_one_object(recipe: Path) -> None:
 def test_a_plan_for_programs_has_times_and_the_balance_of_owners(recipe: Path) -> None:
     """Two matrices of one size have two owners; of four ranks these have twice the mean each."""
     cluster = ["--gpus-per-node", "4", "--tflops", "1", "--bandwidth", "1GB", "--efficiency", "0.5"]
-    found = json.loads(run_plan(recipe, "--recipe-only", "--json", *cluster, "method.targets=[q_proj]"))
+    found = json.loads(run_plan(recipe, "--recipe-only", "--json", *cluster, "method.constraint.targets=[q_proj]"))
     step = found["step"]
     computing, sending = step["operations"] / 0.5e12, step["sent"] / 1e9
     assert step["seconds"] == pytest.approx([max(computing, sending), computing + sending])
@@ -216,7 +216,9 @@ def test_a_plan_for_programs_has_times_and_the_balance_of_owners(recipe: Path) -
 
 def test_a_router_that_is_solved_counts(recipe: Path) -> None:
     """Wide features take more than a step of a small model does: seven matrices of them in fp64."""
-    found = json.loads(run_plan(recipe, "--recipe-only", "--json", "method.name=asr", "method.width=4096"))
+    found = json.loads(
+        run_plan(recipe, "--recipe-only", "--json", "method.name=asr", "method.router.num_features=4096")
+    )
     stage = found["stages"][found["recipe"]]
     assert stage["ending"] == 7 * 8 * 4096**2
     assert stage["device"] == stage["peak"] - stage["passing"] + stage["ending"] > stage["peak"]

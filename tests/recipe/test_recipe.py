@@ -25,8 +25,8 @@ stream:
   - {name: sst2, path: data/sst2}
 train: {lr: 3.0e-4, schedule: cosine, warmup: 0.03, weight_decay: 0.0, grad_clip: 1.0, epochs: 1,
         global_batch: 16, micro_batch: 4, max_length: 256, packing: false, precision: bf16, non_finite: stop}
-evaluate: {mode: rank, batch: 16, max_new_tokens: 32, tasks: all, every: 1, split: test, given: false, before: true,
-           heldout: null}
+evaluate: {mode: rank, batch: 16, max_new_tokens: 32, tasks: all, every: 1, split: test, oracle_task_id: false,
+           zero_shot: true, heldout: null}
 deepspeed: ds_configs/zero3.json
 checkpoint: {every: 200, keep: 2, grace: 120.0, async: false, best: null}
 observe: {every: 10, tensorboard: true, peak_tflops: null, live: auto, profile: {}}
@@ -71,7 +71,7 @@ def test_contract_is_a_complete_recipe_and_states_the_defaults(contract: str) ->
 
 def test_resolved_recipe_reads_back_as_itself(tmp_path: Path, contract: str) -> None:
     odd = ["run_dir='1e-4'", 'model.name="no"', 'stream.0.template="{prompt}: \\"é\\" # 😀\\n\\t- x"', "train.lr=1e-5"]
-    odd += ['stream.1.labels=["yes", "1", "~", " a", "a: b"]', "method.tune=lora", "method.lora.rank=4"]
+    odd += ['stream.1.labels=["yes", "1", "~", " a", "a: b"]', "method.tune=lora", "method.tune.rank=4"]
     for words in ([], odd):
         recipe = read_recipe(contract, words)
         again = tmp_path / "again.yaml"
@@ -88,35 +88,95 @@ def test_recipe_text_names_every_setting(small: dict[str, Any]) -> None:
 
 
 def test_another_method_leaves_the_keys_of_the_one_before(contract: str) -> None:
-    """The contract's own example: the file's `tune` is no key of asr."""
-    recipe = read_recipe(contract, ["method.name=asr", "method.width=64", "run_dir=out/a"])
-    assert (recipe.method.name, recipe.method.width) == ("asr", 64)
-    assert read_recipe(contract, ["method.name=sequential", "method.tune=lora"]).method.tune == "lora"
+    """The contract's own example: the file's `tune: full` is no part of asr."""
+    recipe = read_recipe(contract, ["method.name=asr", "method.router.num_features=64", "run_dir=out/a"])
+    assert (recipe.method.name, recipe.method.router.num_features) == ("asr", 64)
+    assert read_recipe(contract, ["method.name=sequential", "method.tune=lora"]).method.tune.name == "lora"
     kept = read_recipe(contract, ["method.tune=lora", "method.name=sequential"]).method
-    assert kept.tune == "lora"
-    with pytest.raises(UserError, match=r"method\.tune: no such key"):
+    assert kept.tune.name == "lora"
+    with pytest.raises(UserError, match=r"method\.tune\.name: given 'full' \(str\); allowed: lora_per_task$"):
         read_recipe(contract, ["method.name=asr", "method.tune=full"])
 
 
 def test_faithful_is_the_papers_settings_and_no_others(small: dict[str, Any]) -> None:
-    paper = resolve_recipe({**small, "method": {"name": "asr", "faithful": True}}).method
-    assert (paper.feature_layer, paper.width, paper.ridge, paper.reject) == (4, 10000, 100.0, False)
-    assert (paper.lora.rank, paper.lora.alpha, paper.lora.dropout, paper.lora.targets) == (
+    paper = resolve_recipe({**small, "method": {"name": "asr", "paper_preset": True}}).method
+    router = paper.router
+    assert (router.layer, router.num_features, router.ridge, router.ood_fallback) == (4, 10000, 100.0, False)
+    assert (paper.tune.rank, paper.tune.alpha, paper.tune.dropout, paper.tune.targets) == (
         8, 32.0, 0.1, ("q_proj", "v_proj"),
     )  # fmt: skip
     again = resolve_recipe(
         {**small, "method": resolve_recipe({**small, "method": to_plain_data(paper)}).to_dict()["method"]}
     ).method
     assert again == paper
-    assert "method.width: given 64 together with faithful: true, which sets 10000" in refusal(
-        small, method={"name": "asr", "faithful": True, "width": 64}
+    assert "method.router.num_features: given 64 together with paper_preset: true, which sets 10000" in refusal(
+        small, method={"name": "asr", "paper_preset": True, "router": {"num_features": 64}}
     )
+
+
+@pytest.mark.parametrize(
+    ("method", "mapping"),
+    [
+        ({"tune": "full"}, {}),
+        ({"tune": None}, {}),  # all its keys are commented out
+        ({"tune": "lora"}, {"tune": {"name": "lora"}}),
+        ({"name": "moses", "router": "key"}, {"name": "moses", "router": {"name": "key"}}),
+        ({"name": "moses", "router": {"layer": 1}}, {"name": "moses", "router": {"name": "rls", "layer": 1}}),
+        ({"name": "moses", "constraint": "osft"}, {"name": "moses", "constraint": {}}),
+    ],
+)
+def test_a_part_is_a_word_or_a_mapping(small: dict[str, Any], method: Any, mapping: Any) -> None:
+    """The first part of the method is selected if no name is given."""
+    parsed = [resolve_recipe({**small, "method": each}) for each in (method, mapping)]
+    assert parsed[0] == parsed[1]
+    document = parsed[0].to_dict()
+    assert resolve_recipe(document, source=parsed[0].source) == parsed[0]
+    assert all(isinstance(document["method"][name], dict) for name in ("tune", "router") if name in document["method"])
+
+
+def test_a_constraint_of_null_is_none(tmp_path: Path, small: dict[str, Any]) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(json.dumps({**small, "method": {"name": "moses", "constraint": {"protected_ratio": 0.5}}}))
+    assert read_recipe(str(path)).method.constraint.protected_ratio == 0.5
+    assert read_recipe(str(path), ["method.constraint=null"]).method.constraint is None
+    assert resolve_recipe({**small, "method": {"name": "moses", "constraint": None}}).method.constraint is None
+    assert read_recipe(str(path), ["method.constraint=null", "method.constraint=osft"]).method.constraint is not None
+
+
+@pytest.mark.parametrize("tune", [None, "full", "lora", {"name": "lora", "alpha": 3.0}, {"name": "full"}])
+@pytest.mark.parametrize("words", [["method.tune=lora", "method.tune.rank=4"], ["method.tune={name: lora, rank: 4}"]])
+def test_an_override_selects_a_part_by_a_word(tmp_path: Path, small: dict[str, Any], tune: Any, words: Any) -> None:
+    """In any order with overrides of the part's keys, and whatever stands in the file."""
+    path = tmp_path / "r.yaml"
+    path.write_text(json.dumps({**small, "method": {"name": "sequential", "tune": tune}}))
+    for order in (words, words[::-1]):
+        found = read_recipe(str(path), order).method.tune
+        stays = isinstance(tune, dict) and "alpha" in tune and len(words) == 2  # keys of the part that stays selected
+        assert (found.name, found.rank, found.alpha) == ("lora", 4, 3.0 if stays else 16.0)
+
+
+@pytest.mark.parametrize("assignment", ["method.router.name=oracle", "method.router=oracle"])
+def test_an_override_of_a_parts_name_drops_the_files_keys_of_the_other_part(
+    tmp_path: Path, small: dict[str, Any], assignment: str
+) -> None:
+    path = tmp_path / "r.yaml"
+    method = {"name": "moses", "tune": {"num_experts": 3}, "router": {"name": "rls", "layer": 1}}
+    path.write_text(json.dumps({**small, "method": method}))
+    found = read_recipe(str(path), [assignment]).method
+    assert to_plain_data(found.router) == {"name": "oracle"}
+    assert found.tune.num_experts == 3  # the other parts stay
+    assert read_recipe(str(path), [assignment.replace("oracle", "rls")]).method.router.layer == 1
+    assert read_recipe(str(path), [assignment.replace("oracle", "key")]).method.router.layer is None
+    with pytest.raises(
+        UserError, match=r"method\.router\.layer: a key of rls and key, but method\.router\.name is oracle"
+    ):
+        read_recipe(str(path), [assignment, "method.router.layer=1"])
 
 
 def test_overrides_reach_everywhere(contract: str) -> None:
     words = ["method.tune=lora", "stream.1.epochs=3", "model.name=", "model.shape.hidden_size=64", "run_dir=out/a"]
     recipe = read_recipe(contract, [*words, "stream_defaults.test_limit=7", "train.lr=1e-4", "data.bad_records=skip"])
-    assert recipe.method.tune == "lora"
+    assert recipe.method.tune.name == "lora"
     assert [(task.epochs, task.test_limit) for task in recipe.stream] == [(2, 300), (3, 7)]
     assert (recipe.model.name, recipe.model.shape) == (None, {"hidden_size": 64})
     assert (recipe.run_dir, recipe.train.lr, recipe.data.bad_records) == ("out/a", 1e-4, "skip")
@@ -138,7 +198,29 @@ def test_overrides_reach_everywhere(contract: str) -> None:
         ({"method": {"name": ["asr"]}}, "method.name: given a list; the name of a method is needed"),
         ({"method": {"name": None}}, "method.name: given nothing (null); the name of a method is needed"),
         ({"method": "sequential"}, "method: given 'sequential' (str); a mapping of keys is needed"),
-        ({"method": {"lora": {"rnk": 1}}}, "method.lora.rnk: no such key (did you mean 'rank'?)"),
+        ({"method": {"tune": {"name": "lora", "rnk": 1}}}, "method.tune.rnk: no such key (did you mean 'rank'?)"),
+        (
+            {"method": {"tune": {"rank": 4}}},
+            "method.tune.rank: a key of lora, but method.tune.name is full; remove it, or set method.tune.name=lora",
+        ),
+        (
+            {"method": {"name": "moses", "router": {"name": "key", "ridge": 1}}},
+            "method.router.ridge: a key of rls, but method.router.name is key; remove it, or set method.router.name=",
+        ),
+        (
+            {"method": {"tune": "lroa"}},
+            "method.tune.name: given 'lroa' (str); allowed: full, lora (did you mean 'lora'?)",
+        ),
+        ({"method": {"tune": {"name": ["lora"]}}}, "method.tune.name: given a list; allowed: full, lora"),
+        ({"method": {"tune": 3}}, "method.tune: given 3 (int); one of full, lora or a mapping is needed"),
+        (
+            {"method": {"name": "osft", "tune": "lora"}},
+            "method.tune.name: given 'lora' (str); allowed: full",
+        ),
+        (
+            {"method": {"router": "rls"}},
+            "method.router: no such key; allowed here: name, tune",
+        ),
         ({"stream": None}, "stream: given nothing (null); a list of tasks is needed, for example [{name: sst2, "),
         ({"stream": []}, "stream: given an empty list; a list of tasks is needed"),
         ({"stream": {"name": "a"}}, "stream: given a mapping; a list of tasks is needed"),
@@ -275,7 +357,7 @@ def test_difference_names_the_first_key_that_matters(contract: str) -> None:
 
 
 def test_what_may_change_exists(small: dict[str, Any]) -> None:
-    methods = ({"name": "asr"}, {"name": "osft"}, {"name": "moses", "weights": {"name": "osft"}})
+    methods = ({"name": "asr"}, {"name": "osft"}, {"name": "moses", "constraint": {"name": "osft"}})
     documents = [resolve_recipe({**small, "method": method}).to_dict() for method in methods]
     for dotted in CHANGEABLE_KEYS:
         nodes: list[Any] = documents

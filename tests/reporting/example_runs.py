@@ -24,7 +24,7 @@ def make_recipe(*assignments: str, tasks: Sequence[str] = TASKS) -> dict[str, An
         "run_dir": "out/somewhere",
         "seed": 0,
         "model": {"name": "base", "shape": None},
-        "method": {"name": "sequential", "tune": "full", "lora": None},
+        "method": {"name": "sequential", "tune": {"name": "full"}},
         "stream": stream,
         "data": {"bad_records": "stop", "cache_dir": None},
         "train": {"lr": 1e-3, "epochs": 1, "global_batch": 8, "max_length": 64, "precision": "fp32"},

@@ -24,7 +24,7 @@ COMPARE = {"learning_rates": [1e-3, 1e-2], "rows": {"plain": {"name": "sequentia
 
 
 def write_comparison_recipe(folder: Path, compare: Mapping[str, Any] = COMPARE, **changes: Any) -> str:
-    document = {**recipe_of(folder, "out", 1), "evaluate": {"tasks": "seen", "before": False}, **changes}
+    document = {**recipe_of(folder, "out", 1), "evaluate": {"tasks": "seen", "zero_shot": False}, **changes}
     del document["method"], document["train"]["lr"]
     path = folder / "stream.yaml"
     path.write_text(yaml.safe_dump({**document, "compare": dict(compare)}, sort_keys=False))
@@ -84,34 +84,34 @@ def test_runs_differ_only_in_method_learning_rate_seed_and_split(tmp_path: Path)
         assert document["evaluate"].pop("split") == run.split
         assert document.pop("run_dir") == str(run.folder)
         documents.append(document)
-    assert documents[5].pop("method")["tune"] == "lora"
-    assert documents[0].pop("method")["tune"] == "full"
+    assert documents[5].pop("method")["tune"]["name"] == "lora"
+    assert documents[0].pop("method")["tune"]["name"] == "full"
     assert documents[0] == documents[5]
 
 
 def test_search_runs_evaluate_only_what_the_choice_of_a_rate_needs(tmp_path: Path) -> None:
     write_tasks(tmp_path)
     (tmp_path / "texts.txt").write_text("one text\nanother\n")
-    evaluate = {"heldout": str(tmp_path / "texts.txt"), "given": True, "tasks": "all", "before": True}
+    evaluate = {"heldout": str(tmp_path / "texts.txt"), "oracle_task_id": True, "tasks": "all", "zero_shot": True}
     rows = {
         "asr": {"name": "asr"},
         "plain": {"name": "sequential"},
         "moses": {"name": "moses"},
-        "told": {"name": "moses", "task_inference": "given"},
+        "told": {"name": "moses", "router": "oracle"},
     }
     path = write_comparison_recipe(
         tmp_path, {"learning_rates": [1e-3, 1e-2], "rows": rows, "search_limit": 5}, evaluate=evaluate
     )
     comparison = read_comparison_plan(path)
     dev, test = comparison.search_runs("asr")[0].recipe, comparison.final_runs("asr", 1e-3)[0].recipe
-    expected = {"tasks": "new", "before": False, "split": "dev", "heldout": None}
+    expected = {"tasks": "new", "zero_shot": False, "split": "dev", "heldout": None}
     assert dev["evaluate"] == {**expected, "every": 2}
     assert test["evaluate"] == {**evaluate, "split": "test"}
     assert dev["stream_defaults"]["train_limit"] == 5
     assert "train_limit" not in test["stream_defaults"]
-    assert comparison.final_runs("moses", 1e-3)[0].recipe["evaluate"]["given"]
+    assert comparison.final_runs("moses", 1e-3)[0].recipe["evaluate"]["oracle_task_id"]
     for row in ("plain", "told"):  # they do not infer the task
-        assert "given" not in comparison.final_runs(row, 1e-3)[0].recipe["evaluate"]
+        assert "oracle_task_id" not in comparison.final_runs(row, 1e-3)[0].recipe["evaluate"]
 
 
 def test_command_line_chooses_methods_seeds_and_overrides(tmp_path: Path) -> None:
@@ -324,7 +324,7 @@ def test_parallel_runs_divide_cores_and_gpus(monkeypatch: pytest.MonkeyPatch, gp
 def test_killed_comparison_resumes(tmp_path: Path) -> None:
     """SIGKILL ends the comparison and its runs. Started again, it keeps complete runs as they are."""
     write_tasks(tmp_path)
-    rows = {"plain": {}, "one LoRA": {"tune": "lora", "lora": {"rank": 2}}}
+    rows = {"plain": {}, "one LoRA": {"tune": {"name": "lora", "rank": 2}}}
     words = [
         "compare",
         write_comparison_recipe(tmp_path, {"learning_rates": [1e-3], "rows": rows, "seeds": [0]}),

@@ -29,21 +29,27 @@ def test_runs_that_differ_only_in_run_keys_form_one_row(tmp_path: Path, word: st
     ("words", "labels"),
     [
         ((), ("sequential", "osft")),
-        (("method.share=0.5",), ("osft (share 0.3)", "osft (share 0.5)")),
+        (
+            ("method.constraint.protected_ratio=0.5",),
+            ("osft (constraint.protected_ratio 0.3)", "osft (constraint.protected_ratio 0.5)"),
+        ),
         (("train.lr=0.1",), ("osft (lr 0.001)", "osft (lr 0.1)")),
-        (("train.lr=0.1", "method.share=0.5"), ("osft (share 0.3, lr 0.001)", "osft (share 0.5, lr 0.1)")),
+        (
+            ("train.lr=0.1", "method.constraint.protected_ratio=0.5"),
+            ("osft (constraint.protected_ratio 0.3, lr 0.001)", "osft (constraint.protected_ratio 0.5, lr 0.1)"),
+        ),
         (("deepspeed=zero3.json",), ("osft (deepspeed ds_configs/zero1.json)", "osft (deepspeed zero3.json)")),
         (("stream.1.lr=0.1",), ("osft (stream.1.lr unset)", "osft (stream.1.lr 0.1)")),
     ],
 )
 def test_different_settings_form_labelled_rows(tmp_path: Path, words: tuple, labels: tuple) -> None:
-    osft = ("method.name=osft", "method.share=0.3")
+    osft = ("method.name=osft", "method.constraint.protected_ratio=0.3")
     (group,) = group_example_runs(tmp_path, osft if words else (), (*osft, *words))
     assert tuple(row.label for row in group.rows) == labels
 
 
 def test_label_omits_settings_that_other_methods_lack(tmp_path: Path) -> None:
-    lora = ("method.tune=lora", "method.lora.rank=8", "method.lora.alpha=16")
+    lora = ("method.tune.name=lora", "method.tune.rank=8", "method.tune.alpha=16")
     (group,) = group_example_runs(tmp_path, (), lora)
     assert [row.label for row in group.rows] == ["sequential (tune full)", "sequential (tune lora)"]
 

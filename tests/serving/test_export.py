@@ -49,11 +49,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_base(tmp_path_factory.mktemp("base"))
 
 
-def document(run_dir: Path, base: Path, **method: Any) -> dict[str, Any]:
+def document(run_dir: Path, base: Path, **router: Any) -> dict[str, Any]:
     return {
         "run_dir": str(run_dir),
         "model": {"name": str(base)},
-        "method": {"name": "asr", "feature_layer": 1, "width": 128, **method},
+        "method": {"name": "asr", "router": {"layer": 1, "num_features": 128, **router}},
         "stream": [{"name": task, "path": "nowhere"} for task in TASKS],
         "train": {"precision": "fp32"},
     }
@@ -74,7 +74,7 @@ def write_run(run_dir: Path, base: Path) -> Path:
     """What a run with the third task in progress has left: adapters as the method writes them, and statistics."""
     model, spec = make_empty_model(base), make_router_spec(base)
     run_dir.mkdir(parents=True)
-    (run_dir / "recipe.yaml").write_text(resolve_recipe(document(run_dir, base, reject=False)).to_yaml())
+    (run_dir / "recipe.yaml").write_text(resolve_recipe(document(run_dir, base, ood_fallback=False)).to_yaml())
     (run_dir / "router").mkdir()
     torch.manual_seed(1)
     for task in ENDED:
@@ -174,7 +174,7 @@ def test_run_without_servable_tasks_is_rejected(spoilt: Path, base: Path) -> Non
     with pytest.raises(ExternalFailure, match=r"no checkpoint there is whole \(router/hills\.safetensors has"):
         export.describe_run(spoilt)
     router.write_bytes(content)
-    other = json.dumps(document(spoilt, base)).replace('"width": 128', '"width": 64')
+    other = json.dumps(document(spoilt, base)).replace('"num_features": 128', '"num_features": 64')
     (spoilt / "recipe.yaml").write_text(other)
     assert list(export.describe_run(spoilt).tasks) == list(ENDED)  # the files tell their features
     (spoilt / "recipe.yaml").write_text(json.dumps({**document(spoilt, base), "method": {"name": "sequential"}}))
@@ -269,10 +269,10 @@ def test_import_uses_the_method_defaults(base: Path, elsewhere: dict[str, tuple[
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--feature-layer", "4"], "feature_layer: given 4; the model has 4 layers, of which at least"),
-        (["--feature-layer", "0"], "feature_layer: given 0; it must be at least 1"),
+        (["--feature-layer", "4"], "the router's layer: given 4; the model has 4 layers, of which at least"),
+        (["--feature-layer", "0"], "router.layer: given 0; it must be at least 1"),
         (["--feature-layer", "x"], "argument --feature-layer: invalid int value: 'x'"),
-        (["--num-features", "4"], "width: given 4; it must be at least 8"),
+        (["--num-features", "4"], "router.num_features: given 4; it must be at least 8"),
         (["--max-length", "7"], "--max-length: given 7; at least 8 tokens are needed"),
         (["--precision", "fp8"], "argument --precision: invalid choice: 'fp8'"),
         (["--task", "new"], "--task: given 'new'; NAME=ADAPTER_FOLDER=PROMPTS_FILE is needed"),
@@ -382,8 +382,8 @@ def test_trained_run_is_served_as_evaluated(ranks: Any, base: Path, tmp_path: Pa
         make_easy(tmp_path, task)
     recipe = recipe_of(
         tmp_path, "out", 3 if world == 2 else 0, train__lr=3e-2, train__epochs=4, checkpoint={"every": 1000},
-        method={"name": "asr", "width": 128, "feature_layer": 1, "lora": {"rank": 8}},
-        evaluate={"mode": "generate", "max_new_tokens": 8, "before": False},
+        method={"name": "asr", "tune": {"rank": 8}, "router": {"layer": 1, "num_features": 128}},
+        evaluate={"mode": "generate", "max_new_tokens": 8, "zero_shot": False},
     )  # fmt: skip
     if named:
         recipe["model"] = {"name": str(base)}

@@ -27,13 +27,14 @@ from tests.support.serving import logits_of
 
 TASKS = ("colour", "animal")
 Answers = dict[tuple[int, ...], list[int]]  # of a prompt's tokens
-MOSES = {"name": "moses", "experts": 4, "rank": 4, "share": 0.5, "alpha": 64.0}
-OSFT = {"name": "osft", "share": 0.2}
+SUB_EXPERTS = {"num_experts": 4, "rank": 4, "mask_density": 0.5, "alpha": 64.0}
+ROUTER = {"layer": 1, "num_features": 128, "ood_fallback": False}
+OSFT = {"name": "osft", "protected_ratio": 0.2}
 KINDS: dict[str, dict[str, Any]] = {
-    "routed": {**MOSES, "feature_layer": 1, "width": 128, "reject": False},
-    "given": {**MOSES, "task_inference": "given", "gate": "uniform", "masks": "element"},
-    "dense": {**MOSES, "feature_layer": 1, "width": 128, "reject": False, "weights": OSFT},
-    "asr": {"name": "asr", "feature_layer": 1, "width": 128},
+    "routed": {"name": "moses", "tune": SUB_EXPERTS, "router": ROUTER},
+    "given": {"name": "moses", "tune": {**SUB_EXPERTS, "gate": "uniform", "masks": "element"}, "router": "oracle"},
+    "dense": {"name": "moses", "tune": SUB_EXPERTS, "router": ROUTER, "constraint": OSFT},
+    "asr": {"name": "asr", "router": {"layer": 1, "num_features": 128}},
 }
 
 
@@ -62,7 +63,7 @@ def trained(ranks: Any, data: Path) -> Any:
         if kind not in made:
             recipe = recipe_of(
                 data, kind, 3 if kind == "dense" else 0, train__lr=1e-2, train__epochs=2, checkpoint={"every": 1000},
-                method=KINDS[kind], evaluate={"mode": "generate", "max_new_tokens": 8, "before": False},
+                method=KINDS[kind], evaluate={"mode": "generate", "max_new_tokens": 8, "zero_shot": False},
             )  # fmt: skip
             recipe["model"]["shape"]["initializer_range"] = 0.1
             (answers,) = ranks(1)(trained_here, recipe)
@@ -192,7 +193,7 @@ def test_single_task_export_with_token_router_is_reported_inexact(
             "colours",
             "--task: no task 'colours' has ended in .* (did you mean 'colour'?); tasks there: colour, a",
         ),
-        ("dense", "colour", "has trained the base model's own weights too (method.weights)"),
+        ("dense", "colour", "has trained the base model's own weights too (method.constraint)"),
     ],
 )
 def test_invalid_single_task_exports_are_rejected(

@@ -30,9 +30,9 @@ from tests.support.runs import recipe_of, run, write_tasks
 IDS = [[1, 5, 9, 200, 13, 27], [1, 7, 7, 30, 2, 11]]
 METHODS: dict[str, dict[str, Any]] = {
     "sequential": {},
-    "osft": {"share": 0.3},
-    "ewc": {"samples": 16},
-    "one lora": {"name": "sequential", "tune": "lora", "lora": {"rank": 4, "alpha": 12.0, "targets": ["q_proj"]}},
+    "osft": {"constraint": {"protected_ratio": 0.3}},
+    "ewc": {"constraint": {"fisher_samples": 16}},
+    "one lora": {"name": "sequential", "tune": {"name": "lora", "rank": 4, "alpha": 12.0, "targets": ["q_proj"]}},
 }
 
 
@@ -45,7 +45,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def trained(ranks: Any, tasks: Path, method: str, precision: str = "fp32") -> dict[str, Any]:
     document = recipe_of(
-        tasks, f"{method} {precision}", 2, method={"name": method, **METHODS[method]}, evaluate={"before": False}
+        tasks, f"{method} {precision}", 2, method={"name": method, **METHODS[method]}, evaluate={"zero_shot": False}
     )
     document["stream_defaults"] = {"test_limit": 2}
     document["train"]["precision"] = precision
@@ -147,7 +147,7 @@ def test_model_export_holds_one_tensor_in_memory(ranks: Any, tasks: Path, tmp_pa
     document["train"] |= {"epochs": 1, "global_batch": 8}
     document["stream"] = [{**document["stream"][0], "train_limit": 8, "test_limit": 1}]
     document["checkpoint"] = {"every": 100, "keep": 1}
-    document["evaluate"] = {"before": False}
+    document["evaluate"] = {"zero_shot": False}
     ranks(2)(run, document)
     size = sum(p.numel() * 4 for p in trainer.build_setup(resolve_recipe(document)).backbone.build().parameters())
     assert size > 70e6

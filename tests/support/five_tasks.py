@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tests.support.runs import recipe_of
+from tests.support.runs import merge_parts, recipe_of
 
 NAMES = ("colour", "animal", "weather", "music", "food")
 
@@ -46,13 +46,8 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe(folder: Path, name: str, stage: int = 0, names: tuple[str, ...] = NAMES[:2], **changes: Any) -> Any:
     document = recipe_of(folder, name, stage)
     document["model"]["shape"]["num_hidden_layers"] = changes.pop("layers", 4)
-    document["method"] = {
-        "name": "asr",
-        "width": 128,
-        "feature_layer": 1,
-        "lora": {"rank": 4},
-        **changes.pop("asr", {}),
-    }
+    asr = {"name": "asr", "tune": {"rank": 4}, "router": {"layer": 1, "num_features": 128}}
+    document["method"] = merge_parts(asr, changes.pop("asr", {}))
     document["stream"] = [{"name": task, "path": str(folder / task)} for task in names]
     document["train"]["lr"] = 1e-2
     for section, values in changes.items():

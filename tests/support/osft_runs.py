@@ -25,12 +25,12 @@ def is_target(name: str) -> bool:
     return name.split(".")[-2] in SEVEN
 
 
-def leak(reading: str, change: torch.Tensor, right: torch.Tensor, left: torch.Tensor) -> float:
+def leak(projection: str, change: torch.Tensor, right: torch.Tensor, left: torch.Tensor) -> float:
     """How large the part of a change is that may not be, in fp64."""
     change, right, left = change.double(), right.double(), left.double()
-    if reading == "paper":
+    if projection == "paper":
         return float((left.T @ change @ right).norm())
-    rest = left.T @ (change - change @ right @ right.T) if reading == "two_sided" else torch.zeros(1)
+    rest = left.T @ (change - change @ right @ right.T) if projection == "two_sided" else torch.zeros(1)
     return math.hypot(float((change @ right).norm()), float(rest.norm()))
 
 
@@ -63,11 +63,11 @@ def stored(checkpoint: Path) -> tuple[Tensors, Tensors]:
     return assemble(parts), owned
 
 
-def excess(reading: str, weight: torch.Tensor, kept: Tensors) -> float:
+def excess(projection: str, weight: torch.Tensor, kept: Tensors) -> float:
     """How far a weight is from what was fixed of it, relative to its size."""
     right, left = kept["right"].double(), kept["left"].double()
     exact = weight.double().view(len(left), len(right))
-    if reading == "paper":
+    if projection == "paper":
         off = float((left.T @ exact @ right - kept["core"]).norm())
     else:
         off = math.hypot(
@@ -85,7 +85,7 @@ def of_matrices(owned: Tensors) -> dict[str, Tensors]:
     return found
 
 
-def worst(reading: str, weights: Tensors, owned: Tensors) -> float:
+def worst(projection: str, weights: Tensors, owned: Tensors) -> float:
     kept = of_matrices(owned)
     assert len(kept) == 2 * len(SEVEN)
-    return max(excess(reading, weights[name], tensors) for name, tensors in kept.items())
+    return max(excess(projection, weights[name], tensors) for name, tensors in kept.items())

@@ -99,6 +99,15 @@ def recipe_of(folder: Path, run: str, stage: int = 0, **changes: Any) -> dict[st
     return document
 
 
+def merge_parts(method: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's `method` with other keys. The keys of a part that both have are merged."""
+    merged = dict(method)
+    for name, value in changes.items():
+        is_part = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        merged[name] = {**merged[name], **value} if is_part else value
+    return merged
+
+
 def metrics(run: Path) -> list[dict[str, Any]]:
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in record.items() if not is_measured_metric(name)} for record in records]

@@ -252,15 +252,15 @@ def test_experts_grow_only_when_needed(masks: str) -> None:
     counts, messages = [], []
     for task in TASKS:
         run.begin_task(task)
-        counts.append(run.method.experts.num_open)
+        counts.append(run.method.experts.num_used_experts)
         ended = run.train_task(task)
-        assert ended.metrics["experts_open"] == counts[-1]
+        assert ended.metrics["num_experts"] == counts[-1]
         messages.append(ended.message.partition("; ")[2])
     assert counts == [2, 2, 3, 4]
     grown = "there was no room, so it got 1 more of them: {} of 4 are open"
     assert messages == ["", "", grown.format(3), grown.format(4)]
     assert run.method.experts.frozen_share() == 2.0
-    seats = next(iter(run.method.experts.layers.values())).seats
+    seats = next(iter(run.method.experts.layers.values())).expert_mask
     assert seats.sum(1).tolist() == counts
 
 
@@ -293,7 +293,7 @@ def test_reuse_continues_without_free_parameters() -> None:
     for task in TASKS:
         messages.append(run.train_task(task).message.partition("; ")[2])
         shares.append(run.method.experts.frozen_share())
-    assert run.method.experts.num_open == 2
+    assert run.method.experts.num_used_experts == 2
     assert shares == sorted(shares)
     assert shares[0] == 0.75
     assert shares[-1] == 1.0
@@ -316,7 +316,7 @@ def test_capacity_metrics_match_the_files(tmp_path: Path, masks: str, router: An
         values = sum(4 * layer.num_frozen_params for layer in layers)
         bits = {"rank1": lambda m: m.shape.columns, "element": None}[masks]
         masks_each = sum(
-            m.shape.most
+            m.shape.max_experts
             + (
                 -(-bits(m) // 8)
                 if bits
@@ -324,7 +324,7 @@ def test_capacity_metrics_match_the_files(tmp_path: Path, masks: str, router: An
             )
             for m in layers
         )
-        gate_bytes += sum(4 * run.method.experts.num_open * m.in_features for m in layers)
+        gate_bytes += sum(4 * run.method.experts.num_used_experts * m.in_features for m in layers)
         assert numbers["parameters_bytes"] == values
         assert numbers["masks_bytes"] == number * masks_each
         assert numbers["routers_bytes"] == gate_bytes
@@ -355,7 +355,7 @@ def test_artifacts_are_loaded_into_another_process(tmp_path: Path, masks: str, r
         run.method.save_task_artifacts(tmp_path, task)
     run.begin_task("four")  # a checkpoint within the fourth task
     run.train_on_samples("four", [2, 0])
-    assert run.method.experts.num_open > 3
+    assert run.method.experts.num_used_experts > 3
     other.method.load_state_dict(
         run.method.state_dict(), {n: t.clone() for n, t in run.method.row_state_dict().items()}
     )

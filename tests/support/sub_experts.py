@@ -12,9 +12,9 @@ from dscl.model.adapters.sub_experts import SubExpertLinear, SubExpertShape
 IN, OUT, TASKS = 24, 16, 3  # rows of whole 16 bytes in bf16 too, as sorting asks for
 
 
-def shape_of(atoms: bool = True, **changes: Any) -> SubExpertShape:
-    given = {"experts": 4, "rank": 3, "top": 2, "share": 0.5, "scale": 1.5, "atoms": atoms, **changes}
-    return SubExpertShape(**{"most": given["experts"], **given})
+def shape_of(rank1: bool = True, **changes: Any) -> SubExpertShape:
+    given = {"experts": 4, "rank": 3, "top": 2, "share": 0.5, "scale": 1.5, "atoms": rank1, **changes}
+    return SubExpertShape(**{"max_experts": given["experts"], **given})
 
 
 @torch.no_grad()

@@ -370,7 +370,7 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
 
 
 def trainer(options: argparse.Namespace) -> Iterator[Found]:
-    lora = {"name": "sequential", "tune": "lora", "lora": LORA}
+    lora = {"name": "sequential", "tune": {"name": "lora", **LORA}}
     packed = {"packing": True, "global_batch": 64, "micro_batch": 16}
     cases: list[tuple[str, tuple[int, int], dict[str, Any], str]] = [
         ("full fine-tuning", LONG, {}, "≥ 1.0"),

@@ -25,14 +25,15 @@ import peft
 import torch
 from transformers import LlamaConfig
 
+from dscl.config.methods import AsrPreset, SequentialPreset
 from dscl.config.parsing import parse_config
 from dscl.data.batches import Batch, collate, collate_prompts
 from dscl.distributed import comm
 from dscl.engine.engine import Engine
 from dscl.maths.rls import compute_statistics
-from dscl.methods.asr import Asr, AsrConfig
+from dscl.methods.asr import Asr
 from dscl.methods.base import Method, RunInfo, TaskContext
-from dscl.methods.sequential import Sequential, SequentialConfig
+from dscl.methods.sequential import Sequential
 from dscl.model.backbone import Backbone, ModelConfig, resolve_model_folder
 from dscl.model.generation import generate
 from dscl.model.lm_head import answer_loss
@@ -99,8 +100,8 @@ def alone(engine: Engine) -> TaskContext:
     )
 
 
-def asr(**settings: Any) -> Asr:
-    return Asr(parse_config(AsrConfig, {"name": "asr", "lora": LORA, **settings}), FACTS)
+def asr(**router: Any) -> Asr:
+    return Asr(parse_config(AsrPreset, {"name": "asr", "tune": LORA, "router": router}), FACTS)
 
 
 FACTS = RunInfo(0, ("a",), "", "", "", 0, "")
@@ -138,14 +139,14 @@ def step(built: Backbone, options: argparse.Namespace) -> None:
 
 def frozen(built: Backbone, options: argparse.Namespace) -> None:
     layers = built.hf_config.num_hidden_layers
-    everywhere = Sequential(parse_config(SequentialConfig, {"tune": "lora", "lora": LORA}), FACTS)
+    everywhere = Sequential(parse_config(SequentialPreset, {"tune": {"name": "lora", **LORA}}), FACTS)
     engine = engine_of(built, everywhere)
 
     def work(engine: Engine) -> Callable[[], None]:
         return lambda: discard(engine.step(answer_loss, [batch(False)], targets=ROWS * ANSWER, lr=1e-3))
 
     for layer in sorted({max(1, layers // 8), layers // 4, layers // 2}):
-        other = engine_of(built, asr(feature_layer=layer))
+        other = engine_of(built, asr(layer=layer))
         above, all_ = compared(work(other), work(engine), options.rounds)
         print(f"frozen: adapters from layer {layer} of {layers} on take {above / all_:.3f} of the step "
               f"with adapters in all ({1e3 * all_:.1f} ms)")  # fmt: skip
@@ -156,7 +157,7 @@ def frozen(built: Backbone, options: argparse.Namespace) -> None:
 @torch.no_grad()
 def mixed(built: Backbone, options: argparse.Namespace) -> None:
     names = tuple(f"task{i}" for i in range(ADAPTERS))
-    config = parse_config(AsrConfig, {"name": "asr", "lora": LORA, "feature_layer": 1})
+    config = parse_config(AsrPreset, {"name": "asr", "tune": LORA, "router": {"layer": 1}})
     method = Asr(config, RunInfo(0, names, "", "", "", 0, ""))
     model = built.build().to(comm.device()).eval()
     for name, parameter in model.named_parameters():

@@ -65,7 +65,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("full fine-tuning", {"name": "sequential"}),
-    "osft": ("OSFT", {"name": "osft", "basis": ["weights"]}),
+    "osft": ("OSFT", {"name": "osft", "constraint": {"protect_base": ["weights"]}}),
     "lora": ("LoRA", {"name": "sequential", "tune": "lora"}),
     "asr": ("ASR", {"name": "asr"}),
     "moses": ("MoSEs", {"name": "moses"}),

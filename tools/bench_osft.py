@@ -41,6 +41,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dscl.config.deepspeed_json import read_deepspeed_json
+from dscl.config.methods import OsftPreset, SequentialPreset
 from dscl.config.parsing import parse_config
 from dscl.data.batches import Batch, collate
 from dscl.data.replay_buffer import ReplayBuffer
@@ -50,8 +51,8 @@ from dscl.engine.matrix_owners import assign_owners
 from dscl.maths.subspace import PROJECTIONS, ProtectedSubspace, projection_flops, rank_from_ratio
 from dscl.methods import osft, osft_directions
 from dscl.methods.base import Method, RunInfo, TaskContext
-from dscl.methods.osft import Osft, OsftConfig
-from dscl.methods.sequential import Sequential, SequentialConfig
+from dscl.methods.osft import Osft
+from dscl.methods.sequential import Sequential
 from dscl.model.adapters.injection import LLAMA_PROJECTIONS
 from dscl.model.backbone import DTYPES, Backbone, ModelConfig
 from dscl.model.lm_head import answer_loss
@@ -144,20 +145,20 @@ def backbone(options: argparse.Namespace) -> Backbone:
 
 
 def free() -> Sequential:
-    return Sequential(parse_config(SequentialConfig, {"name": "sequential", "tune": "full"}), FACTS)
+    return Sequential(parse_config(SequentialPreset, {"name": "sequential", "tune": "full"}), FACTS)
 
 
-def constrained(reading: str, **settings: Any) -> Osft:
-    given = {
-        "reading": reading,
-        "basis": ("weights",),
-        "rest": "free",
-        "share": SHARE,
-        "claim": (),
-        "gradients": False,
+def constrained(projection: str, **settings: Any) -> Osft:
+    constraint = {
+        "projection": projection,
+        "protect_base": ("weights",),
+        "other_params": "free",
+        "protected_ratio": SHARE,
+        "protect_task": (),
+        "project_gradients": False,
         **settings,
     }
-    return Osft(parse_config(OsftConfig, {"name": "osft", **given}), FACTS)
+    return Osft(parse_config(OsftPreset, {"name": "osft", "constraint": constraint}), FACTS)
 
 
 @dataclass
@@ -270,8 +271,8 @@ def alone(options: argparse.Namespace) -> None:
         "input": side(options, constrained("input")),
         "two_sided": side(options, constrained("two_sided")),
         "paper": side(options, constrained("paper")),
-        "input, gradients too": side(options, constrained("input", gradients=True)),
-        "two_sided, gradients too": side(options, constrained("two_sided", gradients=True)),
+        "input, gradients too": side(options, constrained("input", project_gradients=True)),
+        "two_sided, gradients too": side(options, constrained("two_sided", project_gradients=True)),
         "PEFT": peft_side(options),
     }
     if "step" in options.section:
@@ -349,9 +350,11 @@ def setup(options: argparse.Namespace, sides: dict[str, Side]) -> None:
             mine = sides[reading].setup
             what = f"OSFT, {reading}: set-up of PEFT's OSF over it"
             tell(options, what, f"{theirs / mine:.1f}", "≥ 10", f"{mine:.1f} s")
-            yield row(f"{reading}, basis: weights", mine, sides[reading].parts)
-        other = side(options, constrained("input", basis=("activations",), claim=("activations", "sensitivity")))
-        yield row("input, basis: activations", other.setup, other.parts)
+            yield row(f"{reading}, protect_base: weights", mine, sides[reading].parts)
+        other = side(
+            options, constrained("input", protect_base=("activations",), protect_task=("activations", "sensitivity"))
+        )
+        yield row("input, protect_base: activations", other.setup, other.parts)
         with clocks([*PARTS, (other.engine, "probe_activations")]) as parts:
             ranks = ranks_of(options, other.engine)
             seconds, _ = timed(lambda: other.method.end_task(0, "a", ranks))

@@ -192,17 +192,17 @@ CONFIGURATION = (
         ("tests/recipe/test_recipe.py::test_contract_is_a_complete_recipe_and_states_the_defaults",),
     ),
     Breakage(
-        "dscl/config/methods.py",
-        "if self.share is not None and self.most is not None:",
-        "if self.share is not None and self.most is not None and not self.name:",
+        "dscl/config/parts.py",
+        "if chosen_ratio is not None and chosen_size is not None:",
+        "if chosen_ratio is not None and chosen_size is not None and not path:",
         "of two sizes of the replay buffer one is accepted and ignored",
         ("tests/distributed/test_mixed_in.py::test_both_limits_are_refused",),
     ),
     Breakage(
         "dscl/config/methods.py",
-        "presets = ASR_PAPER_SETTINGS if self.faithful else",
-        "presets = {} if self.faithful else",
-        "method.faithful of ASR does not give the paper's settings",
+        "fill_preset(router, self.paper_preset, ASR_PAPER_ROUTER,",
+        "fill_preset(router, self.paper_preset, {},",
+        "method.paper_preset of ASR does not give the paper's settings",
         ("tests/recipe/test_recipe.py::test_faithful_is_the_papers_settings_and_no_others",),
     ),
     Breakage(
@@ -231,7 +231,7 @@ CONFIGURATION = (
     ),
     Breakage(
         "dscl/recipe/recipe.py",
-        '    if method_names and isinstance(section, dict) and method_names[-1] != section.get("name", "sequential"):',
+        '    if selected.get("method.name", section.get("name", "sequential")) != section.get("name", "sequential"):',
         "    if False:",
         "method.name=osft on a recipe of another method keeps that method's keys, which mean other things",
         ("tests/recipe/test_recipe.py::test_another_method_leaves_the_keys_of_the_one_before",),
@@ -955,7 +955,7 @@ METHODS = (
     ),
     Breakage(
         "dscl/methods/sequential.py",
-        "inject_lora(model, self.config.lora or LoraConfig(), self.run_info.seed)",
+        "inject_lora(model, self.config.tune, self.run_info.seed)",
         "inject_lora(model, LoraConfig(), self.run_info.seed)",
         "method.lora (rank, alpha, targets) is accepted and ignored",
         ("tests/serving/test_export_model.py::test_exported_lora_in_peft_matches_the_run",),
@@ -997,7 +997,7 @@ METHODS = (
     ),
     Breakage(
         "dscl/methods/ewc.py",
-        'shard.extra_state["fisher"].mul_(self.config.memory)',
+        'shard.extra_state["fisher"].mul_(self.config.constraint.gamma)',
         'shard.extra_state["fisher"].mul_(1.0)',
         "method.memory of EWC is accepted and ignored",
         ("tests/distributed/test_baselines.py::test_every_step_equals_plain_torch[0-1-ewc]",),
@@ -1025,8 +1025,8 @@ METHODS = (
     ),
     Breakage(
         "dscl/methods/olora.py",
-        "return loss + self.config.orthogonality * targets * overlap",
-        "return loss + self.config.orthogonality * overlap",
+        "return loss + self.config.constraint.orthogonality * targets * overlap",
+        "return loss + self.config.constraint.orthogonality * overlap",
         "O-LoRA's penalty is divided by the number of tokens, so longer answers make tasks less orthogonal",
         ("tests/distributed/test_baselines.py::test_every_step_equals_plain_torch[0-1-olora]",),
     ),
@@ -1048,10 +1048,10 @@ METHODS = (
     ),
     Breakage(
         "dscl/methods/asr.py",
-        'kind = "paper" if self.config.faithful else "exact"',
+        'kind = "paper" if self.config.paper_preset else "exact"',
         'kind = "exact"',
-        "method.faithful of ASR does not give the paper's features",
-        ("tests/distributed/test_asr.py::test_faithful_is_the_papers_equation",),
+        "method.paper_preset of ASR does not give the paper's features",
+        ("tests/distributed/test_asr.py::test_paper_preset_is_the_papers_equation",),
     ),
     Breakage(
         "dscl/methods/asr.py",
@@ -1367,7 +1367,7 @@ MATHS = (
         "dscl/maths/readings.py",
         '("input", "two_sided", "paper")',
         '("input", "paper")',
-        "OSFT's reading two_sided is refused",
+        "OSFT's projection two_sided is refused",
         ("tests/methods/test_osft.py::test_protected_directions_stay_protected_in_later_tasks",),
     ),
     Breakage(
@@ -1430,7 +1430,7 @@ MATHS = (
         "dscl/maths/rls.py",
         "return torch.where(distance > OOD_THRESHOLD, -1, index), margin, distance",
         "return index, margin, distance",
-        "reject is accepted and ignored: text of no task is answered by some adapter",
+        "ood_fallback is accepted and ignored: text of no task is answered by some adapter",
         ("tests/maths/test_rls.py::test_prompts_of_no_task_are_rejected_and_others_are_not",),
     ),
     Breakage(
@@ -1949,6 +1949,7 @@ TESTS_OF: dict[str, tuple[str, ...]] = {
     "dscl/reporting/run_pool.py": ("tests/reporting/test_compare.py",),
     "dscl/config/": ("tests/config/test_parsing.py", "tests/recipe/test_recipe.py"),
     "dscl/config/methods.py": ("tests/recipe/test_recipe.py", "tests/methods", "tests/distributed/test_mixed_in.py"),
+    "dscl/config/parts.py": ("tests/recipe/test_recipe.py", "tests/methods", "tests/distributed/test_mixed_in.py"),
     "dscl/serving/bundle.py": (
         "tests/serving/test_server.py",
         "tests/serving/test_server_experts.py",

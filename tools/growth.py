@@ -127,7 +127,7 @@ def model(options: argparse.Namespace) -> Iterator[Row]:
 def tasks(options: argparse.Namespace) -> Iterator[Row]:
     width, layers, hidden = options.widths[0], options.layers, options.hidden
     for rank in (8, 64):
-        _, _, trained = planned(options, options.ranks[0], "asr", feature_layer=1, lora={"rank": rank})
+        _, _, trained = planned(options, options.ranks[0], "asr", router={"layer": 1}, tune={"rank": rank})
         formula = rank * (layers - 1) * (8 * hidden + 3 * (hidden + 3 * hidden))
         what = "ASR: parameters of a task's adapters, above the first layer"
         yield what, "r (L - 1) (8 H + 3 (H + I))", f"r = {rank}", trained, formula

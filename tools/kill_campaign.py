@@ -37,13 +37,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "joint": {},
     "replay": {},
     "agem": {},
-    "ewc": {"samples": 16},
+    "ewc": {"constraint": {"fisher_samples": 16}},
     "lwf": {},
-    "olora": {"lora": {"rank": 4}},
-    "lora_per_task": {"lora": {"rank": 4}},
-    "asr": {"width": 128, "feature_layer": 1, "lora": {"rank": 4}},
+    "olora": {"tune": {"rank": 4}},
+    "lora_per_task": {"tune": {"rank": 4}},
+    "asr": {"tune": {"rank": 4}, "router": {"layer": 1, "num_features": 128}},
     "osft": {},
-    "moses": {"experts": 4, "top_k": 2, "rank": 2, "width": 128},
+    "moses": {"tune": {"num_experts": 4, "top_k": 2, "rank": 2}, "router": {"num_features": 128}},
 }
 # The most calls that a kill waits for, by moment: few happen seldom.
 MOMENTS = {

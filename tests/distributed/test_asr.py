@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from dscl.config.methods import ASR_PAPER_ROUTER
 from dscl.data.batches import collate_prompts
-from dscl.methods import asr
-from dscl.methods.asr import ASR_PAPER_SETTINGS, Asr
+from dscl.methods.asr import Asr
 from dscl.model import generation
 from dscl.model.adapters.routing import Routing
 from dscl.recipe.recipe import resolve_recipe
@@ -22,7 +22,7 @@ from tests.support.five_tasks import recipe as recipe_of_tasks
 from tests.support.runs import failing, metrics, outcome, run, run_until
 
 __all__ = ["tasks"]  # the fixture
-EVALUATE_LAST: dict[str, Any] = {"evaluate": {"before": False, "every": 2}}  # of two tasks
+EVALUATE_LAST: dict[str, Any] = {"evaluate": {"zero_shot": False, "every": 2}}  # of two tasks
 
 
 def recipe(*arguments: Any, **changes: Any) -> Any:
@@ -32,10 +32,10 @@ def recipe(*arguments: Any, **changes: Any) -> Any:
 
 def test_task_orders_leave_the_same_bytes(ranks: Any, tasks: Path) -> None:
     """Adapters, statistics and final scores; dropout is on, and would show any dependence on earlier steps."""
-    dropout = {"lora": {"rank": 4, "dropout": 0.2}}
+    dropout = {"tune": {"rank": 4, "dropout": 0.2}}
     four = NAMES[:4]
     orders = [four, four[::-1], (*four[2:], *four[:2])]
-    evaluation, trainer = {"before": False, "every": len(four)}, {"epochs": 1}
+    evaluation, trainer = {"zero_shot": False, "every": len(four)}, {"epochs": 1}
     for number, names in enumerate(orders):
         ranks(2)(run, recipe(tasks, f"order{number}", 2, names, asr=dropout, evaluate=evaluation, train=trainer))
     whole = left(tasks / "order0")
@@ -51,7 +51,7 @@ def test_task_orders_leave_the_same_bytes(ranks: Any, tasks: Path) -> None:
 @pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.exhaustive)])
 def test_ranks_and_stages_change_at_most_few_entries(ranks: Any, undisturbed: Any, tasks: Path, world: int) -> None:
     """Batches of another shape may move a hidden state's last bit; rounding absorbs nearly all of it."""
-    short: dict[str, Any] = {"evaluate": {"before": False}, "train": {"epochs": 1}}
+    short: dict[str, Any] = {"evaluate": {"zero_shot": False}, "train": {"epochs": 1}}
     for stage in (0, 3):
         ranks(world)(run, recipe(tasks, f"world{world}-{stage}", stage, **short))
     reference = undisturbed(recipe(tasks, "reference", 1, **short), 1)
@@ -171,7 +171,7 @@ def test_training_and_serving_compute_the_same_features(ranks: Any, tasks: Path,
     """Also of a base model with dropout: it acts above the feature layer only."""
     document = recipe(tasks, "features", 0, train={"packing": packing, "epochs": 1})
     document["model"]["shape"]["attention_dropout"] = dropout
-    document["method"]["feature_layer"] = 2
+    document["method"]["router"]["layer"] = 2
     counted, differing, total = ranks(1)(features_served, document)[0]
     assert counted == round(SIZES[0] * 0.9)
     print(f"packing {packing}: {differing} of {total} entries differ")
@@ -296,8 +296,9 @@ def likelihoods(document: dict[str, Any]) -> list[tuple[str, list[str | None], t
 def test_nothing_is_forgotten_to_the_last_bit(ranks: Any, tasks: Path) -> None:
     """Where a prompt's route is the same after later tasks, so is every bit of what the model says to it."""
     names = NAMES[:3]
-    evaluation, trainer = {"before": False, "batch": 64}, {"epochs": 1}
-    document = recipe(tasks, "bits", 3, names, evaluate=evaluation, asr={"reject": False}, train=trainer)
+    evaluation, trainer = {"zero_shot": False, "batch": 64}, {"epochs": 1}
+    never_base = {"router": {"ood_fallback": False}}
+    document = recipe(tasks, "bits", 3, names, evaluate=evaluation, asr=never_base, train=trainer)
     compared = 0
     for seen in ranks(2)(likelihoods, document):
         assert len(seen) == len(names) ** 2
@@ -350,7 +351,8 @@ def test_a_ridge_that_fails_loses_nothing(ranks: Any, tasks: Path) -> None:
     """The task is saved before the router is needed, and the ridge may be given anew."""
 
     def with_ridge(name: str, ridge: float) -> Any:
-        return recipe(tasks, name, asr={"ridge": ridge}, evaluate={"before": False}, train={"epochs": 1})
+        asr = {"router": {"ridge": ridge}}
+        return recipe(tasks, name, asr=asr, evaluate={"zero_shot": False}, train={"epochs": 1})
 
     document = with_ridge("ridge", 1e-18)
     for kind, told in ranks(2)(failing, document):
@@ -391,13 +393,10 @@ def test_a_prompt_whose_state_is_not_finite_does_not_count(ranks: Any, undisturb
         assert all(torch.isfinite(value).all() for value in fewer.values())
 
 
-SMALL_PAPER = {**ASR_PAPER_SETTINGS, "width": 96, "ridge": 100.0}
-
-
-def faithful(document: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A run with the paper's settings but for the width; its router's weights and what it was made of."""
-    asr.ASR_PAPER_SETTINGS.update(SMALL_PAPER)
-    try:
+def paper_run(document: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A run with the paper's settings but for the number of features; its router's weights and what it was made of."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ASR_PAPER_ROUTER, "num_features", 96)
         run(document)
         setup = build_setup(resolve_recipe(document))
         engine = setup.build_engine()
@@ -420,20 +419,15 @@ def faithful(document: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torc
                 labels.append(index)
         engine.close()
         return solution.weights, torch.stack(states), torch.tensor(labels)
-    finally:
-        asr.ASR_PAPER_SETTINGS.update(PAPER_AS_IT_IS)
 
 
-PAPER_AS_IT_IS = dict(ASR_PAPER_SETTINGS)
-
-
-def test_faithful_is_the_papers_equation(ranks: Any, tasks: Path) -> None:
+def test_paper_preset_is_the_papers_equation(ranks: Any, tasks: Path) -> None:
     """W = (ΦᵀΦ + 100 I)⁻¹ ΦᵀY in fp64, from every prompt alone, unpadded; P is drawn from the seed."""
-    evaluation, trainer = {"before": False, "every": 3}, {"epochs": 1}
+    evaluation, trainer = {"zero_shot": False, "every": 3}, {"epochs": 1}
     document = recipe(tasks, "paper", 0, NAMES[:3], evaluate=evaluation, train=trainer)
     document["model"]["shape"].update(num_hidden_layers=6)
-    document["method"] = {"name": "asr", "faithful": True}
-    for weights, states, labels in ranks(2)(faithful, document):
+    document["method"] = {"name": "asr", "paper_preset": True}
+    for weights, states, labels in ranks(2)(paper_run, document):
         matrix = torch.randn(32, 96, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         features = (states @ matrix).relu()
         gram = features.T @ features + 100.0 * torch.eye(96, dtype=torch.float64)

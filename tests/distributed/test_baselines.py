@@ -33,15 +33,15 @@ COUNT = 3  # tasks
 RATES = {"agem": 2e-2}  # at which what a task learns stands against the ones before it
 CLIP = 1.0
 METHODS: dict[str, dict[str, Any]] = {
-    "ewc": {"strength": 300.0, "memory": 0.5, "samples": 20},
-    "agem": {"share": 0.03},
-    "lwf": {"strength": 0.7, "tokens": 1000},
-    "olora": {"lora": {"rank": 4}, "orthogonality": 0.3},
+    "ewc": {"constraint": {"ewc_lambda": 300.0, "gamma": 0.5, "fisher_samples": 20}},
+    "agem": {"constraint": {"memory_ratio": 0.03}},
+    "lwf": {"loss": {"weight": 0.7, "top_tokens": 1000}},
+    "olora": {"tune": {"rank": 4}, "constraint": {"orthogonality": 0.3}},
 }
 
 
 def document(folder: Path, name: str, method: str, stage: int = 0, every: int = COUNT) -> Any:
-    evaluate = {"before": False, "tasks": "seen", "every": every}
+    evaluate = {"zero_shot": False, "tasks": "seen", "every": every}
     made = recipe(folder, name, stage, NAMES[:COUNT], evaluate=evaluate, checkpoint={"every": 6}, layers=2)
     made["train"] |= {"lr": RATES.get(method, 3e-3), "grad_clip": CLIP, "micro_batch": 2, "global_batch": 8}
     made["stream_defaults"] = {"dev_share": 0}

@@ -66,9 +66,9 @@ def rich(folder: Path) -> dict[str, Any]:
     """As much as a run can keep beside its weights: replayed samples, packed rows, held-out texts, the best checkpoint,
     and all of it written beside training."""
     return {
-        "method": {"name": "replay", "most": 9, "tune": "lora", "lora": {"dropout": 0.2}},
+        "method": {"name": "replay", "replay": {"size": 9}, "tune": {"name": "lora", "dropout": 0.2}},
         "train__packing": True,
-        "evaluate": {"heldout": str(folder / "warm.txt"), "before": False},
+        "evaluate": {"heldout": str(folder / "warm.txt"), "zero_shot": False},
         "checkpoint": {"every": 3, "best": "heldout", "async": True},
     }
 

@@ -14,11 +14,11 @@ from tests.support.five_tasks import NAMES, left, recipe, scores, tasks
 from tests.support.runs import outcome, run, run_until
 
 __all__ = ["tasks"]  # the fixture
-METHOD = {"name": "lora_per_task", "lora": {"rank": 4, "dropout": 0.2, "targets": ["v_proj", "down_proj"]}}
+METHOD = {"name": "lora_per_task", "tune": {"rank": 4, "dropout": 0.2, "targets": ["v_proj", "down_proj"]}}
 
 
 def isolated(folder: Path, name: str, stage: int, names: tuple[str, ...], every: int = 1) -> Any:
-    evaluate = {"before": False, "every": every}
+    evaluate = {"zero_shot": False, "every": every}
     document = recipe(folder, name, stage, names, evaluate=evaluate, train={"epochs": 1}, layers=2)
     return document | {"method": METHOD}
 

@@ -48,28 +48,34 @@ class Case(NamedTuple):
 
 CASES = {
     "sequential": Case({}, 1, "zero1"),
-    "joint": Case({"tune": "lora", "lora": LORA}, 1, "zero0"),
-    "replay": Case({"most": 3, "tune": "lora", "lora": LORA}, 2, "zero0", ("samples",), ("samples",)),
-    "agem": Case({"share": 0.2}, 2, "zero2_offload", ("samples",), ("samples",)),
-    "ewc": Case({"strength": 300.0, "memory": 0.5, "samples": 16}, 2, "zero3_offload_all", ("fisher", "anchor")),
-    "lwf": Case({"tokens": 50}, 2, "zero1", ("state",)),
-    "olora": Case({"lora": LORA}, 1, "zero0", (), ("adapters",)),
-    "lora_per_task": Case({"lora": LORA}, 1, "zero2", (), ("adapters",)),
+    "joint": Case({"tune": {"name": "lora", **LORA}}, 1, "zero0"),
+    "replay": Case({"replay": {"size": 3}, "tune": {"name": "lora", **LORA}}, 2, "zero0", ("samples",), ("samples",)),
+    "agem": Case({"constraint": {"memory_ratio": 0.2}}, 2, "zero2_offload", ("samples",), ("samples",)),
+    "ewc": Case(
+        {"constraint": {"ewc_lambda": 300.0, "gamma": 0.5, "fisher_samples": 16}},
+        2, "zero3_offload_all", ("fisher", "anchor"),
+    ),
+    "lwf": Case({"loss": {"top_tokens": 50}}, 2, "zero1", ("state",)),
+    "olora": Case({"tune": LORA}, 1, "zero0", (), ("adapters",)),
+    "lora_per_task": Case({"tune": LORA}, 1, "zero2", (), ("adapters",)),
     "asr": Case(
-        {"lora": LORA, "width": 64, "feature_layer": 1, "reject": False},
+        {"tune": LORA, "router": {"num_features": 64, "layer": 1, "ood_fallback": False}},
         2, "zero1", ("rows",), ("adapters", "router"),
     ),
     "osft": Case(
         {
-            "reading": "two_sided", "basis": ["weights", "activations"], "allocate": "energy", "share": 0.3,
-            "claim": ["updates", "sensitivity"], "claim_energy": 0.9, "when_short": "give_back", "project_every": 2,
+            "constraint": {
+                "projection": "two_sided", "protect_base": ["weights", "activations"], "rank_allocation": "energy",
+                "protected_ratio": 0.3, "protect_task": ["updates", "sensitivity"], "energy_threshold": 0.9,
+                "on_full": "release_base", "project_every": 2,
+            }
         },
         2, "zero1", ("owned",),
     ),
     "moses": Case(
         {
-            "experts": 2, "rank": 2, "share": 0.75, "masks": "element", "dropout": 0.2, "width": 64,
-            "feature_layer": 1, "reject": False,
+            "tune": {"num_experts": 2, "rank": 2, "mask_density": 0.75, "masks": "element", "dropout": 0.2},
+            "router": {"num_features": 64, "layer": 1, "ood_fallback": False},
         },
         2, "zero2", ("state", "rows"), ("experts", "router"),
     ),
@@ -85,7 +91,7 @@ def document(folder: Path, method: str, name: str) -> Any:
     made = recipe(folder, f"{method} {name}", 0, NAMES[:2], checkpoint={"every": 2, "keep": 99}, layers=2)
     made["train"] |= {"lr": 1e-2, "epochs": 1, "weight_decay": 0.1}
     made["stream_defaults"] = {"dev_share": 0, "train_limit": 21, "test_limit": 5}
-    made["evaluate"] = {"before": False, "tasks": "seen"}
+    made["evaluate"] = {"zero_shot": False, "tasks": "seen"}
     made["deepspeed"] = f"ds_configs/{CASES[method].deepspeed}.json"
     return made | {"method": {"name": method, **CASES[method].settings}}
 

@@ -25,7 +25,7 @@ EPOCHS = 2
 
 
 def mixing(folder: Path, name: str, method: dict[str, Any], stage: int = 1, every: int = 3) -> Any:
-    evaluate = {"before": False, "every": every}
+    evaluate = {"zero_shot": False, "every": every}
     document = recipe(folder, name, stage, NAMES[:3], evaluate=evaluate, checkpoint={"every": 4}, layers=2)
     document["train"]["epochs"] = EPOCHS
     document["stream_defaults"] = {"dev_share": 0}
@@ -66,7 +66,9 @@ def together(found: list[list[Counter[str]]]) -> list[Counter[str]]:
     return [sum(parts, Counter()) for parts in zip(*found, strict=True)]
 
 
-@pytest.mark.parametrize(("method", "counts"), [({"share": 0.2}, [7, 6]), ({"most": 8}, [8, 4, 4]), ({}, [4, 3])])
+@pytest.mark.parametrize(
+    ("method", "counts"), [({"replay": {"ratio": 0.2}}, [7, 6]), ({"replay": {"size": 8}}, [8, 4, 4]), ({}, [4, 3])]
+)
 def test_each_later_task_learns_some_of_the_earlier_ones_again(
     ranks: Any, tasks: Path, method: dict[str, Any], counts: list[int]
 ) -> None:
@@ -80,9 +82,9 @@ def test_each_later_task_learns_some_of_the_earlier_ones_again(
     assert set(again.values()) == {EPOCHS}  # each kept sample as often as a new one
     last = third - Counter({prompt: EPOCHS * times for prompt, times in own[2].items()})
     of = [sum(times for prompt, times in last.items() if prompt in task) for task in own[:2]]
-    wanted = counts[1:] if "most" in method else counts
+    wanted = counts[1:] if "size" in method.get("replay", {}) else counts
     assert of == [EPOCHS * count for count in wanted]
-    if "most" not in method:
+    if "size" not in method.get("replay", {}):
         assert {prompt for prompt in last if prompt in own[0]} == set(again)  # the same ones again
     steps = [record["task"] for record in metrics(tasks / f"again{len(method)}{counts[0]}")]
     batch = document["train"]["global_batch"]
@@ -91,7 +93,7 @@ def test_each_later_task_learns_some_of_the_earlier_ones_again(
 
 
 def test_what_is_kept_is_read_from_files(ranks: Any, tasks: Path) -> None:
-    document = mixing(tasks, "kept", {"name": "replay", "share": 0.3})
+    document = mixing(tasks, "kept", {"name": "replay", "replay": {"ratio": 0.3}})
     ranks(1)(run, document)
     setup = build_setup(resolve_recipe(document))
     for task_data, count in zip(setup.tasks, (11, 9, 6), strict=True):
@@ -111,7 +113,7 @@ def test_what_is_kept_is_read_from_files(ranks: Any, tasks: Path) -> None:
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("stage", [0, 3])
 def test_a_replaying_run_that_died_ends_as_one_that_did_not(ranks: Any, tasks: Path, stage: int) -> None:
-    method = {"name": "replay", "most": 9, "tune": "lora"}
+    method = {"name": "replay", "replay": {"size": 9}, "tune": "lora"}
     ranks(2)(run, mixing(tasks, f"whole{stage}", method, stage, every=1))
     deaths = [("step", 12), ("take", 1), ("step", 3), ("save", 1), ("step", 6)]
     ranks(2)(run_until, mixing(tasks, f"died{stage}", method, stage, every=1), deaths)
@@ -161,7 +163,7 @@ def test_rates_of_their_own_are_refused_where_tasks_are_learnt_at_once(tasks: Pa
 
 
 def test_no_more_is_kept_than_was_asked_for(tasks: Path, tmp_path: Path) -> None:
-    method = build_setup(resolve_recipe(mixing(tasks, "most", {"name": "replay", "most": 8}))).method
+    method = build_setup(resolve_recipe(mixing(tasks, "size", {"name": "replay", "replay": {"size": 8}}))).method
     every = ReplayBuffer("any", tuple(([number], [0]) for number in range(30)))
     for index, expected in enumerate(([8], [4, 4], [2, 2, 2])):
         ended: Any = method.end_task(index, NAMES[index], SimpleNamespace(task_samples=lambda: every))  # type: ignore[arg-type]
@@ -171,11 +173,11 @@ def test_no_more_is_kept_than_was_asked_for(tasks: Path, tmp_path: Path) -> None
         assert ended.metrics["capacity_bytes"] == sum(each.num_bytes for each in kept)
     method.load_task_artifacts(tmp_path, NAMES[:3])
     assert [each.samples for each in method.replay_samples()] == [each.samples for each in kept]  # type: ignore[attr-defined]
-    with pytest.raises(UserError, match=r"method.most: given 1; each of the 2 tasks"):
-        build_setup(resolve_recipe(mixing(tasks, "too few", {"name": "replay", "most": 1})))
+    with pytest.raises(UserError, match=r"method.replay.size: given 1; each of the 2 tasks"):
+        build_setup(resolve_recipe(mixing(tasks, "too few", {"name": "replay", "replay": {"size": 1}})))
 
 
 def test_both_limits_are_refused(tasks: Path) -> None:
-    with pytest.raises(UserError, match=r"method.most: given 5 together with share: 0.5"):
-        resolve_recipe(mixing(tasks, "limits", {"name": "replay", "share": 0.5, "most": 5}))
-    assert Replay.Config().share == 0.1
+    with pytest.raises(UserError, match=r"method.replay.size: given 5 together with ratio: 0.5"):
+        resolve_recipe(mixing(tasks, "limits", {"name": "replay", "replay": {"ratio": 0.5, "size": 5}}))
+    assert Replay.Config().replay.ratio == 0.1

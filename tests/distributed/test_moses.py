@@ -25,13 +25,15 @@ from torch import nn
 from torch.nn import functional
 
 from dscl.cli import app
+from dscl.config.methods import MosesPreset
+from dscl.config.parts import OracleRouterConfig, SubExpertsConfig
 from dscl.data.batches import PromptBatch, collate_prompts
 from dscl.distributed import comm
 from dscl.engine.engine import Engine, load_parameters
 from dscl.maths import gates, grouped
 from dscl.methods import moses
 from dscl.methods.base import RunInfo
-from dscl.methods.moses import Moses, MosesConfig
+from dscl.methods.moses import Moses
 from dscl.methods.osft import Osft
 from dscl.methods.task_router import TaskRouter
 from dscl.model import generation
@@ -121,22 +123,23 @@ class Silent:
 class Kind:
     """Of the sub-experts in these tests: of two experts at first, and a third when they are full."""
 
-    masks: str = "atom"
+    masks: str = "rank1"
     top: int = 1
     targets: tuple[str, ...] = ("v_proj", "gate_proj", "up_proj")
     reuse: bool = True
     sort: bool = False  # tokens by expert, whatever the size
     again: bool = False  # activations are computed again in the backward pass
 
-    def config(self) -> MosesConfig:
-        return MosesConfig(
-            masks=self.masks, top_k=self.top, targets=self.targets, reuse=self.reuse, task_inference="given",
-            experts=4, most=8, rank=4 if self.sort else 2, share=0.6, alpha=3.0,
+    def config(self) -> SubExpertsConfig:
+        return SubExpertsConfig(
+            masks=self.masks, top_k=self.top, targets=self.targets, reuse=self.reuse,
+            num_experts=4, max_experts=8, rank=4 if self.sort else 2, mask_density=0.6, alpha=3.0,
         )  # fmt: skip
 
 
 def begun(kind: Kind, stage: int, zero: dict[str, Any], precision: str = "fp32") -> tuple[Engine, Moses]:
-    method = Moses(kind.config(), RunInfo(0, TASKS, "", "", "", 0, precision))
+    config = MosesPreset(tune=kind.config(), router=OracleRouterConfig())
+    method = Moses(config, RunInfo(0, TASKS, "", "", "", 0, precision))
     plain = backbone({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
     engine = Engine(
         {"zero_optimization": {"stage": stage, **zero}},
@@ -173,13 +176,13 @@ def end(engine: Engine, method: Moses, index: int) -> None:
 class Looped(nn.Module):
     """The layer as one would write it first. What is frozen is put in by hand."""
 
-    def __init__(self, plain: nn.Linear, config: MosesConfig) -> None:
+    def __init__(self, plain: nn.Linear, config: SubExpertsConfig) -> None:
         super().__init__()
         self.plain, self.config = plain, config
-        most, size = config.most or 0, (config.most or 0) * config.rank
+        most, size = config.max_experts or 0, (config.max_experts or 0) * config.rank
         self.sub_a = nn.Parameter(torch.zeros(size, plain.in_features))
         self.sub_b = nn.Parameter(torch.zeros(plain.out_features, size))
-        if config.masks == "atom":
+        if config.masks == "rank1":
             self.score_atoms = nn.Parameter(torch.zeros(size))
         else:
             self.score_a = nn.Parameter(torch.zeros_like(self.sub_a))
@@ -187,12 +190,12 @@ class Looped(nn.Module):
         self.token_router = nn.Parameter(torch.zeros(most, plain.in_features))
         self.fixed = [torch.zeros_like(p, dtype=torch.bool) for p in (self.sub_a, self.sub_b)]
         self.values = [torch.zeros_like(p) for p in (self.sub_a, self.sub_b)]
-        self.open = config.experts
+        self.open = config.num_experts
 
     def mask(self, score: torch.Tensor, usable: torch.Tensor) -> torch.Tensor:
         """Ones where it is open, with the gradient of the scores' size."""
-        first = score.numel() // (self.config.most or 1) * self.config.experts
-        count = math.floor(self.config.share * first + 1e-9)
+        first = score.numel() // (self.config.max_experts or 1) * self.config.num_experts
+        count = math.floor(self.config.mask_density * first + 1e-9)
         order = torch.where(usable, score.detach().abs(), -torch.ones(())).flatten().argsort(descending=True)
         hard = torch.zeros(score.numel())
         hard[order[:count]] = 1.0
@@ -200,7 +203,7 @@ class Looped(nn.Module):
 
     def masks(self) -> tuple[torch.Tensor, torch.Tensor]:
         seated = torch.arange(len(self.sub_a)) < self.open * self.config.rank
-        if self.config.masks == "atom":
+        if self.config.masks == "rank1":
             usable = seated if self.config.reuse else seated & ~self.fixed[0][:, 0]
             return self.mask(self.score_atoms, usable)[:, None], torch.ones(())
         usable_a, usable_b = seated[:, None].expand(self.sub_a.shape), seated.expand(self.sub_b.shape)
@@ -220,7 +223,7 @@ class Looped(nn.Module):
         chosen = share.topk(config.top_k or 0).indices
         for e in range(self.open):
             columns = slice(e * config.rank, (e + 1) * config.rank)
-            weight = share[..., e] * (chosen == e).any(-1) * config.experts * config.alpha / config.rank
+            weight = share[..., e] * (chosen == e).any(-1) * config.num_experts * config.alpha / config.rank
             y = y + weight[..., None] * (x @ a[columns].T @ b[:, columns].T)
         return y
 
@@ -229,7 +232,7 @@ class Looped(nn.Module):
         """What the mask opens, and nobody had frozen before."""
         mask_a, mask_b = (mask.round().bool() for mask in self.masks())
         opens = [mask_a.expand(self.sub_a.shape), mask_b.expand(self.sub_b.shape)]
-        if self.config.masks == "atom":
+        if self.config.masks == "rank1":
             opens[1] = mask_a[:, 0].expand(self.sub_b.shape)
         for side, trained in enumerate((self.sub_a, self.sub_b)):
             new = opens[side] & ~self.fixed[side]
@@ -242,8 +245,8 @@ class Looped(nn.Module):
         if self.config.masks == "element":
             fixed, scores = tuple(self.fixed), ("score_a", "score_b")
         for taken, score in zip(fixed, scores, strict=True):
-            each = getattr(self, score).numel() // (self.config.most or 1)
-            needed = math.floor(self.config.share * each * self.config.experts + 1e-9) + int(taken.sum())
+            each = getattr(self, score).numel() // (self.config.max_experts or 1)
+            needed = math.floor(self.config.mask_density * each * self.config.num_experts + 1e-9) + int(taken.sum())
             self.open = max(self.open, math.ceil(needed / each))
 
 
@@ -495,7 +498,7 @@ def test_no_bit_of_an_earlier_task_moves(ranks: Any, stage: int, precision: str,
         assert count > 4
 
 
-@pytest.mark.parametrize("masks", ["atom", "element"])
+@pytest.mark.parametrize("masks", ["rank1", "element"])
 def test_without_freezing_it_would_be_noticed(ranks: Any, masks: str) -> None:
     kind = Kind(masks, 2)
     for moved, _, _ in ranks(2)(remembered, kind, 2, "fp32", "claim"):
@@ -510,7 +513,8 @@ def test_without_freezing_it_would_be_noticed(ranks: Any, masks: str) -> None:
 
 
 SIZES = {"colour": 33, "animal": 20, "weather": 26}
-SETTINGS = {"name": "moses", "experts": 2, "rank": 2, "share": 0.75, "feature_layer": 1, "width": 64, "reject": False}
+TUNE = {"num_experts": 2, "rank": 2, "mask_density": 0.75}
+ROUTER = {"layer": 1, "num_features": 64, "ood_fallback": False}
 
 
 @pytest.fixture(scope="module")
@@ -527,19 +531,26 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def recipe(folder: Path, name: str, stage: int = 0, tensorboard: bool = False, **method: Any) -> dict[str, Any]:
-    """Of 4, 3 and 3 steps, evaluated at the end. `None` leaves a setting of the method out."""
+def recipe(
+    folder: Path, name: str, stage: int = 0, tensorboard: bool = False, tune: Any = None, **parts: Any
+) -> dict[str, Any]:
+    """Of 4, 3 and 3 steps, evaluated at the end; with these keys of `tune` beside those of all, and other parts."""
     document = recipe_of(folder, name, stage, train__epochs=1, train__lr=2e-2, train__weight_decay=0.1)
-    document["method"] = {key: value for key, value in {**SETTINGS, **method}.items() if value is not None}
+    document["method"] = {"name": "moses", "tune": {**TUNE, **(tune or {})}, "router": ROUTER, **parts}
     document["stream"] = [{"name": task, "path": str(folder / task)} for task in SIZES]
-    document["evaluate"] = {"before": False, "tasks": "seen", "batch": 9, "every": len(SIZES)}
+    document["evaluate"] = {"zero_shot": False, "tasks": "seen", "batch": 9, "every": len(SIZES)}
     document["observe"]["tensorboard"] = tensorboard
     return document
 
 
-GIVEN = {"task_inference": "given", "feature_layer": None, "width": None, "reject": None}
-KEY = {"task_inference": "key", "width": None, "reject": None}
-DENSE = {"weights": {"name": "osft", "basis": ["weights"], "share": 0.25, "claim": ["updates"], "claim_energy": 0.5}}
+GIVEN = {"router": "oracle"}
+KEY = {"router": {"name": "key", "layer": 1}}
+DENSE = {
+    "constraint": {
+        "name": "osft", "protect_base": ["weights"], "protected_ratio": 0.25, "protect_task": ["updates"],
+        "energy_threshold": 0.5,
+    }
+}  # fmt: skip
 
 
 def left(run_dir: Path) -> dict[str, str]:
@@ -553,10 +564,10 @@ def scores(run_dir: Path) -> Any:
     return json.loads((run_dir / "scores.json").read_text())
 
 
-@pytest.mark.parametrize(("stage", "masks"), [(3, "atom"), (0, "element")])
+@pytest.mark.parametrize(("stage", "masks"), [(3, "rank1"), (0, "element")])
 def test_told_the_task_every_score_stays(ranks: Any, tasks: Path, stage: int, masks: str) -> None:
-    document = recipe(tasks, f"given{stage}", stage, masks=masks)
-    document["evaluate"] |= {"given": True, "every": 1}
+    document = recipe(tasks, f"given{stage}", stage, tune={"masks": masks})
+    document["evaluate"] |= {"oracle_task_id": True, "every": 1}
     ranks(2)(run, document)
     found = scores(tasks / f"given{stage}")["given"]
     for task in range(len(SIZES)):
@@ -621,12 +632,12 @@ def mixed(document: dict[str, Any], inferred: bool) -> tuple[float, float, int, 
 
 @pytest.mark.parametrize(
     ("stage", "masks", "inference"),
-    [(0, "element", KEY), (1, "atom", {}), (2, "element", GIVEN), pytest.param(3, "atom", KEY, marks=EXHAUSTIVE)],
+    [(0, "element", KEY), (1, "rank1", {}), (2, "element", GIVEN), pytest.param(3, "rank1", KEY, marks=EXHAUSTIVE)],
 )
 def test_a_batch_of_all_tasks_equals_a_batch_of_each(
     ranks: Any, tasks: Path, stage: int, masks: str, inference: dict[str, Any]
 ) -> None:
-    document = recipe(tasks, f"mixed{stage}", stage, masks=masks, **inference)
+    document = recipe(tasks, f"mixed{stage}", stage, tune={"masks": masks}, **inference)
     for error, effect, different, routes in ranks(2)(mixed, document, inference is not GIVEN):
         assert error <= 1e-5
         assert effect > 1e-3  # the sub-experts of every row do something
@@ -664,10 +675,10 @@ ANYWHERE = [("step", 2), ("take", 1), ("shares", 2), ("save", 2), ("gather", 2)]
 @pytest.mark.parametrize(
     ("world", "stage", "method", "killed", "deaths"),
     [
-        (2, 0, {"masks": "element", "top_k": 1}, killed_around, AROUND),
+        (2, 0, {"tune": {"masks": "element", "top_k": 1}}, killed_around, AROUND),
         (2, 3, KEY, killed_around, AROUND),
-        (1, 2, {"masks": "element", **GIVEN}, killed_around, BETWEEN),
-        (2, 1, {"dropout": 0.2, "gate": "uniform"}, run_until, ANYWHERE),
+        (1, 2, {"tune": {"masks": "element"}, **GIVEN}, killed_around, BETWEEN),
+        (2, 1, {"tune": {"dropout": 0.2, "gate": "uniform"}}, run_until, ANYWHERE),
     ],
 )
 def test_a_run_that_died_ends_as_one_that_did_not(
@@ -676,9 +687,9 @@ def test_a_run_that_died_ends_as_one_that_did_not(
     """The same metrics, scores, checkpoint and files, so that nothing is claimed twice; experts are added meanwhile."""
     whole, died = (recipe(tasks, f"{kind}{world}{stage}", stage, True, **method) for kind in ("whole", "died"))
     for document in (whole, died):
-        document["evaluate"] |= {"given": method.get("task_inference") != "given", "every": 1}
-        if not document["evaluate"]["given"]:
-            del document["evaluate"]["given"]
+        document["evaluate"] |= {"oracle_task_id": method.get("router") != "oracle", "every": 1}
+        if not document["evaluate"]["oracle_task_id"]:
+            del document["evaluate"]["oracle_task_id"]
     ranks(world)(run, whole)
     ranks(world)(killed, died, deaths)
     first, second = Path(whole["run_dir"]), Path(died["run_dir"])
@@ -716,7 +727,7 @@ def check_records(run_dir: Path) -> None:
         sizes.update(claims_of(run_dir, record["task"]).byte_sizes())
         assert {kind: record[f"{kind}_bytes"] for kind in sizes} == dict(sizes)
         stored = yaml.safe_load((run_dir / "recipe.yaml").read_text())
-        keys = record["deciding_bytes"] if stored["method"]["task_inference"] == "key" else 0
+        keys = record["router_bytes"] if stored["method"]["router"]["name"] == "key" else 0
         assert record["capacity_bytes"] == sum(sizes.values()) + keys
 
 
@@ -735,10 +746,10 @@ def shown(run_dir: Path) -> tuple[dict[int, float], list[int]]:
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "masks"), [pytest.param(2, 1, "atom", marks=EXHAUSTIVE), (1, 2, "element")]
+    ("before", "after", "masks"), [pytest.param(2, 1, "rank1", marks=EXHAUSTIVE), (1, 2, "element")]
 )
 def test_another_number_of_ranks_goes_on(ranks: Any, tasks: Path, before: int, after: int, masks: str) -> None:
-    whole, moved = (recipe(tasks, f"{kind}{before}{after}", 1, masks=masks) for kind in ("size", "moved"))
+    whole, moved = (recipe(tasks, f"{kind}{before}{after}", 1, tune={"masks": masks}) for kind in ("size", "moved"))
     for document in (whole, moved):
         document["train"]["lr"] = 5e-3
         document["checkpoint"]["every"] = 2
@@ -800,24 +811,24 @@ def status(document: dict[str, Any]) -> tuple[int, str]:
     return code, "".join(said)
 
 
-@pytest.mark.parametrize(("masks", "world"), [("atom", 2), ("element", 1)])
+@pytest.mark.parametrize(("masks", "world"), [("rank1", 2), ("element", 1)])
 def test_a_task_without_room_is_refused_and_another_policy_goes_on(
     ranks: Any, tasks: Path, masks: str, world: int
 ) -> None:
     name = f"full-{masks}"
-    document = recipe(tasks, name, masks=masks, when_full="stop")
+    document = recipe(tasks, name, tune={"masks": masks, "on_full": "stop"})
     for code, told in ranks(world)(status, document):
         assert code == 2
         assert "task animal opens" in told
-        assert "method.when_full=reuse" in told
+        assert "method.tune.on_full=reuse" in told
         assert "\n" not in told
     assert sorted(p.stem for p in (tasks / name / "experts").iterdir()) == ["colour"]
     assert [record["task"] for record in metrics(tasks / name)] == ["colour"] * 4
     for policy in ("reuse", "grow"):
         there = Path(shutil.copytree(tasks / name, tasks / f"{name}-{policy}"))
-        going_on = recipe(tasks, there.name, masks=masks, when_full=policy)
+        going_on = recipe(tasks, there.name, tune={"masks": masks, "on_full": policy})
         ranks(world)(run, going_on)
-        ranks(world)(run, recipe(tasks, f"{there.name}-whole", masks=masks, when_full=policy))
+        ranks(world)(run, recipe(tasks, f"{there.name}-whole", tune={"masks": masks, "on_full": policy}))
         assert outcome(there) == outcome(tasks / f"{there.name}-whole")
         assert left(there) == left(tasks / f"{there.name}-whole")
     used = [record["capacity_share"] for record in metrics(tasks / f"{name}-reuse") if "capacity_share" in record]
@@ -825,11 +836,11 @@ def test_a_task_without_room_is_refused_and_another_policy_goes_on(
     assert used[-1] <= 1.0
 
 
-def test_a_smaller_most_than_the_stream_needs_is_told(ranks: Any, tasks: Path) -> None:
-    for code, told in ranks(1)(status, recipe(tasks, "most", most=2)):
+def test_fewer_max_experts_than_the_stream_needs_is_told(ranks: Any, tasks: Path) -> None:
+    for code, told in ranks(1)(status, recipe(tasks, "most", tune={"max_experts": 2})):
         assert code == 2
         assert "task animal opens" in told
-        assert "a larger method.most" in told
+        assert "a larger method.tune.max_experts" in told
 
 
 # ---- with the dense weights, under OSFT's constraint
@@ -923,7 +934,7 @@ def test_with_dense_weights_the_constraint_holds_and_features_stay(ranks: Any, t
 
 @pytest.mark.parametrize(
     ("stage", "method"),
-    [(0, {"masks": "element", "top_k": 1, **KEY}), (3, {"gate": "uniform", "dropout": 0.2})],
+    [(0, {"tune": {"masks": "element", "top_k": 1}, **KEY}), (3, {"tune": {"gate": "uniform", "dropout": 0.2}})],
 )
 def test_with_dense_weights_a_run_that_died_ends_as_one_that_did_not(
     ranks: Any, tasks: Path, stage: int, method: dict[str, Any]
@@ -942,7 +953,7 @@ def test_with_dense_weights_a_run_that_died_ends_as_one_that_did_not(
 
 def test_dense_weights_go_with_a_task_that_is_given(ranks: Any, tasks: Path) -> None:
     """Then all layers may train; and what a task was trained to answer does move later."""
-    document = recipe(tasks, "dense-given", 1, masks="element", **GIVEN, **DENSE)
+    document = recipe(tasks, "dense-given", 1, tune={"masks": "element"}, **GIVEN, **DENSE)
     ranks(2)(quick, run, document)
     assert scores(tasks / "dense-given")["complete"]
     kept = of_matrices(stored(max((tasks / "dense-given" / "checkpoints").iterdir()))[1])

@@ -17,12 +17,14 @@ import torch
 from torch import nn
 from transformers import LlamaConfig
 
+from dscl.config.methods import OsftPreset
+from dscl.config.parts import OsftConfig
 from dscl.distributed import comm
 from dscl.engine.engine import Engine, load_parameters
 from dscl.engine.matrix_owners import assign_owners
 from dscl.maths.subspace import PROJECTIONS
 from dscl.methods.base import RunInfo
-from dscl.methods.osft import Osft, OsftConfig
+from dscl.methods.osft import Osft
 from dscl.model.activation_stats import ActivationStats
 from dscl.model.generation import TEXTS_PER_BLOCK, sample_texts
 from dscl.model.weights import RandomWeights
@@ -65,7 +67,10 @@ SHARE = 0.5
 # AdamW's eps, in plain torch and in the engine. With the default of 1e-8 the first step of an entry is the sign of its
 # gradient, and where the gradient is nearly zero, rounding decides the sign.
 EPS = 1e-4
-PLAIN = {"basis": ("weights",), "allocate": "fixed", "share": SHARE, "claim": (), "gradients": False, "rest": "free"}
+PLAIN = {
+    "protect_base": ("weights",), "rank_allocation": "fixed", "protected_ratio": SHARE, "protect_task": (),
+    "project_gradients": False, "other_params": "free",
+}  # fmt: skip
 
 
 def rate(step: int) -> float:
@@ -91,16 +96,16 @@ class Dense:
         left, right = (basis[:, : int(SHARE * min(exact.shape))] for basis in (left, right.T))
         return cls(exact, right @ right.T, left @ left.T)
 
-    def free(self, reading: str, change: torch.Tensor) -> torch.Tensor:
+    def free(self, projection: str, change: torch.Tensor) -> torch.Tensor:
         """What of a change may be."""
         kept = change - change @ self.right
-        if reading == "input":
+        if projection == "input":
             return kept
-        return change - self.left @ change @ self.right if reading == "paper" else kept - self.left @ kept
+        return change - self.left @ change @ self.right if projection == "paper" else kept - self.left @ kept
 
 
 @functools.cache
-def reference(reading: str, gradients: bool = False) -> tuple[list[float], Tensors]:
+def reference(projection: str, gradients: bool = False) -> tuple[list[float], Tensors]:
     built = backbone()
     model = built.build()
     load_parameters(model, built.weights.read)
@@ -115,11 +120,11 @@ def reference(reading: str, gradients: bool = False) -> tuple[list[float], Tenso
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for weight, dense in constrained.items() if gradients else ():
-            weight.grad = dense.free(reading, weight.grad.double()).float()
+            weight.grad = dense.free(projection, weight.grad.double()).float()
         optimizer.step()
         with torch.no_grad():
             for weight, dense in constrained.items():
-                weight.copy_(dense.start + dense.free(reading, weight.double() - dense.start))
+                weight.copy_(dense.start + dense.free(projection, weight.double() - dense.start))
         losses.append(loss.item())
     return losses, {name: p.detach().clone() for name, p in model.named_parameters()}
 
@@ -135,7 +140,7 @@ class Silent:
 def begun(stage: int, zero: dict[str, Any], precision: str = "fp32", **keys: Any) -> tuple[Engine, Osft]:
     """An engine with the method's constraint, at the beginning of the first of two tasks."""
     facts = RunInfo(0, ("first", "second"), base_model="", model="", tokenizer="", prompt_limit=0, precision=precision)
-    method = Osft(OsftConfig(**{**PLAIN, **keys}), facts)
+    method = Osft(OsftPreset(constraint=OsftConfig(**{**PLAIN, **keys})), facts)
     built = backbone({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
     engine = Engine(
         {"zero_optimization": {"stage": stage, **zero}},
@@ -174,8 +179,10 @@ class Result:
     owned: Tensors
 
 
-def trained(stage: int, zero: dict[str, Any], reading: str, accumulation: int, hold: bool, gradients: bool) -> Result:
-    engine, method = begun(stage, zero, reading=reading, gradients=gradients)
+def trained(
+    stage: int, zero: dict[str, Any], projection: str, accumulation: int, hold: bool, gradients: bool
+) -> Result:
+    engine, method = begun(stage, zero, projection=projection, project_gradients=gradients)
     if not hold:
         method.project_weight = lambda *_: None  # type: ignore[method-assign]
     start, losses = masters(engine), go(engine, accumulation)
@@ -194,7 +201,7 @@ def bases(results: list[Result]) -> Tensors:
     return {name: tensor for result in results for name, tensor in result.owned.items()}
 
 
-def leaks(reading: str, results: list[Result]) -> dict[str, tuple[float, float]]:
+def leaks(projection: str, results: list[Result]) -> dict[str, tuple[float, float]]:
     """Of every target: the protected part of its change against the weight, and of AdamW's first moment."""
     owned = bases(results)
     start, weights, moments = (assemble([getattr(r, of) for r in results]) for of in ("start", "weights", "moments"))
@@ -205,8 +212,8 @@ def leaks(reading: str, results: list[Result]) -> dict[str, tuple[float, float]]
         change, moment = (weights[name].double() - start[name].double()).view(shape), moments[name].view(shape)
         assert change.norm() > 0.1 * start[name].norm()  # there was something to be undone
         found[name] = (
-            leak(reading, change, right, left) / float(start[name].norm()),
-            leak(reading, moment, right, left) / float(moment.norm()),
+            leak(projection, change, right, left) / float(start[name].norm()),
+            leak(projection, moment, right, left) / float(moment.norm()),
         )
     assert len(found) == 2 * len(SEVEN)
     return found
@@ -230,10 +237,10 @@ SETTINGS = [
     (2, 0, {}, 4, "input"), (2, 1, OFFLOAD, 4, "two_sided"), (2, 2, OFFLOAD, 1, "input"),
     (2, 3, {**OFFLOAD, **SMALL}, 4, "paper"), (4, 1, {}, 4, "input"), (4, 3, SMALL, 1, "two_sided"),
     *(
-        pytest.param(2, stage, {}, 4 - 3 * (stage % 2), reading, marks=EXHAUSTIVE)
+        pytest.param(2, stage, {}, 4 - 3 * (stage % 2), projection, marks=EXHAUSTIVE)
         for stage in range(4)
-        for reading in PROJECTIONS
-        if (stage, reading) != (0, "input")
+        for projection in PROJECTIONS
+        if (stage, projection) != (0, "input")
     ),
     *(
         pytest.param(*setting, marks=EXHAUSTIVE)
@@ -242,60 +249,66 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("world", "stage", "zero", "accumulation", "reading"), SETTINGS)
+@pytest.mark.parametrize(("world", "stage", "zero", "accumulation", "projection"), SETTINGS)
 def test_steps_equal_plain_torch_with_dense_projectors(
-    ranks: Any, world: int, stage: int, zero: dict[str, Any], accumulation: int, reading: str
+    ranks: Any, world: int, stage: int, zero: dict[str, Any], accumulation: int, projection: str
 ) -> None:
-    results = ranks(world)(trained, stage, zero, reading, accumulation, True, False)
-    check_parity(results, *reference(reading))
-    for name, (of_weight, _) in leaks(reading, results).items():
+    results = ranks(world)(trained, stage, zero, projection, accumulation, True, False)
+    check_parity(results, *reference(projection))
+    for name, (of_weight, _) in leaks(projection, results).items():
         assert of_weight <= 1e-6, name
 
 
 @pytest.mark.parametrize(
-    ("stage", "zero", "reading"),
+    ("stage", "zero", "projection"),
     [
         (0, {}, "input"),
         (1, {}, "paper"),
         (2, OFFLOAD, "two_sided"),
         (3, {**OFFLOAD, **SMALL}, "input"),
         pytest.param(1, OFFLOAD, "input", marks=EXHAUSTIVE),
-        *(pytest.param(2, OFFLOAD, reading, marks=EXHAUSTIVE) for reading in PROJECTIONS if reading != "two_sided"),
+        *(
+            pytest.param(2, OFFLOAD, projection, marks=EXHAUSTIVE)
+            for projection in PROJECTIONS
+            if projection != "two_sided"
+        ),
         pytest.param(3, SMALL, "two_sided", marks=EXHAUSTIVE),
     ],
 )
 def test_the_optimizer_keeps_nothing_of_projected_gradients(
-    ranks: Any, stage: int, zero: dict[str, Any], reading: str
+    ranks: Any, stage: int, zero: dict[str, Any], projection: str
 ) -> None:
-    results = ranks(2)(trained, stage, zero, reading, 1, True, True)
-    check_parity(results, *reference(reading, gradients=True))
-    for name, (of_weight, of_moment) in leaks(reading, results).items():
+    results = ranks(2)(trained, stage, zero, projection, 1, True, True)
+    check_parity(results, *reference(projection, gradients=True))
+    for name, (of_weight, of_moment) in leaks(projection, results).items():
         assert max(of_weight, of_moment) <= 1e-6, name
 
 
 @pytest.mark.parametrize(
-    ("stage", "zero", "reading"),
+    ("stage", "zero", "projection"),
     [
         (0, {}, "paper"),
         (1, {}, "input"),
         (2, {}, "two_sided"),
-        *(pytest.param(2, {}, reading, marks=EXHAUSTIVE) for reading in PROJECTIONS if reading != "two_sided"),
+        *(pytest.param(2, {}, projection, marks=EXHAUSTIVE) for projection in PROJECTIONS if projection != "two_sided"),
         pytest.param(3, SMALL, "input", marks=EXHAUSTIVE),
     ],
 )
-def test_without_the_projection_it_would_be_noticed(ranks: Any, stage: int, zero: dict[str, Any], reading: str) -> None:
+def test_without_the_projection_it_would_be_noticed(
+    ranks: Any, stage: int, zero: dict[str, Any], projection: str
+) -> None:
     """Projected gradients alone are no constraint: AdamW's scaling and weight decay leave the subspace."""
-    held = leaks(reading, ranks(2)(trained, stage, zero, reading, 1, True, False))
+    held = leaks(projection, ranks(2)(trained, stage, zero, projection, 1, True, False))
     assert min(of_moment for _, of_moment in held.values()) > 1e-2
     for gradients in (False, True):
-        free = leaks(reading, ranks(2)(trained, stage, zero, reading, 1, False, gradients))
+        free = leaks(projection, ranks(2)(trained, stage, zero, projection, 1, False, gradients))
         for name in held:
             assert free[name][0] > 1e3 * held[name][0], name
 
 
 def low_precision(stage: int, zero: dict[str, Any]) -> tuple[bool, Result]:
     """Whether the model's bf16 weights are the rounded masters on this rank, after two steps."""
-    engine, method = begun(stage, zero, "bf16", reading="input", gradients=True)
+    engine, method = begun(stage, zero, "bf16", projection="input", project_gradients=True)
     start, losses = masters(engine), go(engine, 1, 2)
     found = masters(engine)
     whole, same = assemble(comm.all_gather_objects(found)), True
@@ -310,7 +323,7 @@ def low_precision(stage: int, zero: dict[str, Any]) -> tuple[bool, Result]:
 def left_out(stage: int, zero: dict[str, Any]) -> tuple[Stretches, Stretches, Stretches, Tensors]:
     """Steps without a projection, and then one that should make it but is left out, its loss being no number: the
     weights at the start, before the last step and after it."""
-    engine, method = begun(stage, zero, reading="two_sided")
+    engine, method = begun(stage, zero, projection="two_sided")
     start = masters(engine)
     for step, hold in enumerate((False, False, True)):
         batches, count = micro_batches(step, 1)
@@ -365,9 +378,9 @@ def test_each_rank_keeps_its_own_bases_alone(ranks: Any, world: int) -> None:
 
 
 BASIC = {
-    "name": "osft", "reading": "input", "basis": ["activations"], "allocate": "fixed", "share": 0.25,
-    "claim": ["updates"], "claim_energy": 0.5, "when_short": "share", "gradients": True,
-    "project_every": 1, "rest": "frozen",
+    "projection": "input", "protect_base": ["activations"], "rank_allocation": "fixed", "protected_ratio": 0.25,
+    "protect_task": ["updates"], "energy_threshold": 0.5, "on_full": "fair_share", "project_gradients": True,
+    "project_every": 1, "other_params": "frozen",
 }  # fmt: skip
 NAMES = {"colour": "colour", "animal": "animal", "again": "colour"}
 
@@ -382,10 +395,10 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe(folder: Path, name: str, stage: int, keep: int = 2, evaluate: int = 3, **keys: Any) -> dict[str, Any]:
     """Of 5, 4 and 5 steps; evaluated after every third task, the last."""
     document = recipe_of(folder, name, stage, train__epochs=1, train__lr=2e-2, train__weight_decay=0.1)
-    document["method"] = {**BASIC, **keys}
+    document["method"] = {"name": "osft", "constraint": {**BASIC, **keys}}
     document["stream"] = [{"name": name, "path": str(folder / path)} for name, path in NAMES.items()]
     document["checkpoint"] = {"every": 3, "keep": keep}
-    document["evaluate"] = {"before": False, "tasks": "seen", "every": evaluate}
+    document["evaluate"] = {"zero_shot": False, "tasks": "seen", "every": evaluate}
     return document
 
 
@@ -405,23 +418,23 @@ def completed_run(ranks: Any) -> Callable[[dict[str, Any]], Path]:
 
 
 CHOICES: list[dict[str, Any]] = [
-    {"reading": "input"},
+    {"projection": "input"},
     {
-        "reading": "two_sided",
-        "basis": ["weights", "activations"],
-        "allocate": "energy",
-        "share": 0.3,
-        "gradients": True,
+        "projection": "two_sided",
+        "protect_base": ["weights", "activations"],
+        "rank_allocation": "energy",
+        "protected_ratio": 0.3,
+        "project_gradients": True,
     },
     {
-        "reading": "paper",
-        "basis": ["weights"],
-        "allocate": "importance",
-        "share": 0.4,
-        "least": 0.1,
-        "claim": ["activations", "updates"],
+        "projection": "paper",
+        "protect_base": ["weights"],
+        "rank_allocation": "importance",
+        "protected_ratio": 0.4,
+        "min_protected": 0.1,
+        "protect_task": ["activations", "updates"],
     },
-    {"reading": "input", "basis": ["sensitivity"], "claim": ["sensitivity"]},
+    {"projection": "input", "protect_base": ["sensitivity"], "protect_task": ["sensitivity"]},
 ]
 
 
@@ -430,15 +443,15 @@ CHOICES: list[dict[str, Any]] = [
     [(0, 0), (1, 2), (2, 1), (3, 3), *(pytest.param(*c, marks=EXHAUSTIVE) for c in ((2, 0), (2, 2), (2, 3), (3, 1)))],
 )
 def test_what_was_protected_once_stays_so(completed_run: Any, tasks: Path, stage: int, choice: int) -> None:
-    reading = CHOICES[choice]["reading"]
+    projection = CHOICES[choice]["projection"]
     run_dir = completed_run(recipe(tasks, f"nested{stage}-{choice}", stage, keep=99, **CHOICES[choice]))
     learned = [stored(path) for path in checkpoints(run_dir) if path.name.endswith("-learned")]
     assert len(learned) == 3
     final = learned[-1][0]
     grown = 0
     for (weights, owned), (_, later) in itertools.pairwise(learned):
-        assert worst(reading, weights, owned) <= 1e-6
-        assert worst(reading, final, owned) <= 1e-6
+        assert worst(projection, weights, owned) <= 1e-6
+        assert worst(projection, final, owned) <= 1e-6
         for name, tensor in owned.items():
             assert torch.equal(later[name][tuple(map(slice, tensor.shape))], tensor), name
         grown += sum(later[name].shape != tensor.shape for name, tensor in owned.items() if name.endswith("|right"))
@@ -558,7 +571,7 @@ ANYWHERE = run_until, [("step", 2), ("save", 3), ("take", 3), ("step", 4), ("sha
 AROUND_TASKS = killed_around, [("begin", 1), ("step", 1), ("end", 1), ("begin", 1), ("end", 1), ("step", 2)]
 WITHIN = killed_around, [("visit", 1), ("visit", 2), ("visit", 3), ("visit", 1), ("visit", 2), ("visit", 2)]
 WITHIN_FEW = killed_around, [("visit", 1), ("visit", 2), ("visit", 1), ("visit", 2), ("visit", 1)]
-SHORT = {"when_short": "give_back", "share": 0.75, "claim_energy": 0.9}
+SHORT = {"on_full": "release_base", "protected_ratio": 0.75, "energy_threshold": 0.9}
 
 
 @EXHAUSTIVE
@@ -630,12 +643,15 @@ def test_damage_to_what_an_owner_kept_is_noticed(ranks: Any, completed_run: Any,
 @pytest.mark.parametrize(
     ("keys", "told"),
     [
-        ({"targets": ["q_proj", "gate"]}, "method.targets: given 'gate', which no layer matches; layers here: "),
-        ({"share": 1.5}, "method.share: given 1.5"),
-        ({"share": -0.1}, "method.share: given -0.1"),
-        ({"claim_energy": 2}, "method.claim_energy: given 2"),
-        ({"project_every": 0}, "method.project_every: given 0"),
-        ({"reading": "output"}, "method.reading: given 'output'"),
+        (
+            {"targets": ["q_proj", "gate"]},
+            "method.constraint.targets: given 'gate', which no layer matches; layers here: ",
+        ),
+        ({"protected_ratio": 1.5}, "method.constraint.protected_ratio: given 1.5"),
+        ({"protected_ratio": -0.1}, "method.constraint.protected_ratio: given -0.1"),
+        ({"energy_threshold": 2}, "method.constraint.energy_threshold: given 2"),
+        ({"project_every": 0}, "method.constraint.project_every: given 0"),
+        ({"projection": "output"}, "method.constraint.projection: given 'output'"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(ranks: Any, tasks: Path, keys: dict[str, Any], told: str) -> None:
@@ -687,10 +703,10 @@ def exploded(document: dict[str, Any], matrix: str, at: int) -> tuple[str, str]:
 )
 def test_a_weight_that_is_not_finite_is_told_in_one_line(ranks: Any, tasks: Path, stage: int, basis: str) -> None:
     matrix = "model.layers.1.mlp.up_proj.weight"
-    document = recipe(tasks, f"spoilt{stage}{basis}", stage, basis=[basis])
+    document = recipe(tasks, f"spoilt{stage}{basis}", stage, protect_base=[basis])
     for results in (
         ranks(2)(quick, spoilt, document, matrix),
-        ranks(2)(quick, exploded, recipe(tasks, f"exploded{stage}{basis}", stage, basis=[basis]), matrix, 5),
+        ranks(2)(quick, exploded, recipe(tasks, f"exploded{stage}{basis}", stage, protect_base=[basis]), matrix, 5),
     ):
         assert results[0] == results[1]
         kind, message = results[0]
@@ -760,7 +776,7 @@ def test_the_models_texts_follow_its_distribution() -> None:
 
 def probed(stage: int, zero: dict[str, Any], accumulation: int) -> tuple[list[float], Tensors]:
     """Moments that the loss feels, of rows that the ranks share; and the losses of the steps that follow."""
-    engine, method = begun(stage, zero, reading="input")
+    engine, method = begun(stage, zero, projection="input")
     moments = ActivationStats(gradient_weighted=True)
     engine.module.train()
     with moments.collect_stats(engine.module, [name.removesuffix(".weight") for name in method.matrix_costs()]):

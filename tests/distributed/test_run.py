@@ -81,7 +81,7 @@ def combined(folder: Path) -> dict[str, Any]:
     """As much of a run's state as goes together: kept samples, packed rows, held-out texts, the best checkpoint."""
     (folder / "warm.txt").write_text("warm cold " * 4)
     return {
-        "method": {"name": "replay", "most": 9},
+        "method": {"name": "replay", "replay": {"size": 9}},
         "train__packing": True,
         "train__weight_decay": 0.1,
         "train__epochs": 1,
@@ -132,7 +132,7 @@ def test_losing_the_moments_would_be_noticed(ranks: Any, undisturbed: Any, tasks
 
 
 LORA: dict[str, Any] = {
-    "method": {"name": "sequential", "tune": "lora", "lora": {"dropout": 0.2}}, "train__epochs": 1
+    "method": {"name": "sequential", "tune": {"name": "lora", "dropout": 0.2}}, "train__epochs": 1
 }  # fmt: skip
 STAGES = [pytest.param(0, marks=pytest.mark.exhaustive), 3]
 
@@ -140,7 +140,7 @@ STAGES = [pytest.param(0, marks=pytest.mark.exhaustive), 3]
 @pytest.mark.parametrize("stage", STAGES)
 def test_evaluating_changes_no_loss(ranks: Any, undisturbed: Any, tasks: Path, stage: int) -> None:
     """Dropout is on: a random number drawn by an evaluation would show."""
-    little = recipe_of(tasks, f"little{stage}", stage, evaluate={"before": False, "tasks": "seen"}, **LORA)
+    little = recipe_of(tasks, f"little{stage}", stage, evaluate={"zero_shot": False, "tasks": "seen"}, **LORA)
     ranks(2)(run, little)
     assert metrics(tasks / f"little{stage}") == metrics(undisturbed(*whole(tasks, stage, **LORA)))
 
@@ -281,7 +281,7 @@ def test_a_run_whose_checkpoints_were_removed_is_not_started_anew(
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_over(ranks: Any, undisturbed: Any, tasks: Path) -> None:
-    changes: dict[str, Any] = {"evaluate": {"before": False}, "checkpoint__every": 8, "train__epochs": 1}
+    changes: dict[str, Any] = {"evaluate": {"zero_shot": False}, "checkpoint__every": 8, "train__epochs": 1}
     ranks(2)(run_until_killed, recipe_of(tasks, "early", **changes), 5)
     assert metrics(tasks / "early")
     assert not list((tasks / "early" / "checkpoints").glob("step-*"))

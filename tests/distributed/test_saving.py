@@ -134,7 +134,7 @@ def run_while_writing_waits(document: dict[str, Any], name: str) -> tuple[bool, 
 
 
 def test_training_goes_on_meanwhile_and_the_name_comes_as_soon_as_all_is_there(ranks: Any, tasks: Path) -> None:
-    document = beside(tasks, "meanwhile", 2, train__global_batch=4, checkpoint__every=8, evaluate={"before": False})
+    document = beside(tasks, "meanwhile", 2, train__global_batch=4, checkpoint__every=8, evaluate={"zero_shot": False})
     del document["stream"][1:]
     for went_on, seen in ranks(2)(run_while_writing_waits, document, "step-00000008"):
         assert went_on  # steps were made while it was being written
@@ -216,7 +216,7 @@ def scores_written(document: dict[str, Any]) -> list[bool]:
 
 
 def test_scores_are_written_when_their_checkpoint_is_there(ranks: Any, tasks: Path) -> None:
-    document = beside(tasks, "scores", 2, train__epochs=1, evaluate__before=False)
+    document = beside(tasks, "scores", 2, train__epochs=1, evaluate__zero_shot=False)
     assert ranks(2)(scores_written, document) == [[True, True]] * 2
 
 

@@ -81,7 +81,7 @@ def five_tasks(folder: Path, method: str, name: str) -> Any:
         {"name": task, "path": str(folder / task), "epochs": 2 if task == NAMES[1] else 1} for task in NAMES
     ]
     made["stream_defaults"] |= {"train_limit": 11, "test_limit": 5}
-    made["evaluate"] = {"before": False, "tasks": "new"}
+    made["evaluate"] = {"zero_shot": False, "tasks": "new"}
     return made
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
+from dscl.config.parsing import parse_config
 from dscl.distributed import comm
 from dscl.methods.osft import Osft
 from dscl.recipe.recipe import resolve_recipe
@@ -78,9 +79,9 @@ def test_a_stopped_run_resumes_at_the_same_step(
 
 def test_a_run_stops_after_a_projected_step_only(ranks: Any, undisturbed: Any, tasks: Path) -> None:
     """A stop adds no projection, because an additional one would change the following steps."""
-    method = {"name": "osft", "project_every": 4, "share": 0.3}
-    assert Osft.Config(project_every=4).project_every == 4
-    changes: dict[str, Any] = {"method": method, "evaluate__before": False, "checkpoint__every": 100}
+    method = {"name": "osft", "constraint": {"project_every": 4, "protected_ratio": 0.3}}
+    assert parse_config(Osft.Config, method).constraint.project_every == 4
+    changes: dict[str, Any] = {"method": method, "evaluate__zero_shot": False, "checkpoint__every": 100}
     held = undisturbed(*whole(tasks, 2, **changes))
     document = recipe_of(tasks, "stopped and held", 2, **changes)
     (messages, checkpoint), *_ = ranks(2)(run_stopping, document, [2])[0]

@@ -164,7 +164,7 @@ def out_of_memory(document: dict[str, Any]) -> list[str]:
 
 
 def test_when_memory_runs_out_the_engine_is_still_in_the_snapshot(ranks: Any, tasks: Path) -> None:
-    document = recipe_of(tasks, "too-large", 1, evaluate={"before": False})
+    document = recipe_of(tasks, "too-large", 1, evaluate={"zero_shot": False})
     assert ranks(1)(out_of_memory, document) == [["snapshot", "close"]]
 
 

@@ -359,7 +359,7 @@ def setup(options: argparse.Namespace, sides: dict[str, Side]) -> None:
             ranks = ranks_of(options, other.engine)
             seconds, _ = timed(lambda: other.method.end_task(0, "a", ranks))
         yield row(
-            f"end of a task of {options.micro * options.rows} samples, claim: activations and sensitivity",
+            f"end of a task of {options.micro * options.rows} samples, protect_task: activations and sensitivity",
             seconds,
             parts,
         )

@@ -1083,7 +1083,7 @@ METHODS = (
     ),
     Breakage(
         "dscl/methods/moses.py",
-        "        self.experts.num_open = self._saved_num_open\n",
+        "        self.experts.num_used_experts = self._saved_num_used_experts\n",
         "",
         "after a restart within a task the sub-experts that were added for it are not trained",
         ("tests/methods/test_moses.py::test_artifacts_are_loaded_into_another_process",),
@@ -1092,7 +1092,7 @@ METHODS = (
         "dscl/methods/moses.py",
         'if num_missing and policy != "reuse":',
         'if num_missing and policy == "stop":',
-        "a task without room is trained on what others claimed, unasked",
+        "a task without room is trained on what others froze, although on_full is grow",
         ("tests/methods/test_moses.py::test_growth_stops_at_max_experts",),
     ),
     Breakage(
@@ -1200,14 +1200,14 @@ MODEL = (
         "dscl/model/adapters/sub_experts.py",
         "    return torch.where(frozen_mask, frozen_values, trained_values)\n",
         "    return trained_values\n",
-        "a task trains with other values of what earlier tasks claimed than it is served with",
+        "a task trains with other values of what earlier tasks froze than it is served with",
         ("tests/model/test_sub_experts.py::test_training_output_and_gradients_equal_a_loop",),
     ),
     Breakage(
         "dscl/model/adapters/sub_experts.py",
         "new_masks = self._side_masks({name: mask & ~previously_frozen[name] for name, mask in masks.items()})",
         "new_masks = self._side_masks(masks)",
-        "a parameter that an earlier task claimed is overwritten by a later one, and that task is forgotten",
+        "a parameter that an earlier task froze is overwritten by a later one, and that task is forgotten",
         ("tests/model/test_sub_experts.py::test_later_tasks_leave_earlier_outputs_bitwise_equal",),
     ),
     Breakage(
@@ -1364,7 +1364,7 @@ MODEL = (
 
 MATHS = (
     Breakage(
-        "dscl/maths/readings.py",
+        "dscl/maths/projections.py",
         '("input", "two_sided", "paper")',
         '("input", "paper")',
         "OSFT's projection two_sided is refused",
@@ -1416,7 +1416,7 @@ MATHS = (
         "dscl/maths/masks.py",
         "return (is_selected & allowed.flatten()).view(scores.shape)",
         "return is_selected.view(scores.shape)",
-        "where too little is free, a mask opens what it may not",
+        "where too little is free, a mask selects what it may not",
         ("tests/maths/test_masks.py::test_only_what_is_allowed_is_opened",),
     ),
     Breakage(

@@ -36,7 +36,7 @@ def no_waiting() -> Iterator[None]:
 
 
 def layer(rank1: bool, dtype: torch.dtype, device: str, top: int = 2, dropout: float = 0.0) -> SubExpertLinear:
-    """Two tasks have claimed what they open, and a third one learns. The same values on every device."""
+    """Two tasks have frozen what their masks select, and a third one learns. The same values on every device."""
     torch.manual_seed(0)
     shape = SubExpertShape(**{**vars(SHAPE), "rank1": rank1, "top_k": top, "dropout": dropout})
     made = SubExpertLinear(nn.Linear(IN, OUT), shape, Routing(TASKS, 0), torch.empty(0))

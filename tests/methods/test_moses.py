@@ -111,7 +111,7 @@ def _unexpected_call(*_: Any) -> Any:
         ({"tune": {"mask_density": -0.5}}, "method.tune.mask_density: given -0.5"),
         ({"tune": {"num_experts": 0}}, "method.tune.num_experts: given 0"),
         ({"tune": {"rank": 0}}, "method.tune.rank: given 0"),
-        ({"tune": {"masks": "atoms"}}, "method.tune.masks: given 'atoms'"),
+        ({"tune": {"masks": "block"}}, "method.tune.masks: given 'block'"),
         (
             {"tune": {"max_experts": 4}},
             "method.tune.max_experts: given 4; at least method.tune.num_experts=8 are needed",
@@ -257,11 +257,11 @@ def test_experts_grow_only_when_needed(masks: str) -> None:
         assert ended.metrics["num_experts"] == counts[-1]
         messages.append(ended.message.partition("; ")[2])
     assert counts == [2, 2, 3, 4]
-    grown = "there was no room, so it got 1 more of them: {} of 4 are open"
-    assert messages == ["", "", grown.format(3), grown.format(4)]
+    grown = "too few parameters were free, so the sub-experts grew from {} to {} of at most 4"
+    assert messages == ["", "", grown.format(2, 3), grown.format(3, 4)]
     assert run.method.experts.frozen_share() == 2.0
-    seats = next(iter(run.method.experts.layers.values())).expert_mask
-    assert seats.sum(1).tolist() == counts
+    expert_mask = next(iter(run.method.experts.layers.values())).expert_mask
+    assert expert_mask.sum(1).tolist() == counts
 
 
 def test_a_task_is_refused_when_too_few_parameters_are_free() -> None:
@@ -269,7 +269,7 @@ def test_a_task_is_refused_when_too_few_parameters_are_free() -> None:
     run.train_task("one")
     run.train_task("two")
     before = {name: t.clone() for name, t in run.model.named_buffers()}
-    with pytest.raises(UserError, match=r"task three opens 2 more") as caught:
+    with pytest.raises(UserError, match=r"task three needs 2 more") as caught:
         run.begin_task("three")
     message = str(caught.value)
     assert "\n" not in message
@@ -283,7 +283,7 @@ def test_growth_stops_at_max_experts() -> None:
     run = SingleRankMoses(tune={**UNSHARED, "max_experts": 3, "on_full": "grow"})
     for task in TASKS[:3]:
         run.train_task(task)
-    with pytest.raises(UserError, match=r"task four opens 2 more .*larger method\.tune\.max_experts"):
+    with pytest.raises(UserError, match=r"task four needs 2 more .*larger method\.tune\.max_experts"):
         run.begin_task("four")
 
 
@@ -297,7 +297,10 @@ def test_reuse_continues_without_free_parameters() -> None:
     assert shares == sorted(shares)
     assert shares[0] == 0.75
     assert shares[-1] == 1.0
-    assert messages[:2] == ["", "there was no room, so at least 2 atoms of a layer are others' too"]
+    assert messages[:2] == [
+        "",
+        "too few were free, so at least 2 rank-1 pairs of a layer are shared with earlier tasks",
+    ]
 
 
 # ---- capacity metrics and artifacts
@@ -340,7 +343,7 @@ def test_capacity_metrics_match_the_files(tmp_path: Path, masks: str, router: An
         assert ended.task_matrix is not None
         assert ended.task_matrix.tasks == TASKS[:number]
         assert all(ended.task_matrix.values[i][i] == 1.0 for i in range(number))
-        assert "claimed" in ended.message
+        assert "frozen" in ended.message
     assert seen[2]["capacity_bytes"] > seen[1]["capacity_bytes"] > seen[0]["capacity_bytes"]
 
 

@@ -75,7 +75,13 @@ def test_files_restore_every_bit(tmp_path: Path, rank1: bool, top: int, dtype: t
             theirs.task, theirs.previous_tasks, theirs.shape, theirs.byte_sizes(),
         )  # fmt: skip
     for name, layer in experts.layers.items():
-        for kind in ("frozen_a", "frozen_b", "expert_mask", "routers", *(f"task_mask_{mask}" for mask in layer.mask_shapes)):
+        for kind in (
+            "frozen_a",
+            "frozen_b",
+            "expert_mask",
+            "routers",
+            *(f"task_mask_{mask}" for mask in layer.mask_shapes),
+        ):
             assert torch.equal(getattr(layer, kind), getattr(fresh.layers[name], kind)), kind
         assert layer.frozen_a.any()
         for slot in range(len(NAMES)):
@@ -93,10 +99,10 @@ def test_equal_task_masks_give_equal_bytes(tmp_path: Path) -> None:
 
 
 def test_byte_sizes_equal_the_stored_bytes(tmp_path: Path) -> None:
-    """Each claimed value once, over all tasks; a bit for each atom; the token router of the experts that are open."""
+    """Each frozen value once, over all tasks; a bit for each rank-1 pair; the token router of the experts in use."""
     shape = shape_of(max_experts=6)
     experts, every = learned(tmp_path, shape)
-    sizes = [claims.byte_sizes() for claims in every]
+    sizes = [task_masks.byte_sizes() for task_masks in every]
     assert sum(part["parameters"] for part in sizes) == 4 * sum(
         layer.num_frozen_params for layer in experts.layers.values()
     )
@@ -107,7 +113,7 @@ def test_byte_sizes_equal_the_stored_bytes(tmp_path: Path) -> None:
 
 
 def test_task_without_new_parameters_has_a_file(tmp_path: Path) -> None:
-    """A task whose mask opens only what is claimed already leaves no values."""
+    """A task whose mask selects only frozen parameters leaves no values."""
     shape = shape_of(mask_density=1.0, max_experts=4)
     experts, fresh = experts_of(shape), experts_of(shape)
     for name in NAMES[:2]:
@@ -117,8 +123,8 @@ def test_task_without_new_parameters_has_a_file(tmp_path: Path) -> None:
             for path, layer in experts.layers.items()
             for own in layer.trainable_names
         }
-        claims = TaskMasks(name, tuple(experts.names), shape, experts.freeze_task_params(name, trained))
-        write_task_masks(tmp_path / name, claims)
+        task_masks = TaskMasks(name, tuple(experts.names), shape, experts.freeze_task_params(name, trained))
+        write_task_masks(tmp_path / name, task_masks)
         back = read_matching_masks(tmp_path / name, name, tuple(fresh.names), fresh)
         fresh.load_task_params(name, back.layers)
     assert back.layers["p"]["a"].numel() == back.layers["q"]["b"].numel() == 0
@@ -151,13 +157,13 @@ def test_file_of_another_task_order_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"most": 5}, "its sub-experts have most 6, here it is 5"),
+        ({"max_experts": 5}, "its sub-experts have max_experts 6, here it is 5"),
         ({"rank": 4}, "its sub-experts have rank 3, here it is 4"),
-        ({"experts": 5}, "its sub-experts have experts 4, here it is 5"),
-        ({"share": 0.25}, "its sub-experts have share 0.5, here it is 0.25"),
+        ({"num_experts": 5}, "its sub-experts have num_experts 4, here it is 5"),
+        ({"mask_density": 0.25}, "its sub-experts have mask_density 0.5, here it is 0.25"),
         ({"scale": 2.0}, "its sub-experts have scale 1.5, here it is 2.0"),
-        ({"top": 0}, "its sub-experts have top 2, here it is 0"),
-        ({"atoms": False}, "its sub-experts have rank1 True, here it is False"),
+        ({"top_k": 0}, "its sub-experts have top_k 2, here it is 0"),
+        ({"rank1": False}, "its sub-experts have rank1 True, here it is False"),
     ],
 )
 def test_a_file_of_another_shape_is_refused(tmp_path: Path, changes: dict[str, Any], told: str) -> None:

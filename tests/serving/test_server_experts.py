@@ -67,8 +67,8 @@ def plain(base: Path) -> Any:
 
 
 def shape_of(rank1: bool = True, top: int = 2, **changes: Any) -> SubExpertShape:
-    # Of a grown model: of five experts that there is room for four are open, three were at first.
-    given = {"experts": 3, "most": 5, "rank": 4, "share": 0.5, "scale": 3.0}
+    # Of a grown model: of at most five experts four are in use, three were at first.
+    given = {"num_experts": 3, "max_experts": 5, "rank": 4, "mask_density": 0.5, "scale": 3.0}
     return SubExpertShape(**{**given, "rank1": rank1, "top_k": top, **changes})
 
 
@@ -84,7 +84,7 @@ def fill(experts: SubExpertBank, seed: int, preference: float) -> dict[str, torc
 
 
 class Made:
-    """The model in whose training the tasks claimed their sub-experts, and the files that they left."""
+    """The model in whose training the tasks froze their sub-experts, and the files that they left."""
 
     def __init__(
         self, base: Path, folder: Path, shape: SubExpertShape, tasks: Sequence[str] = TASKS, layer: int = LAYER,
@@ -353,8 +353,8 @@ def learnt_of(made: Made) -> SubExpertServingBank:
 @pytest.mark.parametrize(("rank1", "top"), [(True, 0), (False, 0), (True, 5)])
 @pytest.mark.parametrize("task", ["birds", "rain"])
 def test_task_as_lora_is_exact_with_uniform_gates(base: Path, tmp_path: Path, rank1: bool, top: int, task: str) -> None:
-    """Also where other tasks claimed around it, and where a layer opens fewer than another; and with a token router
-    that prefers nothing, whatever the number of sub-experts when the task was learnt."""
+    """Also where other tasks froze parameters, and where a mask selects fewer columns of a layer; and with a token
+    router that prefers nothing, whatever the number of sub-experts when the task was learnt."""
     made = Made(base, tmp_path, shape_of(rank1, top), preference=0.0)
     learnt = learnt_of(made)
     assert bool(learnt.token_routing) == bool(top)
@@ -366,7 +366,7 @@ def test_task_as_lora_is_exact_with_uniform_gates(base: Path, tmp_path: Path, ra
         expected = made.module(input_ids=ids).logits
     assert (expected - plain(base)(input_ids=ids).logits).abs().max() > 0.1
     torch.testing.assert_close(peft(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
-    if rank1:  # no more columns than a mask opens; for the last task, which reuses nothing, some layers have fewer left
+    if rank1:  # no more columns than a mask selects; for the last task, which reuses nothing, some layers have fewer
         assert {len(pair.a) for pair in adapter.layers.values()} == {6}
         used = {int((pair.a != 0).any(1).sum()) for pair in adapter.layers.values()}
         assert used == {6} if task == "birds" else min(used) < 6

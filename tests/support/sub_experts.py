@@ -13,8 +13,10 @@ IN, OUT, TASKS = 24, 16, 3  # rows of whole 16 bytes in bf16 too, as sorting ask
 
 
 def shape_of(rank1: bool = True, **changes: Any) -> SubExpertShape:
-    given = {"experts": 4, "rank": 3, "top": 2, "share": 0.5, "scale": 1.5, "atoms": rank1, **changes}
-    return SubExpertShape(**{"max_experts": given["experts"], **given})
+    given = {
+        "num_experts": 4, "rank": 3, "top_k": 2, "mask_density": 0.5, "scale": 1.5, "rank1": rank1, **changes
+    }  # fmt: skip
+    return SubExpertShape(**{"max_experts": given["num_experts"], **given})
 
 
 @torch.no_grad()

@@ -33,11 +33,13 @@ ORDER = (
 )
 # What only one folder may import.
 ALONE = {"deepspeed": "dscl.engine", "torch.distributed": "dscl.distributed", "triton": "dscl.maths"}
+# The files of the engine that a method may not see.
+ENGINE_ITSELF = ("deepspeed_patches", "engine", "projector", "zero_layouts", "zero_shards")
 # What a folder may not import although it stands higher: data know no ranks; a method neither steps nor communicates;
 # serving needs no DeepSpeed.
 BARRED = {
     "dscl.data": ("dscl.distributed",),
-    "dscl.methods": ("dscl.distributed", "dscl.engine.engine", "dscl.engine.zero_shards"),
+    "dscl.methods": ("dscl.distributed", *(f"dscl.engine.{name}" for name in ENGINE_ITSELF)),
     "dscl.serving.server": ("dscl.engine", "dscl.training"),
     "dscl.serving.bundle": ("dscl.engine", "dscl.training"),
 }

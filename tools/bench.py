@@ -54,7 +54,8 @@ from dscl.data.batches import Batch  # noqa: E402
 from dscl.data.encode import encode_answers  # noqa: E402
 from dscl.distributed import comm  # noqa: E402
 from dscl.distributed.launcher import subprocess_environment  # noqa: E402
-from dscl.engine.engine import Engine, load_parameters  # noqa: E402
+from dscl.engine.engine import Engine  # noqa: E402
+from dscl.engine.zero_layouts import load_parameters  # noqa: E402
 from dscl.methods.registry import find_method  # noqa: E402
 from dscl.model.lm_head import MAX_LOGITS, ChunkedCrossEntropy, answer_loss  # noqa: E402
 from dscl.monitoring.observer import Observer  # noqa: E402
@@ -538,7 +539,7 @@ def evaluation(options: argparse.Namespace) -> Iterator[Found]:
         labels = encode_answers(LABELS, tokenizer)
 
         def one_by_one() -> None:
-            if comm.is_main() or engine.stage == 3:  # where each pass needs all ranks
+            if comm.is_main() or engine.layout.forward_needs_all_ranks:
                 for prompt in eval_set.prompt_ids:
                     for label in labels:
                         ids = torch.tensor([[*prompt, *label]], device=engine.device)

@@ -9,57 +9,27 @@ from __future__ import annotations
 
 import io
 import math
-import os
-import shutil
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
-from functools import wraps
-from importlib import import_module
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import redirect_stdout
 from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.config import DeepSpeedConfigError
-from deepspeed.runtime.zero import partitioned_param_coordinator
-from deepspeed.runtime.zero.partition_parameters import DeepSpeedTensorOverride
-from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
-from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
-from pydantic import ValidationError
 from torch import nn
-from torch.utils.cpp_extension import _get_build_directory
 
 from dscl.config.deepspeed_json import refuse_optimizer_bypass
 from dscl.distributed import comm
+from dscl.engine import deepspeed_patches
+from dscl.engine.full_shape import full_shape
 from dscl.engine.gradient_hooks import GradientCallback, GradientHook
-from dscl.engine.matrix_owners import Constraint, OwnerExchange, ShardSlice, assign_owners, load_imbalance
+from dscl.engine.matrix_owners import Constraint
 from dscl.engine.optimizer import HookedAdamW, ParamShard
-from dscl.engine.zero_shards import ZeroShards, shard_slice
+from dscl.engine.projector import ConstraintProjector
+from dscl.engine.zero_layouts import ReadWeights, choose_layout
+from dscl.engine.zero_shards import ZeroShards
 from dscl.model.backbone import DTYPES
 from dscl.utils import timers
-from dscl.utils.cache import hold_file_lock
 from dscl.utils.errors import UserError
-
-# DeepSpeed's collectives: (kind in the statistics, index and name of the argument that holds the tensors they send).
-COLLECTIVE_SIGNATURES = {
-    "all_reduce": ("all_reduce", 0, "tensor"),
-    "all_reduce_coalesced": ("all_reduce", 0, "tensors"),
-    "inference_all_reduce": ("all_reduce", 0, "tensor"),
-    "reduce": ("reduce", 0, "tensor"),
-    "broadcast": ("broadcast", 0, "tensor"),
-    "all_gather": ("all_gather", 1, "tensor"),
-    "all_gather_into_tensor": ("all_gather", 1, "input_tensor"),
-    "all_gather_coalesced": ("all_gather", 1, "input_tensors"),
-    "reduce_scatter": ("reduce_scatter", 1, "input_list"),
-    "reduce_scatter_tensor": ("reduce_scatter", 1, "input_tensor"),
-    "all_to_all_single": ("all_to_all", 1, "input"),
-}
-DISABLE_COMPILER_VARIABLE = "TORCHDYNAMO_DISABLE"  # environment variable that turns torch.compile off
-
-
-ZERO_SUPPORTED_OPTIMIZERS.append(HookedAdamW)  # DeepSpeed compares exact types, so a subclass of AdamW must be listed
 
 
 class Engine:
@@ -76,7 +46,7 @@ class Engine:
         deepspeed_config: dict[str, Any],
         *,
         build: Callable[[], nn.Module],
-        read: Callable[[str, torch.Size, int, int], torch.Tensor],
+        read: ReadWeights,
         prepare: Callable[[nn.Module], nn.Module],
         constraint: Callable[[], Constraint | None] = lambda: None,
         gradient_hook: Callable[[], GradientHook | None] = lambda: None,
@@ -89,50 +59,33 @@ class Engine:
         self.device = comm.device()
         timers.set_device(self.device)
         self.dtype = DTYPES[precision]
-        self.stage = int(deepspeed_config.get("zero_optimization", {}).get("stage", 0))
-        self.grad_clip = grad_clip
         # The gradient norm of the last step before clipping: a number, or a tensor that was not synchronized.
         self.last_grad_norm: Any = None
-        # At ZeRO 0 in fp32 DeepSpeed would clip without returning the norm.
-        self._engine_clips_gradients = self.stage == 0 and precision == "fp32"
+        self.grad_clip = grad_clip
+        self.stage = int(deepspeed_config.get("zero_optimization", {}).get("stage", 0))  # for reports only
         if precision == "fp16" and self.device.type == "cpu":
             raise UserError("train.precision: given 'fp16', which CPUs do not train in; allowed here: fp32, bf16")
-        config = {
-            **deepspeed_config,
-            "train_micro_batch_size_per_gpu": micro_batch,
-            "gradient_accumulation_steps": 1,  # `step` sets the accumulation boundary itself
-            "gradient_clipping": 0.0 if self._engine_clips_gradients else grad_clip,
-            "steps_per_print": None,
-            "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW also runs on CPU
-        }
-        for kind in ("bf16", "fp16"):
-            if kind == precision or kind in deepspeed_config:
-                config[kind] = {**deepspeed_config.get(kind, {}), "enabled": kind == precision}
-        _init_deepspeed_comm()
-        with _deepspeed_errors_as_user_errors(), self._zero3_init_context(config):
-            module = build()
-        if self.stage != 3:
-            module.to(self.device)
-        load_parameters(module, read)
+        layout_class = choose_layout(self.stage, precision)
+        config = _complete_config(
+            deepspeed_config, precision, micro_batch, grad_clip if layout_class.deepspeed_clips else 0.0
+        )
+        deepspeed_patches.init_deepspeed_comm()
+        with deepspeed_patches.deepspeed_errors_as_user_errors():
+            module = layout_class.build_module(build, config, self.device)
+        layout_class.load_parameters(module, read)
         module = prepare(module)
         trainable = [p for p in module.parameters() if p.requires_grad]
         if not trainable:
             raise UserError("method: nothing to train; no parameter of the model is trainable under these settings")
         # ZeRO takes a dummy step to allocate the optimizer state. With lr=0 this step does not decay the weights.
         self.optimizer = HookedAdamW(trainable, lr=0.0, betas=betas, weight_decay=weight_decay, fused=True)
-        with _deepspeed_errors_as_user_errors(), redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory use
+        deepspeed_patches.allow_zero_with(HookedAdamW)
+        # DeepSpeed prints its memory use.
+        with deepspeed_patches.deepspeed_errors_as_user_errors(), redirect_stdout(io.StringIO()):
             self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=config)
-        self.shards = ZeroShards(self.deepspeed, self.optimizer, self.stage)
-        self.constraint, self.gradient_hook = constraint(), gradient_hook()
-        self._has_unprojected_steps = False  # whether there were steps since the last projection of the weights
-        if self.constraint is not None or self.gradient_hook is not None:
-            refuse_optimizer_bypass(deepspeed_config.get("zero_optimization", {}))
-        if self.gradient_hook is not None:
-            self._attach_gradient_hook(self.gradient_hook)
-        self._local_shards = list(self.shards.local_shards())
-        if self.constraint is not None:
-            self._assign_matrix_owners(self.constraint)
-        self.optimizer.before_step, self.optimizer.after_step = self._before_step, self._after_step
+        self.layout = layout_class(self.deepspeed, self.optimizer)
+        self.shards = ZeroShards(self.layout, self.optimizer)
+        self._attach_method(constraint(), gradient_hook(), deepspeed_config.get("zero_optimization", {}))
 
     @property
     def project_every(self) -> int:
@@ -143,6 +96,10 @@ class Engine:
     def module(self) -> nn.Module:
         """The model inside DeepSpeed's engine."""
         return self.deepspeed.module
+
+    def full_shapes(self) -> dict[str, torch.Size]:
+        """The shape of every parameter before sharding, by name, whether it is trained or not."""
+        return {name: full_shape(parameter) for name, parameter in self.module.named_parameters()}
 
     def step(
         self,
@@ -167,15 +124,15 @@ class Engine:
         loss_sum = self._accumulate_gradients(loss_fn, micro_batches, targets)
         with timers.timed_part("optimizer"):
             self.optimizer.skip_step = skip_non_finite and comm.any_rank_true(not bool(torch.isfinite(loss_sum)))
-            if self._engine_clips_gradients:
-                self.last_grad_norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.grad_clip or math.inf)
-                self.optimizer.skip_step |= skip_non_finite and not math.isfinite(self.last_grad_norm)
+            grad_norm = self.layout.clip_gradients(self.grad_clip)
+            if grad_norm is not None:
+                self.optimizer.skip_step |= skip_non_finite and not math.isfinite(grad_norm)
             self.deepspeed.step()
-            if not self._engine_clips_gradients:
-                self.last_grad_norm = self.deepspeed.get_global_grad_norm()
+            self.last_grad_norm = self.deepspeed.get_global_grad_norm() if grad_norm is None else grad_norm
             self.optimizer.skip_step = False
-            if project and self._has_unprojected_steps:  # this step was skipped, so earlier steps are not projected yet
-                self._project_weights(list(self._constrained_masters))
+            projector = self._projector
+            if project and projector is not None and projector.has_unprojected_steps:
+                projector.project_weights()  # this step was skipped, so earlier steps are not projected yet
                 self.shards.sync_model_weights()
         return loss_sum
 
@@ -190,19 +147,13 @@ class Engine:
 
         `on_gradients` receives this rank's shards; at ZeRO 3 it is called once for each sub-group of the optimizer.
         """
-        zero_optimizer = self.deepspeed.optimizer
-        clip = getattr(zero_optimizer, "clip_grad", None)  # None at ZeRO 0 in fp32, where DeepSpeed does not clip
         self._accumulate_gradients(loss_fn, micro_batches, targets)
-        if clip is not None:
-            zero_optimizer.clip_grad = 0.0
         self.optimizer.step_override = lambda step_tensors: on_gradients(self._shards_in(step_tensors))
         try:
-            with timers.timed_part("steering"):
+            with timers.timed_part("steering"), self.layout.without_clipping():
                 self.deepspeed.step()
         finally:
             self.optimizer.step_override = None
-            if clip is not None:
-                zero_optimizer.clip_grad = clip
 
     def _accumulate_gradients(
         self, loss_fn: Callable[[nn.Module, Any], torch.Tensor], micro_batches: Sequence[Any], targets: int
@@ -245,15 +196,8 @@ class Engine:
     ) -> None:
         """Call `matrix_fn(name, matrix)` for each of these constrained matrices (None: for all), whole and in fp32, on
         the matrix's owner. An owner holds one whole matrix at a time."""
-        matrix_names = list(self._constrained_masters) if names is None else list(names)
-        self._owner_exchange.apply_on_owners(
-            matrix_names,
-            self._constrained_masters,
-            matrix_fn,
-            write_back=False,
-            max_elements=1,
-            on_progress=on_progress,
-        )
+        assert self._projector is not None
+        self._projector.apply_on_owners(matrix_fn, names, on_progress)
 
     def probe_activations(self, loss_fn: Callable[[nn.Module], torch.Tensor], backward: bool) -> None:
         """One forward pass in evaluation mode, for forward and backward hooks on the model's layers.
@@ -284,50 +228,52 @@ class Engine:
         """The state of fp16's dynamic loss scaling; empty in other precisions."""
         if not self.uses_loss_scaling:
             return {}
-        scaler = self._loss_scaler()
-        return {k: v for k, v in vars(scaler).items() if isinstance(v, int | float) and not isinstance(v, bool)}
+        scaler = vars(self.layout.loss_scaler())
+        return {k: v for k, v in scaler.items() if isinstance(v, int | float) and not isinstance(v, bool)}
 
     def load_loss_scale_state(self, state: dict[str, float]) -> None:
         """Load what `loss_scale_state` returned."""
         for name, value in state.items():
-            setattr(self._loss_scaler(), name, value)
+            setattr(self.layout.loss_scaler(), name, value)
 
     def simulate_peers(self) -> None:
         """Called only by `dscl plan`, which runs one process for a world of many ranks: compute the shards of
         constrained matrices that the other ranks would hold."""
-        slices = None if self.constraint is None else self.shards.peer_slices(self._sub_group_of_matrix)
-        if slices is not None:
-            self._owner_exchange.rank_slices = slices
+        if self._projector is not None:
+            self._projector.simulate_peers()
 
     def load_imbalance(self) -> float | None:
         """The most loaded rank's work on constrained matrices divided by the mean; None without a constraint."""
-        return None if self.constraint is None else load_imbalance(self.constraint.matrix_costs(), comm.world_size())
+        return None if self._projector is None else self._projector.load_imbalance()
 
     def close(self) -> None:
         self.deepspeed.destroy()
 
-    def _assign_matrix_owners(self, constraint: Constraint) -> None:
-        """Assign every constrained matrix to an owner rank, and prepare the exchange of shards with the owners."""
-        parameters, shapes = dict(self.shards.trainable_parameters()), self.shards.full_shapes()
-        costs = constraint.matrix_costs()
-        owners = assign_owners(costs, comm.world_size())
-        constrained_shards = {f.name: f for f in self._local_shards if f.name in costs}
-        local_slices = {name: ShardSlice(f.start, f.stop) for name, f in constrained_shards.items()}
-        self._constrained_masters = {
-            name: constrained_shards[name].master if name in constrained_shards else torch.empty(0) for name in costs
-        }
-        self._owner_exchange = OwnerExchange(owners, {name: shapes[name] for name in costs}, local_slices, self.device)
-        constraint.set_owned([name for name, owner in owners.items() if owner == comm.rank()], self.device)
-        self._sub_group_of_matrix = {name: self.shards.sub_group_index(parameters[name]) for name in costs}
+    def _attach_method(
+        self, constraint: Constraint | None, gradient_hook: GradientHook | None, zero_settings: dict[str, Any]
+    ) -> None:
+        """Have every optimizer step enforce the constraint and call the hook."""
+        self.constraint, self.gradient_hook = constraint, gradient_hook
+        if constraint is not None or gradient_hook is not None:
+            refuse_optimizer_bypass(zero_settings)
+        if gradient_hook is not None:
+            self._attach_gradient_hook(gradient_hook)
+        self._local_shards = list(self.shards.local_shards())
+        self._projector = (
+            None
+            if constraint is None
+            else ConstraintProjector(constraint, self.layout, self._local_shards, self.device)
+        )
+        self.optimizer.before_step, self.optimizer.after_step = self._before_step, self._after_step
 
     def _attach_gradient_hook(self, gradient_hook: GradientHook) -> None:
         """Create the hook's extra tensors, and refuse settings under which the hook cannot work."""
-        groups = self.shards.sub_group_tensors()
+        groups = self.layout.step_groups()
         if gradient_hook.needs_all_shards and len(groups) > 1:
             raise UserError(
                 f"deepspeed: zero_optimization.sub_group_size: given a size that steps {len(groups)} groups of "
                 "tensors one after the other, and this method has to see all gradients before any step; set it to "
-                f"{sum(tensor.numel() for tensor in groups)} or more"
+                f"{sum(tensor.numel() for group in groups for tensor in group)} or more"
             )
         self.shards.add_extra_state(gradient_hook.extra_state_names)
 
@@ -337,147 +283,31 @@ class Engine:
         return [shard for shard in self._local_shards if id(shard.optimizer_tensor) in tensor_ids]
 
     def _before_step(self, step_tensors: Sequence[torch.Tensor]) -> None:
+        step_shards = self._shards_in(step_tensors)
         if self.gradient_hook is not None:
             with timers.timed_part("steering"):
-                self.gradient_hook.modify_gradients(self._shards_in(step_tensors), self._sum_over_shards)
-        if self.constraint is not None and self.constraint.project_gradients:
-            with timers.timed_part("projection"):
-                gradients = {
-                    f.name: f.gradient for f in self._shards_in(step_tensors) if f.name in self._sub_group_of_matrix
-                }
-                self._owner_exchange.apply_on_owners(
-                    self._constrained_names(step_tensors), gradients, self.constraint.project_gradient, write_back=True
-                )
+                self.gradient_hook.modify_gradients(step_shards, self.layout.sum_over_shards)
+        if self._projector is not None:
+            self._projector.before_step(step_tensors, step_shards)
 
     def _after_step(self, step_tensors: Sequence[torch.Tensor]) -> None:
-        if self.constraint is not None:
-            self._has_unprojected_steps = True
-            if self._project_after_step:
-                self._project_weights(self._constrained_names(step_tensors))
-
-    def _constrained_names(self, step_tensors: Sequence[torch.Tensor]) -> list[str]:
-        """The constrained matrices that the optimizer is about to step. ZeRO-3 steps one sub-group at a time."""
-        number = next((i for i, tensor in enumerate(self.shards.sub_group_tensors()) if tensor is step_tensors[0]), 0)
-        return [name for name, group in self._sub_group_of_matrix.items() if group == number]
-
-    def _sum_over_shards(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum per-rank results that cover disjoint shards. At ZeRO 0 every rank has all shards, so nothing is added."""
-        return values if self.stage == 0 else comm.all_reduce_sum(values.to(self.device)).to(values.device)
-
-    def _project_weights(self, names: Sequence[str]) -> None:
-        """Project the fp32 masters of these matrices so that they satisfy the constraint."""
-        assert self.constraint is not None
-        with timers.timed_part("projection"):
-            self._owner_exchange.apply_on_owners(
-                names, self._constrained_masters, self.constraint.project_weight, write_back=True
-            )
-        self._has_unprojected_steps = False
-
-    def _zero3_init_context(self, config: dict[str, Any]) -> Any:
-        """The context for building the module. At ZeRO 3 it shards every layer when it is created, so that no rank ever
-        holds the whole model."""
-        if self.stage != 3:
-            return nullcontext()
-        # Override the device only. A dtype override would also round the rotary embedding's frequencies.
-        return deepspeed.zero.Init(config_dict_or_path=config, tensor_overrides=[DeepSpeedTensorOverride.device])
-
-    def _loss_scaler(self) -> Any:
-        """DeepSpeed's loss scaler object."""
-        zero_optimizer = self.deepspeed.optimizer
-        return getattr(zero_optimizer, "loss_scaler", None) or zero_optimizer.loss_scale_config
+        if self._projector is not None:
+            self._projector.after_step(step_tensors, project=self._project_after_step)
 
 
-@contextmanager
-def _deepspeed_errors_as_user_errors() -> Iterator[None]:
-    """Turn DeepSpeed's complaints about its settings into a one-line error for the user."""
-    try:
-        yield
-    except (DeepSpeedConfigError, NotImplementedError, ValidationError) as error:
-        raise UserError(f"deepspeed: these settings are refused: {' '.join(str(error).split())[:300]}") from None
-
-
-@contextmanager
-def without_cross_rank_asserts() -> Iterator[None]:
-    """Turn off ZeRO-3's asserts that all ranks pass the same values. `dscl plan` has no other ranks."""
-    names = [name for name in vars(partitioned_param_coordinator) if name.startswith("assert_ints_same")]
-    original = {name: getattr(partitioned_param_coordinator, name) for name in names}
-    for name in names:
-        setattr(partitioned_param_coordinator, name, lambda *_: None)
-    try:
-        yield
-    finally:
-        for name, check in original.items():
-            setattr(partitioned_param_coordinator, name, check)
-
-
-def _init_deepspeed_comm() -> None:
-    """Initialize DeepSpeed's communication on the existing process group. On CPU, DeepSpeed's extension is built
-    first; its output is suppressed."""
-    if deepspeed.comm.is_initialized():
-        return
-    _import_muon_without_compiler()
-    if shutil.which("ninja") is None:  # it is a dependency, but its folder need not be on the PATH
-        os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    with redirect_stdout(io.StringIO()):
-        if comm.device().type == "cpu":
-            _build_shm_extension()
-        deepspeed.init_distributed(verbose=False)
-    _count_collectives(deepspeed.comm.comm.cdb)
-
-
-def _import_muon_without_compiler() -> None:
-    """Import DeepSpeed's Muon optimizer while torch.compile is turned off.
-
-    DeepSpeed always imports Muon, which decorates its kernels with torch.compile. Importing the compiler takes a
-    second, and nothing here is compiled.
-    """
-    original = os.environ.get(DISABLE_COMPILER_VARIABLE)
-    os.environ[DISABLE_COMPILER_VARIABLE] = "1"
-    try:
-        import_module("deepspeed.runtime.zero.muon.muon_optimizer")
-    finally:
-        if original is None:
-            del os.environ[DISABLE_COMPILER_VARIABLE]
-        else:
-            os.environ[DISABLE_COMPILER_VARIABLE] = original
-
-
-def _count_collectives(backend: Any) -> None:
-    """Wrap the collectives of DeepSpeed's backend so that their bytes and waiting times are counted."""
-    for name, (kind, arg_index, keyword) in COLLECTIVE_SIGNATURES.items():
-        setattr(backend, name, timers.wrap_collective(kind, getattr(backend, name), arg_index, keyword))
-    # ZeRO-3 gathers weights in a separate stream. `fetch_sub_module` is where a layer waits for its weights.
-    if not hasattr(PartitionedParameterCoordinator.fetch_sub_module, "__wrapped__"):
-        fetch = PartitionedParameterCoordinator.fetch_sub_module
-        PartitionedParameterCoordinator.fetch_sub_module = wraps(fetch)(timers.wrap_wait("all_gather", fetch))
-
-
-def _build_shm_extension() -> None:
-    """Build and load DeepSpeed's extension for all-reduce in shared memory. It is compiled once per machine.
-
-    torch protects the build with a lock file. A killed process leaves this file behind, and all others would wait for
-    ever. Our own lock, which is released when its holder dies, makes it safe to remove the file.
-    """
-    compiler = os.environ.get("CXX", "c++")
-    if shutil.which(compiler) is None:
-        raise UserError(f"no C++ compiler found ({compiler}), which DeepSpeed needs on CPUs; install g++, or set CXX")
-    folder = Path(_get_build_directory("deepspeed_shm_comm", False))
-    with hold_file_lock(folder.with_name(f"{folder.name}.dscl-lock")):
-        (folder / "lock").unlink(missing_ok=True)
-        get_accelerator().create_op_builder("ShareMemCommBuilder").load()
-
-
-@torch.no_grad()
-def load_parameters(module: nn.Module, read: Callable[[str, torch.Size, int, int], torch.Tensor]) -> None:
-    """Load every parameter from `read(name, shape, start, stop)`. Of a sharded parameter, a rank reads only its own
-    shard."""
-    parameters: Iterable[tuple[str, Any]] = module.named_parameters()  # `Any`: DeepSpeed adds attributes to them
-    for name, parameter in parameters:
-        if hasattr(parameter, "ds_tensor"):
-            start, stop = shard_slice(parameter)
-            parameter.ds_tensor.zero_()  # the last rank's padding
-            if start < stop:
-                parameter.ds_tensor[: stop - start].copy_(read(name, parameter.ds_shape, start, stop))
-        else:
-            num_elements = math.prod(parameter.shape)
-            parameter.copy_(read(name, parameter.shape, 0, num_elements).view(parameter.shape))
+def _complete_config(
+    deepspeed_config: Mapping[str, Any], precision: str, micro_batch: int, grad_clip: float
+) -> dict[str, Any]:
+    """DeepSpeed's configuration: the user's JSON, and the keys that the recipe and the engine set."""
+    config = {
+        **deepspeed_config,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": 1,  # `step` sets the accumulation boundary itself
+        "gradient_clipping": grad_clip,
+        "steps_per_print": None,
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW also runs on CPU
+    }
+    for kind in ("bf16", "fp16"):
+        if kind == precision or kind in deepspeed_config:
+            config[kind] = {**deepspeed_config.get(kind, {}), "enabled": kind == precision}
+    return config

@@ -6,7 +6,7 @@ Nothing here depends on DeepSpeed, which shards the optimizer's tensors and call
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ class ParamShard:
     master: torch.Tensor
     moments: dict[str, torch.Tensor]
     optimizer_tensor: torch.Tensor  # the tensor in the optimizer's param_groups; `master` is a view of it
-    extra_state: dict[str, torch.Tensor]  # the method's extra tensors, of the same length
+    extra_state: dict[str, torch.Tensor] = field(default_factory=dict)  # the method's tensors, of the same length
 
     @property
     def gradient(self) -> torch.Tensor:

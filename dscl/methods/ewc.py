@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from dscl.config.methods import EwcPreset
 from dscl.data.batches import Batch
+from dscl.engine.full_shape import full_shape
 from dscl.engine.gradient_hooks import LocalShard
 from dscl.methods.base import TaskContext, TaskSummary
 from dscl.methods.sequential import Sequential
@@ -75,7 +76,7 @@ class Ewc(Sequential):
         with torch.no_grad():
             for shard in context.local_shards():
                 shard.extra_state["anchor"].copy_(shard.master)
-        num_trained = sum(getattr(p, "ds_numel", p.numel()) for p in context.model.parameters() if p.requires_grad)
+        num_trained = sum(full_shape(p).numel() for p in context.model.parameters() if p.requires_grad)
         return TaskSummary(metrics={"capacity_bytes": 8.0 * num_trained})
 
 

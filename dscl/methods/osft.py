@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from dscl.config.methods import OsftPreset
+from dscl.engine.full_shape import full_shape
 from dscl.maths.subspace import ProtectedSubspace, placeholder_state, projection_flops, rank_from_ratio
 from dscl.methods.base import Method, RunInfo, TaskContext, TaskSummary
 from dscl.methods.osft_directions import ProtectedDirections
@@ -53,7 +54,7 @@ class Osft(Method):
             linear.weight.requires_grad_(True)
         if self.settings.other_params == "protected":
             for name, parameter in model.named_parameters():
-                shape = getattr(parameter, "ds_shape", parameter.shape)
+                shape = full_shape(parameter)
                 if len(shape) == 2 and name not in matrix_shapes:
                     matrix_shapes[name] = int(shape[0]), int(shape[1])
                     parameter.requires_grad_(True)

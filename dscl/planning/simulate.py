@@ -22,7 +22,8 @@ from torch.utils._pytree import tree_leaves
 
 from dscl.data.batches import Batch
 from dscl.distributed import comm
-from dscl.engine.engine import Engine, without_cross_rank_asserts
+from dscl.engine.deepspeed_patches import without_cross_rank_asserts
+from dscl.engine.engine import Engine
 from dscl.methods.base import Method
 from dscl.methods.registry import find_method
 from dscl.model.flops import FlopCount, count_flops
@@ -78,7 +79,6 @@ def simulate_step(
         kept = _measure_kept_bytes(engine, method)
         kept_on_device = kept.weights + kept.optimizer + kept.method_state
         gradients = max(0, steps.bytes_before_step - kept_on_device - kept.host)
-        parameters: list[Any] = list(engine.module.parameters())
         estimate = MemoryEstimate(
             **kept._asdict(),
             gradients=gradients,
@@ -89,8 +89,8 @@ def simulate_step(
             later_tasks=later_tasks,
             task_end=int(method.task_end_bytes()),
             flop_count=count_flops(engine.module),
-            num_parameters=sum(getattr(p, "ds_numel", p.numel()) for p in parameters),
-            num_trainable=sum(getattr(p, "ds_numel", p.numel()) for p in parameters if p.requires_grad),
+            num_parameters=sum(shape.numel() for shape in engine.full_shapes().values()),
+            num_trainable=engine.shards.num_trainable(),
             load_imbalance=engine.load_imbalance(),
         )
         engine.close()
@@ -150,10 +150,9 @@ class _KeptBytes(NamedTuple):
 
 
 def _measure_kept_bytes(engine: Engine, method: Method) -> _KeptBytes:
-    parameters: list[Any] = list(engine.module.parameters())
     # The method keeps these tensors in the host's memory; here all tensors are on the CPU.
     on_host = {id(t) for name, t in method.matrix_state_dict().items() if name.endswith("|start")}
-    weights = _unique_storages(t for p in parameters for t in (p.data, getattr(p, "ds_tensor", None)))
+    weights = _unique_storages(engine.layout.weight_tensors())
     optimizer_tensors = [t for f in engine.shards.local_shards() for t in (f.master, *f.moments.values())]
     optimizer = _unique_storages(optimizer_tensors) - weights
     shard_state = (t for f in engine.shards.local_shards() for t in f.extra_state.values())

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dscl.maths.scores import SUMMARY_KEYS
 from dscl.monitoring.score_board import ScoreBoard
 
 
@@ -30,6 +31,11 @@ def read_scores(path: Path) -> ScoreBoard | None:
         _check_score_row(row, tasks, f"after {name}")
     if document.get("complete") is True and len(rows) < len(tasks):
         raise _scores_error(f"complete, with {len(rows)} rows for {len(tasks)} tasks")
+    summary = document.get("summary")
+    if not isinstance(summary, dict):
+        raise _scores_error("it holds no summary")
+    for name in SUMMARY_KEYS:
+        _check_number(summary.get(name), name)
     if document.setdefault("zero_shot", None) is not None:
         _check_score_row(document["zero_shot"], tasks, "before training")
     for name in ("routing_accuracy", "rejected_share"):

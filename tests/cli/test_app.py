@@ -272,7 +272,7 @@ def test_train_runs_the_checks_only_with_doctor(
     project: Path, words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked: list[bool] = []
-    monkeypatch.setattr("dscl.training.trainer.train", lambda recipe, stop, thorough: looked.append(thorough))
+    monkeypatch.setattr("dscl.training.run.train", lambda recipe, stop, thorough: looked.append(thorough))
     assert main(["train", str(project / "r.yaml"), *words]) == 0
     assert looked == [bool(words)]
 

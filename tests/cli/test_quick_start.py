@@ -57,7 +57,7 @@ def stepped(self, *given, **named):
     os._exit(0)
 
 with cli.disable_gc_for_imports():
-    from dscl.training import trainer
+    from dscl.training import run
     from dscl.engine.engine import Engine
 step, Engine.step = Engine.step, stepped
 sys.exit(cli.main(["train", *sys.argv[2:]]))

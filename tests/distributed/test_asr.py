@@ -15,8 +15,9 @@ from dscl.methods.asr import Asr
 from dscl.model import generation
 from dscl.model.adapters.routing import Routing
 from dscl.recipe.recipe import resolve_recipe
-from dscl.training import evaluation, trainer
+from dscl.training import evaluation, task_context
 from dscl.training.setup import build_setup
+from dscl.training.state import TrainState
 from tests.support.five_tasks import NAMES, SIZES, left, scores, statistics, tasks
 from tests.support.five_tasks import recipe as recipe_of_tasks
 from tests.support.runs import failing, metrics, outcome, run, run_until
@@ -68,13 +69,13 @@ def test_ranks_and_stages_change_at_most_few_entries(ranks: Any, undisturbed: An
             assert differing == 0
         seen = metrics(run_dir)
         assert [r["loss"] for r in seen] == pytest.approx([r["loss"] for r in losses], rel=1e-4)
-        assert scores(run_dir)["routed"] == scores(reference)["routed"]
+        assert scores(run_dir)["routing_accuracy"] == scores(reference)["routing_accuracy"]
         assert scores(run_dir)["confusion"] == scores(reference)["confusion"]
     confusion = scores(run_dir)["confusion"]
     assert (confusion["tasks"], confusion["answered_by"]) == (list(NAMES[:2]), [*NAMES[:2], None])
     assert [sum(row) for row in confusion["shares"]] == pytest.approx([1.0, 1.0])
-    assert [row[i] for i, row in enumerate(confusion["shares"])] == scores(run_dir)["routed"][-1]
-    assert [row[-1] for row in confusion["shares"]] == scores(run_dir)["rejected"][-1]
+    assert [row[i] for i, row in enumerate(confusion["shares"])] == scores(run_dir)["routing_accuracy"][-1]
+    assert [row[-1] for row in confusion["shares"]] == scores(run_dir)["rejected_share"][-1]
 
 
 DEATHS = [
@@ -242,7 +243,7 @@ class Nothing:
 
 
 def build_task_context(engine: Any, task_data: Any) -> Any:
-    return trainer.build_task_context(engine, task_data, "", Nothing(), trainer.TrainState())  # type: ignore[arg-type]
+    return task_context.build_task_context(engine, task_data, Nothing(), TrainState(), "")  # type: ignore[arg-type]
 
 
 def start_of(batch: Any, row: int) -> int:
@@ -310,7 +311,7 @@ def test_nothing_is_forgotten_to_the_last_bit(ranks: Any, tasks: Path) -> None:
                 compared += len(same)
     assert compared > 20
     document = scores(tasks / "bits")
-    right = document["routed"]
+    right = document["routing_accuracy"]
     if all(right[i][j] == 1.0 for i in range(3) for j in range(i + 1)):
         assert document["summary"]["BWT"] == 0.0
 

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from dscl.data.batches import Batch, collate
 from dscl.data.replay_buffer import ConcatenatedDataset, ReplayBuffer
-from dscl.engine.engine import load_parameters
+from dscl.engine.zero_layouts import load_parameters
 from dscl.methods import ewc
 from dscl.methods.ewc import random_signs, signed_loss
 from dscl.methods.lwf import distillation_loss

@@ -16,9 +16,10 @@ import pytest
 import torch
 from torch import nn
 
-import dscl.engine.engine
 from dscl.distributed import comm
-from dscl.engine.engine import Engine, load_parameters
+from dscl.engine import deepspeed_patches
+from dscl.engine.engine import Engine
+from dscl.engine.zero_layouts import load_parameters
 from dscl.model.adapters.injection import LoraConfig, inject_lora
 from tests.support.toy_model import (
     OFFLOAD,
@@ -335,7 +336,7 @@ def test_what_a_collective_sends_is_the_argument_that_deepspeed_has_there() -> N
     source = ast.parse(inspect.getsource(importlib.import_module("deepspeed.comm.torch")))
     backend = next(node for node in source.body if isinstance(node, ast.ClassDef) and node.name == "TorchBackend")
     methods = {node.name: node for node in backend.body if isinstance(node, ast.FunctionDef)}
-    for name, (_, place, argument) in dscl.engine.engine.COLLECTIVE_SIGNATURES.items():
+    for name, (_, place, argument) in deepspeed_patches.COLLECTIVE_SIGNATURES.items():
         assert [each.arg for each in methods[name].args.args][1 + place] == argument, name
 
 
@@ -455,9 +456,9 @@ def test_a_killed_build_does_not_block_the_next(tmp_path: Path, monkeypatch: pyt
         def load(self) -> None:
             seen.append((folder / "lock").exists())
 
-    monkeypatch.setattr(dscl.engine.engine, "_get_build_directory", lambda name, verbose: str(folder))
-    monkeypatch.setattr(dscl.engine.engine, "get_accelerator", Builder)
-    dscl.engine.engine._build_shm_extension()
+    monkeypatch.setattr(deepspeed_patches, "_get_build_directory", lambda name, verbose: str(folder))
+    monkeypatch.setattr(deepspeed_patches, "get_accelerator", Builder)
+    deepspeed_patches.build_shm_extension()
     assert seen == [False]
 
 

@@ -409,7 +409,10 @@ def find_blocking_collectives(
 
     from dscl.distributed import comm
     from dscl.recipe.recipe import read_recipe
-    from dscl.training import preflight, setup, trainer
+    from dscl.training import preflight, setup
+    from dscl.training import run as training_run
+    from dscl.training.checkpoint import Checkpoints
+    from dscl.training.dry_run import dry_run
 
     note, seen = folder / f"{verb} waits", []
 
@@ -433,15 +436,16 @@ def find_blocking_collectives(
 
     recipe = folder / "recipe.yaml"
     works: dict[str, Callable[[], object]] = {
-        "train": lambda: trainer.train(read_recipe(str(recipe), [])),
-        "rehearse": lambda: trainer.dry_run(read_recipe(str(recipe), [])),
-        "evaluate": lambda: trainer.evaluate_run(str(folder), []),
-        "diagnose": lambda: trainer.diagnose_cluster(read_recipe(str(recipe), [])),
+        "train": lambda: training_run.train(read_recipe(str(recipe), [])),
+        "rehearse": lambda: dry_run(read_recipe(str(recipe), [])),
+        "evaluate": lambda: training_run.evaluate_run(str(folder), []),
+        "diagnose": lambda: training_run.diagnose_cluster(read_recipe(str(recipe), [])),
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setup, "encode_dataset", encode)
         patch.setattr(setup.RunSetup, "build_engine", met)
         patch.setattr(preflight, "run_checks", met)
+        patch.setattr(Checkpoints, "find_checkpoint", met)  # before an evaluation builds its engine
         if not comm.is_main():
             for name in COLLECTIVES:
                 patch.setattr(comm, name, record_calls(name, getattr(comm, name)))
@@ -477,7 +481,7 @@ def test_ranks_wait_without_a_time_limit_for_data_preparation(ranks: Any, tmp_pa
 def test_the_previous_test_notices_a_time_limit(ranks: Any, tmp_path: Path) -> None:
     write_run_folder(tmp_path)
     (seen, _), _ = ranks(2)(
-        find_blocking_collectives, tmp_path, "train", LIMITED, ["dscl.training.trainer.comm.wait_for_all_ranks"]
+        find_blocking_collectives, tmp_path, "train", LIMITED, ["dscl.training.run.comm.wait_for_all_ranks"]
     )
     assert seen
     assert seen[0] in COLLECTIVES[1:]
@@ -503,7 +507,10 @@ from pathlib import Path
 sys.path.insert(0, {repository!r})
 import torch.distributed as td
 from dscl.distributed import comm
-from dscl.training import preflight, setup, trainer
+from dscl.training import preflight, setup
+from dscl.training import run as training_run
+from dscl.training.checkpoint import Checkpoints
+from dscl.training.dry_run import dry_run
 from dscl.recipe.recipe import read_recipe
 td.init_process_group("gloo", timeout=timedelta(seconds=5))
 comm._group_without_timeout()
@@ -521,13 +528,13 @@ def met(*a):
     raise Met
 
 run = Path({run!r})
-setup.encode_dataset, setup.RunSetup.build_engine = slowly, met
+setup.encode_dataset, setup.RunSetup.build_engine, Checkpoints.find_checkpoint = slowly, met, met
 {change}
 for work in (
-    lambda: trainer.train(read_recipe(run / "recipe.yaml", [])),
-    lambda: trainer.dry_run(read_recipe(run / "recipe.yaml", [])),
-    lambda: trainer.evaluate_run(str(run), []),
-    lambda: trainer.diagnose_cluster(read_recipe(run / "recipe.yaml", [])),
+    lambda: training_run.train(read_recipe(run / "recipe.yaml", [])),
+    lambda: dry_run(read_recipe(run / "recipe.yaml", [])),
+    lambda: training_run.evaluate_run(str(run), []),
+    lambda: training_run.diagnose_cluster(read_recipe(run / "recipe.yaml", [])),
 ):
     waiting = [7.0]
     try:
@@ -543,7 +550,7 @@ os._exit(75)
     ("change", "met", "status"),
     [
         ("preflight.run_checks = met", 4, 75),
-        ("trainer.comm.wait_for_all_ranks = lambda: None", 0, 1),  # there is a time limit
+        ("training_run.comm.wait_for_all_ranks = lambda: None", 0, 1),  # there is a time limit
     ],
 )
 def test_long_data_preparation_meets_no_time_limit(tmp_path: Path, change: str, met: int, status: int) -> None:

@@ -36,7 +36,7 @@ def test_a_task_leaves_the_same_wherever_it_comes(ranks: Any, tasks: Path, stage
     matrix = scores(tasks / f"all{stage}")["matrix"]
     for task in range(len(names)):
         assert len({row[task] for row in matrix[task:]}) == 1
-    assert "routed" not in scores(tasks / f"all{stage}")
+    assert "routing_accuracy" not in scores(tasks / f"all{stage}")
 
 
 def test_stages_agree(ranks: Any, tasks: Path) -> None:

@@ -21,9 +21,10 @@ from dscl.engine.engine import Engine
 from dscl.methods.base import TaskContext
 from dscl.methods.registry import METHODS, find_method
 from dscl.recipe.recipe import resolve_recipe
-from dscl.training import trainer
+from dscl.training import run as training_run
 from dscl.training.checkpoint import Checkpoints
 from dscl.training.setup import RunSetup, build_setup
+from dscl.training.state import TrainState
 from tests.support.five_tasks import NAMES, recipe, tasks
 from tests.support.osft_runs import quick
 from tests.support.runs import Killed, outcome, run
@@ -154,7 +155,7 @@ def restored_snapshot(made: dict[str, Any], checkpoint: str) -> Snapshot:
     """Of a fresh job and engine that were brought to a checkpoint of the run."""
     setup = build_setup(resolve_recipe(made))
     engine = setup.build_engine()
-    trainer.restore_checkpoint(Path(made["run_dir"]) / "checkpoints" / checkpoint, engine, setup)
+    training_run.restore_checkpoint(Path(made["run_dir"]) / "checkpoints" / checkpoint, engine, setup)
     snapshot = take_snapshot(engine, setup)
     engine.close()
     return snapshot
@@ -214,13 +215,14 @@ def recorded(made: dict[str, Any]) -> tuple[Snapshot, Snapshot, Requests]:
         setups.append(build_setup(*arguments))
         return setups[-1]
 
-    def saving(self: Checkpoints, name: str, train_state: Any, engine: Engine, method: Any) -> None:
-        save(self, name, train_state, engine, method)
+    def saving(self: Checkpoints, train_state: TrainState, scores: Any, engine: Engine, method: Any) -> None:
+        save(self, train_state, scores, engine, method)
+        name = train_state.checkpoint_name()
         if name in (MID_TASK, FINAL):
             snapshots[name] = take_snapshot(engine, setups[-1])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "build_setup", opening)
+        patch.setattr(training_run, "build_setup", opening)
         patch.setattr(Checkpoints, "save", saving)
         for phase in ("begin_task", "end_task"):
             count_requests(patch, find_method(made["method"]["name"]), phase, requests)

@@ -14,8 +14,8 @@ from dscl.data.replay_buffer import ReplayBuffer
 from dscl.engine.engine import Engine
 from dscl.methods.replay import Replay
 from dscl.recipe.recipe import resolve_recipe
-from dscl.training import trainer
 from dscl.training.setup import build_setup
+from dscl.training.trainer import Trainer
 from dscl.utils.errors import UserError
 from tests.support.five_tasks import NAMES, SIZES, recipe, scores, tasks
 from tests.support.runs import metrics, outcome, run, run_until
@@ -35,7 +35,7 @@ def mixing(folder: Path, name: str, method: dict[str, Any], stage: int = 1, ever
 def seen(document: dict[str, Any]) -> list[Counter[tuple[str, str]]]:
     """Task by task, how often each sample is learnt, over all ranks: prompt and answer."""
     found: list[Counter[tuple[str, str]]] = []
-    train_task, step = trainer.train_task, Engine.step
+    train_task, step = Trainer.train_task, Engine.step
 
     def learning(*arguments: Any) -> None:
         found.append(Counter())
@@ -48,7 +48,7 @@ def seen(document: dict[str, Any]) -> list[Counter[tuple[str, str]]]:
         return step(self, loss, batches, **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "train_task", learning)
+        patch.setattr(Trainer, "train_task", learning)
         patch.setattr(Engine, "step", stepping)
         run(document)
     return found

@@ -29,7 +29,8 @@ from dscl.config.methods import MosesPreset
 from dscl.config.parts import OracleRouterConfig, SubExpertsConfig
 from dscl.data.batches import PromptBatch, collate_prompts
 from dscl.distributed import comm
-from dscl.engine.engine import Engine, load_parameters
+from dscl.engine.engine import Engine
+from dscl.engine.zero_layouts import load_parameters
 from dscl.maths import gates, grouped
 from dscl.methods import moses
 from dscl.methods.base import RunInfo
@@ -43,9 +44,11 @@ from dscl.model.adapters.sub_experts import SubExpertLinear
 from dscl.model.adapters.task_masks import read_task_masks
 from dscl.model.backbone import ModelConfig
 from dscl.recipe.recipe import resolve_recipe
-from dscl.training import trainer
+from dscl.training import run as training_run
 from dscl.training.checkpoint import Checkpoints
 from dscl.training.setup import build_setup
+from dscl.training.state import TrainState
+from dscl.training.task_context import build_task_context
 from tests.support.five_tasks import LABELS, words_of
 from tests.support.osft_runs import excess, of_matrices, quick, stored
 from tests.support.runs import failing, killed_after, metrics, outcome, recipe_of, run, run_until, run_until_killed
@@ -156,7 +159,7 @@ def begun(kind: Kind, stage: int, zero: dict[str, Any], precision: str = "fp32")
 def learn(engine: Engine, method: Moses, index: int, accumulation: int = 1) -> list[float]:
     """A task's steps, up to its end but for that."""
     name = TASKS[index]
-    method.begin_task(index, name, trainer.build_task_context(engine, None, "", Silent(), trainer.TrainState()))  # type: ignore[arg-type]
+    method.begin_task(index, name, build_task_context(engine, None, Silent(), TrainState(), ""))  # type: ignore[arg-type]
     engine.reset_optimizer(lambda own, shape, start, stop: starting(name, own, shape).flatten()[start:stop])
     losses = []
     for step in range(STEPS):
@@ -167,7 +170,7 @@ def learn(engine: Engine, method: Moses, index: int, accumulation: int = 1) -> l
 
 
 def end(engine: Engine, method: Moses, index: int) -> None:
-    method.end_task(index, TASKS[index], trainer.build_task_context(engine, None, "", Silent(), trainer.TrainState()))  # type: ignore[arg-type]
+    method.end_task(index, TASKS[index], build_task_context(engine, None, Silent(), TrainState(), ""))  # type: ignore[arg-type]
 
 
 # ---- against a loop over experts in plain torch, in one process
@@ -569,19 +572,19 @@ def test_told_the_task_every_score_stays(ranks: Any, tasks: Path, stage: int, ma
     document = recipe(tasks, f"given{stage}", stage, tune={"masks": masks})
     document["evaluate"] |= {"oracle_task_id": True, "every": 1}
     ranks(2)(run, document)
-    found = scores(tasks / f"given{stage}")["given"]
+    found = scores(tasks / f"given{stage}")["oracle_task_id"]
     for task in range(len(SIZES)):
         assert len({row[task] for row in found["matrix"][task:]}) == 1
     assert found["summary"]["BWT"] == 0.0
     assert found["summary"]["forgetting"] == 0.0
     again = json.loads(ranks(2)(evaluated, tasks / f"given{stage}", ["evaluate.oracle_task_id=true"])[0])
-    assert list(again["given"].values()) == found["matrix"][-1]
+    assert list(again["oracle_task_id"].values()) == found["matrix"][-1]
 
 
 def evaluated(run_dir: Path, words: list[str]) -> str:
     said = StringIO()
     with redirect_stdout(said):
-        trainer.evaluate_run(str(run_dir), words)
+        training_run.evaluate_run(str(run_dir), words)
     return said.getvalue()
 
 
@@ -596,7 +599,7 @@ def mixed(document: dict[str, Any], inferred: bool) -> tuple[float, float, int, 
     engine = setup.build_engine()
     newest = Checkpoints(recipe.run_folder / "checkpoints", recipe.checkpoint).find_newest()
     assert newest is not None
-    trainer.restore_checkpoint(newest, engine, setup)
+    training_run.restore_checkpoint(newest, engine, setup)
     method, module, pad = setup.method, engine.module.eval(), setup.tasks[0].pad_id
     assert isinstance(method, Moses)
     names = [task_data.task.name for task_data in setup.tasks]
@@ -655,7 +658,7 @@ PLACES: dict[str, Any] = {
     "step": (Engine, "step"),
     "freeze": (SubExpertBank, "freeze_task_params"),  # nothing of it is anywhere but in memory
     "end": (Moses, "end_task"),
-    "ended": (trainer.Observer, "log_task_summary"),  # the task's last record stands in metrics.jsonl
+    "ended": (training_run.Observer, "log_task_summary"),  # the task's last record stands in metrics.jsonl
     "write": (moses, "write_task_masks"),  # the task's masks are written, and nothing else of it
     "left": (Checkpoints, "write_task_artifacts"),  # all that it leaves is written, and no checkpoint knows
     "save": (Checkpoints, "save"),

@@ -20,8 +20,9 @@ from transformers import LlamaConfig
 from dscl.config.methods import OsftPreset
 from dscl.config.parts import OsftConfig
 from dscl.distributed import comm
-from dscl.engine.engine import Engine, load_parameters
+from dscl.engine.engine import Engine
 from dscl.engine.matrix_owners import assign_owners
+from dscl.engine.zero_layouts import load_parameters
 from dscl.maths.subspace import PROJECTIONS
 from dscl.methods.base import RunInfo
 from dscl.methods.osft import Osft
@@ -29,9 +30,11 @@ from dscl.model.activation_stats import ActivationStats
 from dscl.model.generation import TEXTS_PER_BLOCK, sample_texts
 from dscl.model.weights import RandomWeights
 from dscl.recipe.recipe import resolve_recipe
-from dscl.training import trainer
+from dscl.training import evaluation
 from dscl.training.checkpoint import Checkpoints
 from dscl.training.setup import build_setup
+from dscl.training.state import TrainState
+from dscl.training.task_context import build_task_context
 from tests.support.moments import felt_moments
 from tests.support.osft_runs import (
     SEVEN,
@@ -154,7 +157,7 @@ def begun(stage: int, zero: dict[str, Any], precision: str = "fp32", **keys: Any
     )
     for group in engine.optimizer.param_groups:
         group["eps"] = EPS
-    ranks = trainer.build_task_context(engine, None, "", Silent(), trainer.TrainState())  # type: ignore[arg-type]
+    ranks = build_task_context(engine, None, Silent(), TrainState(), "")  # type: ignore[arg-type]
     engine.reset_optimizer(method.begin_task(0, "first", ranks))
     return engine, method
 
@@ -510,7 +513,7 @@ def watched(document: dict[str, Any]) -> list[tuple[str, float]]:
         seen.append((where, max(found)))
 
     with pytest.MonkeyPatch.context() as patch:
-        step, save, evaluate_task = Engine.step, Checkpoints.save, trainer.evaluate_task
+        step, save, evaluate_task = Engine.step, Checkpoints.save, evaluation.evaluate_task
 
         def stepping(self: Engine, *a: Any, **k: Any) -> Any:
             engines.append(self)
@@ -518,8 +521,8 @@ def watched(document: dict[str, Any]) -> list[tuple[str, float]]:
             look("step")
             return result
 
-        def saving(self: Checkpoints, name: str, *a: Any) -> None:
-            save(self, name, *a)
+        def saving(self: Checkpoints, *a: Any) -> None:
+            save(self, *a)
             if engines:
                 look("save")
 
@@ -530,7 +533,7 @@ def watched(document: dict[str, Any]) -> list[tuple[str, float]]:
 
         patch.setattr(Engine, "step", stepping)
         patch.setattr(Checkpoints, "save", saving)
-        patch.setattr(trainer, "evaluate_task", taking)
+        patch.setattr(evaluation, "evaluate_task", taking)
         run(document)
     return seen
 

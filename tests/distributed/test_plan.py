@@ -16,11 +16,13 @@ import torch
 
 from dscl.distributed import comm
 from dscl.monitoring.observer import ObserveConfig, Observer
+from dscl.monitoring.score_board import ScoreBoard
 from dscl.planning.simulate import MemoryTracker, largest_micro_batches, simulate_step
 from dscl.recipe.recipe import resolve_recipe
 from dscl.training.checkpoint import CheckpointConfig, Checkpoints
 from dscl.training.setup import build_setup
-from dscl.training.trainer import TrainState, build_task_context
+from dscl.training.state import TrainState
+from dscl.training.task_context import build_task_context
 from dscl.utils import timers
 from dscl.utils.quiet import silence_libraries
 from tests.support.pool import forked
@@ -156,7 +158,7 @@ def measure(document: dict[str, Any], foreseen: float) -> dict[str, Any]:
     gc.freeze()  # what was there before costs no time whenever garbage is collected
     with redirect_stdout(StringIO()), Patient(0.95 * foreseen) as tracker:
         engine = setup.build_engine()
-        ranks = build_task_context(engine, setup.tasks[0], "", observer, TrainState())
+        ranks = build_task_context(engine, setup.tasks[0], observer, TrainState(), "")
         engine.reset_optimizer(setup.method.begin_task(0, setup.tasks[0].task.name, ranks))
         gc.collect()
         tracker.peak = tracker.current
@@ -167,10 +169,14 @@ def measure(document: dict[str, Any], foreseen: float) -> dict[str, Any]:
             gc.collect()  # what refers to itself goes when Python happens to look
     trained = engine.shards.num_trainable()
     setup.recipe.run_folder.mkdir(exist_ok=True)
-    Checkpoints(setup.recipe.run_folder, CheckpointConfig()).save("step-1", {}, engine, setup.method)
+    Checkpoints(setup.recipe.run_folder, CheckpointConfig()).save(
+        TrainState(), ScoreBoard("", (), ()), engine, setup.method
+    )
     engine.close()
     gc.unfreeze()
-    saved = sum(path.stat().st_size for path in (setup.recipe.run_folder / "step-1").glob("*.safetensors"))
+    saved = sum(
+        path.stat().st_size for path in (setup.recipe.run_folder / TrainState().checkpoint_name()).glob("*.safetensors")
+    )
     return {"peak": tracker.peak, "sent": sent[2], "trained": trained, "saved": saved}
 
 

@@ -18,9 +18,12 @@ from dscl.distributed import comm
 from dscl.engine.engine import Engine
 from dscl.engine.zero_shards import ZeroShards
 from dscl.recipe.recipe import Recipe, resolve_recipe
-from dscl.training import checkpoint, run_dir, trainer
+from dscl.training import checkpoint_files, run_dir
+from dscl.training import run as training_run
+from dscl.training.checkpoint import Checkpoints
 from dscl.training.setup import build_setup
 from dscl.utils.errors import ExternalFailure, UserError
+from dscl.utils.json_files import write_checked_json
 from tests.support.runs import (
     copy,
     failing,
@@ -174,7 +177,7 @@ def test_a_damaged_checkpoint_is_passed_over(
 
 def full_disk(document: dict[str, Any], call: int) -> tuple[str, str]:
     """The `call`-th write of tensors on rank 1 finds the disk full."""
-    original, calls = checkpoint.save_file, [0]
+    original, calls = checkpoint_files.save_file, [0]
 
     def writing(tensors: Any, path: Path) -> None:
         calls[0] += 1
@@ -182,11 +185,11 @@ def full_disk(document: dict[str, Any], call: int) -> tuple[str, str]:
             raise OSError(28, "No space left on device")
         original(tensors, path)
 
-    checkpoint.save_file = writing
+    checkpoint_files.save_file = writing
     try:
         return failing(document)
     finally:
-        checkpoint.save_file = original
+        checkpoint_files.save_file = original
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(ranks: Any, undisturbed: Any, tasks: Path) -> None:
@@ -363,7 +366,7 @@ def test_a_task_with_fewer_samples_than_ranks(ranks: Any, tasks: Path, stage: in
 def scored(run_dir: Path) -> str:
     said = io.StringIO()
     with redirect_stdout(said):
-        trainer.evaluate_run(str(run_dir), [])
+        training_run.evaluate_run(str(run_dir), [])
     return said.getvalue()
 
 
@@ -372,7 +375,7 @@ def test_eval_repeats_the_last_row(ranks: Any, tasks: Path, stage: int) -> None:
     run_dir = tasks / f"scored{stage}"
     ranks(2)(run, recipe_of(tasks, run_dir.name, stage, train__lr=0.05))
     document = json.loads((run_dir / "scores.json").read_text())
-    assert document["matrix"][-1] != document["before"]
+    assert document["matrix"][-1] != document["zero_shot"]
     for world in (1, 2):
         line = json.loads(ranks(world)(scored, run_dir)[0])
         assert list(line["scores"].values()) == document["matrix"][-1]
@@ -421,7 +424,7 @@ def chosen(document: dict[str, Any], name: str) -> str:
     """What is said where a checkpoint is asked for by its name."""
     recipe = resolve_recipe(document)
     try:
-        checkpoint.Checkpoints(recipe.run_folder / "checkpoints", recipe.checkpoint).find_checkpoint(name)
+        Checkpoints(recipe.run_folder / "checkpoints", recipe.checkpoint).find_checkpoint(name)
     except ExternalFailure as error:
         return str(error)
     return ""
@@ -451,7 +454,7 @@ def without_room_for(document: dict[str, Any], name: str) -> str:
     return str(raised.value)
 
 
-@pytest.mark.parametrize("name", ["recipe.yaml", "base.json"])
+@pytest.mark.parametrize("name", ["recipe.yaml"])
 def test_a_run_directory_that_the_main_rank_cannot_write_to_ends_all_ranks(ranks: Any, tasks: Path, name: str) -> None:
     for said in ranks(2)(without_room_for, recipe_of(tasks, f"no {name}"), name):
         assert "cannot be written (No space left on device); choose another" in said
@@ -525,14 +528,15 @@ def test_another_model_in_the_same_place_is_refused(ranks: Any, undisturbed: Any
     document = recipe_of(tasks, "other base", 0)
     folder = copy(undisturbed(*whole(tasks, world=1)), "other base")
     (folder / "scores.json").unlink()  # as if it had died at the very end
-    marks = json.loads((folder / "base.json").read_text())
-    (folder / "base.json").write_text(json.dumps({**marks, "model": "another"}))
+    newest = max((folder / "checkpoints").iterdir())
+    state = json.loads((newest / "state.json").read_text())
+    state["base_model"]["model"] = "another"
+    marker = checkpoint_files.read_marker(newest)
+    marker["files"]["state.json"] = checkpoint_files.write_bytes(newest / "state.json", json.dumps(state).encode())
+    write_checked_json(newest / "complete.json", marker)
     ((kind, message),) = ranks(1)(failing, document)
     assert kind == "UserError"
     assert "was started with another model than" in message
-    (folder / "base.json").unlink()  # a run of a version that did not write it
-    ranks(1)(run, document)
-    assert json.loads((folder / "base.json").read_text()) == marks
 
 
 def test_a_run_of_a_version_that_lacked_a_key_goes_on(ranks: Any, undisturbed: Any, tasks: Path) -> None:

@@ -15,10 +15,15 @@ import pytest
 
 from dscl.distributed import comm
 from dscl.recipe.recipe import resolve_recipe
-from dscl.training import checkpoint, trainer
+from dscl.training import checkpoint
+from dscl.training import run as training_run
 from dscl.training.checkpoint import MARKER_FILE, CheckpointConfig, Checkpoints
+from dscl.training.state import TrainState
+from dscl.training.trainer import Trainer
 from dscl.utils.errors import ExternalFailure, RunStopped, UserError
+from dscl.utils.json_files import write_checked_json
 from tests.support.runs import Killed, StopAtPoll, outcome, recipe_of, run, whole, write_tasks
+from tests.support.score_boards import make_score_board
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +38,7 @@ class Slow:
 
     def __init__(self, seconds: float, fails: bool = False) -> None:
         self.seconds, self.fails = seconds, fails
-        self.original = checkpoint._write_tensors
+        self.original = checkpoint.write_tensors
         self.threads: set[str] = set()
 
     def __enter__(self) -> Slow:
@@ -44,11 +49,11 @@ class Slow:
                 raise OSError(28, "No space left on device")
             return self.original(path, tensors)
 
-        checkpoint._write_tensors = slow
+        checkpoint.write_tensors = slow
         return self
 
     def __exit__(self, *_: object) -> None:
-        checkpoint._write_tensors = self.original
+        checkpoint.write_tensors = self.original
 
 
 def beside(folder: Path, name: str, stage: int, **changes: Any) -> dict[str, Any]:
@@ -112,7 +117,7 @@ def run_while_writing_waits(document: dict[str, Any], name: str) -> tuple[bool, 
     seen: list[str] = []
     waited: list[bool] = []
     enough = threading.Event()
-    finish_pending_if_written, write = Checkpoints.finish_pending_if_written, checkpoint._write_tensors
+    finish_pending_if_written, write = Checkpoints.finish_pending_if_written, checkpoint.write_tensors
 
     def polled(self: Checkpoints) -> None:
         finish_pending_if_written(self)
@@ -125,11 +130,11 @@ def run_while_writing_waits(document: dict[str, Any], name: str) -> tuple[bool, 
             waited.append(enough.wait(30))
         return write(path, tensors)
 
-    Checkpoints.finish_pending_if_written, checkpoint._write_tensors = polled, patient  # type: ignore[method-assign]
+    Checkpoints.finish_pending_if_written, checkpoint.write_tensors = polled, patient  # type: ignore[method-assign]
     try:
         run(document)
     finally:
-        Checkpoints.finish_pending_if_written, checkpoint._write_tensors = finish_pending_if_written, write  # type: ignore[method-assign]
+        Checkpoints.finish_pending_if_written, checkpoint.write_tensors = finish_pending_if_written, write  # type: ignore[method-assign]
     return bool(waited) and all(waited), seen
 
 
@@ -166,7 +171,7 @@ def test_a_disk_that_is_full_is_told_and_the_one_before_is_there(ranks: Any, und
 
 
 def run_without_room_for_the_marker(document: dict[str, Any]) -> str:
-    original = checkpoint._write_bytes
+    original = checkpoint.write_bytes
 
     def writing(path: Path, content: bytes) -> Any:
         if path.name == MARKER_FILE:
@@ -174,7 +179,7 @@ def run_without_room_for_the_marker(document: dict[str, Any]) -> str:
         return original(path, content)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "_write_bytes", writing)
+        patch.setattr(checkpoint, "write_bytes", writing)
         with pytest.raises(ExternalFailure) as raised:
             run(document)
     return str(raised.value)
@@ -188,7 +193,7 @@ def test_what_the_main_rank_cannot_write_ends_all_ranks(ranks: Any, tasks: Path)
 def stop_at(document: dict[str, Any], place: int) -> list[str]:
     """The checkpoints that are there when the run has stopped."""
     with Slow(0.2), pytest.raises(RunStopped):
-        trainer.train(resolve_recipe(document), StopAtPoll(place))
+        training_run.train(resolve_recipe(document), StopAtPoll(place))
     return sorted(path.name for path in (Path(document["run_dir"]) / "checkpoints").iterdir())
 
 
@@ -203,14 +208,14 @@ def test_a_run_that_stops_waits_for_what_is_being_written(ranks: Any, tasks: Pat
 
 def scores_written(document: dict[str, Any]) -> list[bool]:
     """Run; whether the checkpoint after a task has its name when the task's scores are written, task by task."""
-    original, whole = trainer.write_scores, []
+    original, whole = Trainer.write_scores, []
 
-    def publishing(recipe: Any, job: Any, position: Any) -> Any:
-        whole.append((recipe.run_folder / "checkpoints" / position.checkpoint_name() / MARKER_FILE).exists())
-        return original(recipe, job, position)
+    def publishing(self: Trainer) -> Any:
+        whole.append((self.checkpoints.folder / self.state.checkpoint_name() / MARKER_FILE).exists())
+        return original(self)
 
     with Slow(0.2), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "write_scores", publishing)
+        patch.setattr(Trainer, "write_scores", publishing)
         run(document)
     return whole
 
@@ -249,12 +254,13 @@ def test_without_its_marker_it_does_not_count(ranks: Any, undisturbed: Any, task
     assert outcome(tasks / "dies") == outcome(undisturbed(*whole(tasks, 3, train__epochs=1)))
 
 
-def fake(folder: Path, total: int, row: list[float], heldout: float, **position: Any) -> None:
-    made = folder / f"step-{total:08d}{'-scored' if not position else ''}"
+def fake(folder: Path, total: int, row: list[float], heldout: float, **state: Any) -> None:
+    made = folder / f"step-{total:08d}{'-scored' if not state else ''}"
     made.mkdir(parents=True)
-    (made / MARKER_FILE).write_text(json.dumps({"files": {}}))
-    stands = {"step": 0, "learned": False, "matrix": [row] * len(row), "heldout": [heldout], **position}
-    (made / "state.json").write_text(json.dumps({"position": stands}))
+    write_checked_json(made / MARKER_FILE, {"files": {}, "artifacts": {}})
+    scores = make_score_board([row] * len(row), heldout=[heldout])
+    document = {"train_state": TrainState(**state).to_json(), "scores": scores.to_json()}
+    (made / "state.json").write_text(json.dumps(document))
 
 
 @pytest.mark.parametrize(("by", "best"), [("OP", "step-00000020-scored"), ("heldout", "step-00000010-scored")])
@@ -362,13 +368,13 @@ def test_the_best_of_a_run_is_kept(ranks: Any, tasks: Path) -> None:
     _, first, second = json.loads((folder / "scores.json").read_text())["heldout"]
     assert first < second
     best, newest = sorted((folder / "checkpoints").iterdir())
-    assert json.loads((best / "state.json").read_text())["position"]["heldout"][-1] == first
-    assert json.loads((newest / "state.json").read_text())["position"]["heldout"][-1] == second
+    assert json.loads((best / "state.json").read_text())["scores"]["heldout"][-1] == first
+    assert json.loads((newest / "state.json").read_text())["scores"]["heldout"][-1] == second
     assert json.loads(ranks(2)(evaluated, folder, "best")[0])["checkpoint"] == best.name
 
 
 def evaluated(folder: Path, which: str) -> str:
     said = io.StringIO()
     with redirect_stdout(said):
-        trainer.evaluate_run(str(folder), [], checkpoint=which)
+        training_run.evaluate_run(str(folder), [], checkpoint=which)
     return said.getvalue()

@@ -12,7 +12,7 @@ import torch
 from dscl.distributed import comm
 from dscl.methods.registry import METHODS
 from dscl.recipe.recipe import resolve_recipe
-from dscl.training import trainer
+from dscl.training import run as training_run
 from dscl.utils.errors import RunStopped
 from tests.support.every_method import document
 from tests.support.five_tasks import NAMES, scores, statistics, tasks
@@ -67,7 +67,7 @@ def test_the_table_covers_all_pairs() -> None:
 def run_for(changed: Any, places: int) -> str:
     """Stop at that many places at which a run asks: after a step, or within an evaluation. The newest checkpoint."""
     with large_eps(), pytest.raises(RunStopped):
-        trainer.train(
+        training_run.train(
             resolve_recipe(changed), StopAtPoll(places - (comm.world_size() > 1))
         )  # others hear of it when they ask next
     return max(path.name for path in Path(changed["run_dir"], "checkpoints").iterdir())

@@ -20,7 +20,7 @@ from dscl.config.parsing import parse_config
 from dscl.distributed import comm
 from dscl.methods.osft import Osft
 from dscl.recipe.recipe import resolve_recipe
-from dscl.training import trainer
+from dscl.training import run as training_run
 from dscl.utils.errors import RunStopped
 from tests.support.programs import Program
 from tests.support.runs import StopAtPoll, outcome, recipe_of, run, whole, write_tasks
@@ -41,7 +41,7 @@ def run_stopping(document: dict[str, Any], places: list[int]) -> list[tuple[str,
     messages = []
     for place in places:
         try:
-            trainer.train(resolve_recipe(document), StopAtPoll(place))
+            training_run.train(resolve_recipe(document), StopAtPoll(place))
             raise AssertionError(f"place {place} was never come by")
         except RunStopped as stopped:
             folder = Path(document["run_dir"]) / "checkpoints"

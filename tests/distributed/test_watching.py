@@ -96,7 +96,7 @@ def test_every_evaluation_is_timed_and_the_first_one_shown(ranks: Any, tasks: Pa
     scores = json.loads((Path(document["run_dir"]) / "scores.json").read_text())
     curve = [(event.step, event.value) for event in events.Scalars("task/animal/score")]
     assert curve == [
-        (0, pytest.approx(scores["before"][1])),
+        (0, pytest.approx(scores["zero_shot"][1])),
         (first - 1, pytest.approx(scores["matrix"][0][1])),
         (last, pytest.approx(scores["matrix"][1][1])),
     ]

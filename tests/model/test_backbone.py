@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from dscl.engine.engine import load_parameters
+from dscl.engine.zero_layouts import load_parameters
 from dscl.model.backbone import Backbone, ModelConfig, resolve_backbone
 from dscl.utils.errors import UserError
 from tests.support.small_models import PIECES, SHAPE, TEXT

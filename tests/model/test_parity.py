@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from dscl.engine.engine import Engine, load_parameters
+from dscl.engine.engine import Engine
+from dscl.engine.zero_layouts import load_parameters
 from dscl.model.backbone import Backbone, ModelConfig, resolve_backbone
 from tests.support.small_models import PIECES, SHAPE
 

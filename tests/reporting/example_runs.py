@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from dscl.config.parsing import apply_overrides
-from dscl.maths.scores import build_document
+from tests.support.score_boards import make_score_board
 
 TASKS = ("one", "two")
 
@@ -40,7 +40,7 @@ def write_run(
     folder: Path,
     *assignments: str,
     scores: Sequence[Sequence[float | None]] = ((0.8, None), (0.6, 0.9)),
-    before: Sequence[float] | None = None,
+    zero_shot: Sequence[float] | None = None,
     tasks: Sequence[str] = TASKS,
     steps: int = 2,
     numbers: Mapping[str, float] | None = None,
@@ -53,9 +53,7 @@ def write_run(
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), "utf-8")
     rows = [list(row) for row in scores]
     if rows:
-        document = build_document(
-            recipe["method"]["name"], tasks, ["accuracy"] * len(tasks), rows, before, len(rows) == len(tasks)
-        )
+        document = make_score_board(rows, zero_shot, tasks).to_json()
         (folder / "scores.json").write_text(json.dumps(document | others), "utf-8")
     with open(folder / "metrics.jsonl", "w", encoding="utf-8") as file:
         for i, task in enumerate(tasks[: max(1, len(rows))]):

@@ -39,8 +39,8 @@ def write_finished_run(
     (run.folder / "recipe.yaml").write_text(yaml.safe_dump(resolve_recipe(run.recipe).to_dict()))
     tasks = ["colour", "animal"]
     summary = {"OP": scores, "BWT": bwt, "FWT": None, "forgetting": -bwt}
-    matrix = [[scores - bwt, None], [scores, scores]]
-    document = {"method": "x", "tasks": tasks, "metrics": ["accuracy"] * 2, "matrix": matrix, "before": None}
+    matrix = [[scores - bwt, None], [scores, scores]][: 2 if complete else 1]
+    document = {"method": "x", "tasks": tasks, "metrics": ["accuracy"] * 2, "matrix": matrix, "zero_shot": None}
     (run.folder / "scores.json").write_text(json.dumps(document | {"summary": summary, "complete": complete}))
     records = [{"step": s, "task": tasks[s // 3], "loss": 1.0, "tokens": tokens, "seconds": 0.5} for s in range(6)]
     (run.folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))

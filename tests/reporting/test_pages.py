@@ -63,12 +63,12 @@ def write_example_folder(folder: Path, tasks: tuple[str, ...] = ("one", "two")) 
     scores = [[0.5 if j <= i else 0.1 for j in range(count)] for i in range(count)]
     shares = [[float(i == j) for j in range(count + 1)] for i in range(count)]
     routed = {
-        "routed": [[1.0] * count] * count,
-        "given": {"matrix": scores, "summary": {"OP": 0.6, "BWT": 0.0}},
+        "routing_accuracy": [[1.0] * count] * count,
+        "oracle_task_id": {"matrix": scores, "summary": {"OP": 0.6, "BWT": 0.0}},
         "confusion": {"tasks": list(tasks), "answered_by": [*tasks, None], "shares": shares},
     }
     numbers = {"capacity_bytes": 5000.0, "lora_per_task_bytes": 9000.0}
-    asr = {"scores": scores, "tasks": tasks, "before": [0.1] * count, "numbers": numbers, **routed}
+    asr = {"scores": scores, "tasks": tasks, "zero_shot": [0.1] * count, "numbers": numbers, **routed}
     for seed in (0, 1):
         write_run(folder / f"runs/asr/seed-{seed}", f"seed={seed}", "method.name=asr", **asr)
     write_run(folder / "runs/free/seed-0", scores=scores, tasks=tasks)

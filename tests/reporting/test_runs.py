@@ -22,7 +22,7 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 def test_complete_run_is_read(tmp_path: Path) -> None:
     numbers = {"capacity_bytes": 100.0, "peak_memory_bytes": 7.0, "trainable_parameters": 3.0}
-    found = read_run(write_run(tmp_path / "a", before=(0.1, 0.2), heldout=[3.0, 3.1, 3.2], numbers=numbers), "mine")
+    found = read_run(write_run(tmp_path / "a", zero_shot=(0.1, 0.2), heldout=[3.0, 3.1, 3.2], numbers=numbers), "mine")
     assert (found.problem, found.metrics.problem, found.row, found.seed) == ("", "", "mine", 0)
     assert found.scores is not None
     assert found.scores.matrix == ((0.8, None), (0.6, 0.9))
@@ -57,15 +57,15 @@ def test_unfinished_run_reports_its_progress(tmp_path: Path, scores: tuple, rows
         (lambda d: d["matrix"][1].__setitem__(1, "x"), "scores.json is damaged: the score of two after two is 'x'"),
         (lambda d: d["matrix"][1].pop(), "scores.json is damaged: the row after two"),
         (lambda d: d["matrix"].pop(), "scores.json is damaged: complete, with 1 rows for 2 tasks"),
-        (lambda d: d.pop("matrix"), "scores.json is damaged: matrix"),
+        (lambda d: d.pop("matrix"), "scores.json is damaged: matrix is no list"),
         (lambda d: d.pop("summary"), "scores.json is damaged: it holds no summary"),
         (lambda d: d.update(summary=[]), "scores.json is damaged: it holds no summary"),
         (lambda d: d.update(tasks=["one", 2]), "scores.json is damaged: tasks"),
         (lambda d: d.update(metrics=[]), "scores.json is damaged: metrics"),
         (lambda d: d.update(tasks=["one", "other"]), "scores.json is of one, other, recipe.yaml of one, two"),
         (lambda d: d.update(heldout=3.0), "scores.json is damaged: heldout is no list"),
-        (lambda d: d.update(routed="all"), "scores.json is damaged: routed is no list"),
-        (lambda d: d.update(given={"summary": None}), "scores.json is damaged: it holds no given"),
+        (lambda d: d.update(routing_accuracy="all"), "scores.json is damaged: routing_accuracy is no list"),
+        (lambda d: d.update(oracle_task_id={"matrix": None}), "scores.json is damaged: oracle_task_id is no list"),
         (lambda d: d.update(confusion=[1]), "scores.json is damaged: confusion is no object"),
         (lambda d: d.update(confusion={"tasks": ["one"], "answered_by": [None], "shares": []}), "confusion has no row"),
     ],

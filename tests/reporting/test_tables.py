@@ -42,7 +42,7 @@ def test_row_shows_the_mean_over_seeds(tmp_path: Path) -> None:
     first = write_run(
         tmp_path / "a",
         scores=((0.8, 0.1), (0.6, 0.9)),
-        before=(0.0, 0.05),
+        zero_shot=(0.0, 0.05),
         heldout=[3.0, 3.5, 4.0],
         numbers={"capacity_bytes": 1024.0, "peak_memory_bytes": 3 * 2**30, "trainable_parameters": 2e6},
     )
@@ -50,7 +50,7 @@ def test_row_shows_the_mean_over_seeds(tmp_path: Path) -> None:
         tmp_path / "b",
         "seed=7",
         scores=((0.8, 0.2), (0.8, 0.9)),
-        before=(0.0, 0.05),
+        zero_shot=(0.0, 0.05),
         heldout=[3.0, 3.5, 4.2],
         steps=4,
         numbers={"capacity_bytes": 3072.0, "peak_memory_bytes": 1 * 2**30, "trainable_parameters": 2e6},

@@ -19,10 +19,14 @@ from dscl.maths.rls import compute_statistics
 from dscl.maths.text import accuracy
 from dscl.methods.rls_router import save_task_statistics
 from dscl.model.adapters.peft_files import LoraAdapter, LoraWeights, task_file_name, write_adapter
+from dscl.monitoring.score_board import ScoreBoard
 from dscl.recipe.recipe import resolve_recipe
 from dscl.serving import export, server
 from dscl.training import checkpoint
+from dscl.training.state import Phase, TrainState
+from dscl.utils.atomic_io import file_checksum
 from dscl.utils.errors import ExternalFailure, UserError
+from dscl.utils.json_files import write_checked_json
 from tests.support.runs import make_easy, recipe_of, run, write_tasks
 from tests.support.serving import (
     ALL_LAYERS,
@@ -63,11 +67,13 @@ def write_checkpoint(run_dir: Path, task: int, learned: bool) -> None:
     """One that vouches for what the ended tasks left."""
     folder = run_dir / "checkpoints" / f"step-{10 * task + learned:08d}"
     folder.mkdir(parents=True)
-    position = json.dumps({"format": checkpoint.FORMAT, "position": {"task": task, "step": 0, "learned": learned}})
-    files = {"state.json": checkpoint._write_bytes(folder / "state.json", position.encode())}
+    state = TrainState(Phase.EVALUATION if learned else Phase.TRAINING, task)
+    scores = ScoreBoard("asr", tuple(TASKS), ("accuracy",) * len(TASKS))
+    document = {"format": checkpoint.FORMAT, "train_state": state.to_json(), "scores": scores.to_json()}
+    files = {"state.json": checkpoint.write_bytes(folder / "state.json", json.dumps(document).encode())}
     paths = [path for kind in ("adapters", "router") for path in (run_dir / kind).rglob("*") if path.is_file()]
-    left = {str(path.relative_to(run_dir)): checkpoint._compute_checksum(path) for path in paths}
-    (folder / "complete.json").write_text(json.dumps({"files": files, "left": left}))
+    artifacts = {str(path.relative_to(run_dir)): file_checksum(path) for path in paths}
+    write_checked_json(folder / "complete.json", {"files": files, "artifacts": artifacts})
 
 
 def write_run(run_dir: Path, base: Path) -> Path:
@@ -407,6 +413,6 @@ def test_trained_run_is_served_as_evaluated(ranks: Any, base: Path, tmp_path: Pa
             right = [accuracy(a.text, [r["label"]]) for a, r in zip(answers, records, strict=True)]
             assert sum(right) / len(right) == pytest.approx(scores["matrix"][-1][index])
             routed = [answer.task == task for answer in answers]
-            assert sum(routed) / len(routed) == pytest.approx(scores["routed"][-1][index])
+            assert sum(routed) / len(routed) == pytest.approx(scores["routing_accuracy"][-1][index])
     assert min(scores["matrix"][-1]) > 0.5  # else equal scores would say nothing
     assert json.loads((made / "dscl.json").read_text())["model"]["name"] == (str(base) if named else None)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import dscl
 from dscl.cli.app import main
-from dscl.engine.engine import load_parameters
+from dscl.engine.zero_layouts import load_parameters
 from dscl.serving import export, server
 from dscl.serving.bundle import open_base_model, task_artifact_path
 from dscl.training import evaluation
@@ -121,7 +121,7 @@ def test_trained_run_answers_as_evaluated(trained: Any, data: Path, tmp_path: Pa
                 answers = model.generate(prompts, 8, task) if kind == "given" else model.generate(prompts, 8)
             if kind != "given":
                 routed = [answer.task == task for answer in answers]
-                assert sum(routed) / len(routed) == pytest.approx(scores["routed"][-1][index])
+                assert sum(routed) / len(routed) == pytest.approx(scores["routing_accuracy"][-1][index])
             with recording(server, bare):
                 model.generate(prompts, 8, None)
         assert served == evaluated

@@ -19,8 +19,9 @@ from dscl.model import model_folder as model_folder
 from dscl.model.weights import INDEX_FILE
 from dscl.recipe.recipe import resolve_recipe
 from dscl.serving import export
-from dscl.training import trainer
-from dscl.training.checkpoint import Checkpoints, MasterWeights
+from dscl.training import run as training_run
+from dscl.training.checkpoint import Checkpoints
+from dscl.training.checkpoint_files import MasterWeights
 from dscl.utils.errors import UserError
 from tests.support.memory import Peak
 from tests.support.osft_runs import quick
@@ -56,11 +57,11 @@ def trained(ranks: Any, tasks: Path, method: str, precision: str = "fp32") -> di
 
 def logits(document: dict[str, Any]) -> torch.Tensor:
     """Of the model as the run has it at its newest checkpoint."""
-    setup = trainer.build_setup(resolve_recipe(document))
+    setup = training_run.build_setup(resolve_recipe(document))
     with closing(setup.build_engine()) as engine, torch.no_grad():
         newest = Checkpoints(setup.recipe.run_folder / "checkpoints", setup.recipe.checkpoint).find_newest()
         assert newest is not None
-        trainer.restore_checkpoint(newest, engine, setup)
+        training_run.restore_checkpoint(newest, engine, setup)
         found: torch.Tensor = engine.module.eval()(input_ids=torch.tensor(IDS)).logits.float()
     return found
 
@@ -89,14 +90,14 @@ def test_exported_model_in_transformers_matches_the_run(
     training_info = json.loads((tmp_path / "model" / export.TASKS_FILE).read_text())
     assert (training_info["method"], training_info["tasks"]) == (method, ["colour", "animal"])
     again = {**document, "model": {"name": str(tmp_path / "model")}, "run_dir": str(tmp_path / "again")}
-    resolved = trainer.build_setup(resolve_recipe(again))  # it is a base model for a further stream
+    resolved = training_run.build_setup(resolve_recipe(again))  # it is a base model for a further stream
     assert resolved.backbone.hf_config.vocab_size == 300
 
 
 def test_exported_lora_in_peft_matches_the_run(ranks: Any, tasks: Path, tmp_path: Path) -> None:
     document = trained(ranks, tasks, "one lora")
     assert main(["export", document["run_dir"], str(tmp_path / "lora")]) == 0
-    setup = trainer.build_setup(resolve_recipe(document))
+    setup = training_run.build_setup(resolve_recipe(document))
     base = setup.backbone.build()
     with torch.no_grad():
         for name, parameter in base.named_parameters():
@@ -149,7 +150,7 @@ def test_model_export_holds_one_tensor_in_memory(ranks: Any, tasks: Path, tmp_pa
     document["checkpoint"] = {"every": 100, "keep": 1}
     document["evaluate"] = {"zero_shot": False}
     ranks(2)(run, document)
-    size = sum(p.numel() * 4 for p in trainer.build_setup(resolve_recipe(document)).backbone.build().parameters())
+    size = sum(p.numel() * 4 for p in training_run.build_setup(resolve_recipe(document)).backbone.build().parameters())
     assert size > 70e6
     with closing(Pool(1)) as fresh:  # in which no earlier test has left memory
         (peak,) = fresh(peak_of_export, document["run_dir"], tmp_path / "model")
@@ -160,7 +161,7 @@ def test_model_export_holds_one_tensor_in_memory(ranks: Any, tasks: Path, tmp_pa
 def test_masters_cover_the_whole_model(ranks: Any, tasks: Path) -> None:
     """Nothing of a fully trained model is taken from the base by mistake."""
     document = trained(ranks, tasks, "sequential")
-    setup = trainer.build_setup(resolve_recipe(document))
+    setup = training_run.build_setup(resolve_recipe(document))
     newest = Checkpoints(setup.recipe.run_folder / "checkpoints", setup.recipe.checkpoint).find_newest()
     assert newest is not None
     with torch.device("meta"):

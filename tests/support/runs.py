@@ -20,7 +20,8 @@ from dscl.engine.engine import Engine
 from dscl.engine.zero_shards import ZeroShards
 from dscl.monitoring.throughput import is_measured_metric
 from dscl.recipe.recipe import resolve_recipe
-from dscl.training import checkpoint, trainer
+from dscl.training import checkpoint, evaluation
+from dscl.training import run as training_run
 from dscl.utils.errors import ExternalFailure, UserError
 
 WORDS = (
@@ -132,7 +133,7 @@ def copy(folder: Path, name: str) -> Path:
 
 
 def run(document: dict[str, Any], check_cluster: bool = False) -> None:
-    trainer.train(resolve_recipe(document), check_cluster=check_cluster)
+    training_run.train(resolve_recipe(document), check_cluster=check_cluster)
 
 
 @contextmanager
@@ -183,7 +184,7 @@ def run_until(document: dict[str, Any], deaths: list[tuple[str, int]]) -> None:
         "step": (Engine, "step"),
         "save": (checkpoint.Checkpoints, "save"),
         "gather": (comm, "all_gather_objects"),
-        "take": (trainer, "evaluate_task"),
+        "take": (evaluation, "evaluate_task"),
         "shares": (ZeroShards, "disjoint_shards"),
     }
     for name, count in deaths:
@@ -230,15 +231,15 @@ def run_listening(document: dict[str, Any], check_cluster: bool = False) -> list
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    original = trainer.Observer.print_message
-    trainer.Observer.print_message = lambda _self, text: lines.append(text)  # type: ignore[method-assign]
+    original = training_run.Observer.print_message
+    training_run.Observer.print_message = lambda _self, text: lines.append(text)  # type: ignore[method-assign]
     logger = logging.getLogger("dscl")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
         run(document, check_cluster)
     finally:
-        trainer.Observer.print_message = original  # type: ignore[method-assign]
+        training_run.Observer.print_message = original  # type: ignore[method-assign]
         logger.removeHandler(handler)
     return lines
 

@@ -64,7 +64,7 @@ def main(words: Sequence[str]) -> int:
 def prepare() -> None:
     """Have DeepSpeed compile its extension now, once, and not within the first test that needs it."""
     print("building DeepSpeed's extension (half a minute, once)", flush=True)
-    command = [sys.executable, "-c", "from dscl.engine.engine import _build_shm_extension as build; build()"]
+    command = [sys.executable, "-c", "from dscl.engine.deepspeed_patches import build_shm_extension as build; build()"]
     subprocess.run(command, cwd=REPOSITORY, check=False, stdout=subprocess.DEVNULL)
 
 

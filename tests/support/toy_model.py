@@ -12,7 +12,8 @@ from torch.nn import functional
 from transformers import LlamaConfig
 
 from dscl.distributed import comm
-from dscl.engine.engine import Engine, load_parameters
+from dscl.engine.engine import Engine
+from dscl.engine.zero_layouts import load_parameters
 from dscl.model.backbone import Backbone, ModelConfig
 from dscl.model.weights import RandomWeights
 

@@ -14,8 +14,7 @@ from dscl.distributed import comm
 from dscl.methods.base import RunInfo
 from dscl.methods.sequential import Sequential, SequentialConfig
 from dscl.model.generation import generate
-from dscl.training.evaluation import EvalSet, EvaluateConfig, evaluate_task, mean_token_loss
-from dscl.training.trainer import should_evaluate
+from dscl.training.evaluation import EvalSet, EvaluateConfig, evaluate_task, mean_token_loss, should_evaluate
 from tests.support.decoding import EOS, LABELS, PAD, PROMPTS, alone
 from tests.support.toy_model import VOCABULARY, make, model
 

@@ -18,8 +18,11 @@ import yaml
 
 from dscl.distributed import comm
 from dscl.recipe.recipe import resolve_recipe
-from dscl.training import preflight, trainer
-from dscl.training.preflight import compare_with_needed, describe_differences, find_outliers
+from dscl.training import cluster_checks, preflight
+from dscl.training import run as training_run
+from dscl.training.cluster_checks import compare_with_needed, find_outliers
+from dscl.training.preflight import describe_differences
+from dscl.utils import hardware
 from dscl.utils.errors import UserError
 from tests.support.programs import Program
 from tests.support.runs import recipe_of, run_listening, write_tasks
@@ -62,9 +65,9 @@ def test_a_slow_link_is_named(monkeypatch: pytest.MonkeyPatch, hosts: str, slow:
     passed = [8e-3 if rank == slow else 8e-4 for rank in range(count)]
     taken = iter(([1e-3] * count, [1e-3] * count, passed))  # all-reduce, all-to-all, the ring
     monkeypatch.setenv("WORLD_SIZE", str(count))
-    monkeypatch.setattr(preflight, "_best_seconds", lambda work: next(taken))
+    monkeypatch.setattr(cluster_checks, "best_seconds", lambda work: next(taken))
     monkeypatch.setattr(preflight, "gather_by_host", lambda mine: list(zip(hosts, mine or [None] * count, strict=True)))
-    results = preflight.check_network(None)  # type: ignore[arg-type]
+    results = cluster_checks.check_network(None)  # type: ignore[arg-type]
     assert {result.subject: result.message for result in results if not result.passed} == odd
     if hosts == "aabb":
         between = next(result for result in results if result.subject == "links between hosts")
@@ -85,16 +88,16 @@ def test_free_memory_is_what_the_job_may_have(tmp_path: Path) -> None:
     """Of the machine 8 GiB are free; the job, within a group of 3 GiB, has used 1.5, of which files can be dropped."""
     (tmp_path / "proc" / "self").mkdir(parents=True)
     (tmp_path / "proc" / "meminfo").write_text("MemTotal: 99999999 kB\nMemAvailable: 8388608 kB\n")
-    assert preflight._free_host_memory(tmp_path) == 8 * 2**30
+    assert hardware.free_host_memory(tmp_path) == 8 * 2**30
     (tmp_path / "proc" / "self" / "cgroup").write_text("0::/slurm/job/step\n")
-    assert preflight._free_host_memory(tmp_path) == 8 * 2**30
+    assert hardware.free_host_memory(tmp_path) == 8 * 2**30
     job_folder = tmp_path / "sys" / "fs" / "cgroup" / "slurm" / "job"
     (job_folder / "step").mkdir(parents=True)
     (job_folder / "step" / "memory.max").write_text("max\n")
     (job_folder / "memory.max").write_text(f"{3 * 2**30}\n")
     (job_folder / "memory.current").write_text(f"{3 * 2**29}\n")
     (job_folder / "memory.stat").write_text(f"anon {2**30}\ninactive_file {2**29}\n")
-    assert preflight._free_host_memory(tmp_path) == 2 * 2**30
+    assert hardware.free_host_memory(tmp_path) == 2 * 2**30
 
 
 @pytest.fixture(scope="module")
@@ -146,21 +149,21 @@ def looked(
                 "data": {"cache_dir": "elsewhere"},
                 "observe": {**document["observe"], "live": "on"},
             }
-    room = preflight._free_host_memory, preflight._free_disk, preflight._run_dscl_plan
+    room = cluster_checks.free_host_memory, cluster_checks.free_disk, cluster_checks.run_dscl_plan
     if plan is not None:
-        preflight._run_dscl_plan = lambda setup: (plan, "")
+        cluster_checks.run_dscl_plan = lambda setup: (plan, "")
     if trouble == "full":
-        preflight._free_host_memory = lambda: 1e6 if comm.rank() else 1e12
-        preflight._free_disk = lambda folder: 1e4
+        cluster_checks.free_host_memory = lambda: 1e6 if comm.rank() else 1e12
+        cluster_checks.free_disk = lambda folder: 1e4
     shown: list[str] = []
     told = ""
     sources, sight, cuda, flock = (
         preflight._checksum_sources,
-        preflight.VISIBILITY_TIMEOUT,
+        cluster_checks.VISIBILITY_TIMEOUT,
         torch.version.cuda,
         fcntl.flock,
     )
-    preflight.VISIBILITY_TIMEOUT = 1.0
+    cluster_checks.VISIBILITY_TIMEOUT = 1.0
     try:
         if trouble == "program" and comm.rank() == 1:
             preflight._checksum_sources = lambda: "changed"
@@ -170,7 +173,7 @@ def looked(
             fcntl.flock = lambda file, mode: None
         if trouble == "no locks":
             fcntl.flock = without_locks
-        setup = trainer.build_setup(resolve_recipe(document))
+        setup = training_run.build_setup(resolve_recipe(document))
         if fully:
             preflight.run_checks(setup, shown.append, strict)
         else:
@@ -180,13 +183,13 @@ def looked(
     finally:
         os.chdir(before[0])
         time.time, socket.gethostname = before[1:]
-        preflight._checksum_sources, preflight.VISIBILITY_TIMEOUT, torch.version.cuda, fcntl.flock = (
+        preflight._checksum_sources, cluster_checks.VISIBILITY_TIMEOUT, torch.version.cuda, fcntl.flock = (
             sources,
             sight,
             cuda,
             flock,
         )
-        preflight._free_host_memory, preflight._free_disk, preflight._run_dscl_plan = room
+        cluster_checks.free_host_memory, cluster_checks.free_disk, cluster_checks.run_dscl_plan = room
     return shown, told
 
 
@@ -329,12 +332,12 @@ def summed_by_the_network_test() -> set[int]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comm, "all_reduce_sum", adding)
-        preflight.check_network(None)  # type: ignore[arg-type]
+        cluster_checks.check_network(None)  # type: ignore[arg-type]
     return sizes
 
 
 def test_the_network_is_measured_by_collectives(ranks: Any) -> None:
-    assert ranks(2)(summed_by_the_network_test) == [{preflight.NETWORK_TEST_NUMEL // 16}] * 2
+    assert ranks(2)(summed_by_the_network_test) == [{cluster_checks.NETWORK_TEST_NUMEL // 16}] * 2
 
 
 def test_training_refuses_what_does_not_agree(ranks: Any, tasks: Path) -> None:
@@ -346,11 +349,11 @@ def test_training_refuses_what_does_not_agree(ranks: Any, tasks: Path) -> None:
 
 def thorough(document: dict[str, Any], plan: dict[str, Any]) -> list[str]:
     """What a run that looks first is told by the doctor."""
-    original, preflight._run_dscl_plan = preflight._run_dscl_plan, lambda setup: (plan, "")
+    original, cluster_checks.run_dscl_plan = cluster_checks.run_dscl_plan, lambda setup: (plan, "")
     try:
         return run_listening(document, check_cluster=True)
     finally:
-        preflight._run_dscl_plan = original
+        cluster_checks.run_dscl_plan = original
 
 
 def test_a_run_that_looks_first_is_shown_what_was_found(ranks: Any, tasks: Path, plan: dict[str, Any]) -> None:
@@ -365,7 +368,7 @@ def test_a_run_that_looks_first_is_shown_what_was_found(ranks: Any, tasks: Path,
 
 def trained(document: dict[str, Any]) -> str:
     try:
-        trainer.train(resolve_recipe({**document, "train": {**document["train"], "lr": 1e-3 * (1 + comm.rank())}}))
+        training_run.train(resolve_recipe({**document, "train": {**document["train"], "lr": 1e-3 * (1 + comm.rank())}}))
     except UserError as error:
         return str(error)
     return ""

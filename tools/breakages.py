@@ -910,8 +910,8 @@ SERVING = (
     ),
     Breakage(
         "dscl/serving/export.py",
-        'position["task"] + position["learned"]',
-        'position["task"]',
+        "if joint and state.num_trained_tasks else state.num_trained_tasks\n",
+        "if joint and state.num_trained_tasks else state.task\n",
         "an export of a run that is being evaluated lacks the task that it has just learnt",
         ("tests/serving/test_export.py::test_task_counts_as_trained_from_its_last_step",),
     ),

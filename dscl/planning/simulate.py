@@ -116,7 +116,7 @@ def _build_engine(setup: RunSetup, settings: dict[str, Any], method: Method) -> 
 class _SimulatedSteps(NamedTuple):
     peak: int  # bytes
     bytes_before_step: int  # allocated when the optimizer's step begins, at most
-    bytes_sent: list[Mapping[str, float]]  # in each step, by kind of collective
+    bytes_sent: Sequence[Mapping[str, float]]  # in each step, by kind of collective
 
 
 def _run_steps(engine: Engine, method: Method, batches: Sequence[Batch], tracker: MemoryTracker) -> _SimulatedSteps:
@@ -160,8 +160,7 @@ def _measure_kept_bytes(engine: Engine, method: Method) -> _KeptBytes:
     method_tensors += [t for t in method.matrix_state_dict().values() if id(t) not in on_host]
     method_state = _unique_storages(method_tensors) - weights - optimizer
     host_bytes = sum(t.untyped_storage().nbytes() for t in method.matrix_state_dict().values() if id(t) in on_host)
-    sizes = [sum(storage.nbytes() for storage in storages) for storages in (weights, optimizer, method_state)]
-    return _KeptBytes(*sizes, host_bytes)
+    return _KeptBytes(_storage_bytes(weights), _storage_bytes(optimizer), _storage_bytes(method_state), host_bytes)
 
 
 def largest_micro_batches(setup: RunSetup) -> list[Batch]:
@@ -247,6 +246,10 @@ def _checkpoint_bytes(engine: Engine, method: Method) -> int:
 
 def _unique_storages(tensors: Iterable[torch.Tensor | None]) -> set[torch.UntypedStorage]:
     return {tensor.untyped_storage() for tensor in tensors if tensor is not None}
+
+
+def _storage_bytes(storages: Iterable[torch.UntypedStorage]) -> int:
+    return sum(storage.nbytes() for storage in storages)
 
 
 @contextmanager

@@ -266,8 +266,8 @@ RIVALS = {LOOP: loop, GROUPED: grouped}
 
 def masked_matrices(layer: SubExpertLinear) -> tuple[torch.Tensor, torch.Tensor]:
     """A and Bᵀ of the task that learns, as in the layer; a rank-1 mask is cheapest in B."""
-    scores, allowed, frozen_mask = (getattr(layer, f"{kind}_atoms") for kind in ("score", "allowed", "frozen_mask"))
-    mask = trainable_top_k_mask(scores, allowed, layer.mask_counts["atoms"])
+    scores, allowed, frozen_mask = (getattr(layer, f"{kind}_rank1") for kind in ("score", "allowed", "frozen_mask"))
+    mask = trainable_top_k_mask(scores, allowed, layer.mask_counts["rank1"])
     b = merge_frozen_params(frozen_mask, layer.frozen_b, layer.sub_b) * mask
     return merge_frozen_params(frozen_mask[:, None], layer.frozen_a, layer.sub_a), b.T.contiguous()
 

@@ -186,7 +186,7 @@ class Looped(nn.Module):
         self.sub_a = nn.Parameter(torch.zeros(size, plain.in_features))
         self.sub_b = nn.Parameter(torch.zeros(plain.out_features, size))
         if config.masks == "rank1":
-            self.score_atoms = nn.Parameter(torch.zeros(size))
+            self.score_rank1 = nn.Parameter(torch.zeros(size))
         else:
             self.score_a = nn.Parameter(torch.zeros_like(self.sub_a))
             self.score_b = nn.Parameter(torch.zeros_like(self.sub_b))
@@ -208,7 +208,7 @@ class Looped(nn.Module):
         used_rows = torch.arange(len(self.sub_a)) < self.open * self.config.rank
         if self.config.masks == "rank1":
             usable = used_rows if self.config.reuse else used_rows & ~self.fixed[0][:, 0]
-            return self.mask(self.score_atoms, usable)[:, None], torch.ones(())
+            return self.mask(self.score_rank1, usable)[:, None], torch.ones(())
         usable_a, usable_b = used_rows[:, None].expand(self.sub_a.shape), used_rows.expand(self.sub_b.shape)
         if not self.config.reuse:
             usable_a, usable_b = usable_a & ~self.fixed[0], usable_b & ~self.fixed[1]
@@ -244,7 +244,7 @@ class Looped(nn.Module):
 
     def grow(self) -> None:
         """As many experts as leave the mask enough that is not frozen."""
-        fixed, scores = (self.fixed[0][:, 0],), ("score_atoms",)
+        fixed, scores = (self.fixed[0][:, 0],), ("score_rank1",)
         if self.config.masks == "element":
             fixed, scores = tuple(self.fixed), ("score_a", "score_b")
         for taken, score in zip(fixed, scores, strict=True):

@@ -191,7 +191,7 @@ def test_only_sub_experts_and_gates_train() -> None:
     """Only at the targets and from the feature layer on; new sub-experts do not change the output yet."""
     plain, run = make_tiny_model().eval(), SingleRankMoses(router={**RLS, "layer": 2})
     trained = {name for name, p in run.model.named_parameters() if p.requires_grad}
-    own = ("sub_a", "sub_b", "score_atoms", "token_router")
+    own = ("sub_a", "sub_b", "score_rank1", "token_router")
     assert trained == {
         f"model.layers.2.self_attn.{target}_proj.{each}" for target in "qkvo" for each in own
     }  # fmt: skip
@@ -241,7 +241,7 @@ def test_default_max_experts_suffices_for_the_stream(
             run.train_task(task)
         for layer in run.method.experts.layers.values():
             assert layer.num_frozen_params == tasks * sum(
-                count * {"atoms": 16 + layer.out_features}.get(name, 1) for name, count in layer.mask_counts.items()
+                count * {"rank1": 16 + layer.out_features}.get(name, 1) for name, count in layer.mask_counts.items()
             )
 
 

@@ -59,7 +59,7 @@ def loop_output(
 def element_masks(layer: SubExpertLinear, masks: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     """Element masks of A and B. A rank-1 mask is applied to A only; on both sides its gradient would count twice."""
     if layer.shape.rank1:
-        return [masks["atoms"][:, None].expand(-1, IN), torch.ones(OUT, layer.shape.columns, dtype=torch.float64)]
+        return [masks["rank1"][:, None].expand(-1, IN), torch.ones(OUT, layer.shape.columns, dtype=torch.float64)]
     return [masks["a"], masks["b"]]
 
 
@@ -94,7 +94,7 @@ def test_training_output_and_gradients_equal_a_loop(
     free = {name: getattr(layer, name).detach().clone().requires_grad_() for name in layer.trainable_names}
     frozen_masks = element_masks(layer, {n: getattr(layer, f"frozen_mask_{n}").double() for n in layer.mask_shapes})
     if rank1:
-        frozen_masks[1] = layer.frozen_mask_atoms.double().expand(OUT, -1)
+        frozen_masks[1] = layer.frozen_mask_rank1.double().expand(OUT, -1)
     tensors = {
         "a": torch.where(frozen_masks[0].bool(), layer.frozen_a, free["sub_a"]),
         "b": torch.where(frozen_masks[1].bool(), layer.frozen_b, free["sub_b"]),
@@ -335,7 +335,7 @@ def test_autocast_computes_in_bf16_and_selects_in_fp32(size: dict[str, int], top
 def test_initial_expert_values_add_nothing_and_depend_on_the_name() -> None:
     whole = torch.Size([6, 5])
     assert not initial_expert_values(0, "t:l.sub_b", whole, 0, 30).any()
-    for kind in ("sub_a", "score_atoms", "token_router"):
+    for kind in ("sub_a", "score_rank1", "token_router"):
         drawn = initial_expert_values(0, f"t:l.{kind}", whole, 0, 30)
         assert drawn.std() > 0.02
         assert not torch.equal(drawn, initial_expert_values(0, f"u:l.{kind}", whole, 0, 30))

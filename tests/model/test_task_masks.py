@@ -194,7 +194,7 @@ def rewritten(path: Path, change: Any, sound: bool = True) -> None:
 
 
 def short_mask(_header: Any, tensors: Any) -> None:
-    tensors["p|mask_atoms"] = tensors["p|mask_atoms"][:-1].clone()
+    tensors["p|mask_rank1"] = tensors["p|mask_rank1"][:-1].clone()
 
 
 def without_a_router(_header: Any, tensors: Any) -> None:
@@ -224,7 +224,7 @@ def another_format(header: Any, _tensors: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (short_mask, "p: mask_atoms holds 2, the layer needs 3"),
+        (short_mask, "p: mask_rank1 holds 2, the layer needs 3"),
         (without_a_router, "q: router holds nothing, the layer needs 96"),
         (fewer_values, "p: 143 values of a, the mask needs 144"),
         (no_values, "p: no values of b, the mask needs 96"),

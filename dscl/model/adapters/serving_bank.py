@@ -145,7 +145,7 @@ def linear_shapes(module: nn.Module) -> dict[str, tuple[int, int]]:
 def _masked_matrices(layer: SubExpertLinear, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A and B multiplied by a task's masks, without the rows of A and columns of B whose product is zero."""
     masks = {name: getattr(layer, f"task_mask_{name}")[slot] for name in layer.mask_shapes}
-    mask_a, mask_b = (masks["atoms"][:, None], masks["atoms"]) if layer.shape.rank1 else (masks["a"], masks["b"])
+    mask_a, mask_b = (masks["rank1"][:, None], masks["rank1"]) if layer.shape.rank1 else (masks["a"], masks["b"])
     a, b = layer.frozen_a * mask_a, layer.frozen_b * mask_b
     is_nonzero = (a != 0).any(1) & (b != 0).any(0)
     return a[is_nonzero], b[:, is_nonzero]

@@ -58,7 +58,7 @@ class SubExpertShape:
     def mask_shapes(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
         """The shape of each mask, by its name, beside a projection [out_features, in_features]."""
         if self.rank1:
-            return {"atoms": (self.columns,)}
+            return {"rank1": (self.columns,)}
         return {"a": (self.columns, in_features), "b": (out_features, self.columns)}
 
 
@@ -107,7 +107,7 @@ class SubExpertLinear(AdaptedLinear):
 
     def _side_masks(self, masks: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
         """The masks for A and for B, with shapes that broadcast to A and B."""
-        return (masks["atoms"][:, None], masks["atoms"]) if self.shape.rank1 else (masks["a"], masks["b"])
+        return (masks["rank1"][:, None], masks["rank1"]) if self.shape.rank1 else (masks["a"], masks["b"])
 
     def make_trainable(self) -> None:
         """Add the trainable tensors; `initial_expert_values` gives their values at the start of a task."""
@@ -194,7 +194,7 @@ class SubExpertLinear(AdaptedLinear):
         frozen_mask_a, frozen_mask_b = self._side_masks(frozen_mask)
         a = merge_frozen_params(frozen_mask_a, self._used_part("a", self.frozen_a), self._used_part("a", self.sub_a))
         b = merge_frozen_params(frozen_mask_b, self._used_part("b", self.frozen_b), self._used_part("b", self.sub_b))
-        a, b = (a, b * masks["atoms"]) if self.shape.rank1 else (a * masks["a"], b * masks["b"])
+        a, b = (a, b * masks["rank1"]) if self.shape.rank1 else (a * masks["a"], b * masks["b"])
         return a, b.T.contiguous()  # the backward product is faster for Bᵀ than for B
 
     def _used_part(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -217,7 +217,7 @@ class SubExpertLinear(AdaptedLinear):
         gate = gate[..., None].expand(*gate.shape, self.shape.rank).flatten(-2)
         if self.shape.rank1:
             rank1_mask = (
-                self._tensors_by_mask("task_mask")["atoms"][assignment.slot_indices].to(gate)
+                self._tensors_by_mask("task_mask")["rank1"][assignment.slot_indices].to(gate)
                 * assignment.has_slot[:, None]
             )
             return _gated_low_rank(x, self.frozen_a, self.frozen_b, gate * rank1_mask[:, None])

@@ -117,7 +117,7 @@ def step(built: Backbone, options: argparse.Namespace) -> None:
     method = asr()
     engine = engine_of(built, method)
     task_router = method.task_router
-    width = task_router.router.spec.width
+    width = task_router.router.spec.num_features
 
     def train(first: bool) -> Callable[[], None]:
         def one() -> None:

@@ -8,7 +8,7 @@ step    forward and backward of a projection with sub-experts beside it, over th
         GPU also the layer without its kernel
 grid    the layer's two ways over the number of columns and the rank: all columns at once, and tokens sorted by expert;
         from which size on is sorting worth it, and does the layer choose so?
-answer  a batch whose rows are of eight tasks over one whose rows are of one task, with masks of atoms and of elements
+answer  a batch whose rows are of eight tasks over one whose rows are of one task, with rank-1 and element masks
 
 All sides take turns; medians are compared. Before anything is timed, the loop and grouped matmul must give what the
 layer gives, and its gradients. The floor beside a ratio is what it would be if every operation of the products took as
@@ -175,7 +175,7 @@ def sides(
         LAYER: partial(passed, layer.forward, x, out, own),
     }
     if masks:
-        other = layer_of(options, width, experts, rank, top, atoms=False)
+        other = layer_of(options, width, experts, rank, top, rank1=False)
         works[ELEMENTS] = partial(
             passed, other.forward, x, out, [getattr(other, name) for name in other.trainable_names]
         )
@@ -209,16 +209,18 @@ def passed(
 
 
 def layer_of(
-    options: argparse.Namespace, width: int, experts: int, rank: int, top: int, atoms: bool = True, tasks: int = 1
+    options: argparse.Namespace, width: int, experts: int, rank: int, top: int, rank1: bool = True, tasks: int = 1
 ) -> SubExpertLinear:
     """In training, with values as if it had learned for a while."""
     torch.manual_seed(0)
     like = torch.empty(0, dtype=options.dtype, device=options.device)
     plain = nn.Linear(width, width, bias=False, dtype=like.dtype, device=like.device).requires_grad_(False)
-    shape = SubExpertShape(experts=experts, most=experts, rank=rank, top=top, share=SHARE, scale=SCALE, atoms=atoms)
+    shape = SubExpertShape(
+        num_experts=experts, max_experts=experts, rank=rank, top_k=top, mask_density=SHARE, scale=SCALE, rank1=rank1
+    )
     made = SubExpertLinear(plain, shape, Routing(tasks, 0), like)
     made.make_trainable()
-    made.open_for_training(experts, reuse=True)
+    made.set_allowed_masks(experts, reuse=True)
     scramble(made)
     return made.train()
 
@@ -242,7 +244,7 @@ def plain_lora(x: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.
 
 def loop(layer: SubExpertLinear, x: torch.Tensor) -> torch.Tensor:
     """Expert by expert, each on its own tokens; the host waits once, to learn how many these are."""
-    rank, (a, b) = layer.shape.rank, opened_sides(layer)
+    rank, (a, b) = layer.shape.rank, masked_matrices(layer)
     tokens, gates, sizes = sorted_by_expert(layer, x)
     counts = sizes.tolist()
     parts = zip(x.index_select(0, tokens).split(counts), gates.split(counts), a.split(rank), b.split(rank), strict=True)
@@ -252,7 +254,7 @@ def loop(layer: SubExpertLinear, x: torch.Tensor) -> torch.Tensor:
 
 def grouped(layer: SubExpertLinear, x: torch.Tensor) -> torch.Tensor:
     """All experts' products in one call, each on its own tokens; no host waits."""
-    rank, (a, b) = layer.shape.rank, opened_sides(layer)
+    rank, (a, b) = layer.shape.rank, masked_matrices(layer)
     tokens, gates, sizes = sorted_by_expert(layer, x)
     multiply = partial(functional.grouped_mm, offs=sizes.cumsum(0).int())
     added = multiply(x.index_select(0, tokens), a.unflatten(0, (-1, rank)).transpose(1, 2)) * gates
@@ -262,22 +264,22 @@ def grouped(layer: SubExpertLinear, x: torch.Tensor) -> torch.Tensor:
 RIVALS = {LOOP: loop, GROUPED: grouped}
 
 
-def opened_sides(layer: SubExpertLinear) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and Bᵀ of the task that learns, as in the layer; the mask of atoms is cheapest in B."""
-    scores, allowed, taken = (getattr(layer, f"{kind}_atoms") for kind in ("score", "allowed", "taken"))
-    mask = trainable_top_k_mask(scores, allowed, layer.mask_counts["atoms"])
-    b = merge_frozen_params(taken, layer.held_b, layer.sub_b) * mask
-    return merge_frozen_params(taken[:, None], layer.held_a, layer.sub_a), b.T.contiguous()
+def masked_matrices(layer: SubExpertLinear) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and Bᵀ of the task that learns, as in the layer; a rank-1 mask is cheapest in B."""
+    scores, allowed, frozen_mask = (getattr(layer, f"{kind}_rank1") for kind in ("score", "allowed", "frozen_mask"))
+    mask = trainable_top_k_mask(scores, allowed, layer.mask_counts["rank1"])
+    b = merge_frozen_params(frozen_mask, layer.frozen_b, layer.sub_b) * mask
+    return merge_frozen_params(frozen_mask[:, None], layer.frozen_a, layer.sub_a), b.T.contiguous()
 
 
 def sorted_by_expert(layer: SubExpertLinear, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of the [tokens · top] choices, expert by expert: their tokens, gates [.., 1], and how many each expert has."""
     shape = layer.shape
-    gates, chosen = functional.linear(x, layer.token_router).float().softmax(-1).topk(shape.top)
-    gates, chosen = (gates * (shape.experts * shape.scale)).to(x.dtype).flatten(), chosen.flatten()
+    gates, chosen = functional.linear(x, layer.token_router).float().softmax(-1).topk(shape.top_k)
+    gates, chosen = (gates * (shape.num_experts * shape.scale)).to(x.dtype).flatten(), chosen.flatten()
     order = chosen.argsort()
-    sizes = chosen.new_zeros(shape.most).scatter_add_(0, chosen, torch.ones_like(chosen))
-    return order // shape.top, gates.index_select(0, order)[:, None], sizes
+    sizes = chosen.new_zeros(shape.max_experts).scatter_add_(0, chosen, torch.ones_like(chosen))
+    return order // shape.top_k, gates.index_select(0, order)[:, None], sizes
 
 
 def agree(name: str, given: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], whose: Sequence[str]) -> None:
@@ -294,8 +296,8 @@ def agree(name: str, given: Sequence[torch.Tensor], expected: Sequence[torch.Ten
 @torch.no_grad()
 def answers(options: argparse.Namespace) -> None:
     def rows() -> Iterator[list[str]]:
-        for width, atoms, tokens in product(options.width, (True, False), (1, max(1, options.tokens[0] // ROWS))):
-            layer = layer_of(options, width, options.experts, options.rank, options.top, atoms, TASKS)
+        for width, rank1, tokens in product(options.width, (True, False), (1, max(1, options.tokens[0] // ROWS))):
+            layer = layer_of(options, width, options.experts, options.rank, options.top, rank1, TASKS)
             for task in range(TASKS):
                 scramble(layer)
                 layer.freeze_task_params(task, {name: getattr(layer, name) for name in layer.trainable_names})
@@ -322,7 +324,7 @@ def answers(options: argparse.Namespace) -> None:
                 assert far <= 0.02 * whole.abs().max(), "a row is not of its task"
             found = race(works, options.rounds)
             yield [
-                f"{width}", "atoms" if atoms else "elements", f"{ROWS} x {tokens}", f"{1e3 * found['bare']:.3f}",
+                f"{width}", "rank-1" if rank1 else "elements", f"{ROWS} x {tokens}", f"{1e3 * found['bare']:.3f}",
                 f"{found['one'] / found['bare']:.2f}", f"{found['mixed'] / found['bare']:.2f}",
                 f"{found['mixed'] / found['one']:.2f}",
             ]  # fmt: skip

@@ -229,7 +229,7 @@ def draw_directions(method: Method) -> None:
     """Products with zeros are quicker than others, so what is protected is drawn; one basis serves all of its size."""
     assert isinstance(method, Osft)
     drawn: dict[torch.Size, torch.Tensor] = {}
-    for space in method._subspaces.values():
+    for space in method.directions.subspaces.values():
         for side in (space.right, space.left):
             if side.shape not in drawn:
                 drawn[side.shape] = torch.linalg.qr(torch.randn_like(side)).Q
@@ -241,7 +241,7 @@ def projections(method: Method) -> float:
     assert isinstance(method, Osft)
     once = sum(
         projection_flops(space.projection, len(space.left), len(space.right), space.right.shape[1], space.left.shape[1])
-        for space in method._subspaces.values()
+        for space in method.directions.subspaces.values()
     )
     return once * (FP32 / method.project_every + TF32 * method.project_gradients)
 

@@ -49,7 +49,7 @@ from dscl.distributed import comm
 from dscl.engine.engine import Engine
 from dscl.engine.matrix_owners import assign_owners
 from dscl.maths.subspace import PROJECTIONS, ProtectedSubspace, projection_flops, rank_from_ratio
-from dscl.methods import osft
+from dscl.methods import osft, osft_directions
 from dscl.methods.base import Method, RunInfo, TaskContext
 from dscl.methods.osft import Osft
 from dscl.methods.sequential import Sequential
@@ -70,8 +70,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 BARS = {"input, gradients too": 1.15, "two_sided": 1.15, f"two_sided, every {EVERY}": 1.03}
 PARTS = [
     (osft, "sample_texts"),
-    (osft, "right_singular_directions"),
-    (osft, "moment_eigenvectors"),
+    (osft_directions, "right_singular_directions"),
+    (osft_directions, "moment_eigenvectors"),
     (ProtectedSubspace, "add_directions"),
 ]
 clock = time.perf_counter
@@ -359,7 +359,7 @@ def setup(options: argparse.Namespace, sides: dict[str, Side]) -> None:
             ranks = ranks_of(options, other.engine)
             seconds, _ = timed(lambda: other.method.end_task(0, "a", ranks))
         yield row(
-            f"end of a task of {options.micro * options.rows} samples, claim: activations and sensitivity",
+            f"end of a task of {options.micro * options.rows} samples, protect_task: activations and sensitivity",
             seconds,
             parts,
         )

@@ -54,16 +54,16 @@ def ranks(options: argparse.Namespace) -> Iterator[Row]:
         yield "weights, bytes", "2 P / W", at, found["weights"], 2 * P / world
         yield "masters and moments, bytes", "12 P / W", at, found["optimizer"], 12 * P / world
         yield "gradients that a rank gives away in a micro-batch", "2 P", at, scattered(found), 2 * P
-        yield "a checkpoint, bytes", "12 P", at, found["saved"], 12 * P
+        yield "a checkpoint, bytes", "12 P", at, found["checkpoint"], 12 * P
         found, _, T = planned(options, world, "osft")
-        exchanged = found["sent"]["all_to_all"]
+        exchanged = found["bytes_sent"]["all_to_all"]
         yield "OSFT: to the owners of matrices and back, a step", "16 T / W", at, exchanged, 16 * T / world
         found, _, T = planned(options, world, "asr")
         yield "ASR: gradients that a rank gives away in a micro-batch", "2 T", at, scattered(found), 2 * T
 
 
 def scattered(found: dict[str, Any]) -> float:
-    return float(found["sent"]["reduce_scatter"]) / MICRO_BATCHES
+    return float(found["bytes_sent"]["reduce_scatter"]) / MICRO_BATCHES
 
 
 def planned(options: argparse.Namespace, world: int, name: str, **method: Any) -> tuple[dict[str, Any], int, int]:
@@ -88,7 +88,7 @@ def planned(options: argparse.Namespace, world: int, name: str, **method: Any) -
     if done.returncode:
         raise SystemExit(done.stderr)
     told = json.loads(done.stdout.splitlines()[-1])
-    return told["stages"][told["recipe"]], told["parameters"], told["trained"]
+    return told["stages"][told["recipe"]], told["parameters"], told["trainable"]
 
 
 def shape(hidden: int, layers: int) -> dict[str, Any]:

@@ -31,8 +31,8 @@ SIZES: dict[str, dict[str, int]] = {
 LENGTH = 4096
 GPU, BANDWIDTH = "H100", "50GB"
 PARTS = {  # of a rank, as the table and as the plan names them
-    "weights": "weights", "optimizer": "optimizer", "method's": "beside", "gradients": "gradients",
-    "passing": "passing", "peak": "peak",
+    "weights": "weights", "optimizer": "optimizer", "method's": "method_state", "gradients": "gradients",
+    "activations": "activations", "peak": "peak",
 }  # fmt: skip
 HEAD = ["", "method", "GPUs", *PARTS, "sent a step", "step", "tokens/s a GPU"]
 

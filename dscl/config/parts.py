@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dscl.config.parsing import config_key
-from dscl.maths.readings import PROJECTIONS
+from dscl.maths.projections import PROJECTIONS
 from dscl.utils.errors import UserError
 
 LLAMA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

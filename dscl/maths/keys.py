@@ -23,9 +23,9 @@ class UnitFeatures(FeatureMap):
     def __init__(self, dim: int) -> None:
         super().__init__(dim, dim, 0)
 
-    def compute_features(self, rows: Tensor) -> Tensor:
+    def compute_features(self, quantized: Tensor) -> Tensor:
         """Unit vectors [n, dim] in fp64 of quantized rows [n, dim]."""
-        vectors = rows.double()
+        vectors = quantized.double()
         return vectors / vectors.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
 
 
@@ -44,10 +44,10 @@ class TaskKeys:
 
 
 @torch.no_grad()
-def compute_key_statistics(rows: Tensor, feature_map: UnitFeatures) -> TaskStatistics:
+def compute_key_statistics(quantized: Tensor, feature_map: UnitFeatures) -> TaskStatistics:
     """The sum of the directions of a task's prompts, exact in any order; the Gram matrix stays empty."""
-    features = torch.round(feature_map.compute_features(rows) * DIRECTION_SCALE) / DIRECTION_SCALE
-    count = torch.tensor([len(rows)], device=rows.device)
+    features = torch.round(feature_map.compute_features(quantized) * DIRECTION_SCALE) / DIRECTION_SCALE
+    count = torch.tensor([len(quantized)], device=quantized.device)
     return TaskStatistics(features.new_zeros(0), features.sum(0), count)
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 ROW_SCALE = 12.0  # a pooled state of mean magnitude 1 is multiplied by this before it is rounded to int8
-ROW_LIMIT, FEATURE_LIMIT = 127, 255  # the largest magnitude of an entry of a quantized row, and of a feature
+ROW_LIMIT, FEATURE_LIMIT = 127, 255  # the largest magnitude of an entry of a quantized state, and of a feature
 NIBBLES_PER_ENTRY = 8  # an entry of P is a sum of this many random 4-bit numbers, shifted to mean zero
 ENTRY_LIMIT = 60  # the largest magnitude of an entry of P: NIBBLES_PER_ENTRY times 7.5
 TARGET_RMS = 32  # the intended root mean square of a feature, well below FEATURE_LIMIT
@@ -38,7 +38,7 @@ OOD_THRESHOLD, MIN_SHORTFALL = 5.5, 0.1  # see `OodDetector`
 
 
 class FeatureMap:
-    """The map from pooled hidden states h [n, dim] to features φ = ReLU(h P) [n, width].
+    """The map from pooled hidden states h [n, dim] to features φ = ReLU(h P) [n, num_features].
 
     With `exact=True`, a pooled state is quantized to 8-bit integers, in units of its own mean magnitude. (LLaMA's
     states have a few huge entries; in units of the norm, all other entries would round to zero.) P holds integers drawn
@@ -48,9 +48,9 @@ class FeatureMap:
     With `exact=False`, as in the paper, states stay floats, P is Gaussian, and φ is computed in fp64.
     """
 
-    def __init__(self, dim: int, width: int, seed: int, exact: bool = True) -> None:
-        assert min(dim, width) > 0
-        self.dim, self.width, self.seed, self.exact = dim, width, seed, exact
+    def __init__(self, dim: int, num_features: int, seed: int, exact: bool = True) -> None:
+        assert min(dim, num_features) > 0
+        self.dim, self.num_features, self.seed, self.exact = dim, num_features, seed, exact
         # The root mean square of the entries of q P, for quantized rows q that are roughly Gaussian.
         expected_rms = math.sqrt(dim) * 1.25 * ROW_SCALE * math.sqrt(NIBBLES_PER_ENTRY * 255 / 12)
         # A power of two, so that the division is exact.
@@ -58,7 +58,7 @@ class FeatureMap:
         self._matrix: Tensor | None = None
 
     def quantize(self, pooled: Tensor) -> Tensor:
-        """Pooled states [n, dim] as int8 rows; as fp32 rows if not exact."""
+        """Pooled states [n, dim] in int8; in fp32 if not exact."""
         assert pooled.shape[1:] == (self.dim,)
         if not self.exact:
             return pooled.detach().float()
@@ -66,19 +66,21 @@ class FeatureMap:
         magnitude = pooled.abs().mean(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
         return (pooled * (ROW_SCALE / magnitude)).round().clamp(-ROW_LIMIT, ROW_LIMIT).to(torch.int8)
 
-    def compute_features(self, rows: Tensor) -> Tensor:
-        """Features φ [n, width] of quantized rows [n, dim]: integers from 0 to 255 in fp32; fp64 if not exact."""
+    def compute_features(self, quantized: Tensor) -> Tensor:
+        """Features φ [n, num_features] of quantized states [n, dim]: integers up to 255 in fp32; fp64 if not exact."""
         if not self.exact:
-            return (rows.double() @ self._matrix_on(rows.device, torch.float64)).relu_()
-        largest = int(rows.abs().sum(1, dtype=torch.int64).max()) * ENTRY_LIMIT + self.divisor if len(rows) else 0
+            return (quantized.double() @ self._matrix_on(quantized.device, torch.float64)).relu_()
+        largest = (
+            int(quantized.abs().sum(1, dtype=torch.int64).max()) * ENTRY_LIMIT + self.divisor if len(quantized) else 0
+        )
         dtype = torch.float32 if largest < FP32_EXACT_LIMIT else torch.float64
-        with torch.autocast(rows.device.type, enabled=False):  # routing runs inside the model's forward pass
-            product = (rows.to(dtype) @ self._matrix_on(rows.device, dtype)).relu_()
+        with torch.autocast(quantized.device.type, enabled=False):  # routing runs inside the model's forward pass
+            product = (quantized.to(dtype) @ self._matrix_on(quantized.device, dtype)).relu_()
         product.add_(self.divisor // 2).mul_(1.0 / self.divisor).floor_().clamp_(max=FEATURE_LIMIT)
         return product.float()
 
     def _matrix_on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """P [dim, width] on a device, drawn at the first call."""
+        """P [dim, num_features] on a device, drawn at the first call."""
         if self._matrix is None:
             self._matrix = self._draw_integers() if self.exact else self._draw_gaussian()
         if (self._matrix.device, self._matrix.dtype) != (device, dtype):
@@ -87,34 +89,34 @@ class FeatureMap:
 
     def _draw_integers(self) -> Tensor:
         """P from a hash, row by row to save memory. Each entry is a sum of eight 4-bit numbers: nearly Gaussian."""
-        matrix = torch.empty(self.dim, self.width)
+        matrix = torch.empty(self.dim, self.num_features)
         for i in range(self.dim):
             digest = bytearray(
-                hashlib.shake_256(f"{self.seed}:{i}".encode()).digest(self.width * NIBBLES_PER_ENTRY // 2)
+                hashlib.shake_256(f"{self.seed}:{i}".encode()).digest(self.num_features * NIBBLES_PER_ENTRY // 2)
             )
-            random_bytes = torch.frombuffer(digest, dtype=torch.uint8).view(self.width, NIBBLES_PER_ENTRY // 2)
+            random_bytes = torch.frombuffer(digest, dtype=torch.uint8).view(self.num_features, NIBBLES_PER_ENTRY // 2)
             matrix[i] = ((random_bytes >> 4) + (random_bytes & 15)).sum(1) - ENTRY_LIMIT
         return matrix
 
     def _draw_gaussian(self) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)
-        return torch.randn(self.dim, self.width, generator=generator, dtype=torch.float64)
+        return torch.randn(self.dim, self.num_features, generator=generator, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
 class TaskStatistics:
     """Sums over some prompts of a task. Statistics of several parts can be added and subtracted."""
 
-    gram: Tensor  # Σ φᵀφ, the upper triangle row by row [width (width + 1) / 2]: fp64, or integers after `compact`
-    feature_sum: Tensor  # Σ φ [width] in fp64, which is also the task's column of C
+    gram: Tensor  # Σ φᵀφ, the upper triangle row by row [triangle_size]: fp64, or integers after `compact`
+    feature_sum: Tensor  # Σ φ [num_features] in fp64, which is also the task's column of C
     count: Tensor  # the number of prompts, int64 [1]
 
     def __post_init__(self) -> None:
         assert self.feature_sum.ndim == 1
-        assert self.gram.shape in ((triangle_size(self.width),), (0,))  # task keys need no Gram matrix
+        assert self.gram.shape in ((triangle_size(self.num_features),), (0,))  # task keys need no Gram matrix
 
     @property
-    def width(self) -> int:
+    def num_features(self) -> int:
         return len(self.feature_sum)
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,43 +144,43 @@ class TaskStatistics:
 
     def gram_stripes(self) -> Iterator[tuple[slice, slice, Tensor]]:
         """Yield (row slice, column slice, values) of the Gram matrix in fp64; values below the diagonal are zero."""
-        for rows, columns, in_triangle, packed in _triangle_stripes(self.width, self.gram.device):
+        for rows, columns, in_triangle, packed in _triangle_stripes(self.num_features, self.gram.device):
             stripe = torch.zeros(in_triangle.shape, dtype=torch.float64, device=self.gram.device)
             stripe[in_triangle] = self.gram[packed].double()
             yield rows, columns, stripe
 
 
-def triangle_size(width: int) -> int:
-    """The number of entries in the upper triangle of a [width, width] matrix."""
-    return width * (width + 1) // 2
+def triangle_size(size: int) -> int:
+    """The number of entries in the upper triangle of a [size, size] matrix."""
+    return size * (size + 1) // 2
 
 
-def compute_statistics(rows: Tensor, feature_map: FeatureMap) -> TaskStatistics:
-    """The statistics of quantized rows (see `FeatureMap.quantize`), computed on their device."""
-    width, device = feature_map.width, rows.device
-    gram = torch.zeros(triangle_size(width), dtype=torch.float64, device=device)
-    feature_sum = torch.zeros(width, dtype=torch.float64, device=device)
-    for chunk in rows.split(PROMPT_CHUNK):
+def compute_statistics(quantized: Tensor, feature_map: FeatureMap) -> TaskStatistics:
+    """The statistics of quantized states [n, dim] (see `FeatureMap.quantize`), computed on their device."""
+    num_features, device = feature_map.num_features, quantized.device
+    gram = torch.zeros(triangle_size(num_features), dtype=torch.float64, device=device)
+    feature_sum = torch.zeros(num_features, dtype=torch.float64, device=device)
+    for chunk in quantized.split(PROMPT_CHUNK):
         features = feature_map.compute_features(chunk)
         feature_sum += features.sum(0, dtype=torch.float64)
         # Blocks so small that the sum of products of features stays an exact integer in fp32.
         block_size = (FP32_EXACT_LIMIT - 1) // FEATURE_LIMIT**2 if feature_map.exact else PROMPT_CHUNK
-        for rows_slice, columns, in_triangle, packed in _triangle_stripes(width, device):
+        for rows_slice, columns, in_triangle, packed in _triangle_stripes(num_features, device):
             stripe = torch.zeros(in_triangle.shape, dtype=torch.float64, device=device)
             for block in features.split(block_size):
                 stripe += block[:, rows_slice].T @ block[:, columns]
             gram[packed] += stripe[in_triangle]
-    return TaskStatistics(gram, feature_sum, torch.tensor([len(rows)], device=device))
+    return TaskStatistics(gram, feature_sum, torch.tensor([len(quantized)], device=device))
 
 
-def _triangle_stripes(width: int, device: torch.device) -> Iterator[tuple[slice, slice, Tensor, slice]]:
+def _triangle_stripes(num_features: int, device: torch.device) -> Iterator[tuple[slice, slice, Tensor, slice]]:
     """Yield (row slice, column slice, upper-triangle mask, slice of the packed triangle) of each stripe of rows."""
     offset = 0
-    for start in range(0, width, STRIPE_ROWS):
-        stop = min(start + STRIPE_ROWS, width)
-        in_triangle = torch.ones(stop - start, width - start, dtype=torch.bool, device=device).triu_()
-        count = triangle_size(width - start) - triangle_size(width - stop)
-        yield slice(start, stop), slice(start, width), in_triangle, slice(offset, offset + count)
+    for start in range(0, num_features, STRIPE_ROWS):
+        stop = min(start + STRIPE_ROWS, num_features)
+        in_triangle = torch.ones(stop - start, num_features - start, dtype=torch.bool, device=device).triu_()
+        count = triangle_size(num_features - start) - triangle_size(num_features - stop)
+        yield slice(start, stop), slice(start, num_features), in_triangle, slice(offset, offset + count)
         offset += count
 
 
@@ -289,8 +291,8 @@ class _RidgeSystem:
 
     def __init__(self, parts: list[TaskStatistics], prompt_weights: list[float], *, centred: bool) -> None:
         self.parts, self.prompt_weights = parts, prompt_weights
-        width, device = parts[0].width, parts[0].feature_sum.device
-        self.gram = torch.zeros(width, width, dtype=torch.float64, device=device)
+        num_features, device = parts[0].num_features, parts[0].feature_sum.device
+        self.gram = torch.zeros(num_features, num_features, dtype=torch.float64, device=device)
         for part, prompt_weight in zip(parts, prompt_weights, strict=True):
             for rows, columns, values in part.gram_stripes():
                 self.gram[rows, columns] += prompt_weight * values

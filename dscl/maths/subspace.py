@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dscl.maths.readings import PROJECTIONS
+from dscl.maths.projections import PROJECTIONS
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -228,6 +228,22 @@ class ProtectedSubspace:
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors to save in a checkpoint, by name."""
         return {name: tensor for name, tensor in vars(self).items() if isinstance(tensor, Tensor)}
+
+    @property
+    def num_directions(self) -> int:
+        """The number of all input directions and, except for `input`, output directions, protected or free."""
+        return len(self.right) + (0 if self.projection == "input" else len(self.left))
+
+    @property
+    def num_free(self) -> int:
+        """The number of directions that are not protected."""
+        return self.num_directions - self.right.shape[1] - self.left.shape[1]
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the weight has no free direction in which it can change."""
+        full = [basis.shape[1] == len(basis) for basis in (self.right, self.left)]
+        return all(full) if self.projection == "paper" else any(full)
 
     @torch.no_grad()
     def add_directions(self, weight: Tensor, right: Tensor, left: Tensor) -> None:

@@ -33,7 +33,8 @@ class Lwf(Sequential):
 
     def __init__(self, config: LwfPreset, run_info: RunInfo) -> None:
         super().__init__(config, run_info)
-        # "said": log p, and "tokens": token ids, [target tokens, k]. "starts": index of each sample's first target.
+        # "log_probs": log p, and "tokens": token ids, both [target tokens, k]. "starts": index of each sample's first
+        # target token.
         self._recorded: dict[str, torch.Tensor] = {}
 
     def begin_task(self, index: int, name: str, context: TaskContext) -> None:
@@ -51,7 +52,7 @@ class Lwf(Sequential):
             rows = _target_rows(batch, starts).to(context.device)
             old_log_probs[rows], tokens[rows] = top_tokens.values, top_tokens.indices.int()
         self._recorded = {
-            "said": context.all_reduce_sum(old_log_probs),
+            "log_probs": context.all_reduce_sum(old_log_probs),
             "tokens": context.all_reduce_sum(tokens),
             "starts": starts,
         }
@@ -74,7 +75,7 @@ class Lwf(Sequential):
         if not self._recorded:
             return loss
         rows = _target_rows(batch, self._recorded["starts"]).to(logits.device)
-        old_log_probs, tokens = (self._recorded[key].to(logits.device)[rows] for key in ("said", "tokens"))
+        old_log_probs, tokens = (self._recorded[key].to(logits.device)[rows] for key in ("log_probs", "tokens"))
         new_log_probs = (logits[batch.labels != -100] / self.config.loss.temperature).log_softmax(-1)
         return loss + self.config.loss.weight * distillation_loss(old_log_probs, new_log_probs, tokens.long())
 

@@ -28,7 +28,8 @@ from dscl.methods.rls_router import Router
 from dscl.methods.task_router import TaskRouter, make_router_spec, resolve_feature_layer, resolve_num_features
 from dscl.model.adapters.peft_files import task_file_name
 from dscl.model.adapters.routing import Routing, hook_feature_layer, make_template_tensor, match_targets_from_layer
-from dscl.model.adapters.sub_experts import SubExpertShape, initial_expert_values, inject_sub_experts
+from dscl.model.adapters.sub_expert_bank import initial_expert_values, inject_sub_experts
+from dscl.model.adapters.sub_experts import SubExpertShape
 from dscl.model.adapters.task_masks import TaskMasks, read_matching_masks, write_task_masks
 from dscl.model.lm_head import answer_loss
 from dscl.utils.errors import UserError
@@ -69,18 +70,18 @@ class Moses(Method):
         self.template = make_template_tensor(model)
         config = self.config.tune
         columns = config.num_experts * config.rank
-        atoms = config.masks == "rank1"
+        is_rank1 = config.masks == "rank1"
         density = config.mask_density
-        experts_per_task = mask_size(density, columns) / config.rank if atoms else density * config.num_experts
+        experts_per_task = mask_size(density, columns) / config.rank if is_rank1 else density * config.num_experts
         max_needed = math.ceil(len(self.run_info.task_names) * experts_per_task - 1e-9)  # if tasks share no parameters
         shape = SubExpertShape(
-            experts=config.num_experts,
-            most=config.max_experts or max(config.num_experts, max_needed),
+            num_experts=config.num_experts,
+            max_experts=config.max_experts or max(config.num_experts, max_needed),
             rank=config.rank,
-            top=0 if config.gate == "uniform" else config.top_k or min(2, config.num_experts),
-            share=density,
+            top_k=0 if config.gate == "uniform" else config.top_k or min(2, config.num_experts),
+            mask_density=density,
             scale=config.alpha / config.rank,
-            atoms=atoms,
+            rank1=is_rank1,
             dropout=config.dropout,
         )
         self.experts = inject_sub_experts(
@@ -107,8 +108,8 @@ class Moses(Method):
         return layer
 
     def estimate_memory(self) -> dict[str, float]:
-        self.experts.num_open = self.experts.shape.most  # the most that training can come to
-        self.experts.open_for_training(self.config.tune.reuse)
+        self.experts.num_used_experts = self.experts.shape.max_experts  # the most that training can come to
+        self.experts.set_allowed_masks(self.config.tune.reuse)
         dense = self.dense_osft.estimate_memory() if self.dense_osft is not None else {}
         return {**dense, **(self.task_router.estimate_memory() if self.task_router is not None else {})}
 
@@ -120,18 +121,18 @@ class Moses(Method):
         while (
             (num_missing := experts.count_missing_params())
             and policy == "grow"
-            and experts.num_open < experts.shape.most
+            and experts.num_used_experts < experts.shape.max_experts
         ):
-            experts.num_open += 1
+            experts.num_used_experts += 1
         if num_missing and policy != "reuse":
             remedies = [f"run again with method.tune.on_full={other}" for other in self._alternative_policies(policy)]
             remedies.append("start anew with a lower method.tune.mask_density, or a larger method.tune.max_experts")
-            unit = "atoms" if experts.shape.atoms else "entries"
+            unit = "rank-1 pairs" if experts.shape.rank1 else "entries"
             raise UserError(
-                f"method moses: task {name} opens {num_missing} more {unit} of a layer than are unclaimed there; "
+                f"method moses: task {name} needs {num_missing} more {unit} of a layer than are free there; "
                 + ", or ".join(remedies)
             )
-        experts.open_for_training(self.config.tune.reuse)
+        experts.set_allowed_masks(self.config.tune.reuse)
         if self.dense_osft is not None:
             self.dense_osft.begin_task(index, name, context)
 
@@ -143,8 +144,8 @@ class Moses(Method):
         return read_initial_values
 
     def _alternative_policies(self, policy: str) -> list[str]:
-        """The other values of `on_full` that would let a task begin that finds too few unclaimed parameters."""
-        grow = policy == "stop" and self.experts.num_open < self.experts.shape.most
+        """The other values of `on_full` that would let a task begin that finds too few free parameters."""
+        grow = policy == "stop" and self.experts.num_used_experts < self.experts.shape.max_experts
         return ["grow"] * grow + ["reuse"] * self.config.tune.reuse
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -159,7 +160,7 @@ class Moses(Method):
         frozen_tensors = experts.freeze_task_params(name, context.gather_full_weights(experts.trainable_names()))
         training = {name: getattr(self.run_info, name) for name in ("model", "tokenizer", "prompt_limit", "precision")}
         self._task_masks.append(TaskMasks(name, previous_tasks, experts.shape, frozen_tensors, training))
-        messages.append(f"{experts.frozen_share():.1%} of the first sub-experts' parameters are claimed{growth}")
+        messages.append(f"{experts.frozen_share():.1%} of the initial sub-experts' parameters are frozen{growth}")
         metrics = self._capacity_metrics()
         if self.dense_osft is not None:
             with self.routing.use_slots([experts.get_slot(name)], self.template):
@@ -169,19 +170,18 @@ class Moses(Method):
         return TaskSummary("; ".join(filter(None, messages)), metrics, self._mask_overlap_matrix())
 
     def _describe_growth(self) -> str:
-        """A phrase for the user about how the ended task got its parameters if too few were unclaimed, or an empty
-        string."""
+        """How the ended task got its parameters if too few were free, for a message; empty if enough were."""
         experts, num_missing = self.experts, self.experts.count_missing_params()
-        num_before = experts.shape.experts
+        num_before = experts.shape.num_experts
         if self._task_masks:
-            num_before = int(next(iter(self._task_masks[-1].layers.values()))["open"].sum())
-        if experts.num_open > num_before:
-            added = f"{experts.num_open - num_before} more of them"
-            return f"; there was no room, so it got {added}: {experts.num_open} of {experts.shape.most} are open"
+            num_before = int(next(iter(self._task_masks[-1].layers.values()))["expert_mask"].sum())
+        if experts.num_used_experts > num_before:
+            growth = f"from {num_before} to {experts.num_used_experts} of at most {experts.shape.max_experts}"
+            return f"; too few parameters were free, so the sub-experts grew {growth}"
         if not num_missing:
             return ""
-        unit = "atoms" if experts.shape.atoms else "entries"
-        return f"; there was no room, so at least {num_missing} {unit} of a layer are others' too"
+        unit = "rank-1 pairs" if experts.shape.rank1 else "entries"
+        return f"; too few were free, so at least {num_missing} {unit} of a layer are shared with earlier tasks"
 
     def _capacity_metrics(self) -> dict[str, float]:
         """The bytes that all tasks so far take; and for comparison those of one LoRA per task with as many columns as a
@@ -189,7 +189,7 @@ class Moses(Method):
         task_bytes = [task_masks.byte_sizes() for task_masks in self._task_masks]
         component_bytes = {f"{kind}_bytes": float(sum(sizes[kind] for sizes in task_bytes)) for kind in task_bytes[0]}
         shape, element_size = self.experts.shape, self.template.element_size()
-        columns = mask_size(shape.share, shape.experts * shape.rank)
+        columns = mask_size(shape.mask_density, shape.num_experts * shape.rank)
         lora_bytes = sum(
             columns * element_size * (m.in_features + m.out_features) for m in self.experts.layers.values()
         )
@@ -200,7 +200,7 @@ class Moses(Method):
         return {
             "capacity_bytes": sum(component_bytes[f"{kind}_bytes"] for kind in task_bytes[0]) + key_bytes,
             "capacity_share": self.experts.frozen_share(),
-            "experts_open": float(self.experts.num_open),
+            "num_experts": float(self.experts.num_used_experts),
             "lora_per_task_bytes": float(lora_bytes * len(task_bytes)),
             **component_bytes,
         }
@@ -209,7 +209,9 @@ class Moses(Method):
         """For each pair of tasks, the part of one task's mask that the other's mask selects too."""
         names = tuple(self.experts.names)
         return TaskMatrix(
-            "masks: of the row's, opened by the column's too", names, self.experts.mask_overlap().tolist()
+            "mask overlap: fraction of the row's mask that is also in the column's",
+            names,
+            self.experts.mask_overlap().tolist(),
         )
 
     def save_task_artifacts(self, folder: Path, name: str) -> list[Path]:
@@ -225,8 +227,8 @@ class Moses(Method):
             self._task_masks.append(task_masks)
             if self.task_router is not None:
                 self.task_router.load_task_artifacts(folder, name)
-        self.experts.num_open = self._saved_num_open
-        self.experts.open_for_training(self.config.tune.reuse)
+        self.experts.num_used_experts = self._saved_num_used_experts
+        self.experts.set_allowed_masks(self.config.tune.reuse)
 
     def inference_context(
         self, batch: PromptBatch, task: str | None = None
@@ -244,13 +246,13 @@ class Moses(Method):
         return self.experts.get_slot(name) if name in self.experts.names else None
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        return {"open": torch.tensor(self.experts.num_open)}
+        return {"num_used_experts": torch.tensor(self.experts.num_used_experts)}
 
     def row_state_dict(self) -> dict[str, torch.Tensor]:
         return self.task_router.row_state_dict() if self.task_router is not None else {}
 
     def load_state_dict(self, state: dict[str, torch.Tensor], rows: dict[str, torch.Tensor]) -> None:
-        self._saved_num_open = int(state["open"])
+        self._saved_num_used_experts = int(state["num_used_experts"])
         if self.task_router is not None:
             self.task_router.load_row_state(rows)
 

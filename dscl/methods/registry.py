@@ -7,14 +7,13 @@ from dscl.methods.agem import Agem
 from dscl.methods.asr import Asr
 from dscl.methods.base import Method
 from dscl.methods.ewc import Ewc
-from dscl.methods.joint import Joint
 from dscl.methods.lora_per_task import LoraPerTask
 from dscl.methods.lwf import Lwf
 from dscl.methods.moses import Moses
 from dscl.methods.olora import Olora
 from dscl.methods.osft import Osft
 from dscl.methods.replay import Replay
-from dscl.methods.sequential import Sequential
+from dscl.methods.sequential import Joint, Sequential
 
 METHODS: dict[str, type[Method]] = {
     "sequential": Sequential,

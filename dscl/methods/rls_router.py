@@ -34,8 +34,8 @@ class RouterSpec:
     kind: str = config_key(choices=("exact", "paper", "key"), help="features")
     layer: int = config_key(at_least=0, help="feature layer")
     dim: int = config_key(at_least=1, help="hidden size")
-    width: int = config_key(at_least=1, help="width of the expansion")
-    seed: int = config_key(help="seed of the expansion")
+    num_features: int = config_key(at_least=1, help="number of random features")
+    seed: int = config_key(help="seed of the random features")
     model: str = config_key(help="model")
     tokenizer: str = config_key(help="tokenizer")
     prompt_limit: int = config_key(at_least=1, help="longest prompt in tokens")
@@ -56,7 +56,7 @@ class RouterSpec:
         """Create the map from pooled hidden states to features."""
         if self.kind == "key":
             return UnitFeatures(self.dim)
-        return FeatureMap(self.dim, self.width, self.seed, self.kind == "exact")
+        return FeatureMap(self.dim, self.num_features, self.seed, self.kind == "exact")
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Router:
         """Add a task. The router is fitted again when it is next needed."""
         if name in self._tasks:
             raise UserError(f"task {name!r} is in the router already; remove it first, or name the new one otherwise")
-        assert statistics.width == self.spec.width
+        assert statistics.num_features == self.spec.num_features
         if int(statistics.count) < 1:
             raise UserError(f"task {name!r} has no samples; a router needs some prompts of every task")
         if not all(bool(torch.isfinite(tensor).all()) for tensor in statistics.tensors()):
@@ -139,10 +139,10 @@ class Router:
             if self.spec.kind == "key":
                 self._fitted_router = build_task_keys(tasks)
                 return self._fitted_router
-            faithful = self.spec.kind == "paper"
+            is_paper = self.spec.kind == "paper"
             try:
                 self._fitted_router = fit_router(
-                    tasks, self.ridge, paper_form=faithful, detect_ood=self.ood_fallback and not faithful
+                    tasks, self.ridge, paper_form=is_paper, detect_ood=self.ood_fallback and not is_paper
                 )
             except ValueError as error:
                 raise UserError(str(error)) from None
@@ -198,7 +198,7 @@ def _write_router_file(
     """Write a header and the statistics of these tasks. `settings`: of the router, see `Router.load`."""
     tensors = {}
     for i, statistics in enumerate(tasks.values()):
-        for part, tensor in zip(("gram", "total", "count"), statistics.compact().tensors(), strict=True):
+        for part, tensor in zip(("gram", "feature_sum", "count"), statistics.compact().tensors(), strict=True):
             tensors[f"{i}.{part}"] = tensor.cpu().contiguous()
     header = {"spec": to_plain_data(spec), "settings": settings, "tasks": list(tasks)}
     write_checksummed(path, FILE_KIND, FILE_VERSION, header, tensors)
@@ -215,9 +215,10 @@ def _read_router_file(
         raise UserError(f"{path}: {difference}; use what it was built with, or make the router anew")
     tasks = {}
     for i, name in enumerate(header["tasks"]):
-        gram, total, count = (tensors[f"{i}.{part}"] for part in ("gram", "total", "count"))
-        assert gram.dtype in GRAM_DTYPES and gram.shape == (0 if spec.kind == "key" else triangle_size(spec.width),)  # noqa: PT018
-        tasks[name] = TaskStatistics(gram, total, count)
+        gram, feature_sum, count = (tensors[f"{i}.{part}"] for part in ("gram", "feature_sum", "count"))
+        assert gram.dtype in GRAM_DTYPES
+        assert gram.shape == (0 if spec.kind == "key" else triangle_size(spec.num_features),)
+        tasks[name] = TaskStatistics(gram, feature_sum, count)
     return spec, header["settings"], tasks
 
 

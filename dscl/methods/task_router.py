@@ -71,17 +71,17 @@ class TaskRouter:
 
     def estimate_memory(self) -> dict[str, float]:
         """The bytes that a task adds when it ends, by a description; see `Method.estimate_memory`."""
-        width = self.router.spec.width
+        num_features = self.router.spec.num_features
         if self.router.spec.kind == "key":
-            return {"keys, a task": 8.0 * width}
+            return {"keys, a task": 8.0 * num_features}
         return {
-            "router's sums, a task (host)": 4.0 * triangle_size(width) + 8.0 * width,
+            "router's sums, a task (host)": 4.0 * triangle_size(num_features) + 8.0 * num_features,
             "router, while it is solved": self.solve_bytes(),
         }
 
     def solve_bytes(self) -> float:
         """The peak bytes of device memory while the router is fitted."""
-        return 0.0 if self.router.spec.kind == "key" else SOLVE_PEAK_MATRICES * 8.0 * self.router.spec.width**2
+        return 0.0 if self.router.spec.kind == "key" else SOLVE_PEAK_MATRICES * 8.0 * self.router.spec.num_features**2
 
     def save_task_artifacts(self, folder: Path, name: str) -> Path:
         """Write a task's statistics into the run's folder."""
@@ -132,13 +132,13 @@ class TaskRouter:
         return [sample for sample, ok in zip(self._sample_ids, finite.tolist(), strict=True) if ok], features[finite]
 
 
-def make_router_spec(kind: str, layer: int, width: int, dim: int, run_info: RunInfo) -> RouterSpec:
+def make_router_spec(kind: str, layer: int, num_features: int, dim: int, run_info: RunInfo) -> RouterSpec:
     """The spec of a run's router, whose kind is exact, paper or key."""
     return RouterSpec(
         kind=kind,
         layer=layer,
         dim=dim,
-        width=dim if kind == "key" else width,
+        num_features=dim if kind == "key" else num_features,
         seed=run_info.seed,
         model=run_info.model,
         tokenizer=run_info.tokenizer,

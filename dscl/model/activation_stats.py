@@ -1,15 +1,25 @@
-"""Activation statistics: second moments of the inputs of linear layers, and the importance of each decoder layer."""
+"""Activation statistics: second moments of the inputs of linear layers, and the importance of each decoder layer.
+
+A `ProbePass` is a forward (and backward) pass that collects them, over sampled texts or over a task's samples.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional
 
+from dscl.data.batches import IGNORE_INDEX, Batch
 from dscl.maths.subspace import sum_cosine_similarity
+from dscl.model.generation import TextBlock
+from dscl.model.lm_head import answer_loss
+
+ROWS_PER_PASS = 4  # of sampled texts
 
 
 class ActivationStats:
@@ -101,3 +111,41 @@ class LayerImportance:
     def mean_similarity(self) -> torch.Tensor:
         """[layers]: the mean cosine of each decoder layer."""
         return self.sums[:-1] / self.sums[-1].clamp_min(1)
+
+
+class ProbePass(NamedTuple):
+    """One forward (and backward) pass that collects activation statistics."""
+
+    token_weights: torch.Tensor  # weight of each token in the statistics, [rows, length]
+    loss_fn: Callable[[Any], torch.Tensor]
+
+
+def text_passes(texts: Iterable[TextBlock]) -> Iterator[ProbePass]:
+    """Passes over sampled texts, a few rows at a time."""
+    for ids, num_counted in texts:
+        for at in range(0, len(ids), ROWS_PER_PASS):
+            rows = ids[at : at + ROWS_PER_PASS]
+            counts = (torch.arange(at, at + len(rows), device=ids.device) < num_counted)[:, None].expand(rows.shape)
+            yield ProbePass(
+                counts.double(), functools.partial(_text_loss, rows, rows.masked_fill(~counts, IGNORE_INDEX)[:, 1:])
+            )
+
+
+def _text_loss(ids: torch.Tensor, targets: torch.Tensor, model: Any) -> torch.Tensor:
+    """The sum of next-token losses of texts; `targets` is -100 where a token does not count."""
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+
+
+def task_passes(batches: Iterable[Batch]) -> Iterator[ProbePass]:
+    """Passes over the task's own samples. In each batch, all prompt tokens together and all answer tokens together have
+    the same weight."""
+    for batch in batches:
+        prompts, answers = (torch.zeros(batch.input_ids.shape, dtype=torch.float64) for _ in range(2))
+        for row, start, stop in batch.prompt_spans:
+            prompts[row, start:stop] = 1
+        answers.view(-1)[batch.loss_positions.cpu()] = (batch.labels.cpu() != IGNORE_INDEX).double()
+        token_weights = (prompts / prompts.sum().clamp_min(1) + answers / answers.sum().clamp_min(1)) * len(
+            batch.sample_ids
+        )
+        yield ProbePass(token_weights.to(batch.input_ids.device), functools.partial(answer_loss, batch=batch))

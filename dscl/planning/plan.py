@@ -131,20 +131,20 @@ class Plan:
         estimate = self.recipe_stage.estimate
         step = estimate_step(self.setup, self.cluster, estimate)
         step_document = {
-            "sent": step.bytes_sent,
+            "bytes_sent": step.bytes_sent,
             "tokens": step.tokens,
-            "operations": step.flops,
+            "flops": step.flops,
             "seconds": step.seconds,
             "tokens_per_second": step.tokens_per_second,
         }
         totals = {
             "ranks": self.cluster.world_size,
             "parameters": estimate.num_parameters,
-            "trained": estimate.num_trainable,
+            "trainable": estimate.num_trainable,
             "recipe": self.recipe_stage_name,
             "disk": self.disk_bytes,
-            "around": UNTRACKED_GPU_BYTES,
-            "busiest": estimate.load_imbalance,
+            "untracked_memory": UNTRACKED_GPU_BYTES,
+            "load_imbalance": estimate.load_imbalance,
         }
         return {**totals, "step": step_document, "stages": stages}
 
@@ -189,16 +189,16 @@ def _stage_document(stage: StageEstimate) -> dict[str, Any]:
     return {
         "weights": estimate.weights,
         "optimizer": estimate.optimizer,
-        "beside": estimate.method_state,
+        "method_state": estimate.method_state,
         "gradients": estimate.gradients,
-        "passing": estimate.activations,
+        "activations": estimate.activations,
         "peak": estimate.peak,
-        "ending": estimate.task_end,
-        "saved": estimate.checkpoint,
-        "sent": estimate.bytes_sent,
+        "task_end": estimate.task_end,
+        "checkpoint": estimate.checkpoint,
+        "bytes_sent": estimate.bytes_sent,
         "device": stage.device_bytes,
         "host": stage.host_bytes,
-        "fits": stage.max_rows,
+        "max_rows": stage.max_rows,
     }
 
 
@@ -257,7 +257,16 @@ def _describe_setup(setup: RunSetup, cluster: Cluster, estimate: MemoryEstimate)
 def _format_table(stages: Sequence[StageEstimate], recipe_stage_name: str) -> list[str]:
     """The memory of a rank, a row for each stage."""
     unit, size = ("GiB", GIB) if max(stage.estimate.peak for stage in stages) > 4 * GIB else ("MiB", GIB >> 10)
-    head = [f"{unit} a rank", "weights", "optimizer", "method", "gradients", "passing", "peak", "micro-batch that fits"]
+    head = [
+        f"{unit} a rank",
+        "weights",
+        "optimizer",
+        "method",
+        "gradients",
+        "activations",
+        "peak",
+        "micro-batch that fits",
+    ]
     rows = [head]
     for stage in stages:
         memory = stage.estimate

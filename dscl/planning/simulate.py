@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -61,7 +61,6 @@ def simulate_step(
 
     `micro_batches_per_step`: of the real run; the bytes sent are extrapolated to it.
     """
-    train = setup.recipe.train
     method = find_method(setup.recipe.method.name)(setup.recipe.method, setup.run_info)
     fake_mode, tracker = FakeTensorMode(allow_non_fake_inputs=True), MemoryTracker()
     with ExitStack() as stack:
@@ -69,61 +68,22 @@ def simulate_step(
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         for context in (without_cross_rank_asserts(), _keep_parameter_objects(), fake_mode, tracker):
             stack.enter_context(context)
-        engine = Engine(
-            settings,
-            build=setup.backbone.build,
-            read=lambda _name, _shape, start, stop: torch.empty(stop - start),
-            prepare=method.prepare,
-            constraint=method.constraint,
-            gradient_hook=method.gradient_hook,
-            precision=train.precision,
-            micro_batch=train.micro_batch,
-            weight_decay=train.weight_decay,
-            grad_clip=train.grad_clip,
-        )
+        engine = _build_engine(setup, settings, method)
         engine.simulate_peers()
         later_tasks = method.estimate_memory()
         batches = [to_fake(batch, fake_mode) for batch in micro_batches]
-        before_step, bytes_before_step = engine.optimizer.before_step, 0
-
-        def track_before_step(stepped: Sequence[torch.Tensor]) -> None:
-            nonlocal bytes_before_step
-            bytes_before_step = max(bytes_before_step, tracker.current)
-            if before_step is not None:
-                before_step(stepped)
-
-        engine.optimizer.before_step = track_before_step
-        peaks, sent = [], []
-        for step_batches in (batches[:1], batches[:1], *([batches] if len(batches) > 1 else [])):
-            timers.collect_timings()
-            tracker.peak = tracker.current
-            engine.step(method.loss, step_batches, targets=1, lr=1e-4)
-            peaks.append(tracker.peak)
-            sent.append(timers.collect_timings().bytes_sent)
+        steps = _run_steps(engine, method, batches, tracker)
         # The first step also allocates and gathers what later steps reuse, so communication is taken from the others.
-        sent_by_one, sent_by_all = sent[1], sent[-1]
+        sent_by_one, sent_by_all = steps.bytes_sent[1], steps.bytes_sent[-1]
         further = (micro_batches_per_step - 1) * (len(batches) > 1)
-        # The method keeps these tensors in the host's memory; here all tensors are on the CPU.
-        on_host = {id(t) for name, t in method.matrix_state_dict().items() if name.endswith("|start")}
-        weights = _unique_storages(engine.layout.weight_tensors())
-        optimizer_tensors = [t for f in engine.shards.local_shards() for t in (f.master, *f.moments.values())]
-        optimizer = _unique_storages(optimizer_tensors) - weights
-        shard_state = (t for f in engine.shards.local_shards() for t in f.extra_state.values())
-        method_tensors = [*engine.module.buffers(), *shard_state]
-        method_tensors += [t for t in method.matrix_state_dict().values() if id(t) not in on_host]
-        method_state = _unique_storages(method_tensors) - weights - optimizer
-        host_bytes = sum(t.untyped_storage().nbytes() for t in method.matrix_state_dict().values() if id(t) in on_host)
-        sizes = [sum(storage.nbytes() for storage in storages) for storages in (weights, optimizer, method_state)]
-        gradients = max(0, bytes_before_step - sum(sizes) - host_bytes)
-        peak = max(peaks)
+        kept = _measure_kept_bytes(engine, method)
+        kept_on_device = kept.weights + kept.optimizer + kept.method_state
+        gradients = max(0, steps.bytes_before_step - kept_on_device - kept.host)
         estimate = MemoryEstimate(
-            weights=sizes[0],
-            optimizer=sizes[1],
-            method_state=sizes[2],
+            **kept._asdict(),
             gradients=gradients,
-            activations=max(0, peak - sum(sizes) - gradients - host_bytes),
-            peak=peak - host_bytes,
-            host=host_bytes,
+            activations=max(0, steps.peak - kept_on_device - gradients - kept.host),
+            peak=steps.peak - kept.host,
             checkpoint=_checkpoint_bytes(engine, method),
             bytes_sent={kind: size + further * (sent_by_all[kind] - size) for kind, size in sent_by_one.items()},
             later_tasks=later_tasks,
@@ -135,6 +95,72 @@ def simulate_step(
         )
         engine.close()
     return estimate
+
+
+def _build_engine(setup: RunSetup, settings: dict[str, Any], method: Method) -> Engine:
+    train = setup.recipe.train
+    return Engine(
+        settings,
+        build=setup.backbone.build,
+        read=lambda _name, _shape, start, stop: torch.empty(stop - start),
+        prepare=method.prepare,
+        constraint=method.constraint,
+        gradient_hook=method.gradient_hook,
+        precision=train.precision,
+        micro_batch=train.micro_batch,
+        weight_decay=train.weight_decay,
+        grad_clip=train.grad_clip,
+    )
+
+
+class _SimulatedSteps(NamedTuple):
+    peak: int  # bytes
+    bytes_before_step: int  # allocated when the optimizer's step begins, at most
+    bytes_sent: Sequence[Mapping[str, float]]  # in each step, by kind of collective
+
+
+def _run_steps(engine: Engine, method: Method, batches: Sequence[Batch], tracker: MemoryTracker) -> _SimulatedSteps:
+    """Two steps of the first micro-batch, and one of all micro-batches if there are several."""
+    before_step, bytes_before_step = engine.optimizer.before_step, 0
+
+    def track_before_step(stepped: Sequence[torch.Tensor]) -> None:
+        nonlocal bytes_before_step
+        bytes_before_step = max(bytes_before_step, tracker.current)
+        if before_step is not None:
+            before_step(stepped)
+
+    engine.optimizer.before_step = track_before_step
+    peaks, bytes_sent = [], []
+    for step_batches in (batches[:1], batches[:1], *([batches] if len(batches) > 1 else [])):
+        timers.collect_timings()
+        tracker.peak = tracker.current
+        engine.step(method.loss, step_batches, targets=1, lr=1e-4)
+        peaks.append(tracker.peak)
+        bytes_sent.append(timers.collect_timings().bytes_sent)
+    return _SimulatedSteps(max(peaks), bytes_before_step, bytes_sent)
+
+
+class _KeptBytes(NamedTuple):
+    """Bytes that stay allocated from step to step; fields as in `MemoryEstimate`."""
+
+    weights: int
+    optimizer: int
+    method_state: int
+    host: int
+
+
+def _measure_kept_bytes(engine: Engine, method: Method) -> _KeptBytes:
+    # The method keeps these tensors in the host's memory; here all tensors are on the CPU.
+    on_host = {id(t) for name, t in method.matrix_state_dict().items() if name.endswith("|start")}
+    weights = _unique_storages(engine.layout.weight_tensors())
+    optimizer_tensors = [t for f in engine.shards.local_shards() for t in (f.master, *f.moments.values())]
+    optimizer = _unique_storages(optimizer_tensors) - weights
+    shard_state = (t for f in engine.shards.local_shards() for t in f.extra_state.values())
+    method_tensors = [*engine.module.buffers(), *shard_state]
+    method_tensors += [t for t in method.matrix_state_dict().values() if id(t) not in on_host]
+    method_state = _unique_storages(method_tensors) - weights - optimizer
+    host_bytes = sum(t.untyped_storage().nbytes() for t in method.matrix_state_dict().values() if id(t) in on_host)
+    return _KeptBytes(_storage_bytes(weights), _storage_bytes(optimizer), _storage_bytes(method_state), host_bytes)
 
 
 def largest_micro_batches(setup: RunSetup) -> list[Batch]:
@@ -220,6 +246,10 @@ def _checkpoint_bytes(engine: Engine, method: Method) -> int:
 
 def _unique_storages(tensors: Iterable[torch.Tensor | None]) -> set[torch.UntypedStorage]:
     return {tensor.untyped_storage() for tensor in tensors if tensor is not None}
+
+
+def _storage_bytes(storages: Iterable[torch.UntypedStorage]) -> int:
+    return sum(storage.nbytes() for storage in storages)
 
 
 @contextmanager

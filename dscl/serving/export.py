@@ -156,7 +156,7 @@ def export_model(recipe: Recipe, folder: Path, checkpoint_name: str | None) -> N
         document = {
             "method": recipe.method.name,
             "tasks": names,
-            "base": _base_model_label(recipe),
+            "base": _base_model_label(recipe.model, recipe.seed),
             "checkpoint": checkpoint.name,
         }
         (new_folder / TASKS_FILE).write_text(json.dumps(document, indent=1, ensure_ascii=False), "utf-8")
@@ -187,10 +187,10 @@ def export_shared_lora(recipe: Recipe, folder: Path, checkpoint_name: str | None
     for path in paths:
         a, b = (masters.read(f"{path}.lora_{side}.default.weight").to(backbone.dtype) for side in "AB")
         layers[path] = LoraWeights(a, b, lora.alpha / lora.rank)
-    write_adapter(folder, LoraAdapter("", _base_model_label(recipe), layers))
+    write_adapter(folder, LoraAdapter("", _base_model_label(recipe.model, recipe.seed), layers))
     print(f"wrote {folder}: {CONFIG_FILE}, {ADAPTER_WEIGHTS_FILE}")
     print(f"tasks: {', '.join(names)}")
-    print(f"base:  {_base_model_label(recipe)} (not copied)")
+    print(f"base:  {_base_model_label(recipe.model, recipe.seed)} (not copied)")
     print("use:   from peft import PeftModel")
     print(f"       PeftModel.from_pretrained(base, {str(folder)!r})", flush=True)
 
@@ -221,7 +221,7 @@ def export_task_adapter(run_dir: Path, folder: Path, task: str, checkpoint_name:
             token_routing = learnt.token_routing
     print(f"wrote {folder}: {CONFIG_FILE}, {ADAPTER_WEIGHTS_FILE}")
     print(f"task:  {task}")
-    print(f"base:  {_bundle_base_label(description)} (not copied)")
+    print(f"base:  {_base_model_label(description.model, description.seed)} (not copied)")
     if token_routing:
         print(f"exact: no, the task's token router {token_routing}, and a LoRA cannot;")
         print(
@@ -263,7 +263,7 @@ def import_adapters(
         kind="exact",
         layer=resolve_feature_layer(config.layer, backbone.hf_config.num_hidden_layers),
         dim=backbone.hf_config.hidden_size,
-        width=resolve_num_features(config.num_features, backbone.hf_config.hidden_size),
+        num_features=resolve_num_features(config.num_features, backbone.hf_config.hidden_size),
         seed=0,
         model=backbone.fingerprint(),
         tokenizer=tokenizer_fingerprint(backbone.tokenizer),
@@ -343,8 +343,8 @@ def _open_run_backbone(recipe: Recipe) -> Backbone:
     return resolve_backbone(recipe.model, seed=recipe.seed, dtype=dtype, cache=recipe.data.cache, texts=texts)
 
 
-def _base_model_label(recipe: Recipe) -> str:
-    return absolute_model_name(recipe.model.name) if recipe.model.name else f"drawn from seed {recipe.seed}"
+def _base_model_label(model: ModelConfig, seed: int) -> str:
+    return absolute_model_name(model.name) if model.name else f"drawn from seed {seed}"
 
 
 def _check_adapter_target(folder: Path) -> None:
@@ -357,10 +357,6 @@ def _check_adapter_target(folder: Path) -> None:
         )
 
 
-def _bundle_base_label(description: BundleDescription) -> str:
-    return description.model.name or f"drawn from seed {description.seed}"
-
-
 def _print_export_summary(folder: Path, description: BundleDescription) -> None:
     parts = [DESCRIPTION_FILE, f"{description.kind}/", f"{TOKENIZER_FOLDER}/"]
     parts += [ROUTER_FILE] * (description.router is not None) + [TRAINED_WEIGHTS_FILE] * (
@@ -368,10 +364,10 @@ def _print_export_summary(folder: Path, description: BundleDescription) -> None:
     )
     print(f"wrote {folder}: {', '.join(parts)}")
     print(f"tasks: {', '.join(description.tasks)}")
-    print(f"base:  {_bundle_base_label(description)} (not copied)")
+    print(f"base:  {_base_model_label(description.model, description.seed)} (not copied)")
     task = ""
     if description.router is None:
-        print("route: none; training was told each prompt's task, so the caller has to name the task too")
+        print("route: none; the run has router: oracle, so the caller names each prompt's task")
         task = f", task={next(iter(description.tasks))!r}"
     print("use:   import dscl")
     print(f"       dscl.load({str(folder)!r}).generate(['a prompt']{task})", flush=True)

@@ -38,7 +38,7 @@ from dscl.utils.errors import UserError
 
 @dataclass(frozen=True)
 class Route:
-    """The router's decision on one prompt; see `dscl.methods.rls_router.Routes`."""
+    """The router's decision on one prompt; see `dscl.methods.rls_router.RoutingResult`."""
 
     task: str | None  # None: no task is near enough, so the base model answers
     margin: float
@@ -173,7 +173,7 @@ class ServingModel:
         """The task router. Raise UserError if there is none."""
         if self._description.router is None:
             raise UserError(
-                "this model has no task router, because its training was told each prompt's task; "
+                "this model has no task router (its run has router: oracle); "
                 f"name the task (task=..., --task); tasks here: {', '.join(self.tasks)}"
             )
         return self._description.router

@@ -128,7 +128,7 @@ def check_plan_fits(setup: RunSetup) -> list[CheckResult]:
     if problem:
         return [CheckResult("plan", f"none could be made ({problem}), so memory and disk were not compared with it")]
     stage = plan["stages"][plan["recipe"]]
-    on_device, on_host = stage["device"] + plan["around"], stage["host"]
+    on_device, on_host = stage["device"] + plan["untracked_memory"], stage["host"]
     if comm.device().type != "cuda":
         on_device, on_host = 0, stage["device"] + stage["host"]
     ranks_per_host = Counter(host for host, _ in gather_by_host(None))

@@ -39,7 +39,8 @@ from dscl.methods.osft import Osft
 from dscl.methods.task_router import TaskRouter
 from dscl.model import generation
 from dscl.model.adapters import sub_experts
-from dscl.model.adapters.sub_experts import SubExpertBank, SubExpertLinear
+from dscl.model.adapters.sub_expert_bank import SubExpertBank
+from dscl.model.adapters.sub_experts import SubExpertLinear
 from dscl.model.adapters.task_masks import read_task_masks
 from dscl.model.backbone import ModelConfig
 from dscl.recipe.recipe import resolve_recipe
@@ -185,7 +186,7 @@ class Looped(nn.Module):
         self.sub_a = nn.Parameter(torch.zeros(size, plain.in_features))
         self.sub_b = nn.Parameter(torch.zeros(plain.out_features, size))
         if config.masks == "rank1":
-            self.score_atoms = nn.Parameter(torch.zeros(size))
+            self.score_rank1 = nn.Parameter(torch.zeros(size))
         else:
             self.score_a = nn.Parameter(torch.zeros_like(self.sub_a))
             self.score_b = nn.Parameter(torch.zeros_like(self.sub_b))
@@ -204,11 +205,11 @@ class Looped(nn.Module):
         return hard.view(score.shape) + (score.abs() - score.abs().detach()) * usable
 
     def masks(self) -> tuple[torch.Tensor, torch.Tensor]:
-        seated = torch.arange(len(self.sub_a)) < self.open * self.config.rank
+        used_rows = torch.arange(len(self.sub_a)) < self.open * self.config.rank
         if self.config.masks == "rank1":
-            usable = seated if self.config.reuse else seated & ~self.fixed[0][:, 0]
-            return self.mask(self.score_atoms, usable)[:, None], torch.ones(())
-        usable_a, usable_b = seated[:, None].expand(self.sub_a.shape), seated.expand(self.sub_b.shape)
+            usable = used_rows if self.config.reuse else used_rows & ~self.fixed[0][:, 0]
+            return self.mask(self.score_rank1, usable)[:, None], torch.ones(())
+        usable_a, usable_b = used_rows[:, None].expand(self.sub_a.shape), used_rows.expand(self.sub_b.shape)
         if not self.config.reuse:
             usable_a, usable_b = usable_a & ~self.fixed[0], usable_b & ~self.fixed[1]
         return self.mask(self.score_a, usable_a), self.mask(self.score_b, usable_b)
@@ -231,7 +232,7 @@ class Looped(nn.Module):
 
     @torch.no_grad()
     def freeze(self) -> None:
-        """What the mask opens, and nobody had frozen before."""
+        """What the mask selects, and nobody had frozen before."""
         mask_a, mask_b = (mask.round().bool() for mask in self.masks())
         opens = [mask_a.expand(self.sub_a.shape), mask_b.expand(self.sub_b.shape)]
         if self.config.masks == "rank1":
@@ -243,7 +244,7 @@ class Looped(nn.Module):
 
     def grow(self) -> None:
         """As many experts as leave the mask enough that is not frozen."""
-        fixed, scores = (self.fixed[0][:, 0],), ("score_atoms",)
+        fixed, scores = (self.fixed[0][:, 0],), ("score_rank1",)
         if self.config.masks == "element":
             fixed, scores = tuple(self.fixed), ("score_a", "score_b")
         for taken, score in zip(fixed, scores, strict=True):
@@ -307,8 +308,8 @@ def stepped(kind: Kind, stage: int, zero: dict[str, Any], accumulation: int) -> 
     found = Result()
     choose, running = gates.select_experts, [""]
 
-    def watched(logits: torch.Tensor, top: int, *seats: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        shares, few = choose(logits, top, *seats)
+    def watched(logits: torch.Tensor, top: int, *expert_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        shares, few = choose(logits, top, *expert_mask)
         found.chosen.setdefault(running[0], set()).update(few.flatten().tolist())
         return shares, few
 
@@ -328,7 +329,7 @@ def stepped(kind: Kind, stage: int, zero: dict[str, Any], accumulation: int) -> 
             layers = method.experts.layers.items()
             held = {f"{name}.{side}": getattr(layer, f"held_{side}") for name, layer in layers for side in "ab"}
             found.held.append({name: values.clone() for name, values in held.items()})
-            found.open.append(method.experts.num_open)
+            found.open.append(method.experts.num_used_experts)
     engine.close()
     return found
 
@@ -427,13 +428,13 @@ def logits(engine: Engine, batch: PromptBatch) -> torch.Tensor:
 
 
 def overwriting(self: SubExpertLinear, slot: int, masks: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
-    """`_hold`, when claiming takes what others had claimed as well."""
+    """`_store_masks`, if freezing a task's parameters overwrites those of earlier tasks."""
     for name in masks:
-        getattr(self, f"taken_{name}").zero_()
-    return HOLD(self, slot, masks)
+        getattr(self, f"frozen_mask_{name}").zero_()
+    return STORE_MASKS(self, slot, masks)
 
 
-HOLD = SubExpertLinear._store_masks
+STORE_MASKS = SubExpertLinear._store_masks
 
 
 def remembered(
@@ -446,7 +447,7 @@ def remembered(
     with pytest.MonkeyPatch.context() as patch:
         if broken == "frozen":
             patch.setattr(sub_experts, "merge_frozen_params", lambda _mask, _frozen, trained: trained)
-        if broken == "claim":
+        if broken == "freeze":
             patch.setattr(SubExpertLinear, "_store_masks", overwriting)
         engine, method = begun(kind, stage, SMALL if stage == 3 else {}, precision)
         for index in range(len(TASKS)):
@@ -465,7 +466,7 @@ def remembered(
                     told[earlier] = now
         difference = min(float((told[a] - told[b]).abs().max()) for a, b in itertools.combinations(TASKS, 2))
         assert difference > 1e-2  # tasks answer differently
-        count = method.experts.num_open
+        count = method.experts.num_used_experts
         engine.close()
     return moved, gaps, count
 
@@ -503,7 +504,7 @@ def test_no_bit_of_an_earlier_task_moves(ranks: Any, stage: int, precision: str,
 @pytest.mark.parametrize("masks", ["rank1", "element"])
 def test_without_freezing_it_would_be_noticed(ranks: Any, masks: str) -> None:
     kind = Kind(masks, 2)
-    for moved, _, _ in ranks(2)(remembered, kind, 2, "fp32", "claim"):
+    for moved, _, _ in ranks(2)(remembered, kind, 2, "fp32", "freeze"):
         assert max(by for *_, by in moved) > 1e-3
     for moved, gaps, _ in ranks(2)(remembered, kind, 2, "fp32", "frozen"):
         assert gaps[0] <= 1e-5  # nothing was frozen yet
@@ -655,10 +656,10 @@ def test_a_batch_of_all_tasks_equals_a_batch_of_each(
 PLACES: dict[str, Any] = {
     "begin": (Moses, "begin_task"),
     "step": (Engine, "step"),
-    "claim": (SubExpertBank, "freeze_task_params"),  # nothing of it is anywhere but in memory
+    "freeze": (SubExpertBank, "freeze_task_params"),  # nothing of it is anywhere but in memory
     "end": (Moses, "end_task"),
     "ended": (training_run.Observer, "log_task_summary"),  # the task's last record stands in metrics.jsonl
-    "write": (moses, "write_task_masks"),  # the task's claims are written, and nothing else of it
+    "write": (moses, "write_task_masks"),  # the task's masks are written, and nothing else of it
     "left": (Checkpoints, "write_task_artifacts"),  # all that it leaves is written, and no checkpoint knows
     "save": (Checkpoints, "save"),
 }
@@ -668,8 +669,8 @@ def killed_around(document: dict[str, Any], deaths: list[tuple[str, int]]) -> No
     killed_after(document, deaths, PLACES)
 
 
-AROUND = [("begin", 1), ("step", 2), ("claim", 1), ("end", 1), ("left", 1), ("save", 1), ("begin", 1), ("left", 1)]
-BETWEEN = [("ended", 1), ("write", 1), ("claim", 1), ("write", 1), ("save", 1), ("write", 1)]
+AROUND = [("begin", 1), ("step", 2), ("freeze", 1), ("end", 1), ("left", 1), ("save", 1), ("begin", 1), ("left", 1)]
+BETWEEN = [("ended", 1), ("write", 1), ("freeze", 1), ("write", 1), ("save", 1), ("write", 1)]
 ANYWHERE = [("step", 2), ("take", 1), ("shares", 2), ("save", 2), ("gather", 2)]
 
 
@@ -686,7 +687,7 @@ ANYWHERE = [("step", 2), ("take", 1), ("shares", 2), ("save", 2), ("gather", 2)]
 def test_a_run_that_died_ends_as_one_that_did_not(
     ranks: Any, tasks: Path, world: int, stage: int, method: dict[str, Any], killed: Callable[..., None], deaths: Any
 ) -> None:
-    """The same metrics, scores, checkpoint and files, so that nothing is claimed twice; experts are added meanwhile."""
+    """The same metrics, scores, checkpoint and files, so that nothing is frozen twice; experts are added meanwhile."""
     whole, died = (recipe(tasks, f"{kind}{world}{stage}", stage, True, **method) for kind in ("whole", "died"))
     for document in (whole, died):
         document["evaluate"] |= {"oracle_task_id": method.get("router") != "oracle", "every": 1}
@@ -697,19 +698,19 @@ def test_a_run_that_died_ends_as_one_that_did_not(
     first, second = Path(whole["run_dir"]), Path(died["run_dir"])
     assert outcome(second) == outcome(first)
     assert left(second) == left(first)
-    seats = [int(next(iter(claims_of(first, task).layers.values()))["open"].sum()) for task in SIZES]
-    assert seats[-1] > seats[0] == 2
+    num_experts = [int(next(iter(task_masks_of(first, task).layers.values()))["expert_mask"].sum()) for task in SIZES]
+    assert num_experts[-1] > num_experts[0] == 2
     check_records(second)
     assert shown(second) == shown(first)
 
 
-def claims_of(run_dir: Path, task: str) -> Any:
+def task_masks_of(run_dir: Path, task: str) -> Any:
     return read_task_masks(run_dir / "experts" / f"{task}.safetensors")
 
 
 NUMBERS = {
     "capacity_bytes", "capacity_share", "lora_per_task_bytes", "parameters_bytes", "masks_bytes", "routers_bytes",
-    "experts_open",
+    "num_experts",
 }  # fmt: skip
 
 
@@ -726,7 +727,7 @@ def check_records(run_dir: Path) -> None:
     sizes: Counter[str] = Counter()
     for record in held:
         assert set(record) >= NUMBERS
-        sizes.update(claims_of(run_dir, record["task"]).byte_sizes())
+        sizes.update(task_masks_of(run_dir, record["task"]).byte_sizes())
         assert {kind: record[f"{kind}_bytes"] for kind in sizes} == dict(sizes)
         stored = yaml.safe_load((run_dir / "recipe.yaml").read_text())
         keys = record["router_bytes"] if stored["method"]["router"]["name"] == "key" else 0
@@ -765,8 +766,8 @@ def test_another_number_of_ranks_goes_on(ranks: Any, tasks: Path, before: int, a
     assert [record.get("capacity_bytes") for record in got] == [record.get("capacity_bytes") for record in wanted]
     check_records(second)
     for task in SIZES:
-        for layer, kept in claims_of(first, task).layers.items():
-            other = claims_of(second, task).layers[layer]
+        for layer, kept in task_masks_of(first, task).layers.items():
+            other = task_masks_of(second, task).layers[layer]
             for name, tensor in kept.items():
                 assert torch.equal(tensor, other[name]) if "mask" in name else tensor.shape == other[name].shape
 
@@ -821,7 +822,7 @@ def test_a_task_without_room_is_refused_and_another_policy_goes_on(
     document = recipe(tasks, name, tune={"masks": masks, "on_full": "stop"})
     for code, told in ranks(world)(status, document):
         assert code == 2
-        assert "task animal opens" in told
+        assert "task animal needs" in told
         assert "method.tune.on_full=reuse" in told
         assert "\n" not in told
     assert sorted(p.stem for p in (tasks / name / "experts").iterdir()) == ["colour"]
@@ -841,7 +842,7 @@ def test_a_task_without_room_is_refused_and_another_policy_goes_on(
 def test_fewer_max_experts_than_the_stream_needs_is_told(ranks: Any, tasks: Path) -> None:
     for code, told in ranks(1)(status, recipe(tasks, "most", tune={"max_experts": 2})):
         assert code == 2
-        assert "task animal opens" in told
+        assert "task animal needs" in told
         assert "a larger method.tune.max_experts" in told
 
 
@@ -943,7 +944,7 @@ def test_with_dense_weights_a_run_that_died_ends_as_one_that_did_not(
 ) -> None:
     whole, died = (recipe(tasks, f"dense-{kind}{stage}", stage, True, **method, **DENSE) for kind in ("whole", "died"))
     ranks(2)(quick, run, whole)
-    deaths = [("begin", 1), ("claim", 1), ("end", 1), ("left", 2), ("step", 1)]
+    deaths = [("begin", 1), ("freeze", 1), ("end", 1), ("left", 2), ("step", 1)]
     ranks(2)(quick, killed_around, died, deaths)
     first, second = Path(whole["run_dir"]), Path(died["run_dir"])
     assert outcome(second) == outcome(first)

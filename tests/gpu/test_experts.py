@@ -20,8 +20,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 IN, OUT, TASKS = 256, 192, 3
-SHAPE = SubExpertShape(experts=8, most=10, rank=8, top=2, share=0.25, scale=2.0, atoms=True)
-KINDS = pytest.mark.parametrize("atoms", [True, False])
+SHAPE = SubExpertShape(num_experts=8, max_experts=10, rank=8, top_k=2, mask_density=0.25, scale=2.0, rank1=True)
+KINDS = pytest.mark.parametrize("rank1", [True, False])
 
 
 @contextmanager
@@ -35,14 +35,14 @@ def no_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def layer(atoms: bool, dtype: torch.dtype, device: str, top: int = 2, dropout: float = 0.0) -> SubExpertLinear:
-    """Two tasks have claimed what they open, and a third one learns. The same values on every device."""
+def layer(rank1: bool, dtype: torch.dtype, device: str, top: int = 2, dropout: float = 0.0) -> SubExpertLinear:
+    """Two tasks have frozen what their masks select, and a third one learns. The same values on every device."""
     torch.manual_seed(0)
-    shape = SubExpertShape(**{**vars(SHAPE), "atoms": atoms, "top": top, "dropout": dropout})
+    shape = SubExpertShape(**{**vars(SHAPE), "rank1": rank1, "top_k": top, "dropout": dropout})
     made = SubExpertLinear(nn.Linear(IN, OUT), shape, Routing(TASKS, 0), torch.empty(0))
     made.make_trainable()
     for task in range(TASKS):
-        made.open_for_training(shape.experts + task, reuse=True)
+        made.set_allowed_masks(shape.num_experts + task, reuse=True)
         with torch.no_grad():
             for name in made.trainable_names:
                 parameter = getattr(made, name)
@@ -92,8 +92,8 @@ def choose(made: SubExpertLinear, x: torch.Tensor) -> None:
 @KINDS
 @pytest.mark.parametrize("top", [1, 2, 0])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_no_host_waits(atoms: bool, top: int, dropout: float) -> None:
-    made, x = layer(atoms, torch.bfloat16, "cuda", top, dropout), inputs(torch.bfloat16, "cuda")
+def test_no_host_waits(rank1: bool, top: int, dropout: float) -> None:
+    made, x = layer(rank1, torch.bfloat16, "cuda", top, dropout), inputs(torch.bfloat16, "cuda")
     choose(made, x)
     learning(made, x)  # libraries start up in the first pass, and wait
     answering(made, x)
@@ -118,8 +118,8 @@ def test_a_host_that_waits_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> 
 
 @KINDS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_pass_gives_the_same_bits(atoms: bool, dtype: torch.dtype) -> None:
-    made, x = layer(atoms, dtype, "cuda"), inputs(dtype, "cuda")
+def test_every_pass_gives_the_same_bits(rank1: bool, dtype: torch.dtype) -> None:
+    made, x = layer(rank1, dtype, "cuda"), inputs(dtype, "cuda")
     choose(made, x)
     first, answer = learning(made, x), answering(made, x)
     for _ in range(5):
@@ -129,9 +129,9 @@ def test_every_pass_gives_the_same_bits(atoms: bool, dtype: torch.dtype) -> None
 
 @KINDS
 @pytest.mark.parametrize("top", [2, 0])
-def test_bf16_comes_close_to_the_cpu_in_fp32(atoms: bool, top: int) -> None:
+def test_bf16_comes_close_to_the_cpu_in_fp32(rank1: bool, top: int) -> None:
     """A router may send a token elsewhere by a rounding, so a few rows may differ; as a whole they may not."""
-    exact, made = layer(atoms, torch.float32, "cpu", top), layer(atoms, torch.bfloat16, "cuda", top)
+    exact, made = layer(rank1, torch.float32, "cpu", top), layer(rank1, torch.bfloat16, "cuda", top)
     x = inputs(torch.bfloat16, "cpu")
     choose(exact, x.float())
     choose(made, x.cuda())
@@ -142,13 +142,13 @@ def test_bf16_comes_close_to_the_cpu_in_fp32(atoms: bool, top: int) -> None:
     for index, (wanted, got) in enumerate(pairs):
         off = (got.float().cpu() - wanted).norm() / wanted.norm()
         assert off < 0.1, index
-    for name, mask in made._tensors_by_mask("taken").items():
-        assert torch.equal(mask.cpu(), getattr(exact, f"taken_{name}"))
+    for name, mask in made._tensors_by_mask("frozen_mask").items():
+        assert torch.equal(mask.cpu(), getattr(exact, f"frozen_mask_{name}"))
 
 
 @KINDS
-def test_a_later_task_changes_no_bit(atoms: bool) -> None:
-    made, x = layer(atoms, torch.bfloat16, "cuda"), inputs(torch.bfloat16, "cuda")
+def test_a_later_task_changes_no_bit(rank1: bool) -> None:
+    made, x = layer(rank1, torch.bfloat16, "cuda"), inputs(torch.bfloat16, "cuda")
     choose(made, x)
     before = answering(made, x)
     made.freeze_task_params(2, {name: getattr(made, name).detach().float() for name in made.trainable_names})

@@ -13,7 +13,7 @@ from torch import Tensor
 from dscl.maths import rls
 from dscl.maths.rls import MIN_SHORTFALL, FeatureMap, FittedRouter, TaskStatistics, compute_statistics, fit_router
 
-DIM, WIDTH = 24, 96
+DIM, NUM_FEATURES = 24, 96
 
 
 def pooled(seed: int, count: int, spread: float = 1.0, dim: int = DIM) -> Tensor:
@@ -23,15 +23,15 @@ def pooled(seed: int, count: int, spread: float = 1.0, dim: int = DIM) -> Tensor
     return common + torch.randn(dim, generator=draw) + spread * torch.randn(count, dim, generator=draw)
 
 
-def exact(count: int, tasks: int = 5, width: int = WIDTH) -> tuple[FeatureMap, dict[str, Tensor]]:
-    expansion = FeatureMap(DIM, width, seed=3)
+def exact(count: int, tasks: int = 5, num_features: int = NUM_FEATURES) -> tuple[FeatureMap, dict[str, Tensor]]:
+    expansion = FeatureMap(DIM, num_features, seed=3)
     return expansion, {f"task{t}": expansion.quantize(pooled(t, count + 7 * t)) for t in range(tasks)}
 
 
 def full(statistics: TaskStatistics) -> Tensor:
     """The Gram matrix by its definition of packing: the upper triangle row after row."""
-    gram = torch.zeros(statistics.width, statistics.width, dtype=torch.float64)
-    place = torch.triu_indices(statistics.width, statistics.width)
+    gram = torch.zeros(statistics.num_features, statistics.num_features, dtype=torch.float64)
+    place = torch.triu_indices(statistics.num_features, statistics.num_features)
     gram[place[0], place[1]] = statistics.gram.double()
     return gram.triu() + gram.triu(1).T
 
@@ -60,7 +60,7 @@ def error(value: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("divisor", [None, 8])
 def test_features_are_those_of_integer_arithmetic(divisor: int | None) -> None:
-    expansion = FeatureMap(dim=40, width=30, seed=11)
+    expansion = FeatureMap(dim=40, num_features=30, seed=11)
     expansion.divisor = divisor or expansion.divisor
     rows = expansion.quantize(pooled(0, 50, dim=40))
     entries = []
@@ -106,12 +106,12 @@ def test_a_row_has_the_same_features_in_any_batch() -> None:
 def test_rows_keep_no_graph() -> None:
     states = pooled(0, 4).requires_grad_()
     assert not any(
-        FeatureMap(DIM, WIDTH, seed=0, exact=exact).quantize(states).requires_grad for exact in (True, False)
+        FeatureMap(DIM, NUM_FEATURES, seed=0, exact=exact).quantize(states).requires_grad for exact in (True, False)
     )
 
 
 def test_rows_forget_scale_and_survive_huge_entries() -> None:
-    expansion = FeatureMap(DIM, WIDTH, seed=0)
+    expansion = FeatureMap(DIM, NUM_FEATURES, seed=0)
     states = pooled(0, 200)
     rows = expansion.quantize(states)
     assert rows.dtype == torch.int8
@@ -121,7 +121,7 @@ def test_rows_forget_scale_and_survive_huge_entries() -> None:
     large = torch.randn(4, 4096, generator=torch.Generator().manual_seed(0))
     large[:, :2] *= 1000
     assert (
-        len(FeatureMap(4096, WIDTH, seed=0).quantize(large)[:, 2:].unique()) > 40
+        len(FeatureMap(4096, NUM_FEATURES, seed=0).quantize(large)[:, 2:].unique()) > 40
     )  # the others are not rounded to nothing
     assert not expansion.quantize(torch.zeros(3, DIM)).any()
     assert expansion.quantize(torch.zeros(0, DIM)).shape == (0, DIM)
@@ -131,7 +131,7 @@ def test_rows_forget_scale_and_survive_huge_entries() -> None:
 def test_statistics_are_the_sums(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rls, "STRIPE_ROWS", 40)
     monkeypatch.setattr(rls, "PROMPT_CHUNK", 300)
-    expansion = FeatureMap(DIM, WIDTH, seed=3)
+    expansion = FeatureMap(DIM, NUM_FEATURES, seed=3)
     rows = expansion.quantize(pooled(0, count))
     features = expansion.compute_features(rows).long()
     statistics = compute_statistics(rows, expansion)
@@ -146,7 +146,7 @@ def test_sums_of_the_largest_features_are_exact() -> None:
 
     class Largest(FeatureMap):
         def compute_features(self, rows: Tensor) -> Tensor:
-            return torch.full((len(rows), self.width), 255.0)
+            return torch.full((len(rows), self.num_features), 255.0)
 
     statistics = compute_statistics(torch.zeros(5001, DIM, dtype=torch.int8), Largest(DIM, 32, seed=0))
     assert statistics.gram.unique().tolist() == [5001 * 255**2]
@@ -214,7 +214,7 @@ def test_weights_solve_the_penalised_least_squares(count: int) -> None:
     mean = shares @ features
     ridge = 0.1 * float((shares @ features.square() - mean.square()).mean())
     design = torch.cat([features, torch.ones(len(features), 1, dtype=torch.float64)], 1)
-    penalty = torch.full((WIDTH + 1,), ridge, dtype=torch.float64)
+    penalty = torch.full((NUM_FEATURES + 1,), ridge, dtype=torch.float64)
     penalty[-1] = 0
     normal = design.T @ (shares[:, None] * design) + penalty.diag()
     expected = torch.linalg.solve(normal, design.T @ (shares[:, None] * labels))
@@ -222,7 +222,7 @@ def test_weights_solve_the_penalised_least_squares(count: int) -> None:
     assert error(solution.scores(features), design @ expected) < 1e-8
     assert solution.condition == pytest.approx(
         float(torch.linalg.cond(features.T @ (shares[:, None] * features) - torch.outer(mean, mean)
-                                + ridge * torch.eye(WIDTH))), rel=0.1)  # fmt: skip
+                                + ridge * torch.eye(NUM_FEATURES))), rel=0.1)  # fmt: skip
 
 
 def test_every_task_counts_alike() -> None:
@@ -236,15 +236,15 @@ def test_every_task_counts_alike() -> None:
 @pytest.mark.parametrize("kind", ["paper", "exact"])
 def test_the_papers_form_is_its_equation_and_its_recursion(kind: str) -> None:
     """(G + λI)⁻¹C, and the same by the recursive update over blocks of prompts, in the paper's setting λ = 100."""
-    expansion = FeatureMap(DIM, WIDTH, seed=3, exact=kind == "exact")
+    expansion = FeatureMap(DIM, NUM_FEATURES, seed=3, exact=kind == "exact")
     tasks = {f"task{t}": expansion.quantize(pooled(t, 50 + 9 * t)) for t in range(5)}
     solution = fit_router({name: compute_statistics(rows, expansion) for name, rows in tasks.items()}, paper_form=True)
     features, labels = samples(expansion, tasks)
     assert (features == 0).any()  # the ReLU is there
-    eye = torch.eye(WIDTH, dtype=torch.float64)
+    eye = torch.eye(NUM_FEATURES, dtype=torch.float64)
     expected = torch.linalg.solve(features.T @ features + 100 * eye, features.T @ labels)
     assert error(solution.weights, expected) < 1e-8
-    inverse, weights = eye / 100, torch.zeros(WIDTH, 5, dtype=torch.float64)
+    inverse, weights = eye / 100, torch.zeros(NUM_FEATURES, 5, dtype=torch.float64)
     for block, y in zip(features.split(16), labels.split(16), strict=True):
         middle = torch.linalg.inv(torch.eye(len(block), dtype=torch.float64) + block @ inverse @ block.T)
         inverse = inverse - inverse @ block.T @ middle @ block @ inverse
@@ -273,7 +273,7 @@ def foretold(expansion: FeatureMap, tasks: dict[str, Tensor], factor: float) -> 
 
 @pytest.mark.parametrize("count", [6, 40, 400])
 def test_ridge_and_distances_are_foretold_from_the_sums(count: int) -> None:
-    expansion, tasks = exact(count, width=64)
+    expansion, tasks = exact(count, num_features=64)
     parts = {name: compute_statistics(rows, expansion) for name, rows in tasks.items()}
     solution = fit_router(parts)
     errors = {factor: foretold(expansion, tasks, factor)[0] for factor in rls.RIDGES_UPWARDS + rls.RIDGES_DOWNWARDS}

@@ -111,7 +111,7 @@ def _unexpected_call(*_: Any) -> Any:
         ({"tune": {"mask_density": -0.5}}, "method.tune.mask_density: given -0.5"),
         ({"tune": {"num_experts": 0}}, "method.tune.num_experts: given 0"),
         ({"tune": {"rank": 0}}, "method.tune.rank: given 0"),
-        ({"tune": {"masks": "atoms"}}, "method.tune.masks: given 'atoms'"),
+        ({"tune": {"masks": "block"}}, "method.tune.masks: given 'block'"),
         (
             {"tune": {"max_experts": 4}},
             "method.tune.max_experts: given 4; at least method.tune.num_experts=8 are needed",
@@ -191,7 +191,7 @@ def test_only_sub_experts_and_gates_train() -> None:
     """Only at the targets and from the feature layer on; new sub-experts do not change the output yet."""
     plain, run = make_tiny_model().eval(), SingleRankMoses(router={**RLS, "layer": 2})
     trained = {name for name, p in run.model.named_parameters() if p.requires_grad}
-    own = ("sub_a", "sub_b", "score_atoms", "token_router")
+    own = ("sub_a", "sub_b", "score_rank1", "token_router")
     assert trained == {
         f"model.layers.2.self_attn.{target}_proj.{each}" for target in "qkvo" for each in own
     }  # fmt: skip
@@ -241,7 +241,7 @@ def test_default_max_experts_suffices_for_the_stream(
             run.train_task(task)
         for layer in run.method.experts.layers.values():
             assert layer.num_frozen_params == tasks * sum(
-                count * {"atoms": 16 + layer.out_features}.get(name, 1) for name, count in layer.mask_counts.items()
+                count * {"rank1": 16 + layer.out_features}.get(name, 1) for name, count in layer.mask_counts.items()
             )
 
 
@@ -252,16 +252,16 @@ def test_experts_grow_only_when_needed(masks: str) -> None:
     counts, messages = [], []
     for task in TASKS:
         run.begin_task(task)
-        counts.append(run.method.experts.num_open)
+        counts.append(run.method.experts.num_used_experts)
         ended = run.train_task(task)
-        assert ended.metrics["experts_open"] == counts[-1]
+        assert ended.metrics["num_experts"] == counts[-1]
         messages.append(ended.message.partition("; ")[2])
     assert counts == [2, 2, 3, 4]
-    grown = "there was no room, so it got 1 more of them: {} of 4 are open"
-    assert messages == ["", "", grown.format(3), grown.format(4)]
+    grown = "too few parameters were free, so the sub-experts grew from {} to {} of at most 4"
+    assert messages == ["", "", grown.format(2, 3), grown.format(3, 4)]
     assert run.method.experts.frozen_share() == 2.0
-    seats = next(iter(run.method.experts.layers.values())).seats
-    assert seats.sum(1).tolist() == counts
+    expert_mask = next(iter(run.method.experts.layers.values())).expert_mask
+    assert expert_mask.sum(1).tolist() == counts
 
 
 def test_a_task_is_refused_when_too_few_parameters_are_free() -> None:
@@ -269,7 +269,7 @@ def test_a_task_is_refused_when_too_few_parameters_are_free() -> None:
     run.train_task("one")
     run.train_task("two")
     before = {name: t.clone() for name, t in run.model.named_buffers()}
-    with pytest.raises(UserError, match=r"task three opens 2 more") as caught:
+    with pytest.raises(UserError, match=r"task three needs 2 more") as caught:
         run.begin_task("three")
     message = str(caught.value)
     assert "\n" not in message
@@ -283,7 +283,7 @@ def test_growth_stops_at_max_experts() -> None:
     run = SingleRankMoses(tune={**UNSHARED, "max_experts": 3, "on_full": "grow"})
     for task in TASKS[:3]:
         run.train_task(task)
-    with pytest.raises(UserError, match=r"task four opens 2 more .*larger method\.tune\.max_experts"):
+    with pytest.raises(UserError, match=r"task four needs 2 more .*larger method\.tune\.max_experts"):
         run.begin_task("four")
 
 
@@ -293,11 +293,14 @@ def test_reuse_continues_without_free_parameters() -> None:
     for task in TASKS:
         messages.append(run.train_task(task).message.partition("; ")[2])
         shares.append(run.method.experts.frozen_share())
-    assert run.method.experts.num_open == 2
+    assert run.method.experts.num_used_experts == 2
     assert shares == sorted(shares)
     assert shares[0] == 0.75
     assert shares[-1] == 1.0
-    assert messages[:2] == ["", "there was no room, so at least 2 atoms of a layer are others' too"]
+    assert messages[:2] == [
+        "",
+        "too few were free, so at least 2 rank-1 pairs of a layer are shared with earlier tasks",
+    ]
 
 
 # ---- capacity metrics and artifacts
@@ -316,7 +319,7 @@ def test_capacity_metrics_match_the_files(tmp_path: Path, masks: str, router: An
         values = sum(4 * layer.num_frozen_params for layer in layers)
         bits = {"rank1": lambda m: m.shape.columns, "element": None}[masks]
         masks_each = sum(
-            m.shape.most
+            m.shape.max_experts
             + (
                 -(-bits(m) // 8)
                 if bits
@@ -324,7 +327,7 @@ def test_capacity_metrics_match_the_files(tmp_path: Path, masks: str, router: An
             )
             for m in layers
         )
-        gate_bytes += sum(4 * run.method.experts.num_open * m.in_features for m in layers)
+        gate_bytes += sum(4 * run.method.experts.num_used_experts * m.in_features for m in layers)
         assert numbers["parameters_bytes"] == values
         assert numbers["masks_bytes"] == number * masks_each
         assert numbers["routers_bytes"] == gate_bytes
@@ -340,7 +343,7 @@ def test_capacity_metrics_match_the_files(tmp_path: Path, masks: str, router: An
         assert ended.task_matrix is not None
         assert ended.task_matrix.tasks == TASKS[:number]
         assert all(ended.task_matrix.values[i][i] == 1.0 for i in range(number))
-        assert "claimed" in ended.message
+        assert "frozen" in ended.message
     assert seen[2]["capacity_bytes"] > seen[1]["capacity_bytes"] > seen[0]["capacity_bytes"]
 
 
@@ -355,7 +358,7 @@ def test_artifacts_are_loaded_into_another_process(tmp_path: Path, masks: str, r
         run.method.save_task_artifacts(tmp_path, task)
     run.begin_task("four")  # a checkpoint within the fourth task
     run.train_on_samples("four", [2, 0])
-    assert run.method.experts.num_open > 3
+    assert run.method.experts.num_used_experts > 3
     other.method.load_state_dict(
         run.method.state_dict(), {n: t.clone() for n, t in run.method.row_state_dict().items()}
     )

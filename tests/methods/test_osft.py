@@ -162,10 +162,10 @@ def test_a_task_protects_the_strongest_directions_of_its_change(projection: str,
     for name, space in run.get_subspaces().items():
         change = (run.weights[name].data - before[name]).double()
         decomposed = torch.linalg.svd(change)
-        claimed = space.right[:, int(protected_ratio * min(change.shape)) :].double()
-        strongest = decomposed.Vh[: claimed.shape[1]].T
-        assert claimed.shape[1] >= 1
-        assert torch.allclose(claimed @ claimed.T, strongest @ strongest.T, atol=1e-4)
+        protected = space.right[:, int(protected_ratio * min(change.shape)) :].double()
+        strongest = decomposed.Vh[: protected.shape[1]].T
+        assert protected.shape[1] >= 1
+        assert torch.allclose(protected @ protected.T, strongest @ strongest.T, atol=1e-4)
         if projection == "two_sided":
             left, strongest = space.left.double(), decomposed.U[:, : space.left.shape[1]]
             assert left.shape[1] >= 1
@@ -202,7 +202,7 @@ def test_weakest_base_directions_are_released_and_tasks_keep_theirs() -> None:
         given = room // 4
         kept = torch.cat([space.right[:, : base - given], space.right[:, base:]], 1)
         assert torch.equal(after[name].right[:, : kept.shape[1]], kept)
-        assert after[name].right.shape[1] - kept.shape[1] == given  # which the second task claimed in turn
+        assert after[name].right.shape[1] - kept.shape[1] == given  # which the second task protects in turn
 
 
 def test_error_names_the_task_without_free_directions() -> None:

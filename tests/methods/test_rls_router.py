@@ -23,7 +23,7 @@ SPEC = RouterSpec(
     kind="exact",
     layer=2,
     dim=16,
-    width=48,
+    num_features=48,
     seed=1,
     model="llama-abc",
     tokenizer="pieces-def",
@@ -126,7 +126,7 @@ def test_integer_statistics_make_small_files(tmp_path: Path) -> None:
 
 
 def test_corrupted_and_truncated_files_are_detected(tmp_path: Path) -> None:
-    spec = dataclasses.replace(SPEC, width=4)
+    spec = dataclasses.replace(SPEC, num_features=4)
     path, damaged = tmp_path / "good", tmp_path / "bad"
     make_router(spec, "a").save(path)
     content = path.read_bytes()
@@ -230,6 +230,6 @@ def test_user_errors_are_one_line() -> None:
         router.add("d", TaskStatistics(good.gram * math.inf, good.feature_sum, good.count))
     error_message(error)
     with pytest.raises(UserError, match=r"not positive definite.*give a larger ridge") as error:
-        make_router(dataclasses.replace(SPEC, width=200), ridge=1e-30).get_fitted_router()
+        make_router(dataclasses.replace(SPEC, num_features=200), ridge=1e-30).get_fitted_router()
     error_message(error)
     assert router.names == ["a", "b", "c"]

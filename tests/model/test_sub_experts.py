@@ -13,13 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from dscl.maths.masks import unpack_bits
 from dscl.model.adapters import sub_experts as module
 from dscl.model.adapters.routing import Routing
-from dscl.model.adapters.sub_experts import (
-    SubExpertBank,
-    SubExpertLinear,
-    SubExpertShape,
-    initial_expert_values,
-    inject_sub_experts,
-)
+from dscl.model.adapters.sub_expert_bank import SubExpertBank, initial_expert_values, inject_sub_experts
+from dscl.model.adapters.sub_experts import SubExpertLinear, SubExpertShape
 from tests.support.sub_experts import IN, OUT, TASKS, scramble, shape_of
 
 
@@ -28,7 +23,7 @@ def make_layer(shape: SubExpertShape, dtype: torch.dtype = torch.float64, seed: 
     torch.manual_seed(seed)
     layer = SubExpertLinear(nn.Linear(IN, OUT, dtype=dtype), shape, Routing(TASKS, 0), torch.empty(0, dtype=dtype))
     layer.make_trainable()
-    layer.open_for_training(shape.experts, reuse=True)
+    layer.set_allowed_masks(shape.num_experts, reuse=True)
     scramble(layer, seed)
     return layer
 
@@ -46,16 +41,16 @@ def loop_output(
     shape, rows = layer.shape, []
     for token in x.reshape(-1, IN):
         y = functional.linear(token, layer.weight, layer.bias)
-        gates = torch.ones(layer.num_open, dtype=x.dtype)
-        if shape.top:
-            gates = (tensors["token_router"] @ token)[: layer.num_open].softmax(0)
-            chosen = gates.topk(shape.top).indices
-        for e in range(layer.num_open):
-            if shape.top and e not in chosen:
+        gates = torch.ones(layer.num_used_experts, dtype=x.dtype)
+        if shape.top_k:
+            gates = (tensors["token_router"] @ token)[: layer.num_used_experts].softmax(0)
+            chosen = gates.topk(shape.top_k).indices
+        for e in range(layer.num_used_experts):
+            if shape.top_k and e not in chosen:
                 continue
             columns = slice(e * shape.rank, (e + 1) * shape.rank)
             a, b = (tensors["a"] * masks[0])[columns], (tensors["b"] * masks[1])[:, columns]
-            weight = gates[e] * (shape.experts if shape.top else 1) * shape.scale
+            weight = gates[e] * (shape.num_experts if shape.top_k else 1) * shape.scale
             y = y + weight * (b @ (a @ token))
         rows.append(y)
     return torch.stack(rows).view(*x.shape[:-1], OUT)
@@ -63,8 +58,8 @@ def loop_output(
 
 def element_masks(layer: SubExpertLinear, masks: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     """Element masks of A and B. A rank-1 mask is applied to A only; on both sides its gradient would count twice."""
-    if layer.shape.atoms:
-        return [masks["atoms"][:, None].expand(-1, IN), torch.ones(OUT, layer.shape.columns, dtype=torch.float64)]
+    if layer.shape.rank1:
+        return [masks["rank1"][:, None].expand(-1, IN), torch.ones(OUT, layer.shape.columns, dtype=torch.float64)]
     return [masks["a"], masks["b"]]
 
 
@@ -72,19 +67,21 @@ CASES = [(1, 1, 1), (2, 64, 1), (4, 3, 1), (4, 3, 2), (4, 3, 4), (8, 2, 5), (4, 
 
 
 @pytest.mark.parametrize(("experts", "rank", "top"), CASES)
-@pytest.mark.parametrize("atoms", [True, False])
+@pytest.mark.parametrize("rank1", [True, False])
 @pytest.mark.parametrize("share", [1.0, 0.4, 0.0])
 @pytest.mark.parametrize(("with_frozen", "more"), [(False, 0), (True, 0), (True, 1), (False, 2)])
 def test_training_output_and_gradients_equal_a_loop(
-    experts: int, rank: int, top: int, atoms: bool, share: float, with_frozen: bool, more: int
+    experts: int, rank: int, top: int, rank1: bool, share: float, with_frozen: bool, more: int
 ) -> None:
     """With masks of all, some and (at share 0) no parameters; with frozen parameters, which new masks may exclude; and
     with room for more sub-experts, whose values must not matter, except those of one that was added."""
-    shape = shape_of(atoms, experts=experts, rank=rank, top=top, share=share or 0.4, most=experts + more)
+    shape = shape_of(
+        rank1, num_experts=experts, rank=rank, top_k=top, mask_density=share or 0.4, max_experts=experts + more
+    )
     layer = make_layer(shape).train()
     if with_frozen:
         freeze_task(layer, 0)
-        layer.open_for_training(min(experts + 1, layer.shape.most), reuse=more == 0)
+        layer.set_allowed_masks(min(experts + 1, layer.shape.max_experts), reuse=more == 0)
     scramble(layer, 1)
     if not share:
         for name in layer.mask_shapes:
@@ -95,12 +92,12 @@ def test_training_output_and_gradients_equal_a_loop(
     gradients = torch.autograd.grad((output * out).sum(), [x, *(getattr(layer, n) for n in layer.trainable_names)])
 
     free = {name: getattr(layer, name).detach().clone().requires_grad_() for name in layer.trainable_names}
-    frozen_masks = element_masks(layer, {n: getattr(layer, f"taken_{n}").double() for n in layer.mask_shapes})
-    if atoms:
-        frozen_masks[1] = layer.taken_atoms.double().expand(OUT, -1)
+    frozen_masks = element_masks(layer, {n: getattr(layer, f"frozen_mask_{n}").double() for n in layer.mask_shapes})
+    if rank1:
+        frozen_masks[1] = layer.frozen_mask_rank1.double().expand(OUT, -1)
     tensors = {
-        "a": torch.where(frozen_masks[0].bool(), layer.held_a, free["sub_a"]),
-        "b": torch.where(frozen_masks[1].bool(), layer.held_b, free["sub_b"]),
+        "a": torch.where(frozen_masks[0].bool(), layer.frozen_a, free["sub_a"]),
+        "b": torch.where(frozen_masks[1].bool(), layer.frozen_b, free["sub_b"]),
         "token_router": free.get("token_router"),
     }
     masks = {}
@@ -121,11 +118,11 @@ def test_training_output_and_gradients_equal_a_loop(
     assert with_frozen or not share or gradients[1].any()
 
 
-@pytest.mark.parametrize("atoms", [True, False])
+@pytest.mark.parametrize("rank1", [True, False])
 @pytest.mark.parametrize("top", [1, 2, 4, 0])
 @pytest.mark.parametrize("slots", [[0, 1, 2, 0], [None, 2, None, 1], [None] * 4])
-def test_inference_equals_a_loop_over_rows(atoms: bool, top: int, slots: list[int | None]) -> None:
-    layer = make_layer(shape_of(atoms, top=top))
+def test_inference_equals_a_loop_over_rows(rank1: bool, top: int, slots: list[int | None]) -> None:
+    layer = make_layer(shape_of(rank1, top_k=top))
     task_tensors = []
     for task in range(TASKS):
         scramble(layer, task)
@@ -137,7 +134,7 @@ def test_inference_equals_a_loop_over_rows(atoms: bool, top: int, slots: list[in
     for row, slot in enumerate(slots):
         if slot is not None:
             masks = {n: unpack_bits(task_tensors[slot][f"mask_{n}"], s).double() for n, s in layer.mask_shapes.items()}
-            tensors = {"a": layer.held_a, "b": layer.held_b, "token_router": task_tensors[slot].get("router")}
+            tensors = {"a": layer.frozen_a, "b": layer.frozen_b, "token_router": task_tensors[slot].get("router")}
             expected[row] = loop_output(layer, x[row], tensors, element_masks(layer, masks))  # type: ignore[arg-type]
     torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
     repeated = x.repeat_interleave(3, 0)  # the labels of each prompt, side by side
@@ -150,14 +147,14 @@ def test_inference_equals_a_loop_over_rows(atoms: bool, top: int, slots: list[in
     assert torch.equal(layer(x), functional.linear(x, layer.weight, layer.bias))
 
 
-@pytest.mark.parametrize("atoms", [True, False])
+@pytest.mark.parametrize("rank1", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_later_tasks_leave_earlier_outputs_bitwise_equal(atoms: bool, dtype: torch.dtype) -> None:
-    layer = make_layer(shape_of(atoms, experts=4, most=6), dtype).eval()
+def test_later_tasks_leave_earlier_outputs_bitwise_equal(rank1: bool, dtype: torch.dtype) -> None:
+    layer = make_layer(shape_of(rank1, num_experts=4, max_experts=6), dtype).eval()
     x = torch.randn(4, 7, IN).to(dtype)
     answers = []
     for task in range(TASKS):
-        layer.open_for_training(4 + task, reuse=True)  # one more expert each time
+        layer.set_allowed_masks(4 + task, reuse=True)  # one more expert each time
         scramble(layer, task)
         freeze_task(layer, task)
         for earlier, answer in enumerate(answers):
@@ -168,18 +165,18 @@ def test_later_tasks_leave_earlier_outputs_bitwise_equal(atoms: bool, dtype: tor
     assert not torch.equal(answers[0], answers[1])
 
 
-@pytest.mark.parametrize("atoms", [True, False])
-def test_training_ignores_trained_values_of_frozen_params(atoms: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rank1", [True, False])
+def test_training_ignores_trained_values_of_frozen_params(rank1: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Changes of the trained values of frozen parameters must not show in training passes or after freezing."""
 
     def outcome() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        layer = make_layer(shape_of(atoms))
+        layer = make_layer(shape_of(rank1))
         freeze_task(layer, 0)
         x = torch.randn(1, 4, IN, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
         layer.routing.assign_slots([0], x)
         first, training = layer.eval()(x), layer.train()(x)
         with torch.no_grad():
-            for side, where in zip("ab", layer._side_masks(layer._tensors_by_mask("taken")), strict=True):
+            for side, where in zip("ab", layer._side_masks(layer._tensors_by_mask("frozen_mask")), strict=True):
                 trained = getattr(layer, f"sub_{side}")
                 trained += where.expand_as(trained) * 7.0
         return first, training, layer.train()(x)
@@ -191,26 +188,26 @@ def test_training_ignores_trained_values_of_frozen_params(atoms: bool, monkeypat
     assert not torch.equal(before, after)
 
 
-@pytest.mark.parametrize("atoms", [True, False])
+@pytest.mark.parametrize("rank1", [True, False])
 @pytest.mark.parametrize("top", [2, 0])
-def test_load_task_params_restores_all_buffers(atoms: bool, top: int) -> None:
-    layer, fresh = (make_layer(shape_of(atoms, most=5, top=top), torch.float32) for _ in range(2))
+def test_load_task_params_restores_all_buffers(rank1: bool, top: int) -> None:
+    layer, fresh = (make_layer(shape_of(rank1, max_experts=5, top_k=top), torch.float32) for _ in range(2))
     for task in range(TASKS):
-        layer.open_for_training(4 + (task > 1), reuse=task != 1)
+        layer.set_allowed_masks(4 + (task > 1), reuse=task != 1)
         scramble(layer, task)
         fresh.load_task_params(task, {name: tensor.clone() for name, tensor in freeze_task(layer, task).items()})
     for (name, ours), (_, theirs) in zip(layer.named_buffers(), fresh.named_buffers(), strict=True):
-        if not name.startswith(("allowed", "open")) or name.startswith("opens"):
+        if not name.startswith("allowed"):
             assert torch.equal(ours, theirs), name
 
 
-@pytest.mark.parametrize("atoms", [True, False])
-def test_masks_select_only_allowed_params(atoms: bool) -> None:
-    layer = make_layer(shape_of(atoms, experts=4, most=6, share=0.25))
-    whole = 12 * (IN + OUT) if not atoms else 12
+@pytest.mark.parametrize("rank1", [True, False])
+def test_masks_select_only_allowed_params(rank1: bool) -> None:
+    layer = make_layer(shape_of(rank1, num_experts=4, max_experts=6, mask_density=0.25))
+    whole = 12 * (IN + OUT) if not rank1 else 12
     assert sum(layer.mask_counts.values()) == whole // 4
     first = freeze_task(layer, 0)
-    layer.open_for_training(4, reuse=False)
+    layer.set_allowed_masks(4, reuse=False)
     scramble(layer, 1)
     second = freeze_task(layer, 1)
     shared = layer.mask_overlap()
@@ -223,12 +220,12 @@ def test_masks_select_only_allowed_params(atoms: bool) -> None:
     )
     assert layer.count_missing_params(4) == 0
     for task in (2, 0, 1):  # slots are written over, to fill the layer
-        layer.open_for_training(4, reuse=False)
+        layer.set_allowed_masks(4, reuse=False)
         scramble(layer, 5 + task)
         freeze_task(layer, task)
     assert layer.count_missing_params(4) > 0
     assert layer.count_missing_params(5) == 0
-    layer.open_for_training(4, reuse=True)
+    layer.set_allowed_masks(4, reuse=True)
     scramble(layer, 9)
     before = layer.num_frozen_params
     task_tensors = freeze_task(layer, 0)
@@ -243,12 +240,12 @@ def test_masks_select_only_allowed_params(atoms: bool) -> None:
 def test_mask_overlap_sums_all_layers() -> None:
     torch.manual_seed(0)
     model = nn.ModuleDict({name: nn.Linear(IN, OUT, dtype=torch.float64) for name in "pq"})
-    shape = shape_of(share=0.5)
+    shape = shape_of(mask_density=0.5)
     bank = inject_sub_experts(model, shape, Routing(TASKS, 0), "pq")
     for each in bank.layers.values():
         each.make_trainable()
     for task, name in enumerate("xyz"):
-        bank.open_for_training(reuse=name != "y")
+        bank.set_allowed_masks(reuse=name != "y")
         for number, each in enumerate(bank.layers.values()):
             scramble(each, 10 * task + number)
         trained = {n: p.detach().float() for n, p in model.named_parameters() if n in bank.trainable_names()}
@@ -264,11 +261,11 @@ def test_mask_overlap_sums_all_layers() -> None:
         bank.freeze_task_params("x", trained)
 
 
-@pytest.mark.parametrize("atoms", [True, False])
+@pytest.mark.parametrize("rank1", [True, False])
 @pytest.mark.parametrize("training", [True, False])
-def test_layer_needs_no_host_sync_and_compiles_as_one_graph(atoms: bool, training: bool) -> None:
+def test_layer_needs_no_host_sync_and_compiles_as_one_graph(rank1: bool, training: bool) -> None:
     """The layer runs on meta tensors, whose values cannot be read, and compiles as one graph."""
-    layer = make_layer(shape_of(atoms), torch.float32).train(training)
+    layer = make_layer(shape_of(rank1), torch.float32).train(training)
     freeze_task(layer, 0)
     x = torch.randn(3, 5, IN)
     layer.routing.assign_slots([0, None, 0], x)
@@ -293,13 +290,13 @@ def compute_gradients(layer: SubExpertLinear, forward: Any, x: torch.Tensor) -> 
     )
 
 
-SORTED = {"experts": 64, "rank": 8}  # enough columns for sorting tokens by expert
+SORTED = {"num_experts": 64, "rank": 8}  # enough columns for sorting tokens by expert
 
 
-@pytest.mark.parametrize("atoms", [True, False])
+@pytest.mark.parametrize("rank1", [True, False])
 @pytest.mark.parametrize("size", [{}, SORTED])
-def test_recomputed_and_repeated_passes_are_equal(atoms: bool, size: dict[str, int]) -> None:
-    layer = make_layer(shape_of(atoms, dropout=0.3, **size), torch.float32).train()
+def test_recomputed_and_repeated_passes_are_equal(rank1: bool, size: dict[str, int]) -> None:
+    layer = make_layer(shape_of(rank1, dropout=0.3, **size), torch.float32).train()
     assert layer._uses_grouped_mm(torch.device("cpu"), torch.float32) == bool(size)
     freeze_task(layer, 0)
     x = torch.randn(3, 5, IN, requires_grad=True)
@@ -309,9 +306,9 @@ def test_recomputed_and_repeated_passes_are_equal(atoms: bool, size: dict[str, i
 
 
 @pytest.mark.parametrize(("size", "top"), [({}, 2), ({}, 0), (SORTED, 2)])
-@pytest.mark.parametrize("atoms", [True, False])
-def test_autocast_computes_in_bf16_and_selects_in_fp32(size: dict[str, int], top: int, atoms: bool) -> None:
-    layer = make_layer(shape_of(atoms, top=top, **size), torch.float32).train()
+@pytest.mark.parametrize("rank1", [True, False])
+def test_autocast_computes_in_bf16_and_selects_in_fp32(size: dict[str, int], top: int, rank1: bool) -> None:
+    layer = make_layer(shape_of(rank1, top_k=top, **size), torch.float32).train()
     assert layer._uses_grouped_mm(torch.device("cpu"), torch.bfloat16) == bool(size)
     x = torch.randn(3, 5, IN, requires_grad=True)
 
@@ -338,7 +335,7 @@ def test_autocast_computes_in_bf16_and_selects_in_fp32(size: dict[str, int], top
 def test_initial_expert_values_add_nothing_and_depend_on_the_name() -> None:
     whole = torch.Size([6, 5])
     assert not initial_expert_values(0, "t:l.sub_b", whole, 0, 30).any()
-    for kind in ("sub_a", "score_atoms", "token_router"):
+    for kind in ("sub_a", "score_rank1", "token_router"):
         drawn = initial_expert_values(0, f"t:l.{kind}", whole, 0, 30)
         assert drawn.std() > 0.02
         assert not torch.equal(drawn, initial_expert_values(0, f"u:l.{kind}", whole, 0, 30))

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dscl.model.adapters.routing import Routing
-from dscl.model.adapters.sub_experts import SubExpertBank, SubExpertShape, inject_sub_experts
+from dscl.model.adapters.sub_expert_bank import SubExpertBank, inject_sub_experts
+from dscl.model.adapters.sub_experts import SubExpertShape
 from dscl.model.adapters.task_masks import KIND, TaskMasks, read_matching_masks, read_task_masks, write_task_masks
 from dscl.utils import checksummed
 from dscl.utils.errors import ExternalFailure, UserError
@@ -40,8 +41,8 @@ def learned(
     """Three tasks, each with a sub-expert more, and their files."""
     experts, every = experts_of(shape, dtype), []
     for task, name in enumerate(NAMES):
-        experts.num_open = shape.experts + task
-        experts.open_for_training(reuse=True)
+        experts.num_used_experts = shape.num_experts + task
+        experts.set_allowed_masks(reuse=True)
         for number, layer in enumerate(experts.layers.values()):
             scramble(layer, 10 * task + number)
         trained = {
@@ -62,11 +63,11 @@ def read_all(folder: Path, experts: SubExpertBank) -> list[TaskMasks]:
     return every
 
 
-@pytest.mark.parametrize("atoms", [True, False])
+@pytest.mark.parametrize("rank1", [True, False])
 @pytest.mark.parametrize("top", [2, 0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_files_restore_every_bit(tmp_path: Path, atoms: bool, top: int, dtype: torch.dtype) -> None:
-    shape = shape_of(atoms, top=top, most=6)
+def test_files_restore_every_bit(tmp_path: Path, rank1: bool, top: int, dtype: torch.dtype) -> None:
+    shape = shape_of(rank1, top_k=top, max_experts=6)
     experts, every = learned(tmp_path, shape, dtype)
     fresh = experts_of(shape, dtype)
     for ours, theirs in zip(every, read_all(tmp_path, fresh), strict=True):
@@ -74,50 +75,56 @@ def test_files_restore_every_bit(tmp_path: Path, atoms: bool, top: int, dtype: t
             theirs.task, theirs.previous_tasks, theirs.shape, theirs.byte_sizes(),
         )  # fmt: skip
     for name, layer in experts.layers.items():
-        for kind in ("held_a", "held_b", "seats", "routers", *(f"opens_{mask}" for mask in layer.mask_shapes)):
+        for kind in (
+            "frozen_a",
+            "frozen_b",
+            "expert_mask",
+            "routers",
+            *(f"task_mask_{mask}" for mask in layer.mask_shapes),
+        ):
             assert torch.equal(getattr(layer, kind), getattr(fresh.layers[name], kind)), kind
-        assert layer.held_a.any()
+        assert layer.frozen_a.any()
         for slot in range(len(NAMES)):
-            assert layer.seats[slot].sum() == shape.experts + slot
-    assert fresh.num_open == experts.num_open == 6
+            assert layer.expert_mask[slot].sum() == shape.num_experts + slot
+    assert fresh.num_used_experts == experts.num_used_experts == 6
 
 
 def test_equal_task_masks_give_equal_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        learned(tmp_path / name, shape_of(most=6))
+        learned(tmp_path / name, shape_of(max_experts=6))
     for name in NAMES:
         first, second = ((tmp_path / side / f"{name}.safetensors").read_bytes() for side in "ab")
         assert first == second
 
 
 def test_byte_sizes_equal_the_stored_bytes(tmp_path: Path) -> None:
-    """Each claimed value once, over all tasks; a bit for each atom; the token router of the experts that are open."""
-    shape = shape_of(most=6)
+    """Each frozen value once, over all tasks; a bit for each rank-1 pair; the token router of the experts in use."""
+    shape = shape_of(max_experts=6)
     experts, every = learned(tmp_path, shape)
-    sizes = [claims.byte_sizes() for claims in every]
+    sizes = [task_masks.byte_sizes() for task_masks in every]
     assert sum(part["parameters"] for part in sizes) == 4 * sum(
         layer.num_frozen_params for layer in experts.layers.values()
     )
     columns = -(-shape.columns // 8)
     for part, count in zip(sizes, (4, 5, 6), strict=True):
-        assert part["masks"] == len(experts.layers) * (columns + shape.most)
+        assert part["masks"] == len(experts.layers) * (columns + shape.max_experts)
         assert part["routers"] == len(experts.layers) * count * IN * 4
 
 
 def test_task_without_new_parameters_has_a_file(tmp_path: Path) -> None:
-    """A task whose mask opens only what is claimed already leaves no values."""
-    shape = shape_of(share=1.0, most=4)
+    """A task whose mask selects only frozen parameters leaves no values."""
+    shape = shape_of(mask_density=1.0, max_experts=4)
     experts, fresh = experts_of(shape), experts_of(shape)
     for name in NAMES[:2]:
-        experts.open_for_training(reuse=True)
+        experts.set_allowed_masks(reuse=True)
         trained = {
             f"{path}.{own}": getattr(layer, own).detach().float()
             for path, layer in experts.layers.items()
             for own in layer.trainable_names
         }
-        claims = TaskMasks(name, tuple(experts.names), shape, experts.freeze_task_params(name, trained))
-        write_task_masks(tmp_path / name, claims)
+        task_masks = TaskMasks(name, tuple(experts.names), shape, experts.freeze_task_params(name, trained))
+        write_task_masks(tmp_path / name, task_masks)
         back = read_matching_masks(tmp_path / name, name, tuple(fresh.names), fresh)
         fresh.load_task_params(name, back.layers)
     assert back.layers["p"]["a"].numel() == back.layers["q"]["b"].numel() == 0
@@ -136,7 +143,7 @@ def refusal(path: Path, task: str, before: tuple[str, ...], experts: SubExpertBa
 
 
 def test_file_of_another_task_order_is_refused(tmp_path: Path) -> None:
-    shape = shape_of(most=6)
+    shape = shape_of(max_experts=6)
     learned(tmp_path, shape)
     fresh = experts_of(shape)
     second = tmp_path / "two.safetensors"
@@ -150,23 +157,23 @@ def test_file_of_another_task_order_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"most": 5}, "its sub-experts have most 6, here it is 5"),
+        ({"max_experts": 5}, "its sub-experts have max_experts 6, here it is 5"),
         ({"rank": 4}, "its sub-experts have rank 3, here it is 4"),
-        ({"experts": 5}, "its sub-experts have experts 4, here it is 5"),
-        ({"share": 0.25}, "its sub-experts have share 0.5, here it is 0.25"),
+        ({"num_experts": 5}, "its sub-experts have num_experts 4, here it is 5"),
+        ({"mask_density": 0.25}, "its sub-experts have mask_density 0.5, here it is 0.25"),
         ({"scale": 2.0}, "its sub-experts have scale 1.5, here it is 2.0"),
-        ({"top": 0}, "its sub-experts have top 2, here it is 0"),
-        ({"atoms": False}, "its sub-experts have atoms True, here it is False"),
+        ({"top_k": 0}, "its sub-experts have top_k 2, here it is 0"),
+        ({"rank1": False}, "its sub-experts have rank1 True, here it is False"),
     ],
 )
 def test_a_file_of_another_shape_is_refused(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
-    shape = shape_of(most=6)
+    shape = shape_of(max_experts=6)
     learned(tmp_path, shape)
     assert told in refusal(tmp_path / "one.safetensors", "one", (), experts_of(replace(shape, **changes)))
 
 
 def test_a_file_for_another_model_is_refused(tmp_path: Path) -> None:
-    shape = shape_of(most=6)
+    shape = shape_of(max_experts=6)
     learned(tmp_path, shape)
     path = tmp_path / "one.safetensors"
     assert "q has sub-experts either there or here, not both" in refusal(path, "one", (), experts_of(shape, layers="p"))
@@ -187,7 +194,7 @@ def rewritten(path: Path, change: Any, sound: bool = True) -> None:
 
 
 def short_mask(_header: Any, tensors: Any) -> None:
-    tensors["p|mask_atoms"] = tensors["p|mask_atoms"][:-1].clone()
+    tensors["p|mask_rank1"] = tensors["p|mask_rank1"][:-1].clone()
 
 
 def without_a_router(_header: Any, tensors: Any) -> None:
@@ -217,7 +224,7 @@ def another_format(header: Any, _tensors: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (short_mask, "p: mask_atoms holds 2, the layer needs 3"),
+        (short_mask, "p: mask_rank1 holds 2, the layer needs 3"),
         (without_a_router, "q: router holds nothing, the layer needs 96"),
         (fewer_values, "p: 143 values of a, the mask needs 144"),
         (no_values, "p: no values of b, the mask needs 96"),
@@ -227,7 +234,7 @@ def another_format(header: Any, _tensors: Any) -> None:
     ],
 )
 def test_file_with_tensors_that_do_not_fit_is_refused(tmp_path: Path, change: Any, told: str) -> None:
-    shape = shape_of(most=6)
+    shape = shape_of(max_experts=6)
     learned(tmp_path, shape)
     path = tmp_path / "one.safetensors"
     rewritten(path, change)
@@ -235,7 +242,7 @@ def test_file_with_tensors_that_do_not_fit_is_refused(tmp_path: Path, change: An
 
 
 def test_any_damaged_byte_is_detected(tmp_path: Path) -> None:
-    shape = shape_of(most=6)
+    shape = shape_of(max_experts=6)
     learned(tmp_path, shape)
     path, fresh = tmp_path / "one.safetensors", experts_of(shape)
     whole = path.read_bytes()
@@ -257,7 +264,7 @@ def test_any_damaged_byte_is_detected(tmp_path: Path) -> None:
 
 
 def test_failed_write_keeps_the_previous_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shape = shape_of(most=6)
+    shape = shape_of(max_experts=6)
     _, every = learned(tmp_path, shape)
     path = tmp_path / "one.safetensors"
     whole = path.read_bytes()

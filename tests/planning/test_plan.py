@@ -197,9 +197,9 @@ def test_a_plan_for_programs_is_one_object(recipe: Path) -> None:
     found = json.loads(done.stdout)
     stage = found["stages"][found["recipe"]]
     assert (found["ranks"], found["recipe"], len(found["stages"])) == (2, "zero1.json", 1)
-    assert found["disk"] == 3 * stage["saved"]
+    assert found["disk"] == 3 * stage["checkpoint"]
     assert stage["device"] == stage["peak"]
-    assert found["step"]["sent"] == ring_bytes(stage["sent"], 2)
+    assert found["step"]["bytes_sent"] == ring_bytes(stage["bytes_sent"], 2)
     assert found["step"]["seconds"] is found["step"]["tokens_per_second"] is None
 
 
@@ -208,10 +208,10 @@ def test_a_plan_for_programs_has_times_and_the_balance_of_owners(recipe: Path) -
     cluster = ["--gpus-per-node", "4", "--tflops", "1", "--bandwidth", "1GB", "--efficiency", "0.5"]
     found = json.loads(run_plan(recipe, "--recipe-only", "--json", *cluster, "method.constraint.targets=[q_proj]"))
     step = found["step"]
-    computing, sending = step["operations"] / 0.5e12, step["sent"] / 1e9
+    computing, sending = step["flops"] / 0.5e12, step["bytes_sent"] / 1e9
     assert step["seconds"] == pytest.approx([max(computing, sending), computing + sending])
     assert step["tokens_per_second"] == pytest.approx([step["tokens"] / seconds for seconds in step["seconds"][::-1]])
-    assert found["busiest"] == pytest.approx(2.0)
+    assert found["load_imbalance"] == pytest.approx(2.0)
 
 
 def test_a_router_that_is_solved_counts(recipe: Path) -> None:
@@ -220,5 +220,5 @@ def test_a_router_that_is_solved_counts(recipe: Path) -> None:
         run_plan(recipe, "--recipe-only", "--json", "method.name=asr", "method.router.num_features=4096")
     )
     stage = found["stages"][found["recipe"]]
-    assert stage["ending"] == 7 * 8 * 4096**2
-    assert stage["device"] == stage["peak"] - stage["passing"] + stage["ending"] > stage["peak"]
+    assert stage["task_end"] == 7 * 8 * 4096**2
+    assert stage["device"] == stage["peak"] - stage["activations"] + stage["task_end"] > stage["peak"]

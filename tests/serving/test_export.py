@@ -257,7 +257,7 @@ def test_imported_adapters_are_routed_without_training(
     assert "tasks: birds, hills, rain\n" in capsys.readouterr().out
     model = dscl.load(tmp_path / "made")
     spec = model._router.spec
-    assert (spec.layer, spec.width, spec.prompt_limit, spec.precision) == (1, 128, 20, "fp32")
+    assert (spec.layer, spec.num_features, spec.prompt_limit, spec.precision) == (1, 128, 20, "fp32")
     answers = model.generate(MIXED, MAX_NEW_TOKENS)
     assert [answer.task for answer in answers] == MIXED_TASKS
     expected = [
@@ -269,7 +269,13 @@ def test_imported_adapters_are_routed_without_training(
 def test_import_uses_the_method_defaults(base: Path, elsewhere: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
     export.import_adapters(tmp_path / "made", str(base), elsewhere)
     spec = dscl.load(tmp_path / "made")._router.spec
-    assert (spec.kind, spec.layer, spec.width, spec.prompt_limit, spec.precision) == ("exact", 2, 2048, 512, "bf16")
+    assert (spec.kind, spec.layer, spec.num_features, spec.prompt_limit, spec.precision) == (
+        "exact",
+        2,
+        2048,
+        512,
+        "bf16",
+    )
 
 
 @pytest.mark.parametrize(

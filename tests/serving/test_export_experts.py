@@ -221,7 +221,7 @@ def test_generate_requires_the_task_without_a_router(
     capsys.readouterr()
     assert main(["export", str(run_dir), str(tmp_path / "made")]) == 0
     shown = capsys.readouterr().out
-    assert "route: none; training was told each prompt's task" in shown
+    assert "route: none; the run has router: oracle" in shown
     assert ".generate(['a prompt'], task='colour')" in shown
     for place in (run_dir, tmp_path / "made"):
         asked = ["generate", str(place), "--prompt", "red\nAnswer:"]
@@ -229,7 +229,7 @@ def test_generate_requires_the_task_without_a_router(
         assert capsys.readouterr().out.startswith("[animal] ")
         assert main(asked) == 2
         err = capsys.readouterr().err
-        assert "no task router, because its training was told each prompt's task" in err
+        assert "no task router (its run has router: oracle)" in err
         assert "tasks here: colour, animal" in err
         assert err.count("\n") == 1
 

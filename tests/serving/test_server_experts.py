@@ -23,7 +23,8 @@ from dscl.methods.rls_router import Router
 from dscl.model.adapters.peft_files import write_adapter
 from dscl.model.adapters.routing import Routing, make_template_tensor, match_targets_from_layer
 from dscl.model.adapters.serving_bank import SubExpertServingBank
-from dscl.model.adapters.sub_experts import SubExpertBank, SubExpertShape, inject_sub_experts
+from dscl.model.adapters.sub_expert_bank import SubExpertBank, inject_sub_experts
+from dscl.model.adapters.sub_experts import SubExpertShape
 from dscl.model.adapters.task_masks import TaskMasks, write_task_masks
 from dscl.model.backbone import ModelConfig, resolve_backbone
 from dscl.model.generation import generate
@@ -65,10 +66,10 @@ def plain(base: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(base).eval()
 
 
-def shape_of(atoms: bool = True, top: int = 2, **changes: Any) -> SubExpertShape:
-    # Of a grown model: of five experts that there is room for four are open, three were at first.
-    given = {"experts": 3, "most": 5, "rank": 4, "share": 0.5, "scale": 3.0}
-    return SubExpertShape(**{**given, "atoms": atoms, "top": top, **changes})
+def shape_of(rank1: bool = True, top: int = 2, **changes: Any) -> SubExpertShape:
+    # Of a grown model: of at most five experts four are in use, three were at first.
+    given = {"num_experts": 3, "max_experts": 5, "rank": 4, "mask_density": 0.5, "scale": 3.0}
+    return SubExpertShape(**{**given, "rank1": rank1, "top_k": top, **changes})
 
 
 def fill(experts: SubExpertBank, seed: int, preference: float) -> dict[str, torch.Tensor]:
@@ -83,7 +84,7 @@ def fill(experts: SubExpertBank, seed: int, preference: float) -> dict[str, torc
 
 
 class Made:
-    """The model in whose training the tasks claimed their sub-experts, and the files that they left."""
+    """The model in whose training the tasks froze their sub-experts, and the files that they left."""
 
     def __init__(
         self, base: Path, folder: Path, shape: SubExpertShape, tasks: Sequence[str] = TASKS, layer: int = LAYER,
@@ -98,8 +99,8 @@ class Made:
         for each in self.experts.layers.values():
             each.make_trainable()
         for number, (task, file) in enumerate(self.files.items()):
-            self.experts.num_open = min(shape.most - 1, shape.experts + number)
-            self.experts.open_for_training(reuse=number == 1)
+            self.experts.num_used_experts = min(shape.max_experts - 1, shape.num_experts + number)
+            self.experts.set_allowed_masks(reuse=number == 1)
             before = tuple(self.experts.names)
             kept = self.experts.freeze_task_params(task, fill(self.experts, number, preference))
             write_task_masks(file, TaskMasks(task, before, shape, kept))
@@ -147,9 +148,9 @@ def export(exported: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(exported, tmp_path / "export"))
 
 
-@pytest.mark.parametrize(("atoms", "top"), [(True, 2), (False, 2), (True, 0)])
-def test_mixed_batch_matches_single_tasks(base: Path, bare: list[str], tmp_path: Path, atoms: bool, top: int) -> None:
-    made = Made(base, tmp_path, shape_of(atoms, top))
+@pytest.mark.parametrize(("rank1", "top"), [(True, 2), (False, 2), (True, 0)])
+def test_mixed_batch_matches_single_tasks(base: Path, bare: list[str], tmp_path: Path, rank1: bool, top: int) -> None:
+    made = Made(base, tmp_path, shape_of(rank1, top))
     model = server.open_model(made.bundle_description())
     answers = model.generate(MIXED, MAX_NEW_TOKENS, batch_size=6)
     assert [answer.task for answer in answers] == MIXED_TASKS
@@ -349,12 +350,12 @@ def learnt_of(made: Made) -> SubExpertServingBank:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("atoms", "top"), [(True, 0), (False, 0), (True, 5)])
+@pytest.mark.parametrize(("rank1", "top"), [(True, 0), (False, 0), (True, 5)])
 @pytest.mark.parametrize("task", ["birds", "rain"])
-def test_task_as_lora_is_exact_with_uniform_gates(base: Path, tmp_path: Path, atoms: bool, top: int, task: str) -> None:
-    """Also where other tasks claimed around it, and where a layer opens fewer than another; and with a token router
-    that prefers nothing, whatever the number of sub-experts when the task was learnt."""
-    made = Made(base, tmp_path, shape_of(atoms, top), preference=0.0)
+def test_task_as_lora_is_exact_with_uniform_gates(base: Path, tmp_path: Path, rank1: bool, top: int, task: str) -> None:
+    """Also where other tasks froze parameters, and where a mask selects fewer columns of a layer; and with a token
+    router that prefers nothing, whatever the number of sub-experts when the task was learnt."""
+    made = Made(base, tmp_path, shape_of(rank1, top), preference=0.0)
     learnt = learnt_of(made)
     assert bool(learnt.token_routing) == bool(top)
     adapter = learnt.to_lora_adapter(task, str(base))
@@ -365,7 +366,7 @@ def test_task_as_lora_is_exact_with_uniform_gates(base: Path, tmp_path: Path, at
         expected = made.module(input_ids=ids).logits
     assert (expected - plain(base)(input_ids=ids).logits).abs().max() > 0.1
     torch.testing.assert_close(peft(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
-    if atoms:  # no more columns than a mask opens; for the last task, which reuses nothing, some layers have fewer left
+    if rank1:  # no more columns than a mask selects; for the last task, which reuses nothing, some layers have fewer
         assert {len(pair.a) for pair in adapter.layers.values()} == {6}
         used = {int((pair.a != 0).any(1).sum()) for pair in adapter.layers.values()}
         assert used == {6} if task == "birds" else min(used) < 6

@@ -66,7 +66,7 @@ def write_peft(folder: Path, base: Path, seed: int, rank: int = 4, **options: An
 def make_router_spec(base: Path, **changes: Any) -> RouterSpec:
     backbone = resolve_backbone(ModelConfig(str(base)), seed=0, dtype=torch.float32, cache=Path(), texts=lambda: ())
     values: dict[str, Any] = {
-        "kind": "exact", "layer": LAYER, "dim": 64, "width": 128, "seed": 3, "model": backbone.fingerprint(),
+        "kind": "exact", "layer": LAYER, "dim": 64, "num_features": 128, "seed": 3, "model": backbone.fingerprint(),
         "tokenizer": tokenizer_fingerprint(backbone.tokenizer), "prompt_limit": PROMPT_LIMIT, "precision": "fp32",
     }  # fmt: skip
     return RouterSpec(**{**values, **changes})

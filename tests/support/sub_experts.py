@@ -12,9 +12,11 @@ from dscl.model.adapters.sub_experts import SubExpertLinear, SubExpertShape
 IN, OUT, TASKS = 24, 16, 3  # rows of whole 16 bytes in bf16 too, as sorting asks for
 
 
-def shape_of(atoms: bool = True, **changes: Any) -> SubExpertShape:
-    given = {"experts": 4, "rank": 3, "top": 2, "share": 0.5, "scale": 1.5, "atoms": atoms, **changes}
-    return SubExpertShape(**{"most": given["experts"], **given})
+def shape_of(rank1: bool = True, **changes: Any) -> SubExpertShape:
+    given = {
+        "num_experts": 4, "rank": 3, "top_k": 2, "mask_density": 0.5, "scale": 1.5, "rank1": rank1, **changes
+    }  # fmt: skip
+    return SubExpertShape(**{"max_experts": given["num_experts"], **given})
 
 
 @torch.no_grad()

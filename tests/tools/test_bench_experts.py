@@ -22,7 +22,7 @@ def test_all_tables_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert len([line for line in lines if line.startswith("| ---")]) == 4
     for name in (bench.BARE, bench.LORA, bench.LAYER, bench.ELEMENTS, bench.LOOP, bench.GROUPED):
         assert len([line for line in lines if f"| {name} |" in line and line.startswith("| 32 |")]) >= 2
-    assert len([line for line in lines if line.startswith(("| 32 | atoms", "| 32 | elements"))]) == 4
+    assert len([line for line in lines if line.startswith(("| 32 | rank-1", "| 32 | elements"))]) == 4
 
 
 @pytest.mark.parametrize("name", [bench.BARE, bench.LORA, bench.LAYER, bench.ELEMENTS])

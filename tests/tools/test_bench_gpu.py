@@ -28,11 +28,11 @@ def tried_small(case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
 
     def watched(case: Case, config: LlamaConfig, engine: Any, method: Any) -> dict[str, Any]:
         found = large(case, config, engine, method)
-        deciding = getattr(method, "task_router", None)
-        seen["gathered"] = len(deciding.row_state_dict()["samples"]) if deciding is not None else None
+        task_router = getattr(method, "task_router", None)
+        seen["gathered"] = len(task_router.row_state_dict()["samples"]) if task_router is not None else None
         experts = getattr(method, "experts", None)
-        seen["open"] = [int(layer.allowed_atoms.sum()) for layer in experts.layers.values()] if experts else []
-        seen["protected"] = len(getattr(method, "_subspaces", {}))
+        seen["open"] = [int(layer.allowed_rank1.sum()) for layer in experts.layers.values()] if experts else []
+        seen["protected"] = len(method.directions.subspaces) if hasattr(method, "directions") else 0
         seen["again"] = bool(engine.module.model.gradient_checkpointing)
         return found
 

@@ -18,7 +18,8 @@ from torch.nn import functional
 from dscl.model.adapters.lora_bank import LoraBank, RoutedLoraLinear, inject_lora_bank
 from dscl.model.adapters.peft_files import LoraAdapter, LoraWeights, read_adapter
 from dscl.model.adapters.routing import Routing, hook_feature_layer, layer_index, make_template_tensor, replace_module
-from dscl.model.adapters.sub_experts import SubExpertLinear, inject_sub_experts
+from dscl.model.adapters.sub_expert_bank import inject_sub_experts
+from dscl.model.adapters.sub_experts import SubExpertLinear
 from dscl.model.adapters.task_masks import read_matching_masks, read_task_masks
 from dscl.utils.errors import UserError
 
@@ -113,7 +114,7 @@ class SubExpertServingBank:
     def token_routing(self) -> str:
         """How tokens are routed to sub-experts, for messages; empty if every token uses all of them equally."""
         shape = self._experts.shape
-        return f"sends every token to {shape.top} sub-experts of its own" if shape.top else ""
+        return f"sends every token to {shape.top_k} sub-experts of its own" if shape.top_k else ""
 
     def to_lora_adapter(self, name: str, base_model: str) -> LoraAdapter:
         """A task's masked sub-experts as one LoRA adapter.
@@ -125,9 +126,9 @@ class SubExpertServingBank:
         assert slot is not None
         masked = {path: _masked_matrices(layer, slot) for path, layer in self._experts.layers.items()}
         rank = max(1, *(len(a) for a, _ in masked.values()))  # one rank for all layers, padded with zeros
-        shape, num_experts = self._experts.shape, int(next(iter(self._experts.layers.values())).seats[slot].sum())
-        # Equal logits: the `top` chosen gates are experts / num_experts each, the others zero.
-        mean_gate = shape.experts / num_experts * min(1.0, shape.top / num_experts) if shape.top else 1.0
+        shape, num_used = self._experts.shape, int(next(iter(self._experts.layers.values())).expert_mask[slot].sum())
+        # Equal logits: each of the `top_k` chosen gates is shape.num_experts / num_used, the others are zero.
+        mean_gate = shape.num_experts / num_used * min(1.0, shape.top_k / num_used) if shape.top_k else 1.0
         layers = {}
         for path, (a, b) in masked.items():
             num_padding = rank - len(a)
@@ -143,8 +144,8 @@ def linear_shapes(module: nn.Module) -> dict[str, tuple[int, int]]:
 
 def _masked_matrices(layer: SubExpertLinear, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A and B multiplied by a task's masks, without the rows of A and columns of B whose product is zero."""
-    masks = {name: getattr(layer, f"opens_{name}")[slot] for name in layer.mask_shapes}
-    mask_a, mask_b = (masks["atoms"][:, None], masks["atoms"]) if layer.shape.atoms else (masks["a"], masks["b"])
-    a, b = layer.held_a * mask_a, layer.held_b * mask_b
+    masks = {name: getattr(layer, f"task_mask_{name}")[slot] for name in layer.mask_shapes}
+    mask_a, mask_b = (masks["rank1"][:, None], masks["rank1"]) if layer.shape.rank1 else (masks["a"], masks["b"])
+    a, b = layer.frozen_a * mask_a, layer.frozen_b * mask_b
     is_nonzero = (a != 0).any(1) & (b != 0).any(0)
     return a[is_nonzero], b[:, is_nonzero]

@@ -17,12 +17,13 @@ import torch
 
 from dscl.config.parsing import to_plain_data
 from dscl.maths.masks import unpack_bits
-from dscl.model.adapters.sub_experts import SubExpertBank, SubExpertLinear, SubExpertShape, Tensors
+from dscl.model.adapters.sub_expert_bank import SubExpertBank
+from dscl.model.adapters.sub_experts import SubExpertLinear, SubExpertShape, Tensors
 from dscl.utils.checksummed import read_checksummed, write_checksummed
 from dscl.utils.errors import UserError
 
 FORMAT = 1
-KIND = "dscl_claims"
+KIND = "dscl_task_masks"
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def write_task_masks(path: Path, task_masks: TaskMasks) -> None:
     }
     header = {
         "task": task_masks.task,
-        "before": list(task_masks.previous_tasks),
+        "previous_tasks": list(task_masks.previous_tasks),
         "shape": to_plain_data(task_masks.shape),
     }
     write_checksummed(path, KIND, FORMAT, {**header, "training": dict(task_masks.training)}, tensors)
@@ -96,22 +97,22 @@ def read_task_masks(path: Path) -> TaskMasks:
         layer, _, tensor_name = name.rpartition("|")
         layers.setdefault(layer, {})[tensor_name] = tensor
     return TaskMasks(
-        header["task"], tuple(header["before"]), SubExpertShape(**header["shape"]), layers, header["training"]
+        header["task"], tuple(header["previous_tasks"]), SubExpertShape(**header["shape"]), layers, header["training"]
     )
 
 
 def _find_mismatch(layer: SubExpertLinear, task_tensors: Mapping[str, torch.Tensor]) -> str:
     """How the tensors in a file differ from what the layer needs; empty if they fit."""
     sizes: dict[str, Any] = {f"mask_{name}": -(-math.prod(s) // 8) for name, s in layer.mask_shapes.items()}
-    sizes["open"] = layer.shape.most
-    if layer.shape.top and "open" in task_tensors:
-        sizes["router"] = int(task_tensors["open"].sum()) * layer.in_features
+    sizes["expert_mask"] = layer.shape.max_experts
+    if layer.shape.top_k and "expert_mask" in task_tensors:
+        sizes["router"] = int(task_tensors["expert_mask"].sum()) * layer.in_features
     for name, size in sizes.items():
         if name not in task_tensors or task_tensors[name].numel() != size:
             stored = task_tensors[name].numel() if name in task_tensors else "nothing"
             return f"{name} holds {stored}, the layer needs {size}"
     masks = {
-        name: unpack_bits(task_tensors[f"mask_{name}"], s).to(layer.held_a.device)
+        name: unpack_bits(task_tensors[f"mask_{name}"], s).to(layer.frozen_a.device)
         for name, s in layer.mask_shapes.items()
     }
     for side, count in zip("ab", layer.count_new_params(masks), strict=True):
@@ -120,6 +121,6 @@ def _find_mismatch(layer: SubExpertLinear, task_tensors: Mapping[str, torch.Tens
             return f"{stored} values of {side}, the mask needs {count}"
         if not task_tensors[side].isfinite().all():
             return f"values of {side} that are not finite"
-    if layer.shape.top and not task_tensors["router"].isfinite().all():
+    if layer.shape.top_k and not task_tensors["router"].isfinite().all():
         return "values of its token router that are not finite"
     return ""

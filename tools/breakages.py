@@ -77,15 +77,15 @@ COMMAND_LINE = (
     ),
     Breakage(
         "dscl/cli/train.py",
-        "trainer.train(recipe, stop, options.doctor)",
-        "trainer.train(recipe, stop, False)",
+        "train(recipe, stop, options.doctor)",
+        "train(recipe, stop, False)",
         "dscl train --doctor trains without any check",
         ("tests/cli/test_app.py::test_train_runs_the_checks_only_with_doctor",),
     ),
     Breakage(
         "dscl/cli/doctor.py",
-        "import_trainer().diagnose_cluster(recipe)",
-        "import_trainer()",
+        "import_training_runs().diagnose_cluster(recipe)",
+        "import_training_runs()",
         "dscl doctor finds every machine fit without a look",
         ("tests/cli/test_app.py::test_a_command_line_becomes_one_call",),
     ),
@@ -310,7 +310,7 @@ RANKS = (
         ("tests/training/test_preflight.py::test_training_refuses_what_does_not_agree",),
     ),
     Breakage(
-        "dscl/training/preflight.py",
+        "dscl/training/cluster_checks.py",
         "if size < needed[place]}",
         "if size < 0 * needed[place]}",
         "too little memory or disk for the run is reported as enough",
@@ -378,8 +378,8 @@ FILES = (
         ("tests/distributed/test_stop.py::test_a_run_directory_in_use_is_refused_until_its_process_ends",),
     ),
     Breakage(
-        "dscl/training/run_dir.py",
-        "if stored.get(name) != fingerprint]:",
+        "dscl/training/checkpoint.py",
+        "if saved.get(name) != fingerprint]",
         "if stored.get(name) is None]:",
         "a run goes on although the base model in its folder was exchanged",
         ("tests/distributed/test_run.py::test_another_model_in_the_same_place_is_refused",),
@@ -392,7 +392,7 @@ FILES = (
         ("tests/distributed/test_run.py::test_other_settings_on_the_same_run_are_refused",),
     ),
     Breakage(
-        "dscl/training/checkpoint.py",
+        "dscl/training/checkpoint_files.py",
         "            if actual != checksum:\n",
         '            if actual["bytes"] != checksum["bytes"]:\n',
         "a checkpoint with a flipped bit is loaded",
@@ -400,16 +400,16 @@ FILES = (
     ),
     Breakage(
         "dscl/training/checkpoint.py",
-        '                _write_bytes(partial / MARKER_FILE, json.dumps({"files": files, "left": self._artifacts}).encode())\n'
+        "                write_bytes(partial / MARKER_FILE, marker)\n"
         "                if final.exists():  # left by an earlier start; this start found it damaged\n"
         "                    shutil.rmtree(final)\n"
-        "                _fsync_folder(partial)\n"
+        "                fsync_folder(partial)\n"
         "                os.replace(partial, final)\n",
         "                if final.exists():  # left by an earlier start; this start found it damaged\n"
         "                    shutil.rmtree(final)\n"
-        "                _fsync_folder(partial)\n"
+        "                fsync_folder(partial)\n"
         "                os.replace(partial, final)\n"
-        '                _write_bytes(final / MARKER_FILE, json.dumps({"files": files, "left": self._artifacts}).encode())\n',
+        "                write_bytes(final / MARKER_FILE, marker)\n",
         "a checkpoint has its final name before its marker: a kill in between leaves a damaged one as the newest",
         ("tests/distributed/test_saving.py::test_a_checkpoint_has_its_name_only_when_all_of_it_is_on_the_disk",),
     ),
@@ -424,14 +424,14 @@ FILES = (
         ),
     ),
     Breakage(
-        "dscl/training/checkpoint.py",
+        "dscl/training/checkpoint_files.py",
         'value.detach().to("cpu", copy=True)',
         'value.detach().to("cpu")',
         "a checkpoint that is written beside training holds a mixture of two steps",
         ("tests/distributed/test_saving.py::test_what_is_written_beside_training_is_what_was_there_then",),
     ),
     Breakage(
-        "dscl/training/checkpoint.py",
+        "dscl/training/checkpoint_files.py",
         "torch.cat(values)[comm.rank() :: comm.world_size()]",
         "torch.cat(values)",
         "after a restart each prompt counts once for every rank in the router's sums",
@@ -439,8 +439,8 @@ FILES = (
     ),
     Breakage(
         "dscl/training/checkpoint.py",
-        'json.dumps({"files": files, "left": self._artifacts})',
-        'json.dumps({"files": files, "left": {}})',
+        'add_checksum({"files": files, "artifacts": self._artifacts})',
+        'add_checksum({"files": files, "artifacts": {}})',
         "an adapter of an ended task that is damaged is served without a word",
         ("tests/distributed/test_asr.py::test_a_damaged_task_is_learnt_again_where_a_checkpoint_of_before_is_there",),
     ),
@@ -453,8 +453,8 @@ FILES = (
     ),
     Breakage(
         "dscl/training/checkpoint.py",
-        'value = -position["heldout"][-1]',
-        'value = position["heldout"][-1]',
+        "value = -score_board.heldout_losses[-1]",
+        "value = score_board.heldout_losses[-1]",
         "checkpoint.best=heldout keeps the checkpoint with the largest held-out loss",
         ("tests/distributed/test_saving.py::test_the_best_outlives_the_newest",),
     ),
@@ -665,35 +665,84 @@ ENGINE = (
 
 TRAINING = (
     Breakage(
+        "dscl/training/run.py",
+        "        reject_other_base_model(newest, setup.run_info)\n    tracer",
+        "        pass\n    tracer",
+        "a run goes on from another base model than the one that its tasks were trained on",
+        ("tests/distributed/test_run.py::test_another_model_in_the_same_place_is_refused",),
+    ),
+    Breakage(
+        "dscl/training/cluster_checks.py",
+        '    return [find_outliers("matrix products", rates,',
+        '    return [find_outliers("matrix products", rates[:0] or rates[:1],',
+        "a GPU that is throttled is not named",
+        ("tests/training/test_preflight.py",),
+    ),
+    Breakage(
+        "dscl/training/dry_run.py",
+        "    num_trainable = sum(sizes[name] for name in trainable)",
+        "    num_trainable = sum(sizes.values())",
+        "a dry run says that the whole model trains, where only an adapter does",
+        ("tests/distributed/test_run.py",),
+    ),
+    Breakage(
+        "dscl/training/task_context.py",
+        "        train_state.extra_tokens += task_data.sampler.count_tokens(num_samples)\n",
+        "",
+        "tokens that a method reads beside its steps are not counted, so comparisons call its budget equal",
+        ("tests/distributed/test_baselines.py",),
+    ),
+    Breakage(
+        "dscl/training/checkpoint_files.py",
+        "    return parse_checked_json((folder / MARKER_FILE).read_bytes())",
+        "    return json.loads((folder / MARKER_FILE).read_bytes())",
+        "a marker whose list of files was damaged vouches for a checkpoint",
+        ("tests/distributed/test_run.py::test_a_damaged_checkpoint_is_passed_over[falsify]",),
+    ),
+    Breakage(
+        "dscl/utils/json_files.py",
+        "    if document.pop(CHECKSUM_KEY, None) != _checksum(document):",
+        "    if document.pop(CHECKSUM_KEY, None) is None:",
+        "a damaged marker of a checkpoint counts as whole",
+        ("tests/utils/test_json_files.py::test_a_changed_document_is_refused",),
+    ),
+    Breakage(
+        "dscl/monitoring/score_board.py",
+        "row = next((row for row in reversed(self.rows) if any(row)), [])",
+        "row = self.rows[-1] if self.rows else []",
+        "after a task without an evaluation the routing of the last evaluation is lost",
+        ("tests/monitoring/test_score_board.py::test_the_last_evaluation_that_took_place_gives_the_confusion",),
+    ),
+    Breakage(
         "dscl/training/trainer.py",
-        "for number in range(train_state.step, task_data.num_steps):",
+        "for number in range(self.state.task_step, task_data.num_steps):",
         "for number in range(task_data.num_steps):",
         "after a restart the sampler begins at 0 again: samples are trained on twice",
         ("tests/distributed/test_run.py::test_a_run_that_died_ends_as_one_that_did_not",),
     ),
     Breakage(
         "dscl/training/trainer.py",
-        "        torch.manual_seed(hash((recipe.seed, zlib.crc32(name.encode()), number, comm.rank())))\n",
+        "        torch.manual_seed(hash(seeds))\n",
         "",
         "dropout depends on what was drawn before: a restart or an evaluation changes the training",
         ("tests/distributed/test_lora_per_task.py::test_a_task_leaves_the_same_wherever_it_comes",),
     ),
     Breakage(
         "dscl/training/trainer.py",
-        "project=is_last or save_due or train_state.step % engine.project_every == 0,",
-        "project=train_state.step % engine.project_every == 0,",
+        "project = is_last or save_due or (number + 1) % self.engine.project_every == 0",
+        "project = (number + 1) % self.engine.project_every == 0",
         "with project_every above 1 a checkpoint or a task's end holds weights outside the constraint",
         ("tests/distributed/test_osft.py::test_between_projections_it_may_be_off_but_never_where_it_counts",),
     ),
     Breakage(
         "dscl/training/trainer.py",
-        "        checkpoints.finish_pending()  # before scores.json may say that the run is complete\n",
+        "        self.checkpoints.finish_pending()  # before scores.json may say that the run is complete\n",
         "",
         "scores.json says complete although the last checkpoint is not on the disk",
         ("tests/distributed/test_saving.py::test_scores_are_written_when_their_checkpoint_is_there",),
     ),
     Breakage(
-        "dscl/training/trainer.py",
+        "dscl/training/evaluation.py",
         '"seen": task <= after',
         '"seen": task < after',
         "evaluate.tasks=seen leaves out the task that was just learnt, so BWT and forgetting cannot be had",
@@ -701,15 +750,15 @@ TRAINING = (
     ),
     Breakage(
         "dscl/training/trainer.py",
-        "        engine.reset_optimizer(setup.method.begin_task(train_state.task, name, context))",
-        "        setup.method.begin_task(train_state.task, name, context)",
+        "            self.engine.reset_optimizer(self.method.begin_task(self.state.task, name, context))",
+        "            self.method.begin_task(self.state.task, name, context)",
         "a LoRA for each task goes on from the task before, with its moments",
         ("tests/distributed/test_lora_per_task.py::test_a_task_leaves_the_same_wherever_it_comes",),
     ),
     Breakage(
-        "dscl/training/trainer.py",
-        "    learned = [task_data.task.name for task_data in setup.tasks[: train_state.task + train_state.learned]]",
-        "    learned = [task_data.task.name for task_data in setup.tasks[: train_state.task]]",
+        "dscl/training/state.py",
+        "return self.task + (self.phase is Phase.EVALUATION)",
+        "return self.task",
         "a run that died while it evaluated goes on without what the last task left",
         ("tests/distributed/test_run.py::test_a_run_that_died_ends_as_one_that_did_not",),
     ),
@@ -1731,8 +1780,8 @@ OBSERVATION = (
     ),
     Breakage(
         "dscl/monitoring/score_picture.py",
-        'rows = [document.get("before") or [None] * len(names), *document["matrix"]]',
-        'rows = [[None] * len(names), *document["matrix"]]',
+        "rows = [scores.zero_shot or [None] * len(names), *scores.matrix]",
+        "rows = [[None] * len(names), *scores.matrix]",
         "the picture of the scores leaves out those before training",
         ("tests/monitoring/test_tensorboard.py::test_a_cell_shows_its_score_and_no_other",),
     ),
@@ -1752,8 +1801,8 @@ OBSERVATION = (
     ),
     Breakage(
         "dscl/monitoring/score_table.py",
-        "rows = [before, *matrix] if before else matrix",
-        "rows = [*matrix, before] if before else matrix",
+        "rows = [zero_shot, *matrix] if zero_shot else matrix",
+        "rows = [*matrix, zero_shot] if zero_shot else matrix",
         "the score table shows the scores before training as those after the last task",
         ("tests/monitoring/test_score_table.py::test_by_hand",),
     ),
@@ -1863,7 +1912,7 @@ REPORTS = (
     ),
     Breakage(
         "dscl/reporting/runs.py",
-        "    if scores is None or not scores.complete:\n",
+        "    if scores is None or not scores.is_complete:\n",
         "    if scores is None:\n",
         "a run that is not finished takes part in the averages",
         ("tests/reporting/test_runs.py::test_unfinished_run_reports_its_progress",),
@@ -1935,6 +1984,34 @@ BREAKAGES: tuple[Breakage, ...] = (
 # The tests that should notice a drawn breakage, the quickest first: those of the longest name here that its file's path
 # begins with.
 TESTS_OF: dict[str, tuple[str, ...]] = {
+    "dscl/training/checkpoint_files.py": (
+        "tests/distributed/test_saving.py",
+        "tests/distributed/test_storage.py",
+        "tests/distributed/test_run.py",
+        "tests/distributed/test_method_contract.py",
+    ),
+    "dscl/training/cluster_checks.py": ("tests/training/test_preflight.py",),
+    "dscl/training/dry_run.py": (
+        "tests/distributed/test_run.py",
+        "tests/distributed/test_liveness.py",
+    ),
+    "dscl/training/run.py": (
+        "tests/distributed/test_run.py",
+        "tests/distributed/test_saving.py",
+        "tests/distributed/test_stop.py",
+    ),
+    "dscl/training/state.py": (
+        "tests/training/test_state.py",
+        "tests/distributed/test_run.py",
+    ),
+    "dscl/training/task_context.py": (
+        "tests/distributed/test_baselines.py",
+        "tests/distributed/test_osft.py",
+    ),
+    "dscl/utils/json_files.py": (
+        "tests/utils/test_json_files.py",
+        "tests/distributed/test_run.py",
+    ),
     "dscl/__init__.py": ("tests/serving/test_server.py",),
     "dscl/__main__.py": ("tests/cli/test_app.py",),
     "dscl/engine/optimizer.py": (

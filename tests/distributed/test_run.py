@@ -161,7 +161,20 @@ def unmark(folder: Path) -> None:
     (folder / "complete.json").unlink()
 
 
-@pytest.mark.parametrize("damage", [truncate, flip, unmark])
+def falsify(folder: Path) -> None:
+    """Damage a file, and its checksum in the marker so that it agrees."""
+    state = folder / "state.json"
+    state.write_bytes(state.read_bytes().replace(b'"task_step": ', b'"task_step":  '))
+    marker = json.loads((folder / "complete.json").read_text())
+    marker["files"]["state.json"] = checkpoint_files.file_checksum(state)
+    (folder / "complete.json").write_text(json.dumps(marker))
+
+
+def blank_out(folder: Path) -> None:
+    (folder / "complete.json").write_text("[]")
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, unmark, falsify, blank_out])
 def test_a_damaged_checkpoint_is_passed_over(
     ranks: Any, undisturbed: Any, killed: Path, tasks: Path, damage: Any
 ) -> None:

@@ -28,8 +28,8 @@ def test_a_changed_document_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["[]", "null", "3", '"a"', "[" * 100_000, "{", "", "\xff"])
 def test_anything_but_an_object_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError, match=r"\w"):
         parse_json_object(text)
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError, match=r"\w"):
         parse_checked_json(text)
     assert parse_json_object(json.dumps(DOCUMENT)) == DOCUMENT

@@ -298,7 +298,7 @@ def strongest_directions(
     else:
         parts = [*moments, *(factor.double().T @ factor.double() for factor in factors)]
         moment = (
-            sum((_scale_by_unprotected_energy(part, protected) for part in parts), torch.zeros_like(parts[0]))
+            sum((_normalize_unprotected_energy(part, protected) for part in parts), torch.zeros_like(parts[0]))
             if parts[1:]
             else parts[0]
         )
@@ -307,12 +307,12 @@ def strongest_directions(
     return Directions(directions.energies[:count], directions.vectors[:, :count])
 
 
-def _scale_by_unprotected_energy(moment: torch.Tensor, protected: torch.Tensor) -> torch.Tensor:
-    """Scale a second moment so that its energy outside the protected directions is 1."""
-    basis, total_energy = protected.to(moment), moment.trace()
-    rest = total_energy - (basis * (moment @ basis)).sum()
-    floor = 1e-10 * float(total_energy) + torch.finfo(moment.dtype).tiny  # a rest below it is only rounding
-    return moment / rest.clamp_min(floor)
+def _normalize_unprotected_energy(second_moment: torch.Tensor, protected: torch.Tensor) -> torch.Tensor:
+    """Scale a second moment [n, n] so that its energy outside of the protected directions [n, k] is 1."""
+    basis, total_energy = protected.to(second_moment), second_moment.trace()
+    unprotected_energy = total_energy - (basis * (second_moment @ basis)).sum()
+    rounding = 1e-10 * float(total_energy) + torch.finfo(second_moment.dtype).tiny
+    return second_moment / unprotected_energy.clamp_min(rounding)
 
 
 def _apply_on_owners_checked(context: TaskContext, names: Sequence[str], matrix_fn: MatrixFn) -> None:

@@ -12,7 +12,7 @@ from dscl.reporting.tables import (
     Report,
     Table,
     failures_table,
-    format_overview,
+    format_run_counts,
     format_published_table,
     group_published_tables,
     result_tables,
@@ -24,7 +24,7 @@ from dscl.reporting.tables import (
 
 def render_markdown(report: Report) -> str:
     """The whole report as a Markdown document."""
-    blocks = ["# dscl report", escape_markdown(format_overview(report))]
+    blocks = ["# dscl report", escape_markdown(format_run_counts(report))]
     for number, group in enumerate(report.groups, 1):
         blocks += _render_group(group, number)
     for comparison in report.comparisons:

@@ -15,7 +15,7 @@ from dscl.reporting.tables import (
     Report,
     Table,
     failures_table,
-    format_overview,
+    format_run_counts,
     format_published_table,
     group_published_tables,
     result_tables,
@@ -37,7 +37,7 @@ def render_html(report: Report) -> str:
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>dscl report</title><style>{STYLE}</style></head>\n<body><main>"
-        f'<header><h1>dscl report</h1><p class="soft">{escape(format_overview(report))}</p>'
+        f'<header><h1>dscl report</h1><p class="soft">{escape(format_run_counts(report))}</p>'
         f"{_render_contents(report)}</header>\n"
         f"{''.join(sections)}</main></body></html>\n"
     )

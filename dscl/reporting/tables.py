@@ -56,7 +56,7 @@ COLUMN_MEANINGS = {
 PUBLISHED_NOTE = "Another model and another budget: for orientation only, not for a direct comparison."
 
 
-def format_overview(report: Report) -> str:
+def format_run_counts(report: Report) -> str:
     """The report's first line: how many runs and tables there are, and how many runs are left out of averages."""
     num_excluded = sum(len(row.excluded) for group in report.groups for row in group.rows) + len(report.unread)
     tables = f"{len(report.groups)} table{'s' * (len(report.groups) != 1)}"

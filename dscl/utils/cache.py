@@ -26,12 +26,12 @@ def build_folder_once(cache: Path, name: str, build: Callable[[Path], None]) -> 
     final name when all of it is written. A killed process leaves only a `.tmp` folder, which the next call removes.
     """
     folder = cache / name
-    if is_intact(folder):  # checked first without a lock file, because the cache may be read-only
+    if is_cache_intact(folder):  # checked first without a lock file, because the cache may be read-only
         return folder
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with hold_file_lock(cache / f"{name}.lock"):
-            if is_intact(folder):
+            if is_cache_intact(folder):
                 return folder
             if folder.exists():
                 log.warning("%s is damaged and is built again", folder)
@@ -48,7 +48,7 @@ def build_folder_once(cache: Path, name: str, build: Callable[[Path], None]) -> 
     return folder
 
 
-def is_intact(folder: Path) -> bool:
+def is_cache_intact(folder: Path) -> bool:
     """Whether the folder is complete and all its files have the checksums with which they were written."""
     try:
         checksums = json.loads((folder / MARKER_FILE).read_text())

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dscl.utils.cache import MARKER_FILE, build_folder_once, is_intact
+from dscl.utils.cache import MARKER_FILE, build_folder_once, is_cache_intact
 from dscl.utils.errors import ExternalFailure
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -90,7 +90,7 @@ def test_a_damaged_folder_is_reported_and_rebuilt(
     assert build_folder_once(tmp_path, "name", fail_on_build) == folder
     assert not caplog.messages
     damage(folder)  # type: ignore[operator]
-    assert not is_intact(folder)
+    assert not is_cache_intact(folder)
     with caplog.at_level(logging.WARNING, logger="dscl"):
         assert build_folder_once(tmp_path, "name", build) == folder
     assert "is damaged and is built again" in caplog.text

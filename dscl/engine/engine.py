@@ -150,7 +150,7 @@ class Engine:
         self._accumulate_gradients(loss_fn, micro_batches, targets)
         self.optimizer.step_override = lambda step_tensors: on_gradients(self._shards_in(step_tensors))
         try:
-            with timers.timed_part("steering"), self.layout.without_clipping():
+            with timers.timed_part("gradient_hook"), self.layout.without_clipping():
                 self.deepspeed.step()
         finally:
             self.optimizer.step_override = None
@@ -285,7 +285,7 @@ class Engine:
     def _before_step(self, step_tensors: Sequence[torch.Tensor]) -> None:
         step_shards = self._shards_in(step_tensors)
         if self.gradient_hook is not None:
-            with timers.timed_part("steering"):
+            with timers.timed_part("gradient_hook"):
                 self.gradient_hook.modify_gradients(step_shards, self.layout.sum_over_shards)
         if self._projector is not None:
             self._projector.before_step(step_tensors, step_shards)

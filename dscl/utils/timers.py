@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-PARTS = ("data", "forward", "backward", "communication", "optimizer", "projection", "steering", "router")
+PARTS = ("data", "forward", "backward", "communication", "optimizer", "projection", "gradient_hook", "router")
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "reduce", "all_to_all")
 
 

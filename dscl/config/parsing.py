@@ -293,7 +293,7 @@ def _convert_union(annotations: tuple[Any, ...], value: Any, key_path: str) -> A
 
 def _convert_section(classes: list[type], value: Any, key_path: str) -> Any:
     """`value` as the dataclass that its key `name` selects; by default the first. Text stands for {name: text}."""
-    names = {cls: getattr(cls, "name", None) for cls in classes}
+    names: dict[type, Any] = {cls: getattr(cls, "name", None) for cls in classes}
     if not isinstance(names[classes[0]], str):  # not selected by a name
         return parse_config(classes[0], value, key_path)
     if isinstance(value, str):

@@ -8,18 +8,19 @@ from typing import Any
 import pytest
 import torch
 
+from dscl.config.methods import SequentialPreset
 from dscl.data.batches import collate_prompts
 from dscl.data.task import Sample, Task, TaskConfig
 from dscl.distributed import comm
 from dscl.methods.base import RunInfo
-from dscl.methods.sequential import Sequential, SequentialConfig
+from dscl.methods.sequential import Sequential
 from dscl.model.generation import generate
 from dscl.training.evaluation import EvalSet, EvaluateConfig, evaluate_task, mean_token_loss, should_evaluate
 from tests.support.decoding import EOS, LABELS, PAD, PROMPTS, alone
 from tests.support.toy_model import VOCABULARY, make, model
 
 RIGHT = pytest.approx(4 / 5, abs=1e-12)  # each exam is made so that one of its five answers is wrong
-METHOD = Sequential(SequentialConfig(), RunInfo(0, (), "", "", "", 0, ""))
+METHOD = Sequential(SequentialPreset(), RunInfo(0, (), "", "", "", 0, ""))
 
 
 @pytest.mark.parametrize(

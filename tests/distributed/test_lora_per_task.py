@@ -60,5 +60,5 @@ def test_a_run_that_died_ends_as_one_that_did_not(ranks: Any, tasks: Path) -> No
 
 def test_an_export_is_refused_with_the_way_to_one(ranks: Any, tasks: Path) -> None:
     ranks(1)(run, isolated(tasks, "export", 0, NAMES[:1]))
-    with pytest.raises(UserError, match=r"which has no router .*export.adapters\) with dscl route-existing"):
+    with pytest.raises(UserError, match=r"which has no router .*export.adapters\) with dscl import-adapters"):
         describe_run(tasks / "export")

@@ -204,8 +204,10 @@ def _expanded_size(node: yaml.Node, sizes: dict[int, int]) -> int:
     """How many values a YAML node holds, with every alias written out; `sizes` holds those of nodes seen before."""
     if isinstance(node, yaml.ScalarNode):
         return 1
+    if sizes.get(id(node)) == 0:
+        raise yaml.MarkedYAMLError(problem="an alias that holds itself", problem_mark=node.start_mark)
     if id(node) not in sizes:
-        sizes[id(node)] = MAX_RECIPE_NODES + 1  # an alias within the node itself
+        sizes[id(node)] = 0  # as long as its children are counted
         children = (
             node.value if isinstance(node, yaml.SequenceNode) else [child for pair in node.value for child in pair]
         )

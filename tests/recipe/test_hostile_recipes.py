@@ -35,7 +35,7 @@ def test_aliases_that_multiply_are_refused_before_they_are_written_out(tmp_path:
     started = time.perf_counter()
     assert "its aliases multiply to more than 200,000 values" in refusal(tmp_path, "\n".join(lines))
     assert time.perf_counter() - started < 5
-    assert "aliases" in refusal(tmp_path, "a: &a [*a]")
+    assert "an alias that holds itself" in refusal(tmp_path, "a: &a [*a]")
 
 
 def test_an_alias_that_stays_small_is_allowed(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from dscl.reporting.run_pool import PlannedRun, RunPool, machine_shares
 from dscl.utils.errors import ExternalFailure, UserError
 from tests.support.programs import Program
 from tests.support.runs import recipe_of, write_tasks
+from tests.support.score_boards import make_score_board
 
 COMPARE = {"learning_rates": [1e-3, 1e-2], "rows": {"plain": {"name": "sequential"}, "one LoRA": {"tune": "lora"}}}
 
@@ -238,8 +239,8 @@ def test_complete_run_counts_even_if_its_process_fails(tmp_path: Path, monkeypat
             def __init__(self, _words: list[str], **_: Any) -> None: ...
 
             def wait(self, complete: bool = complete) -> int:
-                document = {"complete": complete, "summary": {"OP": 0.5}}
-                (run.folder / "scores.json").write_text(json.dumps(document))
+                scores = make_score_board([[0.5, None], [0.5, 0.5]][: 2 if complete else 1])
+                (run.folder / "scores.json").write_text(json.dumps(scores.to_json()))
                 return -6
 
         monkeypatch.setattr(run_pool.subprocess, "Popen", Aborted)

@@ -25,7 +25,7 @@ def test_complete_run_is_read(tmp_path: Path) -> None:
     found = read_run(write_run(tmp_path / "a", zero_shot=(0.1, 0.2), heldout=[3.0, 3.1, 3.2], numbers=numbers), "mine")
     assert (found.problem, found.metrics.problem, found.row, found.seed) == ("", "", "mine", 0)
     assert found.scores is not None
-    assert found.scores.matrix == ((0.8, None), (0.6, 0.9))
+    assert found.scores.matrix == [[0.8, None], [0.6, 0.9]]
     assert found.scores.zero_shot == [0.1, 0.2]
     assert found.scores.heldout_losses == [3.0, 3.1, 3.2]
     metrics = found.metrics

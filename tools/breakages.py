@@ -872,15 +872,15 @@ TRAINING = (
 PLANNING = (
     Breakage(
         "dscl/planning/simulate.py",
-        "        gradients = max(0, steps.bytes_before_step - kept_on_device - kept.host)\n",
+        "        gradients = max(0, steps.bytes_before_step - persistent_on_device - persistent.host)\n",
         "        gradients = 0\n",
         "a plan says that gradients take no memory and counts them as activations, which grow with the micro-batch",
         ("tests/planning/test_plan.py", "tests/distributed/test_plan.py::test_memory_and_exchange_are_as_foreseen"),
     ),
     Breakage(
         "dscl/planning/simulate.py",
-        "            peak=steps.peak - kept.host,\n",
-        "            peak=steps.peak - kept.host - gradients,\n",
+        "            peak=steps.peak - persistent.host,\n",
+        "            peak=steps.peak - persistent.host - gradients,\n",
         "a plan forgets the gradients, so a run that fits by the plan runs out of memory",
         ("tests/distributed/test_plan.py::test_memory_and_exchange_are_as_foreseen",),
     ),

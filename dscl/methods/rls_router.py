@@ -133,7 +133,7 @@ class Router:
     def get_fitted_router(self) -> FittedRouter | TaskKeys:
         """The fitted router. It is fitted when it is first needed after tasks were added or removed."""
         if not self._tasks:
-            raise UserError("the router knows no task; add one before it is asked")
+            raise UserError("the router knows no task; add one first")
         if self._fitted_router is None:
             tasks = {name: statistics.to(self.device) for name, statistics in self._tasks.items()}
             if self.spec.kind == "key":

@@ -76,14 +76,14 @@ def simulate_step(
         # The first step also allocates and gathers what later steps reuse, so communication is taken from the others.
         sent_by_one, sent_by_all = steps.bytes_sent[1], steps.bytes_sent[-1]
         further = (micro_batches_per_step - 1) * (len(batches) > 1)
-        kept = _measure_kept_bytes(engine, method)
-        kept_on_device = kept.weights + kept.optimizer + kept.method_state
-        gradients = max(0, steps.bytes_before_step - kept_on_device - kept.host)
+        persistent = _measure_persistent_bytes(engine, method)
+        persistent_on_device = persistent.weights + persistent.optimizer + persistent.method_state
+        gradients = max(0, steps.bytes_before_step - persistent_on_device - persistent.host)
         estimate = MemoryEstimate(
-            **kept._asdict(),
+            **persistent._asdict(),
             gradients=gradients,
-            activations=max(0, steps.peak - kept_on_device - gradients - kept.host),
-            peak=steps.peak - kept.host,
+            activations=max(0, steps.peak - persistent_on_device - gradients - persistent.host),
+            peak=steps.peak - persistent.host,
             checkpoint=_checkpoint_bytes(engine, method),
             bytes_sent={kind: size + further * (sent_by_all[kind] - size) for kind, size in sent_by_one.items()},
             later_tasks=later_tasks,
@@ -140,7 +140,7 @@ def _run_steps(engine: Engine, method: Method, batches: Sequence[Batch], tracker
     return _SimulatedSteps(max(peaks), bytes_before_step, bytes_sent)
 
 
-class _KeptBytes(NamedTuple):
+class _PersistentBytes(NamedTuple):
     """Bytes that stay allocated from step to step; fields as in `MemoryEstimate`."""
 
     weights: int
@@ -149,7 +149,7 @@ class _KeptBytes(NamedTuple):
     host: int
 
 
-def _measure_kept_bytes(engine: Engine, method: Method) -> _KeptBytes:
+def _measure_persistent_bytes(engine: Engine, method: Method) -> _PersistentBytes:
     # The method keeps these tensors in the host's memory; here all tensors are on the CPU.
     on_host = {id(t) for name, t in method.matrix_state_dict().items() if name.endswith("|start")}
     weights = _unique_storages(engine.layout.weight_tensors())
@@ -160,7 +160,9 @@ def _measure_kept_bytes(engine: Engine, method: Method) -> _KeptBytes:
     method_tensors += [t for t in method.matrix_state_dict().values() if id(t) not in on_host]
     method_state = _unique_storages(method_tensors) - weights - optimizer
     host_bytes = sum(t.untyped_storage().nbytes() for t in method.matrix_state_dict().values() if id(t) in on_host)
-    return _KeptBytes(_storage_bytes(weights), _storage_bytes(optimizer), _storage_bytes(method_state), host_bytes)
+    return _PersistentBytes(
+        _storage_bytes(weights), _storage_bytes(optimizer), _storage_bytes(method_state), host_bytes
+    )
 
 
 def largest_micro_batches(setup: RunSetup) -> list[Batch]:

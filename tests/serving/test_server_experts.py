@@ -210,7 +210,7 @@ def test_export_without_router_requires_the_task(made: Made, tmp_path: Path) -> 
         model.generate(MIXED[:2], MAX_NEW_TOKENS, task=["hills"])
     for act in (model.route, model.generate):
         with pytest.raises(
-            UserError, match=r"no task router, because .* told each prompt's task; .*; tasks here: birds, hills, rain"
+            UserError, match=r"no task router \(its run has router: oracle\); .*; tasks here: birds, hills, rain"
         ) as error:
             act(MIXED[:2])
         assert "\n" not in str(error.value)

@@ -327,7 +327,7 @@ def stepped(kind: Kind, stage: int, zero: dict[str, Any], accumulation: int) -> 
             end(engine, method, index)
             found.trained.append(masters(engine))
             layers = method.experts.layers.items()
-            held = {f"{name}.{side}": getattr(layer, f"held_{side}") for name, layer in layers for side in "ab"}
+            held = {f"{name}.{side}": getattr(layer, f"frozen_{side}") for name, layer in layers for side in "ab"}
             found.held.append({name: values.clone() for name, values in held.items()})
             found.open.append(method.experts.num_used_experts)
     engine.close()

@@ -51,7 +51,7 @@ def layer(rank1: bool, dtype: torch.dtype, device: str, top: int = 2, dropout: f
                 name,
                 count,
             ) in made.mask_counts.items():  # so many are far from zero, so that a mask is the same in bf16
-                part = made._open_part(name, getattr(made, f"score_{name}"))
+                part = made._used_part(name, getattr(made, f"score_{name}"))
                 far = (torch.randperm(part.numel()) < count).view(part.shape)
                 part[far] = (part[far].sign() + part[far]).bfloat16().float()
         if task < TASKS - 1:

@@ -1,4 +1,4 @@
-"""Adapter folders: PEFT reads what is written, what PEFT wrote is read, and whatever is more than LoRA is refused."""
+"""Adapter folders: PEFT reads those of dscl, dscl reads those of PEFT, and adapters beyond LoRA are refused."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def equal_adapters(one: LoraAdapter, other: LoraAdapter) -> bool:
     )
 
 
-# What is written.
+# Folders that dscl writes.
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_write_and_read_round_trip_is_bitwise_equal(
 
 
 def test_views_of_larger_tensors_are_written_alone(shapes: dict[str, tuple[int, int]], tmp_path: Path) -> None:
-    """As they lie in a bank, stacked by task, trainable or transposed."""
+    """A bank holds such views: stacked by task, trainable or transposed."""
     bank = torch.randn(5, 4, 32, requires_grad=True)
     columns = torch.randn(3, 4, 32)
     layers = {m: LoraWeights(bank[i], columns[2].T, 1.0) for i, m in enumerate(UPPER) if m.endswith("q_proj")}
@@ -220,7 +220,7 @@ def test_task_file_names_are_safe_and_unique(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2 * len(odd)
 
 
-# What PEFT wrote.
+# Folders that PEFT writes.
 
 
 def save_with_peft(model: nn.Module, folder: Path, **options: Any) -> PeftModel:
@@ -336,7 +336,7 @@ def test_read_tensors_do_not_change_with_the_file(adapter_folder: Path, shapes: 
     assert equal_adapters(adapter, before)
 
 
-# What is refused.
+# Folders that are refused.
 
 
 def refusal(folder: Path, shapes: Mapping[str, tuple[int, int]]) -> str:
@@ -537,7 +537,7 @@ def test_adapters_beyond_plain_lora_are_refused(
 
 
 def test_every_option_of_peft_is_known_here() -> None:
-    """A new one in PEFT fails here: then say whether it makes more of an adapter than scale · B(A x)."""
+    """A new option of PEFT fails here: then decide whether it makes an adapter more than scale · B(A x)."""
     harmless = {
         "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
         "inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "bias", "use_rslora",

@@ -62,7 +62,7 @@ def test_what_is_offloaded_is_not_on_the_device() -> None:
 
 
 def test_what_a_task_needs_when_it_ends_has_to_fit_too() -> None:
-    """10 GiB are kept and 8 pass in a step; when a task ends, 12 are needed instead of these."""
+    """10 GiB stay allocated. A step needs 8 GiB more, and the end of a task 12 GiB more."""
     estimates = {
         4: make_estimate(18 * GIB, passing=8 * GIB, ending=12 * GIB),
         2: make_estimate(14 * GIB, passing=4 * GIB),
@@ -83,7 +83,7 @@ def test_micro_batches_are_those_of_the_first_step_of_the_first_task() -> None:
 
 
 def test_time_of_a_step_is_that_of_the_stated_device_and_network() -> None:
-    """Steps of 4 samples of 10 tokens, of which 4 are answered: 40 tokens, 4 · 55 pairs, 16 targets, on 2 ranks."""
+    """Steps of 4 samples of 10 tokens, of which 4 are targets: 40 tokens, 4 · 55 pairs, 16 targets, on 2 ranks."""
     lengths = np.full(8, 6, np.int32), np.full(8, 4, np.int32)
     sampler = BatchSampler(
         *lengths, seed=0, epochs=3, global_batch=4, micro_batch=2, world_size=2, max_length=10, packing=False

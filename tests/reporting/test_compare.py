@@ -98,7 +98,7 @@ def test_search_runs_evaluate_only_what_the_choice_of_a_rate_needs(tmp_path: Pat
         "asr": {"name": "asr"},
         "plain": {"name": "sequential"},
         "moses": {"name": "moses"},
-        "told": {"name": "moses", "router": "oracle"},
+        "oracle": {"name": "moses", "router": "oracle"},
     }
     path = write_comparison_recipe(
         tmp_path, {"learning_rates": [1e-3, 1e-2], "rows": rows, "search_limit": 5}, evaluate=evaluate
@@ -111,7 +111,7 @@ def test_search_runs_evaluate_only_what_the_choice_of_a_rate_needs(tmp_path: Pat
     assert dev["stream_defaults"]["train_limit"] == 5
     assert "train_limit" not in test["stream_defaults"]
     assert comparison.final_runs("moses", 1e-3)[0].recipe["evaluate"]["oracle_task_id"]
-    for row in ("plain", "told"):  # they do not infer the task
+    for row in ("plain", "oracle"):  # they do not infer the task
         assert "oracle_task_id" not in comparison.final_runs(row, 1e-3)[0].recipe["evaluate"]
 
 

@@ -52,5 +52,5 @@ def test_share_of_a_7b_step_is_that_of_the_arithmetic() -> None:
     assert len(shapes) == 224
     step = bench.step_flops(config, 16, 256, bench.ANSWER)
     for projection, share in (("two_sided", 8 * 2048 / (6 * 4096)), ("input", 4 * 2048 / (6 * 4096))):
-        hold = sum(projection_flops(projection, m, n, 2048, 2048) for m, n in shapes.values())
-        assert hold / step == pytest.approx(share, rel=0.03)
+        projection_cost = sum(projection_flops(projection, m, n, 2048, 2048) for m, n in shapes.values())
+        assert projection_cost / step == pytest.approx(share, rel=0.03)

@@ -94,8 +94,8 @@ def verb_help() -> dict[str, str]:
     verbs = {verb for verb in verbs if re.fullmatch(r"[a-z-]+", verb)}
     run = [sys.executable, "-m", "dscl"]
     helps = {verb: subprocess.run([*run, verb, "--help"], capture_output=True, text=True) for verb in sorted(verbs)}
-    assert [verb for verb, done in helps.items() if done.returncode] == []
-    return {verb: done.stdout for verb, done in helps.items()}
+    assert [verb for verb, process in helps.items() if process.returncode] == []
+    return {verb: process.stdout for verb, process in helps.items()}
 
 
 @pytest.mark.parametrize("page", DOCUMENTS, ids=page_name)

@@ -31,44 +31,44 @@ ORDER = (
     "dscl.cli",
     "dscl.__main__",
 )
-# What only one folder may import.
+# Packages that only one folder may import.
 ALONE = {"deepspeed": "dscl.engine", "torch.distributed": "dscl.distributed", "triton": "dscl.maths"}
 # The files of the engine that a method may not see.
 ENGINE_ITSELF = ("deepspeed_patches", "engine", "projector", "zero_layouts", "zero_shards")
-# What a folder may not import although it stands higher: data know no ranks; a method neither steps nor communicates;
-# serving needs no DeepSpeed.
+# Lower folders that a folder may still not import: data know no ranks; a method neither steps nor communicates; serving
+# needs no DeepSpeed.
 BARRED = {
     "dscl.data": ("dscl.distributed",),
     "dscl.methods": ("dscl.distributed", *(f"dscl.engine.{name}" for name in ENGINE_ITSELF)),
     "dscl.serving.server": ("dscl.engine", "dscl.training"),
     "dscl.serving.bundle": ("dscl.engine", "dscl.training"),
 }
-# All that a folder may import beside itself and the standard library.
+# The only packages that a folder may import beside itself and the standard library.
 ONLY = {"dscl.maths": ("torch", "triton")}
 
 
 def problems(sources: Mapping[str, str]) -> list[str]:
-    """What is wrong in these modules (dotted name → source), one line each."""
-    found = []
+    """A message for each forbidden import of these modules (dotted name → source)."""
+    messages = []
     for module, source in sorted(sources.items()):
         folder = folder_of(module)
         if folder is None:
-            found.append(f"{module} is in no folder of the order")
+            messages.append(f"{module} is in no folder of the order")
             continue
         for name in sorted(imports(module, source, sources)):
             other = folder_of(name)
             if _within(name, "dscl") and name != "dscl" and (other is None or ORDER.index(other) > ORDER.index(folder)):
-                found.append(f"{module} imports {name}, which stands higher")
+                messages.append(f"{module} imports {name}, which stands higher")
             for package, owner in ALONE.items():
                 if _within(name, package) and folder != owner:
-                    found.append(f"{module} imports {name}; only {owner} may")
+                    messages.append(f"{module} imports {name}; only {owner} may")
             for place, barred in BARRED.items():
                 if _within(module, place) and any(_within(name, each) for each in barred):
-                    found.append(f"{module} imports {name}, which {place} may not")
+                    messages.append(f"{module} imports {name}, which {place} may not")
             allowed = (folder, *ONLY.get(folder, ()), *sys.stdlib_module_names)
             if folder in ONLY and not any(_within(name, each) for each in allowed):
-                found.append(f"{module} imports {name}; {folder} may import only {', '.join(ONLY[folder])}")
-    return found
+                messages.append(f"{module} imports {name}; {folder} may import only {', '.join(ONLY[folder])}")
+    return messages
 
 
 def folder_of(module: str) -> str | None:
@@ -78,17 +78,17 @@ def folder_of(module: str) -> str | None:
 
 def imports(module: str, source: str, sources: Mapping[str, str]) -> set[str]:
     """Every module that a source imports, also within functions and under TYPE_CHECKING."""
-    found = set()
+    modules = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module}: a relative import hides its layer; write it out"
             assert node.module is not None
-            found |= {_imported(node.module, alias.name, sources) for alias in node.names}
+            modules |= {_imported(node.module, alias.name, sources) for alias in node.names}
         elif isinstance(node, ast.Attribute) and ast.unparse(node).startswith("torch.distributed"):
-            found.add("torch.distributed")  # reachable through `import torch` alone
-    return found
+            modules.add("torch.distributed")  # reachable through `import torch` alone
+    return modules
 
 
 def _imported(package: str, name: str, sources: Mapping[str, str]) -> str:

@@ -51,7 +51,7 @@ def no_ranks() -> Iterator[None]:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A recipe, and two tasks in the layout of CL_Benchmark."""
+    """A folder with a recipe and two tasks in the layout of CL_Benchmark."""
     for task, labels in (("color", ["red", "blue"]), ("sound", ["loud", "soft"])):
         folder = tmp_path / "data" / task
         folder.mkdir(parents=True)
@@ -86,6 +86,7 @@ def run_dscl(*words: str, **environment: str) -> subprocess.CompletedProcess[str
 
 
 def read_refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The one line on stderr of a command that is refused."""
     assert main(list(words)) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -99,19 +100,19 @@ def test_help_shows_an_example(words: list[str], capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit) as caught:
         main([*words, "--help"])
     assert caught.value.code == 0
-    shown = capsys.readouterr().out
-    assert f"example:\n  dscl {' '.join(words)}" in shown
-    assert all(verb in shown for verb in app.VERBS) or words
+    help_text = capsys.readouterr().out
+    assert f"example:\n  dscl {' '.join(words)}" in help_text
+    assert all(verb in help_text for verb in app.VERBS) or words
 
 
 def test_help_is_fast_and_imports_no_torch() -> None:
     start = time.monotonic()
-    shown = run_dscl("--help", PYTHONPROFILEIMPORTTIME="1")
+    process = run_dscl("--help", PYTHONPROFILEIMPORTTIME="1")
     assert time.monotonic() - start < 1.5
-    assert shown.returncode == 0
-    assert shown.stdout.startswith("usage: dscl ")
-    assert "dscl.cli.app" in shown.stderr
-    imported = {line.rsplit("|", 1)[-1].strip() for line in shown.stderr.splitlines()}
+    assert process.returncode == 0
+    assert process.stdout.startswith("usage: dscl ")
+    assert "dscl.cli.app" in process.stderr
+    imported = {line.rsplit("|", 1)[-1].strip() for line in process.stderr.splitlines()}
     assert not {"torch", "transformers", "numpy"} & imported
 
 
@@ -159,12 +160,12 @@ def test_wrong_arguments_are_reported_in_one_line(
     assert expected_message in read_refusal(capsys, *words)
 
 
-@pytest.mark.parametrize(("words", "given"), [(["--nproc", "0"], "0"), (["--nproc=x"], "x")])
+@pytest.mark.parametrize(("words", "value"), [(["--nproc", "0"], "0"), (["--nproc=x"], "x")])
 def test_a_wrong_number_of_ranks_is_refused(
-    project: Path, words: list[str], given: str, capsys: pytest.CaptureFixture[str]
+    project: Path, words: list[str], value: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    expected_message = read_refusal(capsys, "train", str(project / "r.yaml"), *words)
-    assert expected_message == f"--nproc: given '{given}'; allowed: a whole number of at least 1, or auto"
+    message = read_refusal(capsys, "train", str(project / "r.yaml"), *words)
+    assert message == f"--nproc: given '{value}'; allowed: a whole number of at least 1, or auto"
 
 
 def test_nproc_under_another_launcher_is_refused(
@@ -190,10 +191,10 @@ def test_single_process_verbs_are_refused_under_a_launcher(
     ],
 )
 def test_generate_without_a_run_is_refused(words: list[str]) -> None:
-    done = run_dscl(*words, DS_ACCELERATOR="cuda")  # dscl sets it to cpu, so DeepSpeed prints no warning
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(NO_RUN)
-    assert done.stderr.count("\n") == 1
+    process = run_dscl(*words, DS_ACCELERATOR="cuda")  # dscl sets it to cpu, so DeepSpeed prints no warning
+    assert (process.returncode, process.stdout) == (2, "")
+    assert process.stderr.startswith(NO_RUN)
+    assert process.stderr.count("\n") == 1
 
 
 def test_export_without_a_run_is_refused() -> None:
@@ -223,8 +224,8 @@ def test_overrides_may_stand_before_and_after_options(
     assert options.assignments == ["seed=1", "train.lr=2"]
     spawned: list[Any] = []
 
-    def spawn(*given: Any) -> int:
-        spawned.append(given)
+    def spawn(*arguments: Any) -> int:
+        spawned.append(arguments)
         return 75
 
     monkeypatch.setattr(app, "spawn_ranks", spawn)
@@ -235,17 +236,17 @@ def test_overrides_may_stand_before_and_after_options(
 
 def test_a_spawned_rank_ignores_nproc(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(project)
-    ran: list[Any] = []
+    recipes: list[Any] = []
     monkeypatch.setenv("DSCL_SPAWNED_BY", str(os.getppid()))
-    monkeypatch.setattr(app, "die_with_parent", lambda: None)  # the tests are to live on
+    monkeypatch.setattr(app, "die_with_parent", lambda: None)  # else the test process would die with its parent
     monkeypatch.setattr(app, "spawn_ranks", lambda *_: pytest.fail("spawned again"))
 
     def run(options: Any, *_: Any) -> None:
-        ran.append(options.recipe)
+        recipes.append(options.recipe)
 
     monkeypatch.setitem(app.VERBS, "train", replace(app.TRAIN, run=run))
     assert main(["train", "r.yaml", "--nproc", "2"]) == 0
-    assert ran == ["r.yaml"]
+    assert recipes == ["r.yaml"]
 
 
 @pytest.mark.parametrize(
@@ -271,10 +272,10 @@ def test_a_command_line_becomes_one_call(
 def test_train_runs_the_checks_only_with_doctor(
     project: Path, words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    looked: list[bool] = []
-    monkeypatch.setattr("dscl.training.run.train", lambda recipe, stop, thorough: looked.append(thorough))
+    thorough_flags: list[bool] = []
+    monkeypatch.setattr("dscl.training.run.train", lambda recipe, stop, thorough: thorough_flags.append(thorough))
     assert main(["train", str(project / "r.yaml"), *words]) == 0
-    assert looked == [bool(words)]
+    assert thorough_flags == [bool(words)]
 
 
 def test_the_installed_command_is_the_same_program_as_the_module() -> None:
@@ -283,15 +284,15 @@ def test_the_installed_command_is_the_same_program_as_the_module() -> None:
     assert "run_and_exit()" in (REPOSITORY / "dscl" / "__main__.py").read_text("utf-8")
 
 
-@pytest.mark.parametrize(("kind", "chosen"), [("cpu", "cpu"), ("cuda", None)])
+@pytest.mark.parametrize(("kind", "expected"), [("cpu", "cpu"), ("cuda", None)])
 def test_the_accelerator_is_the_cpu_without_a_gpu(
-    monkeypatch: pytest.MonkeyPatch, kind: str, chosen: str | None
+    monkeypatch: pytest.MonkeyPatch, kind: str, expected: str | None
 ) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "")  # restored afterwards
     monkeypatch.delenv("DS_ACCELERATOR")
     monkeypatch.setattr(comm, "device", lambda: SimpleNamespace(type=kind))
     choose_accelerator()
-    assert os.environ.get("DS_ACCELERATOR") == chosen
+    assert os.environ.get("DS_ACCELERATOR") == expected
 
 
 def test_a_rank_reports_its_error_before_it_leaves_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,13 +314,13 @@ def test_a_rank_reports_its_error_before_it_leaves_the_group(monkeypatch: pytest
     ("wrong", "expected_message"),
     [
         ("train.lr=-1", "dscl: train.lr: given -1.0; it must be above 0.0\n"),
-        ("stream.1.path=nowhere", "dscl: task 'sound': nowhere: no such file or folder; "),  # which the ranks find out
+        ("stream.1.path=nowhere", "dscl: task 'sound': nowhere: no such file or folder; "),  # the ranks find this error
     ],
 )
 def test_two_ranks_report_the_same_error_once(project: Path, wrong: str, expected_message: str) -> None:
-    done = Program(["train", str(project / "r.yaml"), "--nproc", "2", wrong, "--dry-run"])
-    out, err = done.communicate(timeout=60)
-    assert (done.returncode, out) == (2, "")
+    process = Program(["train", str(project / "r.yaml"), "--nproc", "2", wrong, "--dry-run"])
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (2, "")
     assert err.startswith(expected_message)
     assert err.count("\n") == 1
     assert not (project / "out").exists()
@@ -331,25 +332,25 @@ def test_two_ranks_report_the_same_error_once(project: Path, wrong: str, expecte
 def test_dry_run_checks_everything_and_writes_no_run(project: Path, count: int, forked: bool) -> None:
     words = ["train", str(project / "r.yaml"), "--dry-run", f"--nproc={count}"]
     words.append(f"deepspeed=ds_configs/zero{2 * count - 1}.json")
-    done = forked_run([sys.executable, "-m", "dscl", *words]) if forked else run_dscl(*words)
-    assert done.returncode == 0, done.stderr
+    process = forked_run([sys.executable, "-m", "dscl", *words]) if forked else run_dscl(*words)
+    assert process.returncode == 0, process.stderr
     assert not (project / "out").exists()
     hidden, pieces, wide = 32, 300, 128  # the intermediate size's default: 8/3 of the hidden size, in steps of 64
     parameters = pieces * hidden + 4 * hidden * hidden + 3 * hidden * wide + 3 * hidden
-    assert f"{parameters:,} parameters, of which {parameters:,} train (sequential)" in done.stdout
-    assert f"ranks:    {count} on cpu, ZeRO stage {2 * count - 1}" in done.stdout
+    assert f"{parameters:,} parameters, of which {parameters:,} train (sequential)" in process.stdout
+    assert f"ranks:    {count} on cpu, ZeRO stage {2 * count - 1}" in process.stdout
     for task in ("color", "sound"):
-        line = next(line for line in done.stdout.splitlines() if line.startswith(f"task:     {task}: "))
+        line = next(line for line in process.stdout.splitlines() if line.startswith(f"task:     {task}: "))
         assert "24 train, 4 dev, 6 test samples; " in line
         assert line.endswith(" tokens an epoch, 2 epochs, 12 steps; accuracy")
-    assert "steps:    24 in all; nothing was trained" in done.stdout
-    assert "precision: bf16" in done.stdout  # the resolved recipe, defaults included
+    assert "steps:    24 in all; nothing was trained" in process.stdout
+    assert "precision: bf16" in process.stdout  # the resolved recipe, defaults included
 
 
 def test_the_argument_of_deepspeeds_launcher_is_ignored(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as caught:
         main(["--local_rank=0", "train", "--help"])
-    assert ended.value.code == 0
+    assert caught.value.code == 0
     assert "RECIPE.yaml" in capsys.readouterr().out
 
 
@@ -361,15 +362,15 @@ def test_the_template_is_applied_to_every_prompt() -> None:
 
 
 def test_dry_run_of_a_comparison_lists_its_runs(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Rows in the order of the file, with overrides after options; nothing is written."""
+    """The runs come in the order of the file, with overrides after options; nothing is written."""
     recipe = json.loads((project / "r.yaml").read_text())
     recipe["compare"] = {"learning_rates": [1e-3, 1e-2], "rows": {"b": {"name": "replay"}, "a": {"tune": "lora"}}}
     (project / "c.yaml").write_text(json.dumps(recipe))
     words = ["compare", str(project / "c.yaml"), "--dry-run"]
     assert main([*words, "--seeds", "4,6", "compare.learning_rates=[0.5]"]) == 0
-    shown = capsys.readouterr().out.splitlines()
-    assert shown == ["b: seed 4, rate 0.5", "b: seed 6, rate 0.5", "a: seed 4, rate 0.5", "a: seed 6, rate 0.5"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["b: seed 4, rate 0.5", "b: seed 6, rate 0.5", "a: seed 4, rate 0.5", "a: seed 6, rate 0.5"]
     assert main([*words, "--seeds", "1", "--methods", "osft"]) == 0
-    shown = capsys.readouterr().out.splitlines()
-    assert shown == ["osft: dev, rate 0.001", "osft: dev, rate 0.01", "osft: seed 0, rate 0.001"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["osft: dev, rate 0.001", "osft: dev, rate 0.01", "osft: seed 0, rate 0.001"]
     assert not (project / "out").exists()

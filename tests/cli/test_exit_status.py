@@ -1,4 +1,4 @@
-"""Exit statuses, and how errors and an early end of the output become one."""
+"""The exit status of every error, and of a command whose output pipe is closed early."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from dscl.utils.errors import ExternalFailure, RunStopped, UserError
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def raise_error(error: BaseException) -> Any:
-    def work() -> int:
+def function_that_raises(error: BaseException) -> Any:
+    def raise_error() -> int:
         raise error
 
-    return work
+    return raise_error
 
 
 @pytest.mark.parametrize(
@@ -35,19 +35,19 @@ def raise_error(error: BaseException) -> Any:
 def test_exit_statuses(
     error: BaseException, status: int, expected_message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_with_error_report(raise_error(error)) == status
+    assert run_with_error_report(function_that_raises(error)) == status
     assert capsys.readouterr().err == expected_message
     assert (
-        run_with_error_report(lambda: run_with_error_report(raise_error(error))) == status
+        run_with_error_report(lambda: run_with_error_report(function_that_raises(error))) == status
     )  # only the inner call reports the error
     assert capsys.readouterr().err == expected_message
 
 
 def test_an_internal_error_shows_its_traceback_once(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_with_error_report(lambda: run_with_error_report(raise_error(ZeroDivisionError("inside")))) == 1
-    shown = capsys.readouterr().err
-    assert shown.count("Traceback (most recent call last)") == 1
-    assert shown.rstrip().endswith("ZeroDivisionError: inside")
+    assert run_with_error_report(lambda: run_with_error_report(function_that_raises(ZeroDivisionError("inside")))) == 1
+    stderr = capsys.readouterr().err
+    assert stderr.count("Traceback (most recent call last)") == 1
+    assert stderr.rstrip().endswith("ZeroDivisionError: inside")
 
 
 def test_a_closed_output_pipe_is_no_failure() -> None:
@@ -75,9 +75,9 @@ def test_an_abort_in_the_interpreters_shutdown_changes_no_status() -> None:
         "sys.exit({how}())\n"
     )
     for how, status in (("main", -signal.SIGABRT), ("run_and_exit", 2)):  # `main` alone would abort
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-c", code.format(how=how)], cwd=REPOSITORY, capture_output=True, text=True
         )
-        assert done.returncode == status, done.stderr
-        assert done.stdout == "at the end\n"
-        assert "trian: no such verb (did you mean 'train'?)" in done.stderr
+        assert process.returncode == status, process.stderr
+        assert process.stdout == "at the end\n"
+        assert "trian: no such verb (did you mean 'train'?)" in process.stderr

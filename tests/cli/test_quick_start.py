@@ -35,13 +35,13 @@ from dscl.cli import app as cli
 cli.spawn_ranks = lambda count, words: 99  # no rank may be started for a recipe that is wrong
 answers = []
 for words in json.loads(sys.argv[1]):
-    told = io.StringIO()
-    with contextlib.redirect_stderr(told), contextlib.redirect_stdout(io.StringIO()):
+    stderr = io.StringIO()
+    with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):
         try:
             status = cli.main(words)
-        except SystemExit as ended:  # as argparse ends after help
-            status = ended.code
-    answers.append((status, told.getvalue().splitlines(), [name for name in json.loads(sys.argv[2]) if name in sys.modules]))
+        except SystemExit as error:  # argparse ends so after help
+            status = error.code
+    answers.append((status, stderr.getvalue().splitlines(), [name for name in json.loads(sys.argv[2]) if name in sys.modules]))
 print(json.dumps(answers))
 """  # noqa: E501
 # Trains to the end of the first step and prints which packages are imported by then, and the state of the process.
@@ -49,8 +49,8 @@ FIRST_STEP = """
 import atexit, gc, json, os, sys
 from dscl.cli import app as cli
 
-def stepped(self, *given, **named):
-    found = step(self, *given, **named)
+def step_and_report(self, *args, **kwargs):
+    step(self, *args, **kwargs)
     loaded = [name for name in json.loads(sys.argv[1]) if name in sys.modules]
     print(json.dumps({"loaded": loaded, "gc": gc.isenabled(), "frozen": gc.get_freeze_count(),
                       "compiler": os.environ.get("TORCHDYNAMO_DISABLE")}), flush=True)
@@ -59,29 +59,37 @@ def stepped(self, *given, **named):
 with cli.disable_gc_for_imports():
     from dscl.training import run
     from dscl.engine.engine import Engine
-step, Engine.step = Engine.step, stepped
+step, Engine.step = Engine.step, step_and_report
 sys.exit(cli.main(["train", *sys.argv[2:]]))
 """
 
 
 def run_commands(commands: list[list[str]]) -> list[tuple[int, list[str], list[str]]]:
+    """For each command: its exit status, its lines on stderr, and the heavy packages that are imported by then."""
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", COMMANDS, json.dumps(commands), json.dumps(HEAVY)],
         cwd=REPOSITORY, env={**environment, "DS_ACCELERATOR": "cpu"}, capture_output=True, text=True,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found: list[tuple[int, list[str], list[str]]] = [tuple(answer) for answer in json.loads(done.stdout)]
-    return found
+    assert process.returncode == 0, process.stderr
+    answers: list[tuple[int, list[str], list[str]]] = [tuple(answer) for answer in json.loads(process.stdout)]
+    return answers
 
 
 def test_help_and_wrong_arguments_import_nothing_heavy() -> None:
-    helps = [["--help"], *([verb, "--help"] for verb in ("train", "plan", "eval", "compare", "export"))]
-    wrong = [[], ["nonsense"], ["trian", RECIPE], ["train"], ["train", RECIPE, "--fast"], ["train", "no-such.yaml"]]
-    found = run_commands([*helps, *wrong])
-    for words, (status, lines, heavy) in zip([*helps, *wrong], found, strict=True):
+    help_commands = [["--help"], *([verb, "--help"] for verb in ("train", "plan", "eval", "compare", "export"))]
+    wrong_commands = [
+        [],
+        ["nonsense"],
+        ["trian", RECIPE],
+        ["train"],
+        ["train", RECIPE, "--fast"],
+        ["train", "no-such.yaml"],
+    ]
+    answers = run_commands([*help_commands, *wrong_commands])
+    for words, (status, lines, heavy) in zip([*help_commands, *wrong_commands], answers, strict=True):
         assert not heavy, words
-        assert (status, len(lines)) == ((2, 1) if words in wrong else (0, 0)), (words, lines)
+        assert (status, len(lines)) == ((2, 1) if words in wrong_commands else (0, 0)), (words, lines)
 
 
 WRONG = {
@@ -123,10 +131,12 @@ WRONG = {
 def test_a_wrong_recipe_is_refused_before_heavy_imports() -> None:
     """One line and status 2, before ranks are started, for a wrong key, value, method or method key."""
     commands = [["train", RECIPE, word] for word in WRONG]
-    for words, (status, lines, heavy), told in zip(commands, run_commands(commands), WRONG.values(), strict=True):
+    for words, (status, lines, heavy), expected_message in zip(
+        commands, run_commands(commands), WRONG.values(), strict=True
+    ):
         assert not heavy, words
         assert (status, len(lines)) == (2, 1), (words, lines)
-        assert lines[0].startswith(f"dscl: {told}"), words
+        assert lines[0].startswith(f"dscl: {expected_message}"), words
 
 
 def test_all_verbs_refuse_a_wrong_recipe_before_heavy_imports(tmp_path: Path) -> None:
@@ -145,7 +155,7 @@ def test_all_verbs_refuse_a_wrong_recipe_before_heavy_imports(tmp_path: Path) ->
     for words, (status, lines, heavy) in zip(commands, run_commands(commands), strict=True):
         assert not heavy, words
         assert (status, len(lines)) == (2, 1), (words, lines)
-        assert any(what in lines[0] for what in ("no such key", "only evaluate.* can", "no run there")), lines
+        assert any(phrase in lines[0] for phrase in ("no such key", "only evaluate.* can", "no run there")), lines
 
 
 def test_training_imports_only_what_it_uses(tmp_path: Path) -> None:
@@ -171,16 +181,16 @@ def test_training_imports_only_what_it_uses(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     environment = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", FIRST_STEP, json.dumps(["torch", "tensorboard", *UNUSED]), str(path)],
         cwd=REPOSITORY, env={**environment, "DS_ACCELERATOR": "cpu"}, capture_output=True, text=True,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    assert found["loaded"] == ["torch", "tensorboard"]
-    assert found["gc"]
-    assert found["frozen"] > 100_000
-    assert found["compiler"] is None
+    assert process.returncode == 0, process.stderr[-2000:]
+    report: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
+    assert report["loaded"] == ["torch", "tensorboard"]
+    assert report["gc"]
+    assert report["frozen"] > 100_000
+    assert report["compiler"] is None
 
 
 def test_config_classes_agree_with_the_methods() -> None:
@@ -198,14 +208,14 @@ def test_config_classes_agree_with_the_methods() -> None:
 
 def test_the_table_of_bench_start() -> None:
     """The medians, and their ratios to the first line."""
-    found = {"import": [2.0, 4.0, 3.0], "help": [0.1, 0.3, 0.15], "first step": [6.0, 5.0, 9.0]}
-    most = {"import": None, "help": 0.5, "first step": 6.0}
-    assert bench_start.table(found, most, as_json=False)[2:] == [
+    seconds = {"import": [2.0, 4.0, 3.0], "help": [0.1, 0.3, 0.15], "first step": [6.0, 5.0, 9.0]}
+    targets = {"import": None, "help": 0.5, "first step": 6.0}
+    assert bench_start.table(seconds, targets, as_json=False)[2:] == [
         "| import | 3.00 | 1.00 |  | 2.00 to 4.00 s |",
         "| help | 0.15 | 0.05 | 0.5 s | 0.10 to 0.30 s |",
         "| first step | 6.00 | 2.00 | 6 s | 5.00 to 9.00 s |",
     ]
-    rows = [json.loads(line) for line in bench_start.table(found, most, as_json=True)]
+    rows = [json.loads(line) for line in bench_start.table(seconds, targets, as_json=True)]
     assert rows[2] == {
         "what": "first step", "figure": "6.00 s", "target": "6 s",
         "told": "2.00 of importing the libraries; 5.00 to 9.00 s",

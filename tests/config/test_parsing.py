@@ -39,17 +39,18 @@ class Config:
     other: Inner | None = config_key(None)
 
 
-def read_refusal(given: Any) -> str:
+def read_refusal(document: Any) -> str:
+    """The message of the error that a document raises."""
     with pytest.raises(UserError) as caught:
-        parse_config(Config, given)
+        parse_config(Config, document)
     assert len(str(caught.value).splitlines()) == 1
     return str(caught.value)
 
 
 def test_defaults_and_values() -> None:
     assert parse_config(Config, {"name": "x"}) == Config("x")
-    given = {"name": "x", "rate": 3, "inner": {"names": ["c"]}, "other": {"rank": 2}, "columns": {"a": "b"}}
-    config = parse_config(Config, given)
+    document = {"name": "x", "rate": 3, "inner": {"names": ["c"]}, "other": {"rank": 2}, "columns": {"a": "b"}}
+    config = parse_config(Config, document)
     assert config == Config("x", rate=3.0, inner=Inner(names=("c",)), other=Inner(rank=2), columns={"a": "b"})
     assert type(config.rate) is float
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -175,9 +176,9 @@ def test_a_missing_file_or_a_folder_is_refused(tmp_path: Path) -> None:
 def test_merged_keys_may_be_overridden(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text("base: &b {x: 1, y: 2}\none: {<<: *b, x: 3}\ntwo: {in: &c {<<: *b, y: 5}, <<: *c}\n")
-    given = read_yaml(str(path))
-    assert given["one"] == {"x": 3, "y": 2}
-    assert given["two"] == {"in": {"x": 1, "y": 5}, "x": 1, "y": 5}
+    document = read_yaml(str(path))
+    assert document["one"] == {"x": 3, "y": 2}
+    assert document["two"] == {"in": {"x": 1, "y": 5}, "x": 1, "y": 5}
 
 
 def test_a_recursive_alias_is_refused(tmp_path: Path) -> None:
@@ -202,9 +203,9 @@ def test_a_recursive_alias_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_overrides(assignment: str, expected: dict[str, Any]) -> None:
-    given = {"a": {"x": 1}, "list": [{"k": 1}, {"k": 2}], "s": "t"}
-    assert apply_overrides(given, [assignment]) == expected
-    assert given == {"a": {"x": 1}, "list": [{"k": 1}, {"k": 2}], "s": "t"}
+    document = {"a": {"x": 1}, "list": [{"k": 1}, {"k": 2}], "s": "t"}
+    assert apply_overrides(document, [assignment]) == expected
+    assert document == {"a": {"x": 1}, "list": [{"k": 1}, {"k": 2}], "s": "t"}
 
 
 def test_later_overrides_win_and_create_null_sections() -> None:
@@ -243,9 +244,9 @@ def test_an_override_of_an_alias_changes_one_place_only() -> None:
     ],
 )
 def test_invalid_overrides_are_refused(assignment: str, expected_message: str) -> None:
-    given = {"a": {"x": 1}, "list": [{"k": 1}, {"k": 2}], "empty": [], "s": "t"}
+    document = {"a": {"x": 1}, "list": [{"k": 1}, {"k": 2}], "empty": [], "s": "t"}
     with pytest.raises(UserError, match=expected_message) as caught:
-        apply_overrides(given, [assignment])
+        apply_overrides(document, [assignment])
     assert len(str(caught.value).splitlines()) == 1
 
 

@@ -18,9 +18,9 @@ TEXT = "the cat sat on a mat while dogs ran over green hills and birds sang of r
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[[str, Any], Path]:
-    """write(name, content): a list or mapping as JSON, for .jsonl one a line; text and bytes as they are."""
+    """write(name, content): a list or mapping becomes JSON (.jsonl: one record a line); text and bytes stay so."""
 
-    def put(name: str, content: Any) -> Path:
+    def write_file(name: str, content: Any) -> Path:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, bytes):
@@ -33,18 +33,18 @@ def write(tmp_path: Path) -> Callable[[str, Any], Path]:
             path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
         return path
 
-    return put
+    return write_file
 
 
 @pytest.fixture
 def read(tmp_path: Path) -> Callable[..., Task]:
-    """read(path, key=value, ...): that path as the only task of a stream."""
+    """read(path, key=value, ...) loads a path as the only task of a stream."""
 
-    def load(path: Path | str, bad_records: str = "stop", seed: int = 0, **settings: Any) -> Task:
+    def read_task(path: Path | str, bad_records: str = "stop", seed: int = 0, **settings: Any) -> Task:
         config = parse_config(TaskConfig, {"name": "t", "path": str(path), **settings})
         return load_stream([config], DataConfig(bad_records, str(tmp_path / "cache")), seed)[0]
 
-    return load
+    return read_task
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The plan of steps loses no sample; packed, padded and alone give one loss and one gradient."""
+"""The batch sampler loses no sample; packed, padded and single samples give the same loss and gradient."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def lengths(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return generator.integers(1, 25, count), generator.integers(2, 8, count)
 
 
-def schedule(count: int, **options: Any) -> BatchSampler:
+def make_sampler(count: int, **options: Any) -> BatchSampler:
     defaults = {"seed": 3, "epochs": 2, "global_batch": 7, "micro_batch": 2, "world_size": 1, "packing": False}
     return BatchSampler(*lengths(count), **{**defaults, "max_length": MAX_LENGTH, **options})
 
@@ -35,13 +35,13 @@ def schedule(count: int, **options: Any) -> BatchSampler:
 def test_every_sample_once_and_equally_many_micro_batches(
     packing: bool, world_size: int, micro_batch: int, count: int
 ) -> None:
-    plan = schedule(count, world_size=world_size, micro_batch=micro_batch, packing=packing)
+    sampler = make_sampler(count, world_size=world_size, micro_batch=micro_batch, packing=packing)
     prompts, answers = lengths(count)
-    for number in range(plan.num_steps):
-        ranks = [plan.micro_batches(number, rank) for rank in range(world_size)]
+    for number in range(sampler.num_steps):
+        ranks = [sampler.micro_batches(number, rank) for rank in range(world_size)]
         assert len({len(batches) for batches in ranks}) == 1
         rows = [row for batches in ranks for batch in batches for row in batch]
-        step = plan.step_plan(number)
+        step = sampler.step_plan(number)
         assert Counter(sample for row in rows for sample in row) == Counter(step.sample_ids)
         assert max(step.sample_ids.count(sample) for sample in step.sample_ids) == 1
         assert all(len(batch) <= micro_batch for batches in ranks for batch in batches)
@@ -53,33 +53,33 @@ def test_every_sample_once_and_equally_many_micro_batches(
 
 
 def test_each_epoch_goes_through_all_samples_in_an_order_of_its_own() -> None:
-    plan = schedule(20, epochs=3)
-    assert (plan.steps_per_epoch, plan.num_steps) == (3, 9)
-    epochs = [[plan.step_plan(3 * e + s).sample_ids for s in range(3)] for e in range(3)]
+    sampler = make_sampler(20, epochs=3)
+    assert (sampler.steps_per_epoch, sampler.num_steps) == (3, 9)
+    epochs = [[sampler.step_plan(3 * e + s).sample_ids for s in range(3)] for e in range(3)]
     for epoch in epochs:
         assert [len(samples) for samples in epoch] == [7, 7, 6]
         assert sorted(sample for samples in epoch for sample in samples) == list(range(20))
     assert epochs[0] != epochs[1] != epochs[2]
-    assert [plan.step_plan(i).epoch for i in (0, 2, 8)] == [pytest.approx(1 / 3), 1.0, 3.0]
+    assert [sampler.step_plan(i).epoch for i in (0, 2, 8)] == [pytest.approx(1 / 3), 1.0, 3.0]
 
 
 def test_a_step_depends_on_its_number_alone() -> None:
-    forward = [schedule(20).step_plan(i) for i in range(6)]
-    plan = schedule(20, world_size=4, micro_batch=3, packing=True)
-    assert [plan.step_plan(i) for i in (5, 0, 3, 1, 4, 2)] == [forward[i] for i in (5, 0, 3, 1, 4, 2)]
-    assert [schedule(20, seed=4).step_plan(i) for i in range(6)] != forward
+    forward = [make_sampler(20).step_plan(i) for i in range(6)]
+    sampler = make_sampler(20, world_size=4, micro_batch=3, packing=True)
+    assert [sampler.step_plan(i) for i in (5, 0, 3, 1, 4, 2)] == [forward[i] for i in (5, 0, 3, 1, 4, 2)]
+    assert [make_sampler(20, seed=4).step_plan(i) for i in range(6)] != forward
 
 
 def test_ranks_get_like_amounts_of_work() -> None:
-    plan = schedule(400, global_batch=80, world_size=4)
+    sampler = make_sampler(400, global_batch=80, world_size=4)
     prompts, answers = lengths(400)
     total = prompts + answers
-    for number in range(plan.num_steps):
-        work = [
-            sum(int(total[s]) for batch in plan.micro_batches(number, rank) for row in batch for s in row)
+    for number in range(sampler.num_steps):
+        tokens_per_rank = [
+            sum(int(total[s]) for batch in sampler.micro_batches(number, rank) for row in batch for s in row)
             for rank in range(4)
         ]
-        assert max(work) <= 1.2 * min(work)
+        assert max(tokens_per_rank) <= 1.2 * min(tokens_per_rank)
 
 
 def test_first_fit() -> None:
@@ -134,15 +134,15 @@ def loss_and_gradient(model: Any, batches: list[Batch]) -> tuple[float, torch.Te
     return total, torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-def alone(model: Any) -> tuple[float, torch.Tensor]:
-    """The reference: each sample by itself, without padding or any of this file's code; the answer's tokens count."""
+def reference_loss_and_gradient(model: Any) -> tuple[float, torch.Tensor]:
+    """The loss over answer tokens when each sample is computed by itself, without padding and collation."""
     model.zero_grad()
     total = 0.0
     for prompt, answer in SAMPLES:
         ids = torch.tensor([prompt + answer])
         log_probabilities = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
-        at = range(len(prompt) - 1, len(prompt) + len(answer) - 1)
-        loss = -sum(log_probabilities[0, position, token] for position, token in zip(at, answer, strict=True))
+        positions = range(len(prompt) - 1, len(prompt) + len(answer) - 1)
+        loss = -sum(log_probabilities[0, position, token] for position, token in zip(positions, answer, strict=True))
         loss.backward()
         total += loss.item()
     return total, torch.cat([p.grad.flatten() for p in model.parameters()])
@@ -161,7 +161,7 @@ def alone(model: Any) -> tuple[float, torch.Tensor]:
 )
 def test_one_loss_and_one_gradient_however_batched(model: Any, batches: list[Batch]) -> None:
     loss, gradient = loss_and_gradient(model, batches)
-    expected_loss, expected_gradient = alone(model)
+    expected_loss, expected_gradient = reference_loss_and_gradient(model)
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert torch.isfinite(gradient).all()
     assert (gradient - expected_gradient).norm() <= 1e-5 * expected_gradient.norm()
@@ -173,17 +173,20 @@ def test_packed_samples_do_not_see_each_other(model: Any) -> None:
     prompt, answer = SAMPLES[3]
     changed_samples[3] = ([3 + token % 57 for token in prompt], [3 + (token + 7) % 57 for token in answer])
     after = collate(PACKED_ROWS, changed_samples, PAD + 1, packing=True)
-    every = torch.arange(before.input_ids.numel())
+    all_positions = torch.arange(before.input_ids.numel())
     with torch.no_grad():
-        one, other = (logits_of(model, replace(batch, loss_positions=every)) for batch in (before, after))
-    difference = (one - other).abs().amax(-1).view_as(before.input_ids)
+        logits_before, logits_after = (
+            logits_of(model, replace(batch, loss_positions=all_positions)) for batch in (before, after)
+        )
+    difference = (logits_before - logits_after).abs().amax(-1).view_as(before.input_ids)
     start = sum(map(len, SAMPLES[0]))
-    own = torch.zeros_like(difference, dtype=torch.bool)
-    own[0, start : start + sum(map(len, SAMPLES[3]))] = True
+    own_positions = torch.zeros_like(difference, dtype=torch.bool)
+    own_positions[0, start : start + sum(map(len, SAMPLES[3]))] = True
     for i, row in enumerate(PACKED_ROWS):
-        own[i, sum(len(SAMPLES[s][0]) + len(SAMPLES[s][1]) for s in row) :] = True  # padding has another token now
-    assert difference[own].max() > 0.1
-    assert difference[~own].max() == 0
+        # The padding has another token in the second batch.
+        own_positions[i, sum(len(SAMPLES[s][0]) + len(SAMPLES[s][1]) for s in row) :] = True
+    assert difference[own_positions].max() > 0.1
+    assert difference[~own_positions].max() == 0
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -213,16 +216,16 @@ def test_shape_and_contents(packing: bool) -> None:
 @pytest.mark.parametrize("packing", [False, True])
 def test_prompts_say_where_each_prompts_own_tokens_stand(packing: bool) -> None:
     rows = PACKED_ROWS if packing else [[i] for i in range(7)]
-    for first in (None, SAMPLES[0][0][0]):
-        batch = collate(rows, SAMPLES, PAD, packing, first, True)
+    for bos_id in (None, SAMPLES[0][0][0]):
+        batch = collate(rows, SAMPLES, PAD, packing, bos_id, True)
         assert batch.first_epoch
         for sample, (row, start, stop) in zip(batch.sample_ids, batch.prompt_spans, strict=True):
             prompt = SAMPLES[sample][0]
-            own = prompt[1:] if len(prompt) > 1 and prompt[0] == first else prompt
-            assert batch.input_ids[row, start:stop].tolist() == own
+            own_ids = prompt[1:] if len(prompt) > 1 and prompt[0] == bos_id else prompt
+            assert batch.input_ids[row, start:stop].tolist() == own_ids
     prompts = [[5], [5, 6, 7], [6, 5]]
-    alone = collate_prompts(prompts, PAD, 5)
-    own_tokens = [alone.input_ids[row, start:stop].tolist() for row, start, stop in alone.prompt_spans]
+    prompt_batch = collate_prompts(prompts, PAD, 5)
+    own_tokens = [prompt_batch.input_ids[row, start:stop].tolist() for row, start, stop in prompt_batch.prompt_spans]
     assert own_tokens == [[5], [6, 7], [6, 5]]
 
 
@@ -245,10 +248,10 @@ def test_prompt_batch_gives_the_logits_of_each_prompt_alone(model: Any) -> None:
     for i, prompt in enumerate(prompts):
         assert batch.position_ids[i, -len(prompt) :].tolist() == list(range(len(prompt)))
     with torch.no_grad():
-        together = model(batch.input_ids, batch.attention_mask, batch.position_ids).logits[:, -1]
+        batch_logits = model(batch.input_ids, batch.attention_mask, batch.position_ids).logits[:, -1]
         for i, prompt in enumerate(prompts):
-            by_itself = model(input_ids=torch.tensor([prompt])).logits[0, -1]
-            torch.testing.assert_close(together[i], by_itself, rtol=1e-5, atol=1e-5)
+            single_logits = model(input_ids=torch.tensor([prompt])).logits[0, -1]
+            torch.testing.assert_close(batch_logits[i], single_logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("packing", [False, True])

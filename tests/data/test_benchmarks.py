@@ -1,4 +1,4 @@
-"""The recipes that come with dscl, on folders laid out as the benchmarks' own: the streams, and their metrics."""
+"""The recipes of dscl load their streams from folders in the layout of each benchmark, each with its metrics."""
 
 from __future__ import annotations
 
@@ -73,39 +73,41 @@ SMALL = ("dbpedia", "amazon", "agnews", "sst2", "qqp", "boolq")
 STAGE = ("kind", "mood", "nation", "land", "tense")
 
 
-def put(path: str, content: Any) -> None:
+def write_json(path: str, content: Any) -> None:
     file = Path(path)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
 
-def put_trace() -> None:
-    """The archive's LLM-CL-Benchmark_5000."""
+def write_trace() -> None:
+    """The layout of LLM-CL-Benchmark_5000 in the archive of TRACE."""
     for name, (prompt, answer, _) in TRACE.items():
         for split, count in (("train", 4), ("eval", 2), ("test", 2)):
             samples = [{"prompt": f"{split} {i} {prompt}", "answer": answer} for i in range(count)]
-            put(f"data/TRACE/{name}/{split}.json", samples)
+            write_json(f"data/TRACE/{name}/{split}.json", samples)
 
 
-def put_labelled(folder: str, labels: list[str], split: str, count: int) -> list[dict[str, str]]:
+def write_labelled(folder: str, labels: list[str], split: str, count: int) -> list[dict[str, str]]:
     samples = [{"label": labels[i % len(labels)], "sentence": f"{split} sentence {i}"} for i in range(count)]
-    put(f"{folder}/{split}.json", samples)
+    write_json(f"{folder}/{split}.json", samples)
     return samples
 
 
-def put_cl_benchmark() -> None:
-    """The repository's CL_Benchmark, where dev is a copy of test and some of MNLI's test samples have no label."""
+def write_cl_benchmark() -> None:
+    """The layout of CL_Benchmark: dev is a copy of test, and some test samples of MNLI have no label."""
     for name, labels in CL_BENCHMARK.items():
         folder = f"data/CL_Benchmark/{name}"
-        put(f"{folder}/labels.json", labels)
-        put_labelled(folder, labels, "train", 6)
-        test = put_labelled(folder, labels, "test", 5)
+        write_json(f"{folder}/labels.json", labels)
+        write_labelled(folder, labels, "train", 6)
+        test = write_labelled(folder, labels, "test", 5)
         if name == "NLI/MNLI":
-            put(f"{folder}/test.json", test := [*test, {"label": "-", "sentence": "test sentence nobody labelled"}])
-        put(f"{folder}/dev.json", test)
+            write_json(
+                f"{folder}/test.json", test := [*test, {"label": "-", "sentence": "test sentence nobody labelled"}]
+            )
+        write_json(f"{folder}/dev.json", test)
 
 
-def superni_file(task: str, outputs: Any, split: str, count: int) -> dict[str, Any]:
+def superni_document(task: str, outputs: Any, split: str, count: int) -> dict[str, Any]:
     example = {"input": "An example.", "output": "An answer.", "explanation": "Why."}
     return {
         "Contributors": ["Someone"],
@@ -119,41 +121,41 @@ def superni_file(task: str, outputs: Any, split: str, count: int) -> dict[str, A
     }
 
 
-def put_superni() -> None:
+def write_superni() -> None:
     """SAPT's CL_Benchmark/SuperNI, whose outputs are single texts."""
     for name, answer in SUPERNI.items():
         for split, count in (("train", 4), ("dev", 2), ("test", 2)):
-            put(f"data/SuperNI/{name}/{split}.json", superni_file(name, answer, split, count))
+            write_json(f"data/SuperNI/{name}/{split}.json", superni_document(name, answer, split, count))
 
 
-def put_small(root: str, names: tuple[str, ...]) -> None:
+def write_small(root: str, names: tuple[str, ...]) -> None:
     for name in names:
-        put(f"{root}/{name}/labels.json", ["yes", "no"])
-        put_labelled(f"{root}/{name}", ["yes", "no"], "train", 6)
-        put_labelled(f"{root}/{name}", ["yes", "no"], "test", 5)
+        write_json(f"{root}/{name}/labels.json", ["yes", "no"])
+        write_labelled(f"{root}/{name}", ["yes", "no"], "train", 6)
+        write_labelled(f"{root}/{name}", ["yes", "no"], "test", 5)
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder to stand in: the recipes name their data from where dscl is started."""
+def working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory: recipes name their data relative to the directory in which dscl is started."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def stream_of(recipe: str, *overrides: str) -> list[Task]:
-    read = read_recipe(str(RECIPES / f"{recipe}.yaml"), overrides)
-    return load_stream(read.stream, read.data, read.seed)
+def load_recipe_stream(recipe: str, *overrides: str) -> list[Task]:
+    resolved = read_recipe(str(RECIPES / f"{recipe}.yaml"), overrides)
+    return load_stream(resolved.stream, resolved.data, resolved.seed)
 
 
 def published_orders(recipe: str) -> dict[int, list[str]]:
-    """The recipe's `order`s by their numbers, those in comments too."""
+    """The values of `order` in a recipe by their numbers, also those in comments."""
     text = (RECIPES / f"{recipe}.yaml").read_text("utf-8").replace("\n#  ", "\n")
-    found = re.findall(r"^(?:# )?order: (\[[^]]*\]) *# (\d)$", text, re.MULTILINE)
-    return {int(number): yaml.safe_load(names) for names, number in found}
+    orders = re.findall(r"^(?:# )?order: (\[[^]]*\]) *# (\d)$", text, re.MULTILINE)
+    return {int(number): yaml.safe_load(names) for names, number in orders}
 
 
-# As the papers print them, by their first letters or numbers; see the recipes for where they stand.
-PRINTED = {
+# The orders of the papers, which the recipes cite.
+PUBLISHED_ORDERS = {
     "trace": {
         1: "C-STANCE FOMC MeetingBank Py150 ScienceQA NumGLUE-cm NumGLUE-ds 20Minuten",
         2: "NumGLUE-cm NumGLUE-ds FOMC 20Minuten C-STANCE Py150 MeetingBank ScienceQA",
@@ -175,12 +177,12 @@ PRINTED = {
 }
 
 
-@pytest.mark.parametrize("recipe", PRINTED)
+@pytest.mark.parametrize("recipe", PUBLISHED_ORDERS)
 def test_the_orders_are_the_published_ones(recipe: str) -> None:
-    assert published_orders(recipe) == {number: order.split() for number, order in PRINTED[recipe].items()}
+    assert published_orders(recipe) == {number: order.split() for number, order in PUBLISHED_ORDERS[recipe].items()}
 
 
-def check(tasks: list[Task], metric: Callable[[str], str]) -> None:
+def check_tasks(tasks: list[Task], metric: Callable[[str], str]) -> None:
     for task in tasks:
         assert task.metric == metric(task.name), task.name
         assert task.train, task.name
@@ -189,12 +191,12 @@ def check(tasks: list[Task], metric: Callable[[str], str]) -> None:
 
 
 FOLDERS: Mapping[str, Callable[[], None]] = {
-    "trace": put_trace,
-    "cl-benchmark": put_cl_benchmark,
-    "superni": put_superni,
-    "cl-benchmark-small": lambda: put_small("data/cl_benchmark", SMALL),
-    "quickstart": lambda: put_small("out/stage-0", STAGE),
-    "all-three": lambda: put_small("out/stage-0", STAGE),
+    "trace": write_trace,
+    "cl-benchmark": write_cl_benchmark,
+    "superni": write_superni,
+    "cl-benchmark-small": lambda: write_small("data/cl_benchmark", SMALL),
+    "quickstart": lambda: write_small("out/stage-0", STAGE),
+    "all-three": lambda: write_small("out/stage-0", STAGE),
 }
 
 
@@ -203,10 +205,10 @@ def test_every_recipe_is_here() -> None:
 
 
 @pytest.mark.parametrize("recipe", FOLDERS)
-def test_a_recipe_loads_its_stream(recipe: str, here: Path) -> None:
+def test_a_recipe_loads_its_stream(recipe: str, working_dir: Path) -> None:
     FOLDERS[recipe]()
     assert read_recipe(str(RECIPES / f"{recipe}.yaml")).find_deepspeed_json().is_file()
-    for task in stream_of(recipe):
+    for task in load_recipe_stream(recipe):
         assert task.train, task.name
         assert task.test, task.name
         assert task.metric in METRICS
@@ -216,15 +218,15 @@ def test_the_metrics_of_the_recipe_are_those_of_the_evaluation() -> None:
     assert tuple(METRICS) == settings.METRICS
 
 
-def test_trace(here: Path) -> None:
-    put_trace()
+def test_trace(working_dir: Path) -> None:
+    write_trace()
     orders = published_orders("trace")
     assert sorted(orders) == [1, 2]
     for number, order in orders.items():
-        tasks = stream_of("trace", f"order={json.dumps(order)}")
+        tasks = load_recipe_stream("trace", f"order={json.dumps(order)}")
         assert [task.name for task in tasks] == order, number
         assert set(order) == set(TRACE)
-        check(tasks, TRACE_METRICS.__getitem__)
+        check_tasks(tasks, TRACE_METRICS.__getitem__)
         for task in tasks:
             wrong = METRICS[task.metric](TRACE[task.name][2], task.test[0])
             assert 0.0 <= wrong < 1.0, task.name
@@ -233,10 +235,10 @@ def test_trace(here: Path) -> None:
     assert [epochs[name] for name in orders[1]] == [5, 3, 7, 5, 3, 5, 5, 7]
 
 
-def test_trace_with_fewer_samples(here: Path) -> None:
-    put_trace()
+def test_trace_with_fewer_samples(working_dir: Path) -> None:
+    write_trace()
     assert read_recipe(str(RECIPES / "trace.yaml")).stream[0].train_limit == 5000
-    assert {len(task.train) for task in stream_of("trace", "stream_defaults.train_limit=3")} == {3}
+    assert {len(task.train) for task in load_recipe_stream("trace", "stream_defaults.train_limit=3")} == {3}
 
 
 def test_sari_is_of_the_prompt() -> None:
@@ -244,8 +246,8 @@ def test_sari_is_of_the_prompt() -> None:
     assert METRICS["sari"]("a b", sample) == pytest.approx(3 / 4)  # worked out in tests/maths/test_text.py
 
 
-def test_cl_benchmark(here: Path) -> None:
-    put_cl_benchmark()
+def test_cl_benchmark(working_dir: Path) -> None:
+    write_cl_benchmark()
     orders = published_orders("cl-benchmark")
     assert sorted(orders) == [1, 2, 3, 4, 5, 6]
     names = {name.split("/")[1]: labels for name, labels in CL_BENCHMARK.items()}
@@ -253,8 +255,8 @@ def test_cl_benchmark(here: Path) -> None:
         assert set(order) == ({"dbpedia", "amazon", "yahoo", "agnews"} if number < 4 else set(names))
         assert len(order) == len(set(order))
     assert len({tuple(order) for order in orders.values()}) == 6
-    tasks = stream_of("cl-benchmark", f"order={json.dumps(orders[6])}")
-    check(tasks, lambda name: "accuracy")
+    tasks = load_recipe_stream("cl-benchmark", f"order={json.dumps(orders[6])}")
+    check_tasks(tasks, lambda name: "accuracy")
     for task in tasks:
         assert task.labels == tuple(names[task.name])
         assert (len(task.train), task.dev, len(task.test)) == (6, (), 5)
@@ -266,39 +268,39 @@ def superni_metric(name: str) -> str:
     return "exact_match" if name in SENTIMENT else "rouge_l"
 
 
-def test_superni(here: Path) -> None:
-    put_superni()
+def test_superni(working_dir: Path) -> None:
+    write_superni()
     orders = published_orders("superni")
     assert sorted(orders) == [1, 2]
     for order in orders.values():
-        tasks = stream_of("superni", f"order={json.dumps(order)}")
+        tasks = load_recipe_stream("superni", f"order={json.dumps(order)}")
         assert sorted(order) == sorted(name.split("_")[0] for name in SUPERNI)
         assert [Path(task.settings.path).name.split("_")[0] for task in tasks] == order
-        check(tasks, superni_metric)
+        check_tasks(tasks, superni_metric)
     assert {(len(task.train), len(task.dev), len(task.test)) for task in tasks} == {(4, 2, 2)}
 
 
-def test_superni_as_it_was_published(here: Path) -> None:
-    """One file a task, several right outputs: a folder around it serves the same recipe."""
+def test_superni_as_it_was_published(working_dir: Path) -> None:
+    """The published form: one file a task, with several references. The same recipe reads a folder around each."""
     for name, answer in SUPERNI.items():
-        put(f"data/SuperNI/{name}/{name}.json", superni_file(name, [f"{answer} Indeed.", answer], "an", 20))
-    tasks = stream_of("superni")
-    check(tasks, superni_metric)
+        write_json(f"data/SuperNI/{name}/{name}.json", superni_document(name, [f"{answer} Indeed.", answer], "an", 20))
+    tasks = load_recipe_stream("superni")
+    check_tasks(tasks, superni_metric)
     for task in tasks:
         assert (len(task.train), len(task.dev), len(task.test)) == (16, 2, 2)
         answer = SUPERNI[Path(task.settings.path).name]
         assert METRICS[task.metric](answer, task.test[0]) == pytest.approx(1.0)
 
 
-def test_the_small_stream(here: Path) -> None:
-    put_small("data/cl_benchmark", SMALL)
-    tasks = stream_of("cl-benchmark-small")
+def test_the_small_stream(working_dir: Path) -> None:
+    write_small("data/cl_benchmark", SMALL)
+    tasks = load_recipe_stream("cl-benchmark-small")
     assert tuple(task.name for task in tasks) == SMALL
-    check(tasks, lambda name: "accuracy")
+    check_tasks(tasks, lambda name: "accuracy")
 
 
-def test_the_small_stream_of_real_text(shared_data: Path, here: Path) -> None:
-    (here / "data").symlink_to(shared_data)
-    tasks = stream_of("cl-benchmark-small")
-    check(tasks, lambda name: "accuracy")
+def test_the_small_stream_of_real_text(shared_data: Path, working_dir: Path) -> None:
+    (working_dir / "data").symlink_to(shared_data)
+    tasks = load_recipe_stream("cl-benchmark-small")
+    check_tasks(tasks, lambda name: "accuracy")
     assert {(len(task.train), len(task.test)) for task in tasks} == {(500, 200)}

@@ -1,4 +1,4 @@
-"""Token ids of samples: what is a target, what is cut, what evaluation sees, what is cached."""
+"""Token ids of samples: targets, truncation, the prompts of an evaluation, and the cache."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dscl.data import encode as module
+from dscl.data import encode as encode_module
 from dscl.data.encode import answer_token_budget, encode_answers, encode_dataset, encode_prompts, tokenizer_fingerprint
 from dscl.data.task import Sample
 from dscl.utils.errors import UserError
@@ -36,14 +36,14 @@ SAMPLES = [
 
 @pytest.fixture
 def chat_tokenizer(tokenizer: Any) -> Any:
-    changed = copy.deepcopy(tokenizer)
-    changed.chat_template = TEMPLATE
-    return changed
+    with_template = copy.deepcopy(tokenizer)
+    with_template.chat_template = TEMPLATE
+    return with_template
 
 
 @pytest.fixture
-def plain_start(tokenizer_folder: Path, tmp_path: Path) -> Any:
-    """The same tokenizer, not putting bos before a text though it has one."""
+def tokenizer_without_bos(tokenizer_folder: Path, tmp_path: Path) -> Any:
+    """The same tokenizer, which has a bos token and does not prepend it."""
     from transformers import AutoTokenizer
 
     folder = tmp_path / "tokenizer"
@@ -56,24 +56,24 @@ def plain_start(tokenizer_folder: Path, tmp_path: Path) -> Any:
 def test_prompt_and_answer_are_tokenised_apart(tokenizer: Any, tmp_path: Path) -> None:
     split = encode_dataset(SAMPLES, tokenizer, max_length=512, cache=tmp_path)
     assert len(split) == len(SAMPLES)
-    for i, given in enumerate(SAMPLES):
+    for i, original in enumerate(SAMPLES):
         prompt, answer = split[i]
-        assert prompt == tokenizer(given.prompt)["input_ids"]
+        assert prompt == tokenizer(original.prompt)["input_ids"]
         assert prompt[0] == tokenizer.bos_token_id
-        assert answer == [*tokenizer(given.answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        assert tokenizer.decode(answer[:-1]) == given.answer
+        assert answer == [*tokenizer(original.answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        assert tokenizer.decode(answer[:-1]) == original.answer
         assert (split.prompt_lengths[i], split.answer_lengths[i]) == (len(prompt), len(answer))
     assert split.num_truncated == 0
     assert split.num_tokens == sum(len(split[i][0]) + len(split[i][1]) for i in range(len(split)))
 
 
-def test_bos_only_where_the_tokenizer_puts_it(plain_start: Any, tmp_path: Path) -> None:
-    split = encode_dataset(SAMPLES[:3], plain_start, max_length=512, cache=tmp_path)
-    assert split[0][0] == plain_start(SAMPLES[0].prompt)["input_ids"]
-    assert split[0][0][0] != plain_start.bos_token_id
+def test_bos_only_where_the_tokenizer_puts_it(tokenizer_without_bos: Any, tmp_path: Path) -> None:
+    split = encode_dataset(SAMPLES[:3], tokenizer_without_bos, max_length=512, cache=tmp_path)
+    assert split[0][0] == tokenizer_without_bos(SAMPLES[0].prompt)["input_ids"]
+    assert split[0][0][0] != tokenizer_without_bos.bos_token_id
     for function in (encode_prompts, lambda *a, **k: encode_dataset(*a, **k, cache=tmp_path)):
         with pytest.raises(UserError, match=r"record 1: the prompt is empty"):
-            function(SAMPLES[3:], plain_start, max_length=512, answer_budget=1)
+            function(SAMPLES[3:], tokenizer_without_bos, max_length=512, answer_budget=1)
 
 
 @pytest.mark.parametrize("max_length", [8, 9, 20, 33, 60, 500])
@@ -81,20 +81,20 @@ def test_truncation_keeps_bos_end_and_answer(tokenizer: Any, tmp_path: Path, max
     samples = [SAMPLES[0], SAMPLES[2], sample("town " * 40, "the cat sat", 3)]
     whole = encode_dataset(samples, tokenizer, max_length=512, cache=tmp_path)
     split = encode_dataset(samples, tokenizer, max_length=max_length, cache=tmp_path)
-    cut = 0
+    num_cut = 0
     for i in range(len(samples)):
         (prompt, answer), (full_prompt, full_answer) = split[i], whole[i]
         assert answer == full_answer
         if len(full_prompt) + len(full_answer) <= max_length:
             assert prompt == full_prompt
             continue
-        cut += 1
+        num_cut += 1
         assert len(prompt) + len(answer) == max_length
         assert prompt[0] == tokenizer.bos_token_id
         if len(prompt) > 1:
             assert prompt[1:] == full_prompt[-(len(prompt) - 1) :]
-    assert split.num_truncated == cut
-    assert (cut > 0) == (max_length < 100)
+    assert split.num_truncated == num_cut
+    assert (num_cut > 0) == (max_length < 100)
 
 
 def test_an_answer_that_does_not_fit_is_named(tokenizer: Any, tmp_path: Path) -> None:
@@ -108,14 +108,14 @@ def test_an_answer_that_does_not_fit_is_named(tokenizer: Any, tmp_path: Path) ->
 def test_evaluation_sees_the_prompts_of_training(tokenizer: Any, tmp_path: Path) -> None:
     labels = ("rain", "green hills over every town", "snow")
     samples = [sample("the cat sat on a mat " * i, labels[i % 3]) for i in range(1, 20)]
-    room = answer_token_budget(labels, tokenizer, max_new_tokens=99)
-    assert room == max(len(tokenizer(label, add_special_tokens=False)["input_ids"]) for label in labels) + 1
+    budget = answer_token_budget(labels, tokenizer, max_new_tokens=99)
+    assert budget == max(len(tokenizer(label, add_special_tokens=False)["input_ids"]) for label in labels) + 1
     assert answer_token_budget(None, tokenizer, max_new_tokens=99) == 99
-    split = encode_dataset(samples, tokenizer, max_length=48, answer_budget=room, cache=tmp_path)
-    prompts = encode_prompts(samples, tokenizer, max_length=48, answer_budget=room)
+    split = encode_dataset(samples, tokenizer, max_length=48, answer_budget=budget, cache=tmp_path)
+    prompts = encode_prompts(samples, tokenizer, max_length=48, answer_budget=budget)
     assert prompts.ids == [split[i][0] for i in range(len(samples))]
     assert 0 < prompts.num_truncated == split.num_truncated < len(samples)
-    assert max(map(len, prompts.ids)) == 48 - room
+    assert max(map(len, prompts.ids)) == 48 - budget
     with pytest.raises(UserError, match="max_length 8 leaves no room for a prompt beside an answer of 8 tokens"):
         encode_prompts(samples, tokenizer, max_length=8, answer_budget=8)
 
@@ -141,7 +141,7 @@ def test_chat_goes_through_the_template(chat_tokenizer: Any, tokenizer: Any, tmp
 
 def test_encoded_once_and_found_again(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = encode_dataset(SAMPLES, tokenizer, max_length=64, cache=tmp_path)
-    monkeypatch.setattr(module, "_tokenize_samples", lambda *_: pytest.fail("encoded again"))
+    monkeypatch.setattr(encode_module, "_tokenize_samples", lambda *_: pytest.fail("encoded again"))
     again = encode_dataset(copy.deepcopy(SAMPLES), tokenizer, max_length=64, cache=tmp_path)
     assert [again[i] for i in range(4)] == [first[i] for i in range(4)]
     assert again.num_truncated == first.num_truncated == 1
@@ -159,12 +159,12 @@ def test_whatever_decides_the_ids_decides_the_cache(tokenizer: Any, chat_tokeniz
         ([*SAMPLES[:3], sample("", "snows")], tokenizer, {"max_length": 64}),
         ([*SAMPLES[:3], sample("s", "now")], tokenizer, {"max_length": 64}),
     ]
-    for samples, used, options in variants:
-        encode_dataset(samples, used, cache=tmp_path, **options)
+    for samples, variant_tokenizer, options in variants:
+        encode_dataset(samples, variant_tokenizer, cache=tmp_path, **options)
     assert len(list(tmp_path.glob("*.lock"))) == len(variants)
 
 
-def test_fingerprint_is_of_the_content(tokenizer_folder: Path, tokenizer: Any, plain_start: Any) -> None:
+def test_fingerprint_is_of_the_content(tokenizer_folder: Path, tokenizer: Any, tokenizer_without_bos: Any) -> None:
     from transformers import AutoTokenizer
 
     other = AutoTokenizer.from_pretrained(str(tokenizer_folder))
@@ -172,14 +172,14 @@ def test_fingerprint_is_of_the_content(tokenizer_folder: Path, tokenizer: Any, p
     before = tokenizer_fingerprint(other)
     other(["a", "the cat sat"], padding=True, truncation=True, max_length=2)
     assert tokenizer_fingerprint(other) == before == tokenizer_fingerprint(tokenizer)
-    assert tokenizer_fingerprint(plain_start) != before
+    assert tokenizer_fingerprint(tokenizer_without_bos) != before
     other.eos_token = other.unk_token
     assert tokenizer_fingerprint(other) != before
 
 
 def test_more_samples_than_a_chunk(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = encode_dataset(SAMPLES, tokenizer, max_length=64, cache=tmp_path / "a")
-    monkeypatch.setattr(module, "CHUNK_SIZE", 3)
+    monkeypatch.setattr(encode_module, "CHUNK_SIZE", 3)
     chunked = encode_dataset(SAMPLES, tokenizer, max_length=64, cache=tmp_path / "b")
     assert [chunked[i] for i in range(4)] == [whole[i] for i in range(4)]
     assert encode_prompts(SAMPLES, tokenizer, max_length=64, answer_budget=4).num_truncated == 1

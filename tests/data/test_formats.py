@@ -1,4 +1,4 @@
-"""Layouts are told apart by what they hold, and what is not one is described."""
+"""The layout of a task is detected from its files; unknown content is described."""
 
 from __future__ import annotations
 
@@ -47,15 +47,15 @@ def test_files(write: Write, layout: str, file: str, content: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "found"),
+    ("file", "content", "description"),
     [
         ("task/train.json", [{"text": "t", "gold": "g"}], "train.json, a list of dict with the fields text, gold"),
         ("task/train.json", {"a": 1}, "train.json, a dict of dict with the fields a"),
         ("task/notes.txt", "hello", "notes.txt"),
     ],
 )
-def test_unknown_content_is_described(write: Write, file: str, content: Any, found: str) -> None:
-    with pytest.raises(UserError, match=f"no known layout; found {found}; known are trace"):
+def test_unknown_content_is_described(write: Write, file: str, content: Any, description: str) -> None:
+    with pytest.raises(UserError, match=f"no known layout; found {description}; known are trace"):
         detect_layout(write(file, content).parent)
 
 

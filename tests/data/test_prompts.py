@@ -1,4 +1,4 @@
-"""Prompts of a file: every kind that is allowed, and what is told of the others."""
+"""Prompts of a file: every allowed kind of file, and the message for others."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_prompts_of_a_file(name: str, content: str, expected: Iterable[str], tmp
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message"),
     [
         ("a.csv", b"one", "a file of another kind; allowed: .txt, .json, .jsonl"),
         ("a.txt", b"\n \n", "holds no prompts"),
@@ -40,8 +40,8 @@ def test_prompts_of_a_file(name: str, content: str, expected: Iterable[str], tmp
         ("none.txt", None, "none.txt: cannot be read \\(No such file"),
     ],
 )
-def test_files_without_prompts_are_refused(name: str, content: bytes | None, told: str, tmp_path: Path) -> None:
+def test_files_without_prompts_are_refused(name: str, content: bytes | None, message: str, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         read_prompts(tmp_path / name)

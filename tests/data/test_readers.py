@@ -1,4 +1,4 @@
-"""Each layout of files, hand-made: what its records become."""
+"""Each layout of files, and the samples that its records become."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_trace(write: Write, read: Read) -> None:
     )
 
 
-def cl_folder(write: Write, **splits: Any) -> Path:
+def write_cl_folder(write: Write, **splits: Any) -> Path:
     for split, content in splits.items():
         write(f"task/{split}.json", content)
     return write("task/labels.json", ["b", "a"]).parent
@@ -46,19 +46,19 @@ def cl_folder(write: Write, **splits: Any) -> Path:
 
 def test_cl_benchmark(write: Write, read: Read) -> None:
     train, test = records("train", 20, "sentence", "label"), records("test", 6, "sentence", "label")
-    task = read(cl_folder(write, train=train, test=test))
+    task = read(write_cl_folder(write, train=train, test=test))
     assert (task.labels, task.metric) == (("b", "a"), "accuracy")
     assert pairs(task.test) == {(f"{r['sentence']}\nAnswer:", r["label"]) for r in test}
     assert pairs(task.train) | pairs(task.dev) == {(f"{r['sentence']}\nAnswer:", r["label"]) for r in train}
-    own = read(cl_folder(write, train=train, test=test), template="{labels}? {sentence}")
+    own = read(write_cl_folder(write, train=train, test=test), template="{labels}? {sentence}")
     assert {sample.prompt for sample in own.test} == {f"b, a? {r['sentence']}" for r in test}
 
 
 def test_a_dev_split_that_copies_the_test_split_is_not_used(write: Write, read: Read) -> None:
     train, test = records("train", 20, "sentence", "label"), records("test", 6, "sentence", "label")
-    copied = read(cl_folder(write, train=train, test=test, dev=test[::-1]))
+    copied = read(write_cl_folder(write, train=train, test=test, dev=test[::-1]))
     assert {sample.prompt[:5] for sample in copied.dev} == {"train"}
-    own = read(cl_folder(write, train=train, test=test, dev=records("dev", 6, "sentence", "label")))
+    own = read(write_cl_folder(write, train=train, test=test, dev=records("dev", 6, "sentence", "label")))
     assert {sample.prompt[:3] for sample in own.dev} == {"dev"}
     assert len(own.train) == 20
 
@@ -71,7 +71,7 @@ def test_cl_benchmark_needs_labels(write: Write, read: Read) -> None:
     assert read(folder, labels=["a", "b"]).labels == ("a", "b")
 
 
-def superni(name: str, count: int) -> dict[str, Any]:
+def superni_document(name: str, count: int) -> dict[str, Any]:
     return {
         "Definition": [f"Do {name}."],
         "Positive Examples": [{"input": "never", "output": "used", "explanation": ""}],
@@ -81,7 +81,7 @@ def superni(name: str, count: int) -> dict[str, Any]:
 
 def test_superni_with_splits(write: Write, read: Read) -> None:
     for split in ("train", "dev", "test"):
-        folder = write(f"task/{split}.json", superni(split, 2)).parent
+        folder = write(f"task/{split}.json", superni_document(split, 2)).parent
     task = read(folder)
     assert {sample.prompt for sample in task.test} == {f"Do test.\n\nInput: test {i}\nOutput:" for i in (0, 1)}
     by_source = {sample.source: sample for sample in task.train}
@@ -94,8 +94,8 @@ def test_superni_with_splits(write: Write, read: Read) -> None:
 
 
 def test_superni_file_and_folder_are_divided(write: Write, read: Read) -> None:
-    write("task/one.json", superni("one", 30))
-    folder = write("task/two.json", superni("two", 20)).parent
+    write("task/one.json", superni_document("one", 30))
+    folder = write("task/two.json", superni_document("two", 20)).parent
     for path, count in ((folder / "one.json", 30), (folder, 50)):
         task = read(path)
         sizes = (len(task.train), len(task.dev), len(task.test))
@@ -103,10 +103,10 @@ def test_superni_file_and_folder_are_divided(write: Write, read: Read) -> None:
         assert len(pairs(task.train) | pairs(task.dev) | pairs(task.test)) == count
 
 
-@pytest.mark.parametrize("lacking", ["Definition", "Instances"])
-def test_a_superni_file_needs_both_parts(write: Write, read: Read, lacking: str) -> None:
-    content = superni("x", 9)
-    del content[lacking]
+@pytest.mark.parametrize("missing_key", ["Definition", "Instances"])
+def test_a_superni_file_needs_both_parts(write: Write, read: Read, missing_key: str) -> None:
+    content = superni_document("x", 9)
+    del content[missing_key]
     with pytest.raises(UserError, match="not a SuperNI task"):
         read(write("task.json", content), format="superni")
 
@@ -122,7 +122,7 @@ def test_a_superni_file_needs_both_parts(write: Write, read: Read, lacking: str)
 )
 def test_broken_superni(write: Write, read: Read, change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        read(write("task.json", {**superni("x", 9), **change}))
+        read(write("task.json", {**superni_document("x", 9), **change}))
 
 
 def test_jsonl_folder_file_and_columns(write: Write, read: Read) -> None:

@@ -1,4 +1,4 @@
-"""Splits, limits and seeds of a stream, and what is refused at once."""
+"""Splits, limits and seeds of a stream, and streams that are refused."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_dev_is_carved_from_train_by_seed(folder: Path, read: Read) -> None:
 
 
 def test_a_carved_test_split_is_the_same_for_all_seeds(write: Write, read: Read) -> None:
-    """What was chosen with one seed is tested on samples that it has not seen."""
+    """So no seed trains on the samples with which settings that another seed chose are tested."""
     path = write("all.jsonl", records("sample", 60))
     tests = [prompts(read(path, seed=seed).test) for seed in range(3)]
     assert len(tests[0]) == 6

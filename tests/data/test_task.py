@@ -1,4 +1,4 @@
-"""How fields become a sample: templates, label sets, the refusals."""
+"""How fields become a sample: templates, label sets, refused fields."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from dscl.utils.errors import UserError
 LABELS = ("good", "bad")
 
 
-def builder(found: tuple[str, ...] | None = LABELS, **settings: object) -> SampleBuilder:
+def make_builder(data_labels: tuple[str, ...] | None = LABELS, **settings: object) -> SampleBuilder:
     config = parse_config(TaskConfig, {"name": "t", "path": "p", **settings})
-    return SampleBuilder(config, ("sentence", "prompt"), found, default_template="{sentence}\nAnswer:")
+    return SampleBuilder(config, ("sentence", "prompt"), data_labels, default_template="{sentence}\nAnswer:")
 
 
 def test_default_and_own_template() -> None:
     fields = {"sentence": "so {labels} it is", "prompt": "x"}
-    assert builder().build_from_fields(fields, ("good",), "s").prompt == "so {labels} it is\nAnswer:"
-    own = builder(template="{{{sentence}}} one of {labels}?")
+    assert make_builder().build_from_fields(fields, ("good",), "s").prompt == "so {labels} it is\nAnswer:"
+    own = make_builder(template="{{{sentence}}} one of {labels}?")
     assert own.build_from_fields(fields, ("good",), "s").prompt == "{so {labels} it is} one of good, bad?"
 
 
 def test_labels_of_the_recipe_replace_those_of_the_data() -> None:
-    assert builder(labels=["bad", "good", "so-so"]).labels == ("bad", "good", "so-so")
+    assert make_builder(labels=["bad", "good", "so-so"]).labels == ("bad", "good", "so-so")
 
 
 def test_chat_wraps_prompt_and_answer() -> None:
-    sample = builder(chat=True).build_from_fields({"sentence": "hi", "prompt": "hi"}, ("bad",), "s")
+    sample = make_builder(chat=True).build_from_fields({"sentence": "hi", "prompt": "hi"}, ("bad",), "s")
     assert sample.messages is not None
     assert list(sample.messages) == [
         {"role": "user", "content": "hi\nAnswer:"},
@@ -52,7 +52,7 @@ def test_chat_wraps_prompt_and_answer() -> None:
 )
 def test_settings_that_cannot_work(settings: dict[str, object], labels: tuple[str, ...] | None, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        builder(labels, **settings)
+        make_builder(labels, **settings)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_settings_that_cannot_work(settings: dict[str, object], labels: tuple[st
 )
 def test_bad_fields(sentence: object, answer: object, message: str) -> None:
     with pytest.raises(BadRecord, match=message):
-        builder().build_from_fields({"sentence": sentence, "prompt": ""}, (answer,), "s")  # type: ignore[dict-item,arg-type]
+        make_builder().build_from_fields({"sentence": sentence, "prompt": ""}, (answer,), "s")  # type: ignore[dict-item,arg-type]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Running texts: what counts as one, and what is said about a file that holds none."""
+"""Held-out texts: the files that hold some, and the message for a file without any."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pointwise part of sub-experts: its kernel against the torch form, on Triton's interpreter, and built for GPUs."""
+"""The gates of sub-experts: the kernel on Triton's interpreter against the torch form, and compiled for GPUs."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 
 def expert_by_expert(read: torch.Tensor, experts: int, top: int, factor: float) -> torch.Tensor:
-    """The reference, token by token."""
+    """The gated columns, computed token by token and expert by expert."""
     rank = read.shape[1] // experts - 1
     rows = []
     for row in read:
         shares = row[experts * rank :].softmax(0)
-        few = shares.sort(descending=True).indices[:top].tolist()
+        selected = shares.sort(descending=True).indices[:top].tolist()
         columns = row[: experts * rank].view(experts, rank)
-        rows.append(torch.cat([columns[e] * shares[e] * (factor if e in few else 0.0) for e in range(experts)]))
+        rows.append(torch.cat([columns[e] * shares[e] * (factor if e in selected else 0.0) for e in range(experts)]))
     return torch.stack(rows)
 
 
@@ -35,33 +35,37 @@ def expert_by_expert(read: torch.Tensor, experts: int, top: int, factor: float) 
 def test_the_torch_form_is_what_each_expert_gives(size: tuple[int, ...]) -> None:
     tokens, experts, rank, top = size
     read, toward = drawn(tokens, experts, rank, torch.float64)
-    found = passed(gates.apply_gates, read, toward, experts, top, 1.5)
-    for ours, theirs in zip(found, passed(expert_by_expert, read, toward, experts, top, 1.5), strict=True):
+    results = passed(gates.apply_gates, read, toward, experts, top, 1.5)
+    for ours, theirs in zip(results, passed(expert_by_expert, read, toward, experts, top, 1.5), strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-14)
 
 
 @pytest.fixture(scope="module")
 def interpreter() -> Iterator[Any]:
-    """A process in which Triton interprets: it has to know that before it is imported."""
+    """Calls a function in a process whose Triton interprets kernels. Triton reads that variable when it is imported."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         pool = multiprocessing.get_context("spawn").Pool(1)
     with pool:
-        yield lambda function, *given: pool.apply(function, given)
+        yield lambda function, *arguments: pool.apply(function, arguments)
 
 
-def by_the_kernel(read: torch.Tensor, toward: torch.Tensor, *sizes: Any) -> list[torch.Tensor]:
-    started = []
+def results_of_kernel(read: torch.Tensor, toward: torch.Tensor, *sizes: Any) -> list[torch.Tensor]:
+    launched = []
     from dscl.maths import gates_kernel as kernel
 
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.filterwarnings("error", "sub-experts")
-        start = kernel.launch_kernel
-        patch.setattr(kernel, "launch_kernel", lambda which, *given: started.append(which) or start(which, *given))
+        launch = kernel.launch_kernel
+        patch.setattr(
+            kernel,
+            "launch_kernel",
+            lambda function, *arguments: launched.append(function) or launch(function, *arguments),
+        )
         gates._kernel_matches_reference.cache_clear()
-        found = passed(gates.apply_gates, read, toward, *sizes)
-    assert started[-2:] == [kernel.apply_gates_kernel, kernel.apply_gates_backward_kernel]
-    return found
+        results = passed(gates.apply_gates, read, toward, *sizes)
+    assert launched[-2:] == [kernel.apply_gates_kernel, kernel.apply_gates_backward_kernel]
+    return results
 
 
 SIZES_OF_KINDS = [
@@ -80,41 +84,43 @@ SIZES_OF_KINDS = [
 def test_the_kernel_equals_the_torch_form(interpreter: Any, size: tuple[int, ...], kind: torch.dtype) -> None:
     tokens, experts, rank, top = size
     read, toward = drawn(tokens, experts, rank, kind)
-    found = interpreter(by_the_kernel, read, toward, experts, top, 1.5)
-    cut = 0 if kind == torch.float32 else 1.5 * torch.finfo(kind).eps  # the interpreter does not round to nearest
-    check(found, read, toward, experts, top, 1.5, more=cut)
+    results = interpreter(results_of_kernel, read, toward, experts, top, 1.5)
+    rounding = 0 if kind == torch.float32 else 1.5 * torch.finfo(kind).eps  # the interpreter does not round to nearest
+    check(results, read, toward, experts, top, 1.5, more=rounding)
 
 
 @needs_triton
 def test_of_experts_that_are_alike_it_chooses_as_many(interpreter: Any) -> None:
     read, toward = torch.ones(40, 8 * 5), torch.ones(40, 8 * 4)
-    weighed, to_read = interpreter(by_the_kernel, read, toward, 8, 3, 1.0)
-    assert torch.equal((weighed.view(40, 8, 4) == 1 / 8).all(2).sum(1), torch.full((40,), 3))
-    assert torch.equal((weighed == 0).sum(1), torch.full((40,), 5 * 4))
-    assert torch.equal(to_read[:, :32], weighed)
+    gated, gradient = interpreter(results_of_kernel, read, toward, 8, 3, 1.0)
+    assert torch.equal((gated.view(40, 8, 4) == 1 / 8).all(2).sum(1), torch.full((40,), 3))
+    assert torch.equal((gated == 0).sum(1), torch.full((40,), 5 * 4))
+    assert torch.equal(gradient[:, :32], gated)
 
 
-def wrong(read: torch.Tensor, toward: torch.Tensor, experts: int, top: int) -> tuple[list[str], torch.Tensor]:
-    """With a kernel that gives zeros."""
+def results_of_broken_kernel(
+    read: torch.Tensor, toward: torch.Tensor, experts: int, top: int
+) -> tuple[list[str], torch.Tensor]:
+    """The warnings and the result where the kernel writes zeros."""
     from dscl.maths import gates_kernel as kernel
 
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as said:
-        patch.setattr(kernel, "launch_kernel", lambda which, read, other, *_: other.zero_())
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
+        patch.setattr(kernel, "launch_kernel", lambda _function, read, other, *_: other.zero_())
         gates._kernel_matches_reference.cache_clear()
         for _ in range(2):
-            weighed = gates.apply_gates(read, experts, top, 1.5)
+            gated = gates.apply_gates(read, experts, top, 1.5)
         gates._kernel_matches_reference.cache_clear()
-    return [str(one.message) for one in said], weighed
+    return [str(warning.message) for warning in caught], gated
 
 
 @needs_triton
 def test_a_kernel_that_is_wrong_is_told_and_not_used(interpreter: Any) -> None:
     read, toward = drawn(5, 8, 8, torch.float32)
-    said, weighed = interpreter(wrong, read, toward, 8, 2)
-    assert said == [
+    messages, gated = interpreter(results_of_broken_kernel, read, toward, 8, 2)
+    assert messages == [
         "sub-experts are computed without their Triton kernel on cpu: its results differ from those of torch"
     ]
-    assert torch.equal(weighed, gates.apply_gates_reference(read, 8, 2, 1.5))
+    assert torch.equal(gated, gates.apply_gates_reference(read, 8, 2, 1.5))
 
 
 def test_it_is_used_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,8 +140,8 @@ def test_it_is_used_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not fits(read)
 
 
-def recomputed(read: torch.Tensor, toward: torch.Tensor, *sizes: Any) -> list[torch.Tensor]:
-    """In a layer that is computed again in the backward pass, in which the kernel is tried for the first time."""
+def results_with_recomputation(read: torch.Tensor, toward: torch.Tensor, *sizes: Any) -> list[torch.Tensor]:
+    """Results of a layer with activation checkpointing, in which the kernel is checked for the first time."""
 
     def layer(leaf: torch.Tensor) -> torch.Tensor:
         return gates.apply_gates(leaf * 1.0, *sizes).sin()
@@ -149,9 +155,9 @@ def recomputed(read: torch.Tensor, toward: torch.Tensor, *sizes: Any) -> list[to
 @needs_triton
 def test_it_can_be_tried_in_a_layer_that_is_computed_again(interpreter: Any) -> None:
     read, toward = drawn(5, 8, 8, torch.float32)
-    found = interpreter(recomputed, read, toward, 8, 2, 1.5)
-    wanted = passed(lambda leaf: gates.apply_gates_reference(leaf, 8, 2, 1.5).sin(), read, toward)
-    for ours, theirs in zip(found, wanted, strict=True):
+    results = interpreter(results_with_recomputation, read, toward, 8, 2, 1.5)
+    expected = passed(lambda leaf: gates.apply_gates_reference(leaf, 8, 2, 1.5).sin(), read, toward)
+    for ours, theirs in zip(results, expected, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
@@ -171,7 +177,7 @@ GPU_BUILDS = [
 @needs_triton
 @pytest.mark.parametrize(("name", "kind", "size", "arch"), GPU_BUILDS)
 def test_it_can_be_built_for_gpus(name: str, arch: int, kind: str, size: tuple[int, int, int]) -> None:
-    """To machine code, by the assembler that Triton brings."""
+    """The kernel compiles to machine code with the assembler of Triton."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

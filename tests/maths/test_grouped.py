@@ -1,4 +1,4 @@
-"""A mixture by sorting against one token after the other; who is not chosen; what is chosen by size."""
+"""The grouped mixture of experts against a loop over tokens; experts without tokens; the choice by size."""
 
 from __future__ import annotations
 
@@ -13,38 +13,39 @@ from dscl.maths import grouped
 IN, OUT = 24, 16
 
 
-def product_of_each(rows: torch.Tensor, sides: torch.Tensor, *, offs: torch.Tensor) -> torch.Tensor:
-    """What a grouped product gives, which is not there in fp64."""
+def grouped_mm_loop(rows: torch.Tensor, sides: torch.Tensor, *, offs: torch.Tensor) -> torch.Tensor:
+    """`grouped_mm` as a loop; torch has none in fp64."""
     ends = offs.tolist()
     return torch.cat([rows[i:j] @ side for i, j, side in zip([0, *ends], ends, sides, strict=False)])
 
 
-def drawn(tokens: int, experts: int, rank: int, top: int, kind: torch.dtype) -> list[torch.Tensor]:
+def make_inputs(tokens: int, experts: int, rank: int, top: int, kind: torch.dtype) -> list[torch.Tensor]:
     torch.manual_seed(tokens + experts)
-    sides = [torch.randn(experts, rank, width, dtype=kind, requires_grad=True) for width in (IN, OUT)]
+    factors = [torch.randn(experts, rank, width, dtype=kind, requires_grad=True) for width in (IN, OUT)]
     gate = torch.rand(tokens, experts, dtype=kind)
-    gate[:, experts // 2] = 0.0  # one that nobody wants
-    gates, chosen = gate.topk(top, sorted=False)
-    return [torch.randn(tokens, IN, dtype=kind, requires_grad=True), *sides, chosen, gates.requires_grad_()]
+    gate[:, experts // 2] = 0.0  # an expert that no token selects
+    gates, selected = gate.topk(top, sorted=False)
+    return [torch.randn(tokens, IN, dtype=kind, requires_grad=True), *factors, selected, gates.requires_grad_()]
 
 
-def looped(
-    x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, chosen: torch.Tensor, gates: torch.Tensor
+def loop_over_tokens(
+    x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, selected: torch.Tensor, gates: torch.Tensor
 ) -> torch.Tensor:
     rows = []
-    for token, who, how_much in zip(x, chosen.tolist(), gates, strict=True):
-        rows.append(sum(g * (b[e].T @ (a[e] @ token)) for e, g in zip(who, how_much, strict=True)))
+    for token, experts, weights in zip(x, selected.tolist(), gates, strict=True):
+        rows.append(sum(g * (b[e].T @ (a[e] @ token)) for e, g in zip(experts, weights, strict=True)))
     return torch.stack(rows)
 
 
-def both(given: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Outputs and gradients, ours and the loop's."""
-    out = torch.randn(len(given[0]), OUT, dtype=given[0].dtype)
-    leaves = [given[i] for i in (0, 1, 2, 4)]
-    found = [
-        [y.detach(), *torch.autograd.grad(y, leaves, out)] for y in (grouped.grouped_mixture(*given), looped(*given))
+def results_of_both(inputs: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Pairs of outputs and gradients: of the grouped mixture and of the loop."""
+    grad_output = torch.randn(len(inputs[0]), OUT, dtype=inputs[0].dtype)
+    leaves = [inputs[i] for i in (0, 1, 2, 4)]
+    results = [
+        [y.detach(), *torch.autograd.grad(y, leaves, grad_output)]
+        for y in (grouped.grouped_mixture(*inputs), loop_over_tokens(*inputs))
     ]
-    return list(zip(*found, strict=True))
+    return list(zip(*results, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -53,19 +54,19 @@ def both(given: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
 def test_equals_token_after_token_and_so_do_its_gradients(
     tokens: int, experts: int, rank: int, top: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for ours, loop in both(drawn(tokens, experts, rank, top, torch.float32)):
+    for ours, loop in results_of_both(make_inputs(tokens, experts, rank, top, torch.float32)):
         torch.testing.assert_close(ours, loop, rtol=1e-5, atol=1e-5)
-    monkeypatch.setattr(functional, "grouped_mm", product_of_each)
-    for ours, loop in both(drawn(tokens, experts, rank, top, torch.float64)):
+    monkeypatch.setattr(functional, "grouped_mm", grouped_mm_loop)
+    for ours, loop in results_of_both(make_inputs(tokens, experts, rank, top, torch.float64)):
         torch.testing.assert_close(ours, loop, rtol=1e-12, atol=1e-12)
 
 
 def test_one_graph_and_no_host_that_waits() -> None:
-    given = drawn(37, 8, 8, 2, torch.bfloat16)
+    inputs = make_inputs(37, 8, 8, 2, torch.bfloat16)
     torch._dynamo.reset()
     compiled = torch.compile(grouped.grouped_mixture, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*given), grouped.grouped_mixture(*given))
-    assert grouped.grouped_mixture(*(each.detach().to("meta") for each in given)).shape == (37, OUT)
+    torch.testing.assert_close(compiled(*inputs), grouped.grouped_mixture(*inputs))
+    assert grouped.grouped_mixture(*(each.detach().to("meta") for each in inputs)).shape == (37, OUT)
 
 
 @pytest.mark.parametrize(
@@ -85,9 +86,9 @@ def test_size_decides(kind: torch.dtype, experts: int, rank: int, top: int, expe
 
 
 def test_on_a_gpu_it_needs_bf16_and_more_columns() -> None:
-    def pays(kind: Any, experts: int) -> bool:
+    def is_faster(kind: Any, experts: int) -> bool:
         return grouped.grouped_is_faster(torch.device("cuda"), kind, experts, 8, 2)
 
-    assert pays(torch.bfloat16, 64)
-    assert not pays(torch.bfloat16, 63)
-    assert not pays(torch.float32, 64)
+    assert is_faster(torch.bfloat16, 64)
+    assert not is_faster(torch.bfloat16, 63)
+    assert not is_faster(torch.float32, 64)

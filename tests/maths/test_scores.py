@@ -1,4 +1,4 @@
-"""The summaries against their definitions written out as loops, and what holds for any matrix."""
+"""The summaries of a score matrix against their definitions as loops, and invariants of any matrix."""
 
 from __future__ import annotations
 

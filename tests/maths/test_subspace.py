@@ -1,4 +1,4 @@
-"""Protected subspaces against dense projectors and a general SVD in fp64, and what must hold whatever the matrix."""
+"""Protected subspaces against dense projectors and a general SVD in fp64, and invariants of any matrix."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def orthonormal(seed: int, rows: int, columns: int) -> Tensor:
     return torch.linalg.qr(draw(seed, rows, columns)).Q
 
 
-def with_values(values: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """A matrix of these singular values, and its right singular vectors."""
+def matrix_with_values(values: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """A matrix with these singular values, and its right singular vectors."""
     right = orthonormal(2, columns, len(values))
     return orthonormal(1, rows, len(values)) @ values.diag() @ right.T, right
 
@@ -53,15 +53,15 @@ def angle(a: Tensor, b: Tensor) -> float:
     return float(torch.linalg.matrix_norm(b - a @ (a.T @ b), 2))
 
 
-def off_orthonormal(vectors: Tensor) -> float:
+def orthonormality_error(vectors: Tensor) -> float:
     return float((vectors.T @ vectors - torch.eye(vectors.shape[1])).abs().max()) if vectors.numel() else 0.0
 
 
-def size(matrix: Tensor) -> float:
+def norm(matrix: Tensor) -> float:
     return float(matrix.norm())
 
 
-def protected(projection: str, weight: Tensor, right: int, left: int) -> ProtectedSubspace:
+def make_protected(projection: str, weight: Tensor, right: int, left: int) -> ProtectedSubspace:
     """The leading directions of the weight itself on both sides."""
     space = ProtectedSubspace.empty(projection, weight)
     space.add_directions(
@@ -72,7 +72,7 @@ def protected(projection: str, weight: Tensor, right: int, left: int) -> Protect
     return space
 
 
-def freed(space: ProtectedSubspace, change: Tensor) -> Tensor:
+def free_part(space: ProtectedSubspace, change: Tensor) -> Tensor:
     """The free part of a change by dense projectors."""
     on_right, on_left = space.right @ space.right.T, space.left @ space.left.T
     if space.projection == "paper":
@@ -87,14 +87,14 @@ def freed(space: ProtectedSubspace, change: Tensor) -> Tensor:
 @pytest.mark.parametrize("spread", [0, 3])  # decades from the largest to the smallest singular value
 def test_directions_are_those_of_an_svd(shape: tuple[int, int], spread: int) -> None:
     values = torch.logspace(0, -spread, min(shape), dtype=torch.float64) if spread else None
-    root = with_values(values, *shape)[0] if values is not None else draw(0, *shape)
+    root = matrix_with_values(values, *shape)[0] if values is not None else draw(0, *shape)
     _, expected, right = torch.linalg.svd(root, full_matrices=False)
-    for found in (right_singular_directions(root), moment_eigenvectors(root.T @ root)):
-        assert found.energies.dtype == found.vectors.dtype == torch.float64
-        torch.testing.assert_close(found.energies, expected.square(), rtol=1e-7, atol=0)
-        assert off_orthonormal(found.vectors) < 1e-12
+    for directions in (right_singular_directions(root), moment_eigenvectors(root.T @ root)):
+        assert directions.energies.dtype == directions.vectors.dtype == torch.float64
+        torch.testing.assert_close(directions.energies, expected.square(), rtol=1e-7, atol=0)
+        assert orthonormality_error(directions.vectors) < 1e-12
         for k in range(1, min(shape) + 1):
-            assert angle(right[:k].T, found.vectors[:, :k]) < 1e-6
+            assert angle(right[:k].T, directions.vectors[:, :k]) < 1e-6
 
 
 def test_directions_of_a_large_weight_are_those_of_an_svd() -> None:
@@ -108,15 +108,15 @@ def test_directions_of_a_large_weight_are_those_of_an_svd() -> None:
 
 
 def test_without_a_gap_the_energy_agrees_though_the_directions_may_not() -> None:
-    """Between equal singular values, which of their directions are taken is left to rounding; what they hold is not."""
+    """Rounding decides which of the directions of equal singular values come first, but not their energy."""
     values = torch.tensor([3.0, 2.0, 2.0, 2.0, 1.0], dtype=torch.float64)
-    root, right = with_values(values, 12, 30)
-    found = right_singular_directions(root)
-    assert angle(right[:, :2], found.vectors[:, :2]) > 0.1  # with these seeds
-    torch.testing.assert_close(found.energies, values.square())
-    assert size(root @ found.vectors[:, :2]) == pytest.approx(math.sqrt(13), rel=1e-12)
+    root, right = matrix_with_values(values, 12, 30)
+    directions = right_singular_directions(root)
+    assert angle(right[:, :2], directions.vectors[:, :2]) > 0.1  # with these seeds
+    torch.testing.assert_close(directions.energies, values.square())
+    assert norm(root @ directions.vectors[:, :2]) == pytest.approx(math.sqrt(13), rel=1e-12)
     for k in (1, 4):  # where there is a gap, they agree
-        assert angle(right[:, :k], found.vectors[:, :k]) < 1e-10
+        assert angle(right[:, :k], directions.vectors[:, :k]) < 1e-10
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (40, 16), (16, 40), (3, 200)])
@@ -130,53 +130,53 @@ def test_numerically_zero_directions_are_left_out(shape: tuple[int, int], rank: 
 
 
 def test_weak_directions_are_orthonormal_too() -> None:
-    """Of a wide matrix they come from U, at 1e-6 of the largest singular value with errors of 1e-10 before repair."""
-    root, right = with_values(torch.logspace(0, -6, 60, dtype=torch.float64), 60, 200)
-    found = right_singular_directions(root)
-    assert len(found.energies) == 60
-    assert off_orthonormal(found.vectors) < 1e-12
+    """Those of a wide matrix follow from U: at 1e-6 of the largest value with errors of 1e-10 before repair."""
+    root, right = matrix_with_values(torch.logspace(0, -6, 60, dtype=torch.float64), 60, 200)
+    directions = right_singular_directions(root)
+    assert len(directions.energies) == 60
+    assert orthonormality_error(directions.vectors) < 1e-12
     for k in (10, 30, 50):
-        assert angle(right[:, :k], found.vectors[:, :k]) < 1e-6
+        assert angle(right[:, :k], directions.vectors[:, :k]) < 1e-6
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (40, 16), (16, 40)])
 @pytest.mark.parametrize("left_over", [0, 1, 2, 10])
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64])
 def test_what_was_taken_is_left_out(shape: tuple[int, int], left_over: int, kind: torch.dtype) -> None:
-    """Up to where `taken` spans nearly everything. In fp32 it is orthonormal to 1e-7 only; its span counts."""
+    """Also where the excluded columns span nearly all. In fp32 they are orthonormal to 1e-7; their span counts."""
     root, columns = draw(0, *shape), shape[1]
-    taken = orthonormal(3, columns, columns - left_over).to(kind)
-    inside = torch.linalg.qr(taken.double()).Q
+    excluded = orthonormal(3, columns, columns - left_over).to(kind)
+    inside = torch.linalg.qr(excluded.double()).Q
     rest = root - root @ inside @ inside.T
-    for found in (right_singular_directions(root, taken), moment_eigenvectors(root.T @ root, taken)):
-        assert found.vectors.shape == (columns, min(shape[0], left_over))
-        assert off_orthonormal(found.vectors) < 1e-12
-        assert float((taken.double().T @ found.vectors).abs().sum()) < 1e-10
-        assert float(found.energies.sum()) == pytest.approx(float(rest.square().sum()), rel=1e-10)
-        torch.testing.assert_close((rest @ found.vectors).square().sum(0), found.energies, rtol=1e-7, atol=0)
+    for directions in (right_singular_directions(root, excluded), moment_eigenvectors(root.T @ root, excluded)):
+        assert directions.vectors.shape == (columns, min(shape[0], left_over))
+        assert orthonormality_error(directions.vectors) < 1e-12
+        assert float((excluded.double().T @ directions.vectors).abs().sum()) < 1e-10
+        assert float(directions.energies.sum()) == pytest.approx(float(rest.square().sum()), rel=1e-10)
+        torch.testing.assert_close((rest @ directions.vectors).square().sum(0), directions.energies, rtol=1e-7, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(30, 20), (20, 30)])
 def test_of_what_was_taken_nothing_remains(shape: tuple[int, int]) -> None:
-    """Even when it was rounded to fp32, and strong: rounding makes no directions."""
+    """Also where strong directions were rounded to fp32: rounding adds no directions."""
     root = low_rank(*shape, 6) * 1e3
-    taken = right_singular_directions(root).vectors.float()
-    assert not len(right_singular_directions(root, taken).energies)
-    assert not len(moment_eigenvectors(root.T @ root, taken).energies)
-    assert len(right_singular_directions(root, taken[:, :4]).energies) == 2
+    excluded = right_singular_directions(root).vectors.float()
+    assert not len(right_singular_directions(root, excluded).energies)
+    assert not len(moment_eigenvectors(root.T @ root, excluded).energies)
+    assert len(right_singular_directions(root, excluded[:, :4]).energies) == 2
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_left_directions_follow_from_right_ones(shape: tuple[int, int]) -> None:
-    """Weak ones too, which lose orthogonality where the other side is smaller."""
+    """Also weak directions, which lose orthogonality where the other side is smaller."""
     values = torch.logspace(0, -5, min(shape), dtype=torch.float64)
-    root = with_values(values, *shape)[0]
+    root = matrix_with_values(values, *shape)[0]
     left, right = torch.linalg.svd(root, full_matrices=False)[0], right_singular_directions(root)
     for k in range(len(values) + 1):
-        found = left_singular_vectors(root, Directions(right.energies[:k], right.vectors[:, :k]))
-        assert found.shape == (shape[0], k)
-        assert off_orthonormal(found) < 1e-12
-        assert not k or angle(left[:, :k], found) < 1e-6
+        vectors = left_singular_vectors(root, Directions(right.energies[:k], right.vectors[:, :k]))
+        assert vectors.shape == (shape[0], k)
+        assert orthonormality_error(vectors) < 1e-12
+        assert not k or angle(left[:, :k], vectors) < 1e-6
 
 
 def test_left_directions_are_those_of_the_transpose() -> None:
@@ -190,8 +190,8 @@ def test_left_directions_are_those_of_the_transpose() -> None:
 def test_what_is_not_finite_is_refused(bad: float, shape: tuple[int, int]) -> None:
     root = draw(0, *shape)
     root[1, 2] = bad
-    taken = orthonormal(1, shape[1], 1)
-    for columns in (None, taken):
+    excluded = orthonormal(1, shape[1], 1)
+    for columns in (None, excluded):
         with pytest.raises(ArithmeticError, match="not finite"):
             right_singular_directions(root, columns)
         with pytest.raises(ArithmeticError, match="not finite"):
@@ -201,15 +201,15 @@ def test_what_is_not_finite_is_refused(bad: float, shape: tuple[int, int]) -> No
 def test_a_wrong_decomposition_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     root, eigh = draw(0, 12, 12), torch.linalg.eigh
 
-    def turned(gram: Tensor) -> tuple[Tensor, Tensor]:
+    def rotated(gram: Tensor) -> tuple[Tensor, Tensor]:
         return eigh(gram)[0], eigh(gram)[1] @ orthonormal(1, 12, 12)
 
-    def doubled(gram: Tensor) -> tuple[Tensor, Tensor]:
+    def duplicated(gram: Tensor) -> tuple[Tensor, Tensor]:
         values, vectors = eigh(gram)
         vectors[:, 3] = vectors[:, 4]
         return values, vectors
 
-    for wrong, message in ((turned, "do not reproduce it"), (doubled, "not orthonormal")):
+    for wrong, message in ((rotated, "do not reproduce it"), (duplicated, "not orthonormal")):
         monkeypatch.setattr(torch.linalg, "eigh", wrong)
         with pytest.raises(ArithmeticError, match=message):
             right_singular_directions(root)
@@ -220,7 +220,7 @@ def test_a_wrong_decomposition_is_noticed(monkeypatch: pytest.MonkeyPatch) -> No
         right_singular_directions(root, draw(1, 12, 3))
 
 
-# ---- how many
+# ---- numbers of directions
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,7 @@ def test_cosines_add_over_batches() -> None:
 # ---- the weight
 
 
-def sides(projection: str, rows: int, columns: int) -> list[tuple[int, int]]:
+def direction_counts(projection: str, rows: int, columns: int) -> list[tuple[int, int]]:
     """Numbers of right and left directions: none, few, unequal, all."""
     least = min(rows, columns)
     return sorted(
@@ -283,20 +283,20 @@ def sides(projection: str, rows: int, columns: int) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_hold_is_the_dense_projection_of_the_change(projection: str, shape: tuple[int, int]) -> None:
     weight, change = draw(0, *shape), draw(9, *shape)
-    for right, left in sides(projection, *shape):
-        space = protected(projection, weight, right, left)
+    for right, left in direction_counts(projection, *shape):
+        space = make_protected(projection, weight, right, left)
         moved = weight + change
         space.project_weight_(moved)
-        expected = weight + freed(space, change)
-        assert size(moved - expected) < 1e-12 * size(weight)
-        assert space.protected_norm(moved - weight) < 1e-12 * size(weight)
-        assert space.protected_norm(change) == pytest.approx(size(change - freed(space, change)), abs=1e-12)
+        expected = weight + free_part(space, change)
+        assert norm(moved - expected) < 1e-12 * norm(weight)
+        assert space.protected_norm(moved - weight) < 1e-12 * norm(weight)
+        assert space.protected_norm(change) == pytest.approx(norm(change - free_part(space, change)), abs=1e-12)
         again = moved.clone()
         space.project_weight_(again)
-        assert size(again - moved) < 1e-12 * size(weight)
+        assert norm(again - moved) < 1e-12 * norm(weight)
         gradient = change.clone()
-        space.project_gradient_(gradient)  # the linear part of `hold_`
-        assert size(gradient - (moved - weight)) < 1e-12 * size(weight)
+        space.project_gradient_(gradient)  # the linear part of `project_weight_`
+        assert norm(gradient - (moved - weight)) < 1e-12 * norm(weight)
 
 
 @pytest.mark.parametrize("projection", PROJECTIONS)
@@ -307,10 +307,10 @@ def test_nothing_protected_changes_nothing_and_everything_stops_the_weight(proje
     ProtectedSubspace.empty(projection, weight).project_weight_(moved)
     assert torch.equal(moved, expected)
     assert ProtectedSubspace.empty(projection, weight).protected_norm(change) == 0
-    everything = protected(projection, weight, 12, 12)
+    everything = make_protected(projection, weight, 12, 12)
     everything.project_weight_(moved)
-    assert size(moved - weight) < 1e-6 * size(weight)
-    assert everything.protected_norm(change) == pytest.approx(size(change), rel=1e-6)
+    assert norm(moved - weight) < 1e-6 * norm(weight)
+    assert everything.protected_norm(change) == pytest.approx(norm(change), rel=1e-6)
 
 
 @pytest.mark.parametrize("projection", PROJECTIONS)
@@ -320,24 +320,24 @@ def test_a_zero_or_deficient_weight_is_held_as_well(projection: str) -> None:
         space.add_directions(weight, orthonormal(1, 9, 4), orthonormal(2, 6, 3))  # beyond its rank, as from activations
         moved = weight + draw(3, 6, 9)
         space.project_weight_(moved)
-        assert size(moved - weight - freed(space, draw(3, 6, 9))) < 1e-12
+        assert norm(moved - weight - free_part(space, draw(3, 6, 9))) < 1e-12
 
 
 @pytest.mark.parametrize("projection", PROJECTIONS)
 def test_the_constraint_does_not_drift_in_fp32(projection: str) -> None:
     weight = draw(0, 48, 64).float()
-    space, moved = protected(projection, weight, 24, 24), weight.clone()
+    space, moved = make_protected(projection, weight, 24, 24), weight.clone()
     assert {tensor.dtype for tensor in space.state_dict().values()} == {torch.float32}
     for step in range(200):
         moved += 0.1 * draw(step, 48, 64).float()
         space.project_weight_(moved)
     change = moved.double() - weight.double()
-    assert size(change) > 0.5 * size(weight)
-    assert space.protected_norm(change) < 1e-6 * size(weight)
+    assert norm(change) > 0.5 * norm(weight)
+    assert space.protected_norm(change) < 1e-6 * norm(weight)
 
 
 class Tf32(TorchDispatchMode):
-    """Within, matrices are multiplied as in TF32: of their factors ten bits behind the point count."""
+    """Computes matrix products as in TF32: their factors are rounded to ten bits of the fraction."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.addmm_.default):
@@ -351,23 +351,23 @@ def test_what_quick_products_leave_in_gradients_is_undone_in_the_weight(
 ) -> None:
     monkeypatch.setattr(subspace, "matmul_precision", lambda kind, device: Tf32() if kind == "tf32" else nullcontext())
     weight = draw(0, 48, 64).float()
-    space, moved = protected(projection, weight, 24, 24), weight.clone()
+    space, moved = make_protected(projection, weight, 24, 24), weight.clone()
     for step in range(50):
         gradient = draw(step, 48, 64).float()
-        whole, exact = space.protected_norm(gradient), freed(space, gradient)
+        whole, exact = space.protected_norm(gradient), free_part(space, gradient)
         space.project_gradient_(gradient)
         assert 1e-5 * whole < space.protected_norm(gradient) < 1e-3 * whole
-        assert size(gradient - exact) < 1e-3 * whole  # of what is free nothing else is lost
+        assert norm(gradient - exact) < 1e-3 * whole  # the free part is not changed otherwise
         moved -= 0.1 * gradient
         space.project_weight_(moved)
     change = moved.double() - weight.double()
-    assert size(change) > 0.25 * size(weight)
-    assert space.protected_norm(change) < 1e-6 * size(weight)
+    assert norm(change) > 0.25 * norm(weight)
+    assert space.protected_norm(change) < 1e-6 * norm(weight)
 
 
 @pytest.mark.parametrize(("projection", "share"), [("input", 0.5), ("two_sided", 0.25), ("paper", 0.75)])
 def test_how_much_stays_free_at_half_the_rank(projection: str, share: float) -> None:
-    space = protected(projection, draw(0, 12, 12), 6, 6)
+    space = make_protected(projection, draw(0, 12, 12), 6, 6)
     images = []
     for unit in torch.eye(144, dtype=torch.float64):
         change = unit.reshape(12, 12).clone()
@@ -384,22 +384,22 @@ def test_outputs_for_protected_inputs_stay() -> None:
     weight = draw(0, 20, 32).float()
     moved = weight + draw(5, 20, 32).float()
     before, free = inputs.float() @ weight.T, inputs.float() @ moved.T
-    found = moment_eigenvectors(inputs.T @ inputs)
-    assert len(found.energies) == 10
+    directions = moment_eigenvectors(inputs.T @ inputs)
+    assert len(directions.energies) == 10
     space = ProtectedSubspace.empty("input", weight)
-    space.add_directions(weight, found.vectors, torch.zeros(20, 0))
+    space.add_directions(weight, directions.vectors, torch.zeros(20, 0))
     space.project_weight_(moved)
-    assert size(moved - weight) > 0.5 * size(weight)
-    assert size(inputs.float() @ moved.T - before) < 1e-6 * size(before)
-    assert size(free - before) > 0.5 * size(before)
+    assert norm(moved - weight) > 0.5 * norm(weight)
+    assert norm(inputs.float() @ moved.T - before) < 1e-6 * norm(before)
+    assert norm(free - before) > 0.5 * norm(before)
 
 
 @pytest.mark.parametrize("projection", PROJECTIONS)
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64])
 def test_growth_is_nested(projection: str, kind: torch.dtype) -> None:
-    """Over tasks: what was held stays bit for bit, and every earlier constraint holds on the last weight."""
+    """Over tasks: earlier directions stay bit for bit, and the last weight meets every earlier constraint."""
     weight = draw(0, 20, 30).to(kind)
-    space, first, held = ProtectedSubspace.empty(projection, weight), weight.clone(), []
+    space, first, snapshots = ProtectedSubspace.empty(projection, weight), weight.clone(), []
     precision = 1e-6 if kind == torch.float32 else 1e-12
     for task in range(5):
         before = ProtectedSubspace.from_state_dict(
@@ -410,25 +410,25 @@ def test_growth_is_nested(projection: str, kind: torch.dtype) -> None:
         left = right_singular_directions(weight.T, space.left).vectors[:, : (4, 3, 0, 2, 2)[task]]
         space.add_directions(weight, right, left)
         for name, tensor in before.state_dict().items():
-            kept = getattr(space, name)[tuple(map(slice, tensor.shape))]
-            assert torch.equal(kept, tensor), name
-        held.append((ProtectedSubspace.from_state_dict(projection, space.state_dict()), weight.clone()))
-        assert off_orthonormal(space.right.double()) < precision
-        assert off_orthonormal(space.left.double()) < precision
+            entries = getattr(space, name)[tuple(map(slice, tensor.shape))]
+            assert torch.equal(entries, tensor), name
+        snapshots.append((ProtectedSubspace.from_state_dict(projection, space.state_dict()), weight.clone()))
+        assert orthonormality_error(space.right.double()) < precision
+        assert orthonormality_error(space.left.double()) < precision
         weight = weight + draw(task + 50, 20, 30).to(kind)
         space.project_weight_(weight)
     assert space.right.shape == (30, 14)
     assert space.left.shape == (20, 0 if projection == "input" else 11)
-    assert size(weight - first) > 0.2 * size(first)
-    for earlier, then in held:
-        assert earlier.protected_norm(weight.double() - then.double()) < 2 * precision * size(first)
+    assert norm(weight - first) > 0.2 * norm(first)
+    for earlier, weight_then in snapshots:
+        assert earlier.protected_norm(weight.double() - weight_then.double()) < 2 * precision * norm(first)
 
 
 @pytest.mark.parametrize("projection", PROJECTIONS)
 def test_removed_directions_move_again_and_the_rest_stays(projection: str) -> None:
     """Afterwards the subspace equals one that was built of the remaining directions alone."""
     weight = draw(0, 12, 10)
-    space = protected(projection, weight, 5, 4)
+    space = make_protected(projection, weight, 5, 4)
     left = slice(1, 1) if projection == "input" else slice(1, 3)
     right, other = space.right.clone(), space.left.clone()
     space.remove_directions(slice(2, 4), left)
@@ -441,7 +441,7 @@ def test_removed_directions_move_again_and_the_rest_stays(projection: str) -> No
 
 def test_growth_refuses_directions_that_are_held() -> None:
     weight = draw(0, 8, 8)
-    space = protected("two_sided", weight, 3, 3)
+    space = make_protected("two_sided", weight, 3, 3)
     for right, left in ((space.right[:, :1], space.left[:, :0]), (space.right[:, :0], draw(1, 8, 2))):
         with pytest.raises(AssertionError, match="not orthonormal to the basis"):
             ProtectedSubspace.from_state_dict(space.projection, space.state_dict()).add_directions(weight, right, left)
@@ -450,7 +450,7 @@ def test_growth_refuses_directions_that_are_held() -> None:
 @pytest.mark.parametrize("projection", PROJECTIONS)
 def test_a_parameter_is_held_through_a_checkpoint(projection: str) -> None:
     weight = torch.nn.Parameter(draw(0, 10, 14).float())
-    space = protected(projection, weight, 4, 5)
+    space = make_protected(projection, weight, 4, 5)
     stored = space.state_dict()
     assert list(stored) == ["right", "left", "image", "coimage", "core"]
     assert not any(tensor.requires_grad for tensor in stored.values())
@@ -460,7 +460,7 @@ def test_a_parameter_is_held_through_a_checkpoint(projection: str) -> None:
     space.project_weight_(weight)
     ProtectedSubspace.from_state_dict(projection, stored).project_weight_(again)
     assert torch.equal(weight, again)
-    assert space.protected_norm(weight.detach() - first) < 1e-6 * size(first)
+    assert space.protected_norm(weight.detach() - first) < 1e-6 * norm(first)
 
 
 @pytest.mark.parametrize("projection", PROJECTIONS)
@@ -468,19 +468,19 @@ def test_a_parameter_is_held_through_a_checkpoint(projection: str) -> None:
 def test_operations_are_those_of_the_products(
     projection: str, sizes: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Counted by torch; its counter knows no product in place."""
+    """Counted by torch, whose counter lacks the in-place product."""
 
     def in_place(_: torch.Size, a: torch.Size, b: torch.Size, **__: object) -> int:
         return 2 * a[0] * a[1] * b[1]
 
     rows, columns, right, left = sizes
     weight = draw(0, rows, columns)
-    space = protected(projection, weight, right, left)
+    space = make_protected(projection, weight, right, left)
     for work in (space.project_weight_, space.project_gradient_):
         with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as counter:
             work(weight)
         assert counter.get_total_flops() == projection_flops(projection, rows, columns, right, left)
-    if projection == "paper":  # whichever side is taken first
+    if projection == "paper":  # whichever side is multiplied first
         once = weight + 1
         expected = once.clone()
         space.project_weight_(expected)

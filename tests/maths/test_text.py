@@ -178,28 +178,28 @@ def sari_by_definition(answer: str, references: list[str], source: str) -> float
     for n in (1, 2, 3, 4):
 
         def grams(text: str, n: int = n) -> list[str]:
-            listed = text.split()
-            return [" ".join(listed[i : i + n]) for i in range(len(listed) - n + 1)]
+            words = text.split()
+            return [" ".join(words[i : i + n]) for i in range(len(words) - n + 1)]
 
         s, a, r = grams(source), grams(answer), [gram for reference in references for gram in grams(reference)]
         m = len(references)
-        keep_right = keep_said = keep_good = keep_due = delete_right = delete_said = Fraction(0)
+        correctly_kept = num_kept = common_with_reference = to_keep = correctly_deleted = num_deleted = Fraction(0)
         for gram in {*s, *a, *r}:
             in_s, in_a, in_r = m * s.count(gram), m * a.count(gram), r.count(gram)
-            kept = min(in_s, in_a)
-            if kept:
-                keep_said += 1
-                keep_right += Fraction(min(kept, in_r), kept)
-            keep_good += min(kept, in_r)
-            keep_due += min(in_s, in_r)
+            common = min(in_s, in_a)
+            if common:
+                num_kept += 1
+                correctly_kept += Fraction(min(common, in_r), common)
+            common_with_reference += min(common, in_r)
+            to_keep += min(in_s, in_r)
             if in_s > in_a:
-                delete_said += 1
-                delete_right += Fraction(max(in_s - in_a - in_r, 0), in_s - in_a)
-        added, due = set(a) - set(s), set(r) - set(s)
-        hits = Fraction(len(added & due))
-        total += f1(share(keep_right, keep_said), share(keep_good, keep_due))
-        total += share(delete_right, delete_said)
-        total += f1(share(hits, Fraction(len(added))), share(hits, Fraction(len(due))))
+                num_deleted += 1
+                correctly_deleted += Fraction(max(in_s - in_a - in_r, 0), in_s - in_a)
+        added, to_add = set(a) - set(s), set(r) - set(s)
+        hits = Fraction(len(added & to_add))
+        total += f1(share(correctly_kept, num_kept), share(common_with_reference, to_keep))
+        total += share(correctly_deleted, num_deleted)
+        total += f1(share(hits, Fraction(len(added))), share(hits, Fraction(len(to_add))))
     return float(total / 12)
 
 
@@ -219,7 +219,7 @@ def test_words() -> None:
     assert split_words("It's 3.5 km—really_so") == ["it", "s", "3", "5", "km", "really", "so"]
 
 
-def textbook(a: list[str], b: list[str]) -> int:
+def lcs_length_by_table(a: list[str], b: list[str]) -> int:
     table = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
     for i, x in enumerate(a):
         for j, y in enumerate(b):
@@ -232,7 +232,7 @@ def test_common_length_is_the_textbook_table() -> None:
     for _ in range(300):
         letters = "abcdefgh"[: draw.randint(1, 8)]
         a, b = ([draw.choice(letters) for _ in range(draw.randint(0, 90))] for _ in range(2))
-        assert common_length(a, b) == textbook(a, b) == common_length(b, a)
+        assert common_length(a, b) == lcs_length_by_table(a, b) == common_length(b, a)
 
 
 def test_long_texts_are_quick() -> None:

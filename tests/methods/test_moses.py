@@ -65,11 +65,11 @@ class SingleRankMoses:
 
     def begin_task(self, task: str) -> None:
         """Begin a task and set the initial values as the engine does."""
-        read = self.method.begin_task(self.method.run_info.task_names.index(task), task, self.context)
+        initial_values = self.method.begin_task(self.method.run_info.task_names.index(task), task, self.context)
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
-                    values = read(name, parameter.shape, 0, parameter.numel())
+                    values = initial_values(name, parameter.shape, 0, parameter.numel())
                     assert values is not None
                     parameter.copy_(values.view(parameter.shape))
 
@@ -84,11 +84,13 @@ class SingleRankMoses:
             self.train_on_samples(task, [0, 1, 2])
         return self.method.end_task(self.method.run_info.task_names.index(task), task, self.context)
 
-    def train_on_samples(self, task: str, samples: list[int], first: bool = True) -> None:
-        """A loss over some of the task's samples. `first`: in the first epoch."""
-        place = 10 * self.method.run_info.task_names.index(task)
-        pairs = [([1, 5 + place, 7 + place, 6 + place + k], [3, 2]) for k in range(3)]
-        self.method.loss(self.model.train(), collate([(sample,) for sample in samples], pairs, 0, False, 1, first))
+    def train_on_samples(self, task: str, samples: list[int], first_epoch: bool = True) -> None:
+        """A loss over some of the task's samples. `first_epoch`: whether the batch is of the first epoch."""
+        offset = 10 * self.method.run_info.task_names.index(task)
+        pairs = [([1, 5 + offset, 7 + offset, 6 + offset + k], [3, 2]) for k in range(3)]
+        self.method.loss(
+            self.model.train(), collate([(sample,) for sample in samples], pairs, 0, False, 1, first_epoch)
+        )
 
 
 def _unexpected_call(*_: Any) -> Any:
@@ -221,7 +223,7 @@ def test_dense_weights_train_only_from_the_feature_layer_on() -> None:
     assert set(constraint.matrix_costs()) == dense
 
 
-# ---- room
+# ---- capacity
 
 
 @pytest.mark.parametrize("masks", ["rank1", "element"])
@@ -232,7 +234,7 @@ def test_dense_weights_train_only_from_the_feature_layer_on() -> None:
 def test_default_max_experts_suffices_for_the_stream(
     masks: str, num_experts: int, rank: int, mask_density: float
 ) -> None:
-    """Even if no task may use parameters of another."""
+    """Also if no task may use parameters of another."""
     for tasks in (1, 2, 4):
         sizes = {"num_experts": num_experts, "rank": rank, "mask_density": mask_density}
         tune = {**sizes, "masks": masks, "reuse": False, "targets": ["v_proj"]}
@@ -253,9 +255,9 @@ def test_experts_grow_only_when_needed(masks: str) -> None:
     for task in TASKS:
         run.begin_task(task)
         counts.append(run.method.experts.num_used_experts)
-        ended = run.train_task(task)
-        assert ended.metrics["num_experts"] == counts[-1]
-        messages.append(ended.message.partition("; ")[2])
+        summary = run.train_task(task)
+        assert summary.metrics["num_experts"] == counts[-1]
+        messages.append(summary.message.partition("; ")[2])
     assert counts == [2, 2, 3, 4]
     grown = "too few parameters were free, so the sub-experts grew from {} to {} of at most 4"
     assert messages == ["", "", grown.format(2, 3), grown.format(3, 4)]
@@ -274,7 +276,7 @@ def test_a_task_is_refused_when_too_few_parameters_are_free() -> None:
     message = str(caught.value)
     assert "\n" not in message
     assert "method.tune.on_full=grow" in message
-    assert "on_full=reuse" not in message  # which reuse: false would refuse
+    assert "on_full=reuse" not in message  # reuse: false refuses that value
     assert all(torch.equal(before[name], tensor) for name, tensor in run.model.named_buffers())
     assert run.method.experts.names == ["one", "two"]
 
@@ -311,12 +313,12 @@ def test_capacity_metrics_match_the_files(tmp_path: Path, masks: str, router: An
     tune = {"masks": masks, "num_experts": 2, "rank": 3, "mask_density": 0.5}
     run = SingleRankMoses(TASKS[:3], tune=tune, router=router)
     layers = run.method.experts.layers.values()
-    seen, router_bytes, gate_bytes = [], 0, 0
+    all_metrics, router_bytes, gate_bytes = [], 0, 0
     for number, task in enumerate(TASKS[:3], 1):
-        ended = run.train_task(task)
-        seen.append(ended.metrics)
-        numbers = ended.metrics
-        values = sum(4 * layer.num_frozen_params for layer in layers)
+        summary = run.train_task(task)
+        all_metrics.append(summary.metrics)
+        metrics = summary.metrics
+        value_bytes = sum(4 * layer.num_frozen_params for layer in layers)
         bits = {"rank1": lambda m: m.shape.columns, "element": None}[masks]
         masks_each = sum(
             m.shape.max_experts
@@ -328,23 +330,23 @@ def test_capacity_metrics_match_the_files(tmp_path: Path, masks: str, router: An
             for m in layers
         )
         gate_bytes += sum(4 * run.method.experts.num_used_experts * m.in_features for m in layers)
-        assert numbers["parameters_bytes"] == values
-        assert numbers["masks_bytes"] == number * masks_each
-        assert numbers["routers_bytes"] == gate_bytes
-        assert numbers["capacity_bytes"] == values + number * masks_each + gate_bytes
-        whole = sum(6 * (m.in_features + m.out_features) for m in layers)
-        assert numbers["capacity_share"] == values / 4 / whole
-        assert numbers["lora_per_task_bytes"] == number * sum(3 * 4 * (m.in_features + m.out_features) for m in layers)
-        assert ("router_bytes" in numbers) == (router != "oracle")
+        assert metrics["parameters_bytes"] == value_bytes
+        assert metrics["masks_bytes"] == number * masks_each
+        assert metrics["routers_bytes"] == gate_bytes
+        assert metrics["capacity_bytes"] == value_bytes + number * masks_each + gate_bytes
+        size_of_all = sum(6 * (m.in_features + m.out_features) for m in layers)
+        assert metrics["capacity_share"] == value_bytes / 4 / size_of_all
+        assert metrics["lora_per_task_bytes"] == number * sum(3 * 4 * (m.in_features + m.out_features) for m in layers)
+        assert ("router_bytes" in metrics) == (router != "oracle")
         files = run.method.save_task_artifacts(tmp_path, task)
         assert files[0] == tmp_path / "experts" / f"{task}.safetensors"
         router_bytes += sum(tensor.nbytes for tensor in load_file(files[1]).values()) if router != "oracle" else 0
-        assert numbers.get("router_bytes", 0) == router_bytes
-        assert ended.task_matrix is not None
-        assert ended.task_matrix.tasks == TASKS[:number]
-        assert all(ended.task_matrix.values[i][i] == 1.0 for i in range(number))
-        assert "frozen" in ended.message
-    assert seen[2]["capacity_bytes"] > seen[1]["capacity_bytes"] > seen[0]["capacity_bytes"]
+        assert metrics.get("router_bytes", 0) == router_bytes
+        assert summary.task_matrix is not None
+        assert summary.task_matrix.tasks == TASKS[:number]
+        assert all(summary.task_matrix.values[i][i] == 1.0 for i in range(number))
+        assert "frozen" in summary.message
+    assert all_metrics[2]["capacity_bytes"] > all_metrics[1]["capacity_bytes"] > all_metrics[0]["capacity_bytes"]
 
 
 @pytest.mark.parametrize("masks", ["rank1", "element"])
@@ -373,7 +375,7 @@ def test_artifacts_are_loaded_into_another_process(tmp_path: Path, masks: str, r
         assert first[1] == second[1]
     for each in (run, other):
         each.train_on_samples("four", [1])
-        each.train_on_samples("four", [1, 2], first=False)  # another epoch
+        each.train_on_samples("four", [1, 2], first_epoch=False)
         each.method.end_task(3, "four", each.context)
     files = [
         each.method.save_task_artifacts(tmp_path / f"{number}", "four")[1] for number, each in enumerate((run, other))
@@ -388,17 +390,17 @@ def make_prompt_batch(tokens: Sequence[int]) -> PromptBatch:
 
 @torch.no_grad()
 def run_inference(run: SingleRankMoses, batch: PromptBatch, task: str | None) -> tuple[torch.Tensor, Any]:
-    with run.method.inference_context(batch, task) as decided:
+    with run.method.inference_context(batch, task) as routed_tasks:
         logits = run.model.eval()(batch.input_ids, batch.attention_mask, batch.position_ids).logits
-        return logits, decided
+        return logits, routed_tasks
 
 
 def test_base_model_answers_before_the_first_task() -> None:
     for router in ("oracle", RLS, "key"):
         run, batch = SingleRankMoses(router=router), make_prompt_batch([20, 6, 33])
-        bare = make_tiny_model().eval()
+        base_model = make_tiny_model().eval()
         with torch.no_grad():
-            expected = bare(batch.input_ids, batch.attention_mask, batch.position_ids).logits
+            expected = base_model(batch.input_ids, batch.attention_mask, batch.position_ids).logits
         assert torch.equal(run_inference(run, batch, None)[0], expected)
         assert torch.equal(run_inference(run, batch, "two")[0], expected)  # not learned yet
         run.train_task("one")
@@ -414,15 +416,15 @@ def test_prompts_of_no_task_use_the_base_model() -> None:
     assert run.method.task_router is not None
     router = run.method.task_router.router
     with torch.no_grad():
-        bare = run.model.eval()(batch.input_ids, batch.attention_mask, batch.position_ids).logits
-    message = run_inference(run, batch, "one")[0]
+        base_logits = run.model.eval()(batch.input_ids, batch.attention_mask, batch.position_ids).logits
+    logits_of_one = run_inference(run, batch, "one")[0]
     router.route = lambda rows: RoutingResult(["one", None, "two"], rows[:, 0], rows[:, 0])  # type: ignore[method-assign]
-    logits, decided = run_inference(run, batch, None)
-    assert decided == ["one", None, "two"]
-    torch.testing.assert_close(logits[1], bare[1], rtol=0, atol=1e-6)
-    torch.testing.assert_close(logits[0], message[0], rtol=0, atol=1e-6)
-    assert (message[1] - bare[1]).abs().max() > 1e-4
-    assert (logits[2] - bare[2]).abs().max() > 1e-4
+    logits, routed_tasks = run_inference(run, batch, None)
+    assert routed_tasks == ["one", None, "two"]
+    torch.testing.assert_close(logits[1], base_logits[1], rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits[0], logits_of_one[0], rtol=0, atol=1e-6)
+    assert (logits_of_one[1] - base_logits[1]).abs().max() > 1e-4
+    assert (logits[2] - base_logits[2]).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("router", [RLS, "key"])

@@ -90,14 +90,14 @@ class SingleRankOsft:
         self.message = self.method.end_task(index, task, self.context).message
 
     def get_subspaces(self) -> dict[str, ProtectedSubspace]:
-        found: dict[str, dict[str, torch.Tensor]] = {}
+        tensors_by_name: dict[str, dict[str, torch.Tensor]] = {}
         for key, tensor in self.method.matrix_state_dict().items():
-            name, what = key.rsplit("|", 1)
-            if what not in ("start", "base"):
-                found.setdefault(name, {})[what] = tensor.clone()
+            name, kind = key.rsplit("|", 1)
+            if kind not in ("start", "base"):
+                tensors_by_name.setdefault(name, {})[kind] = tensor.clone()
         return {
             name: ProtectedSubspace.from_state_dict(str(self.method.settings.projection), parts)
-            for name, parts in found.items()
+            for name, parts in tensors_by_name.items()
         }
 
     def _apply_on_owners(self, matrix_fn: Callable[[str, torch.Tensor], None], names: Sequence[str]) -> None:
@@ -123,21 +123,21 @@ class SingleRankOsft:
 @pytest.mark.parametrize("protect_task", [["sensitivity"], ["activations"], ["updates"], None])
 def test_protected_directions_stay_protected_in_later_tasks(projection: str, protect_task: list[str] | None) -> None:
     run = SingleRankOsft(projection=projection, protect_task=protect_task, energy_threshold=0.9, protected_ratio=0.25)
-    seen: list[tuple[dict[str, ProtectedSubspace], dict[str, torch.Tensor]]] = []
+    snapshots: list[tuple[dict[str, ProtectedSubspace], dict[str, torch.Tensor]]] = []
     for task in TASKS:
         run.train_task(task)
-        seen.append((run.get_subspaces(), {name: run.weights[name].data.clone() for name in run.names}))
-    grown = 0
-    for earlier, (get_subspaces, weights) in enumerate(seen):
-        for later, end in seen[earlier:]:
-            for name, space in get_subspaces.items():
+        snapshots.append((run.get_subspaces(), {name: run.weights[name].data.clone() for name in run.names}))
+    num_grown = 0
+    for earlier, (subspaces, weights) in enumerate(snapshots):
+        for later, end in snapshots[earlier:]:
+            for name, space in subspaces.items():
                 new = later[name]
-                known = space.right.shape[1]
-                assert torch.equal(new.right[:, :known], space.right)
+                num_known = space.right.shape[1]
+                assert torch.equal(new.right[:, :num_known], space.right)
                 assert torch.equal(new.left[:, : space.left.shape[1]], space.left)
                 assert space.protected_norm(end[name] - weights[name]) <= 1e-6 * float(end[name].norm())
-                grown += new.right.shape[1] > known
-    assert grown > TARGETS  # and it does grow
+                num_grown += new.right.shape[1] > num_known
+    assert num_grown > TARGETS  # and it does grow
 
 
 @pytest.mark.parametrize("other_params", ["frozen", "free", "protected"])
@@ -153,7 +153,7 @@ def test_what_trains_besides_the_targets(other_params: str) -> None:
 
 @pytest.mark.parametrize(("projection", "protected_ratio"), [("input", 0.25), ("two_sided", 0.0)])
 def test_a_task_protects_the_strongest_directions_of_its_change(projection: str, protected_ratio: float) -> None:
-    """Compared with the singular vectors of the task's change of each weight."""
+    """The reference: the singular vectors of the task's change of each weight."""
     run = SingleRankOsft(
         projection=projection, energy_threshold=0.6, protect_task=["updates"], protected_ratio=protected_ratio
     )
@@ -174,19 +174,19 @@ def test_a_task_protects_the_strongest_directions_of_its_change(projection: str,
 
 def test_a_task_gets_at_most_its_part_of_the_free_directions() -> None:
     run = SingleRankOsft(energy_threshold=1.0, protect_task=["updates"], protected_ratio=0.5)
-    free = []
+    free_counts = []
     for task in TASKS:
-        if not free:
+        if not free_counts:
             run.method.begin_task(0, task, run.context)
-        free.append({name: len(s.right) - s.right.shape[1] for name, s in run.get_subspaces().items()})
+        free_counts.append({name: len(s.right) - s.right.shape[1] for name, s in run.get_subspaces().items()})
         run.train_task(task)
-    for name, first in free[0].items():
-        rooms = [rest[name] for rest in free]
+    for name, first in free_counts[0].items():
+        counts = [count_of[name] for count_of in free_counts]
         assert all(
             before - after == before * 3 // (9 - 2 * index)
-            for index, (before, after) in enumerate(itertools.pairwise(rooms))
+            for index, (before, after) in enumerate(itertools.pairwise(counts))
         )
-        assert rooms[-1] >= 0.15 * first > 0
+        assert counts[-1] >= 0.15 * first > 0
 
 
 def test_weakest_base_directions_are_released_and_tasks_keep_theirs() -> None:
@@ -197,12 +197,12 @@ def test_weakest_base_directions_are_released_and_tasks_keep_theirs() -> None:
     after = run.get_subspaces()
     for name, space in before.items():
         base = int(0.5 * min(run.weights[name].shape))
-        room = len(space.right) - base
+        num_free = len(space.right) - base
         assert len(space.right) == space.right.shape[1]  # the first task took all
-        given = room // 4
-        kept = torch.cat([space.right[:, : base - given], space.right[:, base:]], 1)
-        assert torch.equal(after[name].right[:, : kept.shape[1]], kept)
-        assert after[name].right.shape[1] - kept.shape[1] == given  # which the second task protects in turn
+        num_released = num_free // 4
+        remaining = torch.cat([space.right[:, : base - num_released], space.right[:, base:]], 1)
+        assert torch.equal(after[name].right[:, : remaining.shape[1]], remaining)
+        assert after[name].right.shape[1] - remaining.shape[1] == num_released  # the second task protects these in turn
 
 
 def test_error_names_the_task_without_free_directions() -> None:
@@ -225,19 +225,19 @@ def test_the_last_task_protects_nothing() -> None:
 
 @pytest.mark.parametrize("protect_base", [["weights"], ["activations"], ["weights", "activations"], ["sensitivity"]])
 def test_base_directions_are_the_strongest_of_their_source(protect_base: list[str]) -> None:
-    """Compared with moments collected here by plain hooks on the same sampled texts."""
+    """The reference: moments that plain hooks collect on the same sampled texts."""
     run = SingleRankOsft(protect_base=protect_base, protected_ratio=0.5, protect_task=[])
     run.method.begin_task(0, "one", run.context)
     name = "model.layers.1.mlp.gate_proj"
     ids = torch.cat(
         [block[:count] for block, count in run.method._sample_general_texts(run.context)] or [torch.zeros(0, 2).long()]
     )
-    given: list[torch.Tensor] = []
-    felt: list[torch.Tensor] = []
+    layer_inputs: list[torch.Tensor] = []
+    output_gradients: list[torch.Tensor] = []
 
     def hook(module: Any, inputs: Any, output: torch.Tensor) -> None:
-        given.append(inputs[0].detach().flatten(0, 1).double())
-        output.register_hook(lambda gradient: felt.append(gradient.flatten(0, 1).double()))
+        layer_inputs.append(inputs[0].detach().flatten(0, 1).double())
+        output.register_hook(lambda gradient: output_gradients.append(gradient.flatten(0, 1).double()))
 
     weight = run.weights[f"{name}.weight"].data.double()
     moment = weight.T @ weight / weight.square().sum()
@@ -246,9 +246,11 @@ def test_base_directions_are_the_strongest_of_their_source(protect_base: list[st
         logits = run.model(input_ids=ids, use_cache=False).logits[:, :-1]
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
         handle.remove()
-        rows = given[0] * (felt[0].norm(dim=1, keepdim=True) if protect_base == ["sensitivity"] else 1.0)
-        seen = rows.T @ rows
-        moment = seen if len(protect_base) == 1 else moment + seen / seen.trace()
+        rows = layer_inputs[0] * (
+            output_gradients[0].norm(dim=1, keepdim=True) if protect_base == ["sensitivity"] else 1.0
+        )
+        text_moment = rows.T @ rows
+        moment = text_moment if len(protect_base) == 1 else moment + text_moment / text_moment.trace()
     strongest = torch.linalg.eigh(moment).eigenvectors.flip(1)[:, :8]
     overlap = torch.linalg.svdvals(strongest.T @ run.get_subspaces()[f"{name}.weight"].right.double())
     assert overlap.min() > 1 - 1e-6
@@ -318,7 +320,7 @@ def test_unmatched_targets_and_non_finite_weights_are_refused() -> None:
 def test_paper_preset_is_the_papers_setting() -> None:
     config = make_config(paper_preset=True).constraint
     names = ("projection", "protect_base", "rank_allocation", "min_protected", "protected_ratio")
-    shown = json.dumps([getattr(config, name) for name in names])
-    assert shown == '["paper", ["weights"], "importance", 0.1, 0.8]'
+    values = json.dumps([getattr(config, name) for name in names])
+    assert values == '["paper", ["weights"], "importance", 0.1, 0.8]'
     assert config.protect_task == ()
     assert config.project_gradients

@@ -63,17 +63,17 @@ def test_prompts_are_routed_to_their_task() -> None:
         routes = router.route(router.quantize(make_states(ord(name))))
         assert sum(task == name for task in routes.task) >= 38
         assert routes.margin.shape == routes.distance.shape == (40,)
-    far = router.route(router.quantize(make_states(7))).task
-    assert far.count(None) > 30
+    tasks_of_unknown = router.route(router.quantize(make_states(7))).task
+    assert tasks_of_unknown.count(None) > 30
     assert None not in make_router(ood_fallback=False).route(router.quantize(make_states(7))).task
 
 
 def test_a_removed_task_leaves_no_trace() -> None:
-    router, never = make_router(names="abcd"), make_router(names="acd")
+    router, without_b = make_router(names="abcd"), make_router(names="acd")
     assert "b" in router.route(router.quantize(make_states(ord("b")))).task
     router.remove("b")
-    assert router.names == never.names
-    assert torch.equal(router.get_fitted_router().weights, never.get_fitted_router().weights)
+    assert router.names == without_b.names
+    assert torch.equal(router.get_fitted_router().weights, without_b.get_fitted_router().weights)
     assert "b" not in router.route(router.quantize(make_states(ord("b")))).task
     router.add("b", make_statistics(SPEC, ord("b")))
     assert torch.equal(router.get_fitted_router().weights, make_router(names="abcd").get_fitted_router().weights)
@@ -97,9 +97,9 @@ def test_save_and_load_are_bit_exact(tmp_path: Path, spec: RouterSpec) -> None:
         pairs = zip(router.get_statistics(name).tensors(), loaded.get_statistics(name).tensors(), strict=True)
         assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in pairs)
     rows = router.quantize(make_states(5))
-    expected, found = router.route(rows), loaded.route(rows)
-    assert expected.task == found.task
-    assert torch.equal(expected.margin, found.margin)
+    routes, loaded_routes = router.route(rows), loaded.route(rows)
+    assert routes.task == loaded_routes.task
+    assert torch.equal(routes.margin, loaded_routes.margin)
     assert router.get_fitted_router().ood_detector is None
     assert router.get_fitted_router().ridge == 0.5
     assert [path.name for path in tmp_path.iterdir()] == ["r.safetensors"]

@@ -1,4 +1,4 @@
-"""Second moments and importance against what plain hooks, hidden states and autograd give, in fp64."""
+"""Second moments and layer importance against plain hooks, hidden states and autograd, in fp64."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ SITES = {"q_proj": "q_proj", "k_proj": "q_proj", "v_proj": "q_proj", "gate_proj"
 
 
 def block(number: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of tokens, and how much each counts: some more, some less, some not at all."""
+    """Rows of tokens, and the weight of each token, which may be zero."""
     draw = torch.Generator().manual_seed(number)
     ids = torch.randint(0, VOCABULARY, (ROWS, LENGTH), generator=draw)
     return ids, torch.randint(0, 4, ids.shape, generator=draw).double() / 2
 
 
-def gathered(numbers: Iterable[int]) -> ActivationStats:
+def collect_input_stats(numbers: Iterable[int]) -> ActivationStats:
     module, moments = model(), ActivationStats(gradient_weighted=False)
     layers = match_target_layers(module, LLAMA_PROJECTIONS)
     with torch.no_grad(), moments.collect_stats(module, layers):
@@ -36,42 +36,42 @@ def gathered(numbers: Iterable[int]) -> ActivationStats:
     return moments
 
 
-def close(got: torch.Tensor, expected: torch.Tensor, within: float) -> bool:
-    return float((got - expected).norm()) <= within * float(expected.norm())
+def is_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
+    return float((actual - expected).norm()) <= tolerance * float(expected.norm())
 
 
 def test_sums_equal_those_of_plain_hooks() -> None:
-    moments, module = gathered(range(4)), model()
+    moments, module = collect_input_stats(range(4)), model()
     with torch.no_grad():
         inputs = []
         for number in range(4):
-            with watching(module) as seen:
+            with watching(module) as layer_io:
                 module(input_ids=block(number)[0], use_cache=False)
-            inputs.append({layer: given for layer, (given, _) in seen.items()})
+            inputs.append({layer: layer_input for layer, (layer_input, _) in layer_io.items()})
     assert len(inputs[0]) == 14
     for layer in inputs[0]:
         expected = torch.stack([second_moment(inputs[n][layer], block(n)[1]) for n in range(4)]).sum(0)
-        got = moments.second_moment(layer)
-        assert got is not None
-        assert got.dtype == torch.float64
-        assert close(got, expected, 1e-6)
+        moment = moments.second_moment(layer)
+        assert moment is not None
+        assert moment.dtype == torch.float64
+        assert is_close(moment, expected, 1e-6)
 
 
 def test_sums_equal_those_of_hidden_states() -> None:
-    """What q, k and v are given is the normed hidden state before their layer."""
-    moments, module = gathered(range(1)), model()
-    ids, counted = block(0)
+    """The input of q, k and v is the normed hidden state before their layer."""
+    moments, module = collect_input_stats(range(1)), model()
+    ids, token_weights = block(0)
     with torch.no_grad():
         states = module(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
     for index, layer in enumerate(module.model.layers):
         state = states[index].double()
         scale = (state.square().mean(-1, keepdim=True) + layer.input_layernorm.variance_epsilon).rsqrt()
-        expected = second_moment(state * scale * layer.input_layernorm.weight.double(), counted)
-        assert close(moments.second_moment(f"model.layers.{index}.self_attn.v_proj"), expected, 1e-6)  # type: ignore[arg-type]
+        expected = second_moment(state * scale * layer.input_layernorm.weight.double(), token_weights)
+        assert is_close(moments.second_moment(f"model.layers.{index}.self_attn.v_proj"), expected, 1e-6)  # type: ignore[arg-type]
 
 
 def test_layers_with_the_same_input_share_a_sum() -> None:
-    moments = gathered(range(2))
+    moments = collect_input_stats(range(2))
     assert len(moments.source_layer) == 14
     assert len(moments.sums) == 8
     for layer, source_layer in moments.source_layer.items():
@@ -83,30 +83,30 @@ def test_layers_with_the_same_input_share_a_sum() -> None:
 def test_masked_tokens_do_not_count() -> None:
     module = model()
     ids = block(0)[0]
-    counted = torch.ones(ids.shape, dtype=torch.float64)
-    counted[:, -3:] = 0
+    token_weights = torch.ones(ids.shape, dtype=torch.float64)
+    token_weights[:, -3:] = 0
     sums = []
-    for last in (ids[:, -3:], (ids[:, -3:] + 1) % VOCABULARY, torch.empty(ROWS, 0, dtype=torch.long)):
+    for last_ids in (ids[:, -3:], (ids[:, -3:] + 1) % VOCABULARY, torch.empty(ROWS, 0, dtype=torch.long)):
         moments = ActivationStats(gradient_weighted=False)
-        given = torch.cat([ids[:, :-3], last], 1)
-        moments.token_mask = counted[:, : given.shape[1]]
+        input_ids = torch.cat([ids[:, :-3], last_ids], 1)
+        moments.token_mask = token_weights[:, : input_ids.shape[1]]
         with torch.no_grad(), moments.collect_stats(module, match_target_layers(module, LLAMA_PROJECTIONS)):
-            module(input_ids=given, use_cache=False)
+            module(input_ids=input_ids, use_cache=False)
         sums.append(moments.sums)
     for other in sums[1:]:
-        assert all(close(other[layer], expected, 1e-6) for layer, expected in sums[0].items())
+        assert all(is_close(other[layer], expected, 1e-6) for layer, expected in sums[0].items())
 
 
-def of_my_blocks(count: int) -> dict[str, torch.Tensor]:
-    moments = gathered(range(comm.rank(), count, comm.world_size()))
+def sums_over_ranks(count: int) -> dict[str, torch.Tensor]:
+    moments = collect_input_stats(range(comm.rank(), count, comm.world_size()))
     return {layer: comm.all_reduce_sum(moments.sums[layer]) for layer in sorted(moments.sums)}
 
 
 def test_sums_do_not_depend_on_the_number_of_ranks(ranks: Any) -> None:
-    expected = ranks(1)(of_my_blocks, 4)[0]
-    for found in ranks(2)(of_my_blocks, 4):
-        assert sorted(found) == sorted(expected)
-        assert all(close(found[layer], expected[layer], 1e-12) for layer in expected)
+    expected = ranks(1)(sums_over_ranks, 4)[0]
+    for sums in ranks(2)(sums_over_ranks, 4):
+        assert sorted(sums) == sorted(expected)
+        assert all(is_close(sums[layer], expected[layer], 1e-12) for layer in expected)
 
 
 def test_gradient_weighted_sums_equal_autograd() -> None:
@@ -117,24 +117,24 @@ def test_gradient_weighted_sums_equal_autograd() -> None:
     expected = felt_moments(rows(0))
     assert sorted(moments.sums) == sorted(expected)
     for layer, of_layer in expected.items():
-        assert close(moments.sums[layer], of_layer, 1e-6)
+        assert is_close(moments.sums[layer], of_layer, 1e-6)
         assert moments.second_moment(layer) is moments.sums[layer]
 
 
 def test_layer_importance_is_the_mean_cosine() -> None:
     module = model()
-    ids, counted = block(7)
-    changes, states = LayerImportance(2, torch.device("cpu")), []
-    changes.token_mask = counted
+    ids, token_weights = block(7)
+    importance, states = LayerImportance(2, torch.device("cpu")), []
+    importance.token_mask = token_weights
     with ExitStack() as stack, torch.no_grad():
         for layer in module.model.layers:
-            hook = layer.register_forward_hook(lambda _m, given, output: states.append((given[0], output)))
+            hook = layer.register_forward_hook(lambda _m, inputs, output: states.append((inputs[0], output)))
             stack.callback(hook.remove)
-        with changes.collect_stats(module.model.layers):
+        with importance.collect_stats(module.model.layers):
             for _ in range(2):
                 module(input_ids=ids, use_cache=False)
-    for index, mean in enumerate(changes.mean_similarity().tolist()):
-        before, after = (state.double()[counted > 0] for state in states[index])
+    for index, mean in enumerate(importance.mean_similarity().tolist()):
+        before, after = (state.double()[token_weights > 0] for state in states[index])
         expected = torch.nn.functional.cosine_similarity(before, after, dim=-1).mean()
         assert mean == pytest.approx(float(expected), rel=1e-12)
         assert abs(mean) < 0.9999

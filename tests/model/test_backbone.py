@@ -1,4 +1,4 @@
-"""Opening a backbone: mistakes in one line, a tokenizer made once, activation checkpointing that changes nothing."""
+"""Opening a backbone: errors of one line, one training of the tokenizer, activation checkpointing without effects."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ REQUIRED_SHAPE_KEYS = {"vocab_size": PIECES, "hidden_size": 64, "num_hidden_laye
 
 
 @pytest.fixture
-def opened(tmp_path: Path, tokenizer_folder: Path) -> Callable[..., Backbone]:
+def open_backbone(tmp_path: Path, tokenizer_folder: Path) -> Callable[..., Backbone]:
     def open_one(**settings: Any) -> Backbone:
         settings.setdefault("tokenizer", str(tokenizer_folder))
         config = ModelConfig(**settings)
@@ -31,10 +31,10 @@ def opened(tmp_path: Path, tokenizer_folder: Path) -> Callable[..., Backbone]:
 
 
 @pytest.fixture
-def refusal(opened: Callable[..., Backbone]) -> Callable[..., str]:
+def refusal(open_backbone: Callable[..., Backbone]) -> Callable[..., str]:
     def refuse(**settings: Any) -> str:
         with pytest.raises(UserError) as raised:
-            opened(**settings)
+            open_backbone(**settings)
         assert "\n" not in str(raised.value)
         assert len(str(raised.value)) < 500
         return str(raised.value)
@@ -86,38 +86,38 @@ def test_unavailable_attention_is_refused(refusal: Callable[..., str]) -> None:
         pytest.skip("flash_attn is installed here")
 
 
-def test_cudnn_attention_is_disabled(opened: Callable[..., Backbone]) -> None:
+def test_cudnn_attention_is_disabled(open_backbone: Callable[..., Backbone]) -> None:
     torch.backends.cuda.enable_cudnn_sdp(True)
-    opened(shape=SHAPE).build()
+    open_backbone(shape=SHAPE).build()
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
-def test_a_pass_in_training_keeps_no_cache(opened: Callable[..., Backbone]) -> None:
-    assert opened(shape=SHAPE).build()(torch.tensor([[1, 2]])).past_key_values is None
+def test_a_pass_in_training_keeps_no_cache(open_backbone: Callable[..., Backbone]) -> None:
+    assert open_backbone(shape=SHAPE).build()(torch.tensor([[1, 2]])).past_key_values is None
 
 
 def test_the_order_of_the_configurations_keys_is_not_part_of_the_fingerprint(
-    opened: Callable[..., Backbone], monkeypatch: pytest.MonkeyPatch
+    open_backbone: Callable[..., Backbone], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    backbone = opened(shape=SHAPE)
+    backbone = open_backbone(shape=SHAPE)
     before, keys = backbone.fingerprint(), backbone.hf_config.to_dict()
     monkeypatch.setattr(type(backbone.hf_config), "to_dict", lambda self: dict(reversed(keys.items())))
     assert backbone.fingerprint() == before
 
 
-def test_count_parameters_equals_the_built_model(opened: Callable[..., Backbone]) -> None:
+def test_count_parameters_equals_the_built_model(open_backbone: Callable[..., Backbone]) -> None:
     for tied in (True, False):
-        backbone = opened(shape={**SHAPE, "tie_word_embeddings": tied})
+        backbone = open_backbone(shape={**SHAPE, "tie_word_embeddings": tied})
         assert backbone.count_parameters() == sum(p.numel() for p in backbone.build().parameters())
 
 
-def test_building_does_not_change_the_configuration(opened: Callable[..., Backbone]) -> None:
-    backbone = opened(shape=REQUIRED_SHAPE_KEYS)
+def test_building_does_not_change_the_configuration(open_backbone: Callable[..., Backbone]) -> None:
+    backbone = open_backbone(shape=REQUIRED_SHAPE_KEYS)
     backbone.build()
     assert backbone.hf_config.use_cache is True  # an exported model generates with a cache again
 
 
-def change(folder: Path, **values: Any) -> None:
+def edit_config(folder: Path, **values: Any) -> None:
     file = folder / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
 
@@ -139,20 +139,20 @@ def test_unusable_folders_are_refused(
     values: dict[str, Any], message: str, save: Callable[..., Path], refusal: Callable[..., str]
 ) -> None:
     folder = save()
-    change(folder, **values)
-    said = refusal(name=str(folder))
-    assert message in said
-    assert str(folder) in said
+    edit_config(folder, **values)
+    error_message = refusal(name=str(folder))
+    assert message in error_message
+    assert str(folder) in error_message
 
 
 def test_code_in_a_folder_is_not_run(
-    save: Callable[..., Path], opened: Callable[..., Backbone], tmp_path: Path
+    save: Callable[..., Path], open_backbone: Callable[..., Backbone], tmp_path: Path
 ) -> None:
     folder = save()
     trap = f"open({str(tmp_path / 'sprung')!r}, 'w')\n"
     (folder / "code.py").write_text(trap + "class C: pass\n")
-    change(folder, auto_map={"AutoConfig": "code.C", "AutoModelForCausalLM": "code.C", "AutoTokenizer": "code.C"})
-    assert type(opened(name=str(folder)).build()).__name__ == "LlamaForCausalLM"
+    edit_config(folder, auto_map={"AutoConfig": "code.C", "AutoModelForCausalLM": "code.C", "AutoTokenizer": "code.C"})
+    assert type(open_backbone(name=str(folder)).build()).__name__ == "LlamaForCausalLM"
     assert not (tmp_path / "sprung").exists()
 
 
@@ -175,14 +175,14 @@ def test_unknown_model_names_are_refused(
     )
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     started = time.monotonic()
-    said = refusal(name="no-such/model")
-    assert "model.name: given 'no-such/model'; no such folder, and the hub could not give it" in said
+    message = refusal(name="no-such/model")
+    assert "model.name: given 'no-such/model'; no such folder, and the hub could not give it" in message
     assert time.monotonic() - started < 5
 
 
 @pytest.mark.parametrize("extra", [True, False])
 def test_tied_embeddings_need_no_second_copy(
-    extra: bool, save: Callable[..., Path], opened: Callable[..., Backbone]
+    extra: bool, save: Callable[..., Path], open_backbone: Callable[..., Backbone]
 ) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -192,7 +192,7 @@ def test_tied_embeddings_need_no_second_copy(
     if extra:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
         save_file(tensors, folder / "model.safetensors")
-    backbone = opened(name=str(folder))
+    backbone = open_backbone(name=str(folder))
     model = backbone.build()
     load_parameters(model, backbone.weights.read)
     assert torch.equal(model.lm_head.weight, tensors["model.embed_tokens.weight"])  # type: ignore[union-attr,arg-type]
@@ -200,15 +200,15 @@ def test_tied_embeddings_need_no_second_copy(
 
 def test_untied_embeddings_need_a_head(save: Callable[..., Path], refusal: Callable[..., str]) -> None:
     folder = save(tie_word_embeddings=True)
-    change(folder, tie_word_embeddings=False)
+    edit_config(folder, tie_word_embeddings=False)
     assert "the weights lack 1 of the" in refusal(name=str(folder))
 
 
 def test_trained_tokenizer_is_cached_by_texts_and_size(tmp_path: Path) -> None:
-    trained = 0
+    num_trained = 0
 
-    def opened(size: int, text: list[str]) -> Any:
-        nonlocal trained
+    def open_tokenizer(size: int, text: list[str]) -> Any:
+        nonlocal num_trained
         reads = 0
 
         def texts() -> Iterable[str]:
@@ -218,49 +218,55 @@ def test_trained_tokenizer_is_cached_by_texts_and_size(tmp_path: Path) -> None:
 
         config = ModelConfig(shape={**REQUIRED_SHAPE_KEYS, "vocab_size": size})
         backbone = resolve_backbone(config, seed=0, dtype=torch.float32, cache=tmp_path, texts=texts)
-        trained += reads - 1  # it is read once to be recognised
+        num_trained += reads - 1  # the texts are read once for their fingerprint
         return backbone.tokenizer
 
-    assert len(opened(300, TEXT)) == 300
-    assert trained == 1
-    first = opened(300, TEXT)
-    assert trained == 1
-    assert len(opened(310, TEXT)) == 310
-    assert opened(300, TEXT[:200]).get_vocab() != first.get_vocab()
-    assert trained == 3
+    assert len(open_tokenizer(300, TEXT)) == 300
+    assert num_trained == 1
+    first = open_tokenizer(300, TEXT)
+    assert num_trained == 1
+    assert len(open_tokenizer(310, TEXT)) == 310
+    assert open_tokenizer(300, TEXT[:200]).get_vocab() != first.get_vocab()
+    assert num_trained == 3
 
 
-def gradients(model: nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
-    """Loss, gradients, and how many numbers the forward pass keeps for the backward pass."""
-    kept = 0
+def loss_and_gradients(model: nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
+    """The loss, the gradients, and how many numbers the forward pass saves for the backward pass."""
+    num_saved = 0
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        nonlocal kept
+        nonlocal num_saved
         if not isinstance(tensor, nn.Parameter):
-            kept += tensor.numel()
+            num_saved += tensor.numel()
         return tensor
 
     ids = torch.randint(0, PIECES, (2, 40), generator=torch.Generator().manual_seed(0))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = model.train()(input_ids=ids, labels=ids, use_cache=False).loss
-        seen = kept
+        num_saved_by_forward = num_saved
     loss.backward()
-    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, seen
+    return (
+        loss.detach(),
+        {name: p.grad for name, p in model.named_parameters() if p.grad is not None},
+        num_saved_by_forward,
+    )
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_activation_checkpointing_saves_memory_and_changes_nothing(lora: bool, opened: Callable[..., Backbone]) -> None:
+def test_activation_checkpointing_saves_memory_and_changes_nothing(
+    lora: bool, open_backbone: Callable[..., Backbone]
+) -> None:
     from dscl.model.adapters.injection import LoraConfig, inject_lora
 
     results = []
     for checkpointing in (False, True):
-        backbone = opened(shape={**SHAPE, "num_hidden_layers": 4}, activation_checkpointing=checkpointing)
+        backbone = open_backbone(shape={**SHAPE, "num_hidden_layers": 4}, activation_checkpointing=checkpointing)
         model = backbone.build()
         load_parameters(model, backbone.weights.read)
-        results.append(gradients(inject_lora(model, LoraConfig(), 0) if lora else model))
-    (loss, grads, kept), (loss2, grads2, kept2) = results
+        results.append(loss_and_gradients(inject_lora(model, LoraConfig(), 0) if lora else model))
+    (loss, grads, saved), (loss2, grads2, saved2) = results
     assert torch.equal(loss, loss2)
     assert grads.keys() == grads2.keys()
     assert len(grads) > 10
     assert all(torch.equal(grads[name], grads2[name]) for name in grads)
-    assert kept2 < 0.5 * kept
+    assert saved2 < 0.5 * saved

@@ -1,4 +1,4 @@
-"""Answering against brute force and against transformers' own generation."""
+"""Label scores against brute force, and generation against that of transformers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.toy_model import VOCABULARY, model
 BATCH = collate_prompts(PROMPTS, PAD)
 
 
-def expected(module: Any, labels: list[list[int]]) -> torch.Tensor:
+def expected_log_probs(module: Any, labels: list[list[int]]) -> torch.Tensor:
     return torch.tensor([[alone(module, prompt, label) for label in labels] for prompt in PROMPTS]).float()
 
 
@@ -25,12 +25,12 @@ def test_label_log_probs_equal_one_plain_pass_per_label(attention: str) -> None:
     module = model()
     module.set_attn_implementation(attention)
     with torch.no_grad():
-        got = label_log_probs(module, BATCH, LABELS)
-    torch.testing.assert_close(got, expected(module, LABELS), rtol=1e-5, atol=1e-5)
+        log_probs = label_log_probs(module, BATCH, LABELS)
+    torch.testing.assert_close(log_probs, expected_log_probs(module, LABELS), rtol=1e-5, atol=1e-5)
 
 
-def passes(module: Any) -> list[tuple[int, ...]]:
-    """Where the shapes of what the model reads will stand."""
+def record_input_shapes(module: Any) -> list[tuple[int, ...]]:
+    """A list to which every forward pass adds the shape of its input ids."""
     shapes: list[tuple[int, ...]] = []
     module.register_forward_pre_hook(lambda _m, _a, kw: shapes.append(tuple(kw["input_ids"].shape)), with_kwargs=True)
     return shapes
@@ -38,28 +38,28 @@ def passes(module: Any) -> list[tuple[int, ...]]:
 
 def test_shared_label_prefixes_are_computed_once() -> None:
     module = model()
-    shapes = passes(module)
+    shapes = record_input_shapes(module)
     labels = [[11, 12, 13, EOS], [14, EOS], [11, 12, 15, EOS], [16], [11, EOS]]
     with torch.no_grad():
-        got = label_log_probs(module, BATCH, labels)
+        log_probs = label_log_probs(module, BATCH, labels)
     assert shapes == [(5, BATCH.input_ids.shape[1]), (5, 5)]  # 11, 11 12, 11 12 13, 11 12 15 and 14
-    torch.testing.assert_close(got, expected(module, labels), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(log_probs, expected_log_probs(module, labels), rtol=1e-5, atol=1e-5)
 
 
 def test_many_labels_are_processed_in_parts() -> None:
     """So that memory does not grow with the label set."""
     module = model()
-    shapes = passes(module)
+    shapes = record_input_shapes(module)
     labels = [[token, *([12] * (token % 5)), EOS] for token in range(20, 51)]
     with torch.no_grad():
-        got = label_log_probs(module, BATCH, labels)
+        log_probs = label_log_probs(module, BATCH, labels)
     assert len(shapes) > 3
     assert max(shape[1] for shape in shapes[1:]) <= MAX_TREE_TOKENS
-    torch.testing.assert_close(got, expected(module, labels), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(log_probs, expected_log_probs(module, labels), rtol=1e-5, atol=1e-5)
 
 
 def test_sliding_window_attention_processes_single_labels() -> None:
-    """No mask of a tree's can be given to it; and the window is that of a plain pass."""
+    """Such a model takes no tree mask; its window is that of a plain pass."""
     torch.manual_seed(0)
     module = MistralForCausalLM(
         MistralConfig(
@@ -67,18 +67,18 @@ def test_sliding_window_attention_processes_single_labels() -> None:
             num_key_value_heads=1, sliding_window=4,
         )
     ).eval()  # fmt: skip
-    shapes = passes(module)
+    shapes = record_input_shapes(module)
     with torch.no_grad():
-        got = label_log_probs(module, BATCH, LABELS)
+        log_probs = label_log_probs(module, BATCH, LABELS)
     assert [shape[1] for shape in shapes[1:]] == [1, 2, 3]
-    torch.testing.assert_close(got, expected(module, LABELS), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(log_probs, expected_log_probs(module, LABELS), rtol=1e-5, atol=1e-5)
 
 
 def test_single_token_labels_need_no_second_pass() -> None:
     module = model()
     with torch.no_grad():
-        got = label_log_probs(module, BATCH, [[5], [6]])
-    torch.testing.assert_close(got, expected(module, [[5], [6]]), rtol=1e-5, atol=1e-5)
+        log_probs = label_log_probs(module, BATCH, [[5], [6]])
+    torch.testing.assert_close(log_probs, expected_log_probs(module, [[5], [6]]), rtol=1e-5, atol=1e-5)
 
 
 def test_greedy_generation_equals_transformers() -> None:
@@ -87,11 +87,11 @@ def test_greedy_generation_equals_transformers() -> None:
         for weight in layer.parameters():
             weight.data *= 8.0
     with torch.no_grad():
-        frequent = generate(module, BATCH, 12, VOCABULARY, PAD)[0][3]  # a token that does come up: let it end rows
-        got = generate(module, BATCH, 12, frequent, PAD)
-        for prompt, row in zip(PROMPTS, got, strict=True):
-            whole = module.generate(
+        frequent = generate(module, BATCH, 12, VOCABULARY, PAD)[0][3]  # a token that is generated; it ends rows below
+        rows = generate(module, BATCH, 12, frequent, PAD)
+        for prompt, row in zip(PROMPTS, rows, strict=True):
+            reference = module.generate(
                 torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), do_sample=False,
                 max_new_tokens=12, eos_token_id=frequent, pad_token_id=PAD, use_cache=True,
             )[0, len(prompt) :].tolist()  # fmt: skip
-            assert row == (whole[: whole.index(frequent)] if frequent in whole else whole)
+            assert row == (reference[: reference.index(frequent)] if frequent in reference else reference)

@@ -1,4 +1,4 @@
-"""The loss that methods share, against the model's own logits."""
+"""The loss over answer tokens, against the model's own logits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dscl.model.lm_head import answer_logits, answer_loss
 SAMPLES = {0: ([1, 5, 6], [7, 2]), 1: ([1, 8], [9, 10, 11, 2]), 2: ([1, 12, 13, 14, 15], [2]), 3: ([1, 4], [3, 2])}
 
 
-def model(tied: bool) -> Any:
+def make_model(tied: bool) -> Any:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
@@ -31,26 +31,30 @@ def model(tied: bool) -> Any:
 @pytest.mark.parametrize("packing", [False, True])
 def test_answer_logits_equal_full_logits_at_targets(packing: bool, tied: bool, adapted: bool) -> None:
     rows = [[0, 1], [2, 3]] if packing else [[0], [1], [2], [3]]
-    batch, module = collate(rows, SAMPLES, 0, packing), model(tied)
+    batch, module = collate(rows, SAMPLES, 0, packing), make_model(tied)
     if adapted:
         module = peft.get_peft_model(module, peft.LoraConfig(target_modules=["q_proj"], r=2))
-    whole = module(
+    full_logits = module(
         input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids, use_cache=False
     ).logits.flatten(0, 1)
-    seen: list[int] = []
-    module.get_output_embeddings().register_forward_hook(lambda _m, given, _o: seen.append(given[0].numel() // 16))
-    torch.testing.assert_close(answer_logits(module, batch), whole[batch.loss_positions], rtol=1e-5, atol=1e-5)
-    assert seen == [sum(len(answer) for _, answer in SAMPLES.values())]
-    expected = functional.cross_entropy(whole[batch.loss_positions], batch.labels, reduction="sum")
+    head_rows: list[int] = []
+    module.get_output_embeddings().register_forward_hook(
+        lambda _m, inputs, _o: head_rows.append(inputs[0].numel() // 16)
+    )
+    torch.testing.assert_close(answer_logits(module, batch), full_logits[batch.loss_positions], rtol=1e-5, atol=1e-5)
+    assert head_rows == [sum(len(answer) for _, answer in SAMPLES.values())]
+    expected = functional.cross_entropy(full_logits[batch.loss_positions], batch.labels, reduction="sum")
     loss = answer_loss(module, batch)
     torch.testing.assert_close(loss, expected)
-    wanted = [p for p in module.parameters() if p.requires_grad]
-    for mine, theirs in zip(torch.autograd.grad(loss, wanted), torch.autograd.grad(expected, wanted), strict=True):
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    for mine, theirs in zip(
+        torch.autograd.grad(loss, trainable), torch.autograd.grad(expected, trainable), strict=True
+    ):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_failed_pass_leaves_the_model_unchanged() -> None:
-    batch, module = collate([[0]], SAMPLES, 0, False), model(tied=False)
+    batch, module = collate([[0]], SAMPLES, 0, False), make_model(tied=False)
     broken = module.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         answer_loss(module, batch)
@@ -64,44 +68,44 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def gradients(module: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-    wanted = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    return dict(zip(wanted, torch.autograd.grad(loss / 7, list(wanted.values())), strict=True))
+    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    return dict(zip(trainable, torch.autograd.grad(loss / 7, list(trainable.values())), strict=True))
 
 
 @pytest.mark.parametrize("trained", ["all", "but the head", "the head"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_chunked_loss_and_gradients_equal_the_full_ones(trained: str, tied: bool, small_parts: None) -> None:
-    """In fp64, with an answer that does not count among the others."""
-    batch, module = collate([[0, 1], [2, 3]], SAMPLES, 0, True), model(tied).double()
+    """In fp64, with one label that is ignored."""
+    batch, module = collate([[0, 1], [2, 3]], SAMPLES, 0, True), make_model(tied).double()
     module.lm_head.bias = torch.nn.Parameter(torch.randn(32, dtype=torch.float64))
     batch.labels[2] = -100
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(trained == "all" or name.startswith("lm_head") == (trained == "the head"))
     logits = answer_logits(module, batch).double()
     assert logits.shape[0] == 9
-    whole = module(
+    full_logits = module(
         input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids, use_cache=False
     ).logits.flatten(0, 1)[batch.loss_positions]
-    expected = functional.cross_entropy(whole, batch.labels, reduction="sum")
+    expected = functional.cross_entropy(full_logits, batch.labels, reduction="sum")
     rows: list[int] = []
-    made = lm_head.functional.linear
+    original_linear = lm_head.functional.linear
 
-    def linear(given: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        if weight.shape[0] == 32 and weight.shape[1] == 16 and given.dim() == 2:
-            rows.append(given.shape[0])
-        return made(given, weight, bias)
+    def linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if weight.shape[0] == 32 and weight.shape[1] == 16 and hidden.dim() == 2:
+            rows.append(hidden.shape[0])
+        return original_linear(hidden, weight, bias)
 
     lm_head.functional.linear = linear
     try:
         loss = answer_loss(module, batch)
     finally:
-        lm_head.functional.linear = made
+        lm_head.functional.linear = original_linear
     assert rows == [4, 4, 1]
     assert loss.dtype == torch.float64
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
-    theirs = gradients(module, expected)
+    expected_gradients = gradients(module, expected)
     for name, mine in gradients(module, loss).items():
-        torch.testing.assert_close(mine, theirs[name], rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(mine, expected_gradients[name], rtol=1e-10, atol=1e-12)
     with torch.no_grad():
         torch.testing.assert_close(answer_loss(module, batch), expected, rtol=1e-12, atol=0)
     assert "forward" not in vars(module.lm_head)
@@ -112,25 +116,25 @@ def test_chunked_loss_in_bf16_is_as_exact_as_the_full_one(monkeypatch: pytest.Mo
     hidden, weight = (torch.randn(*size, dtype=torch.float64).bfloat16() for size in ((512, 64), (1000, 64)))
     labels = torch.randint(0, 1000, (512,))
 
-    def found(kind: torch.dtype, rows: int | None) -> list[torch.Tensor]:
-        given = [tensor.to(kind).clone().requires_grad_() for tensor in (hidden, weight)]
+    def loss_and_gradients(kind: torch.dtype, rows: int | None) -> list[torch.Tensor]:
+        leaves = [tensor.to(kind).clone().requires_grad_() for tensor in (hidden, weight)]
         if rows is None:
             loss = functional.cross_entropy(
-                functional.linear(*given).to(torch.promote_types(kind, torch.float32)), labels, reduction="sum"
+                functional.linear(*leaves).to(torch.promote_types(kind, torch.float32)), labels, reduction="sum"
             )
         else:
-            loss = lm_head.ChunkedCrossEntropy.apply(*given, None, labels, rows, True)
+            loss = lm_head.ChunkedCrossEntropy.apply(*leaves, None, labels, rows, True)
         (loss / 509).backward()
-        return [loss.detach(), *(tensor.grad for tensor in given)]
+        return [loss.detach(), *(tensor.grad for tensor in leaves)]
 
-    def off(kind: torch.dtype, rows: int | None) -> list[float]:
-        pairs = zip(found(kind, rows), found(torch.float64, None), strict=True)
+    def relative_errors(kind: torch.dtype, rows: int | None) -> list[float]:
+        pairs = zip(loss_and_gradients(kind, rows), loss_and_gradients(torch.float64, None), strict=True)
         return [float((mine.double() - exact).norm() / exact.norm()) for mine, exact in pairs]
 
-    whole, parts = off(torch.bfloat16, None), off(torch.bfloat16, 64)
-    assert parts[0] == pytest.approx(whole[0], rel=0.1)
-    assert parts[1] < 1.3 * whole[1]
-    assert parts[2] < 3 * whole[2]  # added up over eight parts, each of which is rounded
+    full_errors, chunked_errors = relative_errors(torch.bfloat16, None), relative_errors(torch.bfloat16, 64)
+    assert chunked_errors[0] == pytest.approx(full_errors[0], rel=0.1)
+    assert chunked_errors[1] < 1.3 * full_errors[1]
+    assert chunked_errors[2] < 3 * full_errors[2]  # added up over eight parts, each of which is rounded
 
 
 @pytest.mark.parametrize("kind", lm_head.PLAIN_HEAD_MODELS)
@@ -149,8 +153,8 @@ def test_plain_head_models_return_the_heads_output(kind: str, small_parts: None)
 
 
 def test_other_model_types_use_the_full_loss(small_parts: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may scale or bound its logits; then a loss cannot stand in their place."""
-    batch, module = collate([[0, 1], [2, 3]], SAMPLES, 0, True), model(False)
+    """Such a model may scale or bound its logits, so the chunked loss does not apply."""
+    batch, module = collate([[0, 1], [2, 3]], SAMPLES, 0, True), make_model(False)
     expected = functional.cross_entropy(answer_logits(module, batch), batch.labels, reduction="sum")
     module.config.model_type = "gemma2"
     monkeypatch.setattr(lm_head, "_chunked_answer_loss", None)

@@ -88,9 +88,9 @@ def test_training_uses_only_the_trainable_lora() -> None:
     expected = nn.functional.linear(x, routed.weight, routed.bias) + 1.5 * (x @ a.T @ b.T)
     expected.square().sum().backward()
     routed.routing.assign_slots([0, 0], x)  # training ignores the slots
-    got = routed.train()(x)
-    got.square().sum().backward()
-    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    output = routed.train()(x)
+    output.square().sum().backward()
+    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(routed.lora_a.grad, a.grad, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(routed.lora_b.grad, b.grad, rtol=1e-11, atol=1e-11)
 
@@ -143,17 +143,17 @@ def test_first_pass_chooses_slots_at_the_feature_layer() -> None:
     plain = make_model(4)
     states = plain(input_ids=IDS, output_hidden_states=True).hidden_states[2]
     expected = torch.stack([states[row, start:stop].mean(0) for row, start, stop in SPANS])
-    seen: list[torch.Tensor] = []
+    all_features: list[torch.Tensor] = []
 
-    def choose_slots(get_features: torch.Tensor) -> list[int | None]:
-        seen.append(get_features)
+    def choose_slots(features: torch.Tensor) -> list[int | None]:
+        all_features.append(features)
         return [2, None, 0, 1]
 
     with bank.routing.route_prompts(SPANS, choose_slots), torch.no_grad():
         first = model(input_ids=IDS, use_cache=True)
         second = model(input_ids=IDS[:, :1], past_key_values=copy.deepcopy(first.past_key_values)).logits
-    assert len(seen) == 1  # later passes keep the slots
-    torch.testing.assert_close(seen[0], expected, rtol=1e-6, atol=1e-6)
+    assert len(all_features) == 1  # later passes keep the slots
+    torch.testing.assert_close(all_features[0], expected, rtol=1e-6, atol=1e-6)
     assert torch.equal(model(input_ids=IDS).logits, plain(input_ids=IDS).logits)  # afterwards no adapter is used
     for row, slot in enumerate([2, None, 0, 1]):
         with torch.no_grad(), bank.routing.route_prompts([(0, *SPANS[row][1:])], lambda _, s=slot: [s]):

@@ -1,4 +1,4 @@
-"""While a model is loaded at ZeRO-3, no rank ever holds more than its share of it and a layer besides."""
+"""While a model is loaded at ZeRO-3, a rank holds at most its share and one more layer."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ SHAPE: dict[str, Any] = {
 }  # fmt: skip
 
 
-class Placed(Exception):
-    """The weights are in place: the end of what is measured."""
+class WeightsPlaced(Exception):
+    """Ends the measurement: the weights are in place."""
 
 
-def growth(config: ModelConfig, stage: int, cache: Path) -> tuple[int, int]:
+def measure_loading(config: ModelConfig, stage: int, cache: Path) -> tuple[int, int]:
     """(peak bytes beyond the start, the model's bytes) of loading on this rank, until the weights are in place."""
     backbone = resolve_backbone(config, seed=0, dtype=torch.float32, cache=cache, texts=lambda: [])
 
     def stop(_model: nn.Module) -> nn.Module:
-        raise Placed
+        raise WeightsPlaced
 
-    with Peak() as peak, pytest.raises(Placed):
+    with Peak() as peak, pytest.raises(WeightsPlaced):
         Engine(
             {"zero_optimization": {"stage": stage}},
             build=backbone.build,
@@ -55,7 +55,7 @@ def fresh_ranks() -> Iterator[Pool]:
 
 
 @pytest.fixture(scope="module")
-def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -71,13 +71,13 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("source", "stage"), [("drawn", 3), ("stored", 3), ("stored", 0)])
 def test_no_rank_holds_the_model_while_loading(
-    source: str, stage: int, fresh_ranks: Pool, stored: Path, tokenizer_folder: Path, tmp_path: Path
+    source: str, stage: int, fresh_ranks: Pool, model_folder: Path, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
-    place = {"shape": SHAPE} if source == "drawn" else {"name": str(stored)}
+    place = {"shape": SHAPE} if source == "drawn" else {"name": str(model_folder)}
     config = ModelConfig(**place, tokenizer=str(tokenizer_folder))
-    for peak, model in fresh_ranks(growth, config, stage, tmp_path):
+    for peak, model in fresh_ranks(measure_loading, config, stage, tmp_path):
         assert model > 350e6
         if stage == 3:
             assert 0.95 * model / WORLD < peak < model / WORLD + 0.06 * model
-        else:  # the same measurement sees it where every rank does hold it all
+        else:  # the same measurement sees that every rank holds the whole model
             assert peak > 0.95 * model

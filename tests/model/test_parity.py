@@ -1,4 +1,4 @@
-"""The model that is built and filled is the very model that transformers loads, whole or sharded."""
+"""A model that dscl builds and fills equals the one that transformers loads, whole or sharded."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from tests.support.small_models import PIECES, SHAPE
 
 KINDS = ("llama", "mistral", "qwen2", "qwen3")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-Held = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], torch.Tensor]
+RankState = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], torch.Tensor]
 IDS = torch.randint(0, PIECES, (2, 24), generator=torch.Generator().manual_seed(3))
 
 
-def opened(config: ModelConfig, dtype: torch.dtype, cache: Path) -> Backbone:
+def open_backbone(config: ModelConfig, dtype: torch.dtype, cache: Path) -> Backbone:
     return resolve_backbone(config, seed=7, dtype=dtype, cache=cache, texts=lambda: [])
 
 
-def whole(backbone: Backbone) -> nn.Module:
+def load_whole_model(backbone: Backbone) -> nn.Module:
     model = backbone.build().eval()
     load_parameters(model, backbone.weights.read)
     return model
 
 
-def logits(model: Any) -> torch.Tensor:
+def compute_logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
         out: torch.Tensor = model(input_ids=IDS, use_cache=False).logits
     return out
@@ -46,10 +46,12 @@ def test_same_model_as_transformers(
     from transformers import AutoModelForCausalLM
 
     dtype = DTYPES[precision]
-    # Stored in the other precision now and then: files are read in whatever they hold.
+    # Some files have the other precision: files of any precision are read.
     folder = save(kind, torch.bfloat16 if tied else torch.float32, "100KB" if tied else "1GB", tie_word_embeddings=tied)
     assert (folder / "model.safetensors.index.json").is_file() == tied
-    model = whole(opened(ModelConfig(name=str(folder), tokenizer=str(tokenizer_folder)), dtype, tmp_path))
+    model = load_whole_model(
+        open_backbone(ModelConfig(name=str(folder), tokenizer=str(tokenizer_folder)), dtype, tmp_path)
+    )
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
     state, expected = model.state_dict(keep_vars=True), reference.state_dict(keep_vars=True)
     assert state.keys() == expected.keys()
@@ -60,12 +62,12 @@ def test_same_model_as_transformers(
     assert buffers.keys() == expected.keys()
     assert all(buffers[name].dtype == v.dtype and torch.equal(buffers[name], v) for name, v in expected.items())
     assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied  # type: ignore[operator]
-    assert torch.equal(logits(model), logits(reference))
+    assert torch.equal(compute_logits(model), compute_logits(reference))
 
 
-def on_a_rank(config: ModelConfig, precision: str, persistent: int, cache: Path) -> Held:
-    """What one rank holds at ZeRO-3: its stretch of every parameter, the buffers; and the logits."""
-    backbone = opened(config, DTYPES[precision], cache)
+def build_on_rank(config: ModelConfig, precision: str, persistent: int, cache: Path) -> RankState:
+    """The state of one rank at ZeRO-3: its shard of every parameter, the buffers, and the logits."""
+    backbone = open_backbone(config, DTYPES[precision], cache)
     zero = {"stage": 3, "stage3_param_persistence_threshold": persistent}
     engine = Engine(
         {"zero_optimization": zero},
@@ -74,12 +76,12 @@ def on_a_rank(config: ModelConfig, precision: str, persistent: int, cache: Path)
         prepare=lambda model: model.requires_grad_(True),
         precision=precision,
     )
-    held = {name: p.ds_tensor.clone() for name, p in engine.module.named_parameters()}  # type: ignore[attr-defined]
+    shards = {name: p.ds_tensor.clone() for name, p in engine.module.named_parameters()}  # type: ignore[attr-defined]
     buffers = {name: buffer.clone() for name, buffer in engine.module.named_buffers()}
     engine.module.eval()
-    out = logits(engine.module)
+    out = compute_logits(engine.module)
     engine.close()
-    return held, buffers, out
+    return shards, buffers, out
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -92,14 +94,14 @@ def test_sharded_model_equals_the_full_one(
     else:
         folder = save(source, tie_word_embeddings=source == "llama")
         config = ModelConfig(name=str(folder), tokenizer=str(tokenizer_folder))
-    model = whole(opened(config, DTYPES[precision], tmp_path))
-    expected = logits(model)
+    model = load_whole_model(open_backbone(config, DTYPES[precision], tmp_path))
+    expected = compute_logits(model)
     persistent = 1000 if source == "drawn" else 0  # the size up to which a tensor is kept whole on every rank
-    results = ranks(2)(on_a_rank, config, precision, persistent, tmp_path)
+    results = ranks(2)(build_on_rank, config, precision, persistent, tmp_path)
     for name, parameter in model.named_parameters():
-        shares = [held[name] for held, _, _ in results]
-        assert shares[0].numel() == shares[1].numel() == -(-parameter.numel() // 2)
-        assert torch.equal(torch.cat(shares)[: parameter.numel()], parameter.flatten()), name
+        rank_shards = [shards[name] for shards, _, _ in results]
+        assert rank_shards[0].numel() == rank_shards[1].numel() == -(-parameter.numel() // 2)
+        assert torch.equal(torch.cat(rank_shards)[: parameter.numel()], parameter.flatten()), name
     # DeepSpeed adds a linear layer's bias in a step of its own, which in bf16 is one more rounding.
     tolerance = 2e-2 if (source, precision) == ("qwen2", "bf16") else 1e-6
     for _, buffers, out in results:

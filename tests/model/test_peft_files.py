@@ -1,4 +1,4 @@
-"""Adapter folders: PEFT reads what is written, what PEFT wrote is read, and whatever is more than LoRA is refused."""
+"""Adapter folders: PEFT reads those of dscl, dscl reads those of PEFT, and adapters beyond LoRA are refused."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def plain() -> LlamaForCausalLM:
 
 @pytest.fixture
 def model(plain: LlamaForCausalLM) -> LlamaForCausalLM:
-    return copy.deepcopy(plain)  # PEFT changes what it is given
+    return copy.deepcopy(plain)  # PEFT changes the model in place
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,9 @@ def shapes(plain: LlamaForCausalLM) -> dict[str, tuple[int, int]]:
     return {name: (module.out_features, module.in_features) for name, module in linear.items()}
 
 
-def drawn(shapes: Mapping[str, tuple[int, int]], modules: list[str], rank: int = 4, scale: float = 2.0) -> LoraAdapter:
+def make_adapter(
+    shapes: Mapping[str, tuple[int, int]], modules: list[str], rank: int = 4, scale: float = 2.0
+) -> LoraAdapter:
     torch.manual_seed(11)
     layers = {}
     for module in modules:
@@ -62,8 +64,8 @@ def drawn(shapes: Mapping[str, tuple[int, int]], modules: list[str], rank: int =
 
 
 @contextmanager
-def attached(model: nn.Module, adapter: LoraAdapter) -> Iterator[None]:
-    """The reference: base + scale · B(A x), written out."""
+def add_lora_hooks(model: nn.Module, adapter: LoraAdapter) -> Iterator[None]:
+    """Within, the model computes the reference: base + scale · B(A x)."""
 
     def hook(pair: LoraWeights) -> Callable[..., torch.Tensor]:
         return lambda module, inputs, output: output + pair.scale * (inputs[0] @ pair.a.float().T @ pair.b.float().T)
@@ -76,15 +78,15 @@ def attached(model: nn.Module, adapter: LoraAdapter) -> Iterator[None]:
 
 @torch.no_grad()
 def logits(model: Any, adapter: LoraAdapter | None = None) -> torch.Tensor:
-    with attached(model, adapter or LoraAdapter("", "", {})):
+    with add_lora_hooks(model, adapter or LoraAdapter("", "", {})):
         return model(input_ids=IDS).logits
 
 
-def adapted(model: PeftModel) -> dict[str, LoraLayer]:
+def lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
     return {n: m for n, m in model.get_base_model().named_modules() if isinstance(m, LoraLayer)}
 
 
-def same(one: LoraAdapter, other: LoraAdapter) -> bool:
+def equal_adapters(one: LoraAdapter, other: LoraAdapter) -> bool:
     """Bit for bit, in the same order, with the same types."""
     return (one.name, one.base_model, list(one.layers)) == (other.name, other.base_model, list(other.layers)) and all(
         x.scale == y.scale
@@ -95,7 +97,7 @@ def same(one: LoraAdapter, other: LoraAdapter) -> bool:
     )
 
 
-# What is written.
+# Folders that dscl writes.
 
 
 @pytest.mark.parametrize(
@@ -114,19 +116,19 @@ def same(one: LoraAdapter, other: LoraAdapter) -> bool:
 def test_peft_loads_what_is_written(
     chosen: Callable[..., list[str]], model: LlamaForCausalLM, shapes: dict[str, tuple[int, int]], tmp_path: Path
 ) -> None:
-    adapter = drawn(shapes, chosen(shapes))
+    adapter = make_adapter(shapes, chosen(shapes))
     expected, base = logits(model, adapter), logits(model)
     write_adapter(tmp_path / "task", adapter)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # PEFT warns of weights that it misses
         loaded = PeftModel.from_pretrained(model, tmp_path / "task")
     assert (logits(loaded) - expected).abs().max() <= 1e-5
-    assert (expected - base).abs().max() > 0.1  # so that the line above says something
-    assert set(adapted(loaded)) == set(adapter.layers)
+    assert (expected - base).abs().max() > 0.1  # else the line above would show nothing
+    assert set(lora_layers(loaded)) == set(adapter.layers)
 
 
 def test_configuration_has_only_keys_that_servers_know(shapes: dict[str, tuple[int, int]], tmp_path: Path) -> None:
-    write_adapter(tmp_path / "task", drawn(shapes, UPPER, rank=4, scale=2.0))
+    write_adapter(tmp_path / "task", make_adapter(shapes, UPPER, rank=4, scale=2.0))
     config = json.loads((tmp_path / "task" / CONFIG_FILE).read_text())
     assert config["target_modules"] == ["q_proj", "v_proj"]
     assert config["layers_to_transform"] == [2, 3]
@@ -142,26 +144,26 @@ def test_configuration_has_only_keys_that_servers_know(shapes: dict[str, tuple[i
 def test_write_and_read_round_trip_is_bitwise_equal(
     rank: int, alpha: float, dtype: torch.dtype, shapes: dict[str, tuple[int, int]], tmp_path: Path
 ) -> None:
-    adapter = drawn(shapes, UPPER, rank, alpha / rank)
+    adapter = make_adapter(shapes, UPPER, rank, alpha / rank)
     layers = {m: LoraWeights(p.a.to(dtype), p.b.to(dtype), p.scale) for m, p in adapter.layers.items()}
     write_adapter(tmp_path / "task", LoraAdapter("task", "models/base", layers))
-    assert same(read_adapter(tmp_path / "task", shapes), LoraAdapter("task", "models/base", layers))
+    assert equal_adapters(read_adapter(tmp_path / "task", shapes), LoraAdapter("task", "models/base", layers))
 
 
 def test_views_of_larger_tensors_are_written_alone(shapes: dict[str, tuple[int, int]], tmp_path: Path) -> None:
-    """As they lie in a bank, stacked by task, trainable or transposed."""
+    """A bank holds such views: stacked by task, trainable or transposed."""
     bank = torch.randn(5, 4, 32, requires_grad=True)
     columns = torch.randn(3, 4, 32)
     layers = {m: LoraWeights(bank[i], columns[2].T, 1.0) for i, m in enumerate(UPPER) if m.endswith("q_proj")}
     write_adapter(tmp_path / "task", LoraAdapter("task", "", layers))
     assert (tmp_path / "task" / ADAPTER_WEIGHTS_FILE).stat().st_size < 4 * 4 * 4 * 32 + 2000
-    assert same(read_adapter(tmp_path / "task", shapes), LoraAdapter("task", "", layers))
+    assert equal_adapters(read_adapter(tmp_path / "task", shapes), LoraAdapter("task", "", layers))
 
 
 def test_layers_of_different_rank_or_scale_are_refused(shapes: dict[str, tuple[int, int]], tmp_path: Path) -> None:
     first, second = UPPER[:2]
     for rank, scale in ((3, 2.0), (4, 1.0)):
-        layers = {**drawn(shapes, [first]).layers, **drawn(shapes, [second], rank, scale).layers}
+        layers = {**make_adapter(shapes, [first]).layers, **make_adapter(shapes, [second], rank, scale).layers}
         with pytest.raises(AssertionError):
             write_adapter(tmp_path / "task", LoraAdapter("task", "", layers))
 
@@ -176,7 +178,7 @@ def test_all_of_a_file_is_there_when_it_is_brought_to_the_disk(
         synced[path.name] = os.fstat(handle).st_size
 
     monkeypatch.setattr(os, "fsync", sync)
-    write_adapter(tmp_path / "task", drawn(shapes, UPPER))
+    write_adapter(tmp_path / "task", make_adapter(shapes, UPPER))
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "task").iterdir()}
     assert {name: synced[name] for name in sizes} == sizes
 
@@ -185,22 +187,22 @@ def test_adapter_folder_is_replaced_atomically(
     shapes: dict[str, tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "task"
-    old, new = drawn(shapes, UPPER), drawn(shapes, UPPER[:2], rank=2)
+    old, new = make_adapter(shapes, UPPER), make_adapter(shapes, UPPER[:2], rank=2)
     write_adapter(folder, old)
     (folder / "README.md").write_text("of the old one")
 
     with monkeypatch.context() as patched:
-        for broken in ("fsync", "replace"):  # a full disk while it is written, and a failure when it is put in place
+        for broken in ("fsync", "replace"):  # a full disk while writing, and a failure while replacing
             patched.setattr(os, broken, lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
             with pytest.raises(
                 ExternalFailure, match=r"task: the adapter cannot be written \(No space left on device\)"
             ):
                 write_adapter(folder, new)
-            assert same(read_adapter(folder, shapes), old)
+            assert equal_adapters(read_adapter(folder, shapes), old)
 
-    assert (tmp_path / "task.partial").is_dir()  # as a killed process would leave it; in nobody's way
+    assert (tmp_path / "task.partial").is_dir()  # as a killed process would leave it
     write_adapter(folder, new)
-    assert same(read_adapter(folder, shapes), new)
+    assert equal_adapters(read_adapter(folder, shapes), new)
     assert [p.name for p in tmp_path.iterdir()] == ["task"]
     assert not (folder / "README.md").exists()
 
@@ -213,20 +215,20 @@ def test_task_file_names_are_safe_and_unique(tmp_path: Path) -> None:
         "x" * 152, "务" * 90, "务" * 91, "x" * 100, task_file_name("x" * 152), "version 1.5", "~", "A", "-",
     ]  # fmt: skip
     for name in odd:
-        (tmp_path / task_file_name(name)).mkdir()  # fails on one that is there
+        (tmp_path / task_file_name(name)).mkdir()  # fails if the folder exists
         (tmp_path / (task_file_name(name) + ".partial")).mkdir()
     assert len(list(tmp_path.iterdir())) == 2 * len(odd)
 
 
-# What PEFT wrote.
+# Folders that PEFT writes.
 
 
-def saved_by_peft(model: nn.Module, folder: Path, **options: Any) -> PeftModel:
+def save_with_peft(model: nn.Module, folder: Path, **options: Any) -> PeftModel:
     torch.manual_seed(7)
     config = LoraConfig(**{"r": 4, "lora_alpha": 8, "init_lora_weights": False, "lora_dropout": 0.3, **options})
-    made = get_peft_model(model, config).eval()
-    made.save_pretrained(folder)
-    return made
+    peft_model = get_peft_model(model, config).eval()
+    peft_model.save_pretrained(folder)
+    return peft_model
 
 
 @pytest.mark.parametrize(
@@ -254,27 +256,27 @@ def test_adapters_of_peft_are_read(
     options: dict[str, Any], model: LlamaForCausalLM, shapes: dict[str, tuple[int, int]], tmp_path: Path
 ) -> None:
     plain = copy.deepcopy(model)
-    made = saved_by_peft(model, tmp_path / "mine", **options)
+    peft_model = save_with_peft(model, tmp_path / "mine", **options)
     adapter = read_adapter(tmp_path / "mine", shapes)
     assert adapter.name == "mine"
-    assert list(adapter.layers) == [module for module in shapes if module in adapted(made)]
-    for module, layer in adapted(made).items():
+    assert list(adapter.layers) == [module for module in shapes if module in lora_layers(peft_model)]
+    for module, layer in lora_layers(peft_model).items():
         pair = adapter.layers[module]
         assert pair.scale == layer.scaling["default"]
         assert torch.equal(pair.a, layer.lora_A["default"].weight)
         assert torch.equal(pair.b, layer.lora_B["default"].weight)
-    assert (logits(plain, adapter) - logits(made)).abs().max() <= 1e-5
-    assert (logits(made) - logits(plain)).abs().max() > 0.1
+    assert (logits(plain, adapter) - logits(peft_model)).abs().max() <= 1e-5
+    assert (logits(peft_model) - logits(plain)).abs().max() > 0.1
 
 
 def test_written_by_peft_then_here_then_loaded_by_peft(
     model: LlamaForCausalLM, shapes: dict[str, tuple[int, int]], tmp_path: Path
 ) -> None:
     plain = copy.deepcopy(model)
-    made = saved_by_peft(model, tmp_path / "a", target_modules=["q_proj", "mlp.down_proj"], use_rslora=True, r=6)
+    peft_model = save_with_peft(model, tmp_path / "a", target_modules=["q_proj", "mlp.down_proj"], use_rslora=True, r=6)
     write_adapter(tmp_path / "b", read_adapter(tmp_path / "a", shapes))
     loaded = PeftModel.from_pretrained(plain, tmp_path / "b")
-    assert torch.allclose(logits(loaded), logits(made), rtol=0, atol=1e-5)
+    assert torch.allclose(logits(loaded), logits(peft_model), rtol=0, atol=1e-5)
 
 
 def test_an_adapter_that_transformers_saved(
@@ -287,13 +289,13 @@ def test_an_adapter_that_transformers_saved(
 
 
 @pytest.fixture
-def made(model: LlamaForCausalLM, tmp_path: Path) -> Path:
-    """A folder by PEFT that is in order."""
-    saved_by_peft(model, tmp_path / "made", target_modules=["q_proj", "v_proj"], layers_to_transform=[1, 2])
+def adapter_folder(model: LlamaForCausalLM, tmp_path: Path) -> Path:
+    """A valid folder that PEFT has written."""
+    save_with_peft(model, tmp_path / "made", target_modules=["q_proj", "v_proj"], layers_to_transform=[1, 2])
     return tmp_path / "made"
 
 
-def rename(folder: Path, change: Callable[[str], str]) -> None:
+def rename_tensors(folder: Path, change: Callable[[str], str]) -> None:
     save_file(
         {change(name): tensor for name, tensor in load_file(folder / ADAPTER_WEIGHTS_FILE).items()},
         folder / ADAPTER_WEIGHTS_FILE,
@@ -309,61 +311,61 @@ def rename(folder: Path, change: Callable[[str], str]) -> None:
     ],
 )
 def test_other_tensor_name_layouts_are_read(
-    change: Callable[[str], str], made: Path, shapes: dict[str, tuple[int, int]]
+    change: Callable[[str], str], adapter_folder: Path, shapes: dict[str, tuple[int, int]]
 ) -> None:
-    before = read_adapter(made, shapes)
-    rename(made, change)
-    assert same(read_adapter(made, shapes), before)
+    before = read_adapter(adapter_folder, shapes)
+    rename_tensors(adapter_folder, change)
+    assert equal_adapters(read_adapter(adapter_folder, shapes), before)
 
 
 @pytest.mark.parametrize("targets", [None, "all-linear"])
 def test_targets_that_peft_takes_from_the_model(
-    targets: str | None, made: Path, shapes: dict[str, tuple[int, int]]
+    targets: str | None, adapter_folder: Path, shapes: dict[str, tuple[int, int]]
 ) -> None:
-    before = read_adapter(made, shapes)
-    configured(made, target_modules=targets)
-    assert same(read_adapter(made, shapes), before)
+    before = read_adapter(adapter_folder, shapes)
+    set_config(adapter_folder, target_modules=targets)
+    assert equal_adapters(read_adapter(adapter_folder, shapes), before)
 
 
-def test_read_tensors_do_not_change_with_the_file(made: Path, shapes: dict[str, tuple[int, int]]) -> None:
-    adapter = read_adapter(made, shapes)
+def test_read_tensors_do_not_change_with_the_file(adapter_folder: Path, shapes: dict[str, tuple[int, int]]) -> None:
+    adapter = read_adapter(adapter_folder, shapes)
     before = copy.deepcopy(adapter)
-    with open(made / ADAPTER_WEIGHTS_FILE, "r+b") as file:
+    with open(adapter_folder / ADAPTER_WEIGHTS_FILE, "r+b") as file:
         file.seek(-64, os.SEEK_END)
         file.write(bytes(64))
-    assert same(adapter, before)
+    assert equal_adapters(adapter, before)
 
 
-# What is refused.
+# Folders that are refused.
 
 
 def refusal(folder: Path, shapes: Mapping[str, tuple[int, int]]) -> str:
-    with pytest.raises(UserError) as raised:
+    with pytest.raises(UserError) as caught:
         read_adapter(folder, shapes)
-    said = str(raised.value)
-    assert "\n" not in said
-    assert str(folder) in said
-    return said
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(folder) in message
+    return message
 
 
 Q = "base_model.model.model.layers.1.self_attn.q_proj.lora_{}.weight"
 
 
-def configured(folder: Path, **values: Any) -> None:
+def set_config(folder: Path, **values: Any) -> None:
     path = folder / CONFIG_FILE
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-def without(folder: Path, key: str) -> None:
+def drop_key(folder: Path, key: str) -> None:
     path = folder / CONFIG_FILE
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != key}))
 
 
-def stored(folder: Path, **tensors: torch.Tensor | None) -> None:
-    """Change the weights: A and B are those of layer 1's q_proj, other names stand as they are; None removes."""
+def set_tensors(folder: Path, **tensors: torch.Tensor | None) -> None:
+    """Replace tensors: A and B stand for those of layer 1's q_proj, other names for themselves; None removes."""
     names = {key: Q.format(key) if key in "AB" else key for key in tensors}
-    kept = {**load_file(folder / ADAPTER_WEIGHTS_FILE), **{names[key]: value for key, value in tensors.items()}}
-    save_file({name: value for name, value in kept.items() if value is not None}, folder / ADAPTER_WEIGHTS_FILE)
+    changed = {**load_file(folder / ADAPTER_WEIGHTS_FILE), **{names[key]: value for key, value in tensors.items()}}
+    save_file({name: value for name, value in changed.items() if value is not None}, folder / ADAPTER_WEIGHTS_FILE)
 
 
 def with_value(shape: tuple[int, ...], value: float) -> torch.Tensor:
@@ -389,90 +391,108 @@ def with_value(shape: tuple[int, ...], value: float) -> torch.Tensor:
         (lambda f: (f / CONFIG_FILE).write_text("[" * 100000), "not readable JSON"),
         (lambda f: (f / CONFIG_FILE).write_text("[]"), "peft_type is a list"),
         # kinds of adapter
-        (lambda f: configured(f, peft_type="LOHA"), "peft_type is 'LOHA' (str); allowed: LORA"),
-        (lambda f: without(f, "peft_type"), "peft_type is nothing (null); allowed: LORA"),
-        (lambda f: configured(f, use_dora=True), "use_dora is True (bool); allowed: off"),
-        (lambda f: configured(f, bias="lora_only"), "bias is 'lora_only' (str); allowed: 'none'"),
-        (lambda f: configured(f, lora_bias=True), "lora_bias is True (bool); allowed: off"),
-        (lambda f: configured(f, modules_to_save=["lm_head"]), "modules_to_save is a list; allowed: off"),
-        (lambda f: configured(f, trainable_token_indices=[1, 2]), "trainable_token_indices is a list; allowed: off"),
-        (lambda f: configured(f, fan_in_fan_out=True), "fan_in_fan_out is True (bool); allowed: off"),
-        (lambda f: configured(f, alora_invocation_tokens=[5]), "alora_invocation_tokens is a list; allowed: off"),
-        (lambda f: configured(f, layer_replication=[[0, 2]]), "layer_replication is a list; allowed: off"),
-        (lambda f: configured(f, init_lora_weights="pissa_niter_4"), "init_lora_weights is 'pissa_niter_4' (str)"),
+        (lambda f: set_config(f, peft_type="LOHA"), "peft_type is 'LOHA' (str); allowed: LORA"),
+        (lambda f: drop_key(f, "peft_type"), "peft_type is nothing (null); allowed: LORA"),
+        (lambda f: set_config(f, use_dora=True), "use_dora is True (bool); allowed: off"),
+        (lambda f: set_config(f, bias="lora_only"), "bias is 'lora_only' (str); allowed: 'none'"),
+        (lambda f: set_config(f, lora_bias=True), "lora_bias is True (bool); allowed: off"),
+        (lambda f: set_config(f, modules_to_save=["lm_head"]), "modules_to_save is a list; allowed: off"),
+        (lambda f: set_config(f, trainable_token_indices=[1, 2]), "trainable_token_indices is a list; allowed: off"),
+        (lambda f: set_config(f, fan_in_fan_out=True), "fan_in_fan_out is True (bool); allowed: off"),
+        (lambda f: set_config(f, alora_invocation_tokens=[5]), "alora_invocation_tokens is a list; allowed: off"),
+        (lambda f: set_config(f, layer_replication=[[0, 2]]), "layer_replication is a list; allowed: off"),
+        (lambda f: set_config(f, init_lora_weights="pissa_niter_4"), "init_lora_weights is 'pissa_niter_4' (str)"),
         # tensors that are no plain LoRA
         (
-            lambda f: stored(f, **{"base_model.model.model.embed_tokens.weight": torch.zeros(37, 32)}),
+            lambda f: set_tensors(f, **{"base_model.model.model.embed_tokens.weight": torch.zeros(37, 32)}),
             "holds base_model.model.model.embed_tokens.weight; allowed: lora_A.weight and lora_B.weight",
         ),
         (
-            lambda f: stored(f, **{"base_model.model.model.embed_tokens.lora_embedding_A": torch.zeros(4, 37)}),
+            lambda f: set_tensors(f, **{"base_model.model.model.embed_tokens.lora_embedding_A": torch.zeros(4, 37)}),
             "embed_tokens.lora_embedding_A; allowed",
         ),
-        (lambda f: stored(f, **{Q.format("magnitude_vector"): torch.zeros(32)}), "lora_magnitude_vector.weight; allow"),
-        (lambda f: stored(f, **{Q.format("B").replace("weight", "bias"): torch.zeros(32)}), "lora_B.bias; allowed"),
-        (lambda f: stored(f, B=None), "for model.layers.1.self_attn.q_proj only lora_A is there"),
-        (lambda f: stored(f, A=None), "for model.layers.1.self_attn.q_proj only lora_B is there"),
+        (
+            lambda f: set_tensors(f, **{Q.format("magnitude_vector"): torch.zeros(32)}),
+            "lora_magnitude_vector.weight; allow",
+        ),
+        (
+            lambda f: set_tensors(f, **{Q.format("B").replace("weight", "bias"): torch.zeros(32)}),
+            "lora_B.bias; allowed",
+        ),
+        (lambda f: set_tensors(f, B=None), "for model.layers.1.self_attn.q_proj only lora_A is there"),
+        (lambda f: set_tensors(f, A=None), "for model.layers.1.self_attn.q_proj only lora_B is there"),
         (lambda f: save_file({}, f / ADAPTER_WEIGHTS_FILE), "holds no tensors"),
         (
-            lambda f: stored(f, **{Q.format("A.other"): torch.zeros(4, 32)}),
+            lambda f: set_tensors(f, **{Q.format("A.other"): torch.zeros(4, 32)}),
             "holds 2 adapters (one without a name, other); one in a folder is allowed",
         ),
         # the wrong model
         (
-            lambda f: rename(f, lambda name: name.replace("self_attn", "attn")),
+            lambda f: rename_tensors(f, lambda name: name.replace("self_attn", "attn")),
             "model.layers.1.attn.q_proj, and the model has no such linear layer (did you mean "
             "'model.layers.1.self_attn.q_proj'?)",
         ),
         (
-            lambda f: rename(f, lambda name: name.replace("layers.2", "layers.7")),
+            lambda f: rename_tensors(f, lambda name: name.replace("layers.2", "layers.7")),
             "model.layers.7.self_attn.q_proj, and the model has no such linear layer",
         ),
         (
-            lambda f: stored(f, A=torch.zeros(4, 48)),
+            lambda f: set_tensors(f, A=torch.zeros(4, 48)),
             "q_proj.lora_A.weight has shape [4, 48], the model's layer and the rank in adapter_config.json ask for "
             "[4, 32]",
         ),
-        (lambda f: stored(f, B=torch.zeros(16, 4)), "q_proj.lora_B.weight has shape [16, 4]"),
-        (lambda f: stored(f, A=torch.zeros(128)), "q_proj.lora_A.weight has shape [128]"),
+        (lambda f: set_tensors(f, B=torch.zeros(16, 4)), "q_proj.lora_B.weight has shape [16, 4]"),
+        (lambda f: set_tensors(f, A=torch.zeros(128)), "q_proj.lora_A.weight has shape [128]"),
         # files that do not belong together
-        (lambda f: stored(f, A=torch.zeros(6, 32), B=torch.zeros(32, 6)), "lora_A.weight has shape [6, 32]"),
-        (lambda f: configured(f, r=8), "has shape [4, 32], the model's layer and the rank in adapter_config.json ask"),
-        (lambda f: configured(f, rank_pattern={"v_proj": 2}), "v_proj.lora_A.weight has shape [4, 32]"),
-        (lambda f: configured(f, r=4.0), "the rank of model.layers.1.self_attn.q_proj is 4.0; a whole number"),
-        (lambda f: configured(f, r=0), "the rank of model.layers.1.self_attn.q_proj is 0; a whole number"),
-        (lambda f: configured(f, r="4"), "r (or rank_pattern) is '4' (str); a number is needed"),
-        (lambda f: configured(f, r=True), "r (or rank_pattern) is True (bool); a number is needed"),
-        (lambda f: without(f, "lora_alpha"), "lora_alpha (or alpha_pattern) is nothing (null); a number is needed"),
-        (lambda f: configured(f, lora_alpha=math.nan), "lora_alpha (or alpha_pattern) is nan (float)"),
-        (lambda f: configured(f, lora_alpha=10**400), "lora_alpha (or alpha_pattern) is a number of 1329 bits"),
-        (lambda f: configured(f, alpha_pattern={"(": 2}), "alpha_pattern makes no sense"),
-        (lambda f: configured(f, alpha_pattern=[2]), "alpha_pattern makes no sense"),
+        (lambda f: set_tensors(f, A=torch.zeros(6, 32), B=torch.zeros(32, 6)), "lora_A.weight has shape [6, 32]"),
+        (lambda f: set_config(f, r=8), "has shape [4, 32], the model's layer and the rank in adapter_config.json ask"),
+        (lambda f: set_config(f, rank_pattern={"v_proj": 2}), "v_proj.lora_A.weight has shape [4, 32]"),
+        (lambda f: set_config(f, r=4.0), "the rank of model.layers.1.self_attn.q_proj is 4.0; a whole number"),
+        (lambda f: set_config(f, r=0), "the rank of model.layers.1.self_attn.q_proj is 0; a whole number"),
+        (lambda f: set_config(f, r="4"), "r (or rank_pattern) is '4' (str); a number is needed"),
+        (lambda f: set_config(f, r=True), "r (or rank_pattern) is True (bool); a number is needed"),
+        (lambda f: drop_key(f, "lora_alpha"), "lora_alpha (or alpha_pattern) is nothing (null); a number is needed"),
+        (lambda f: set_config(f, lora_alpha=math.nan), "lora_alpha (or alpha_pattern) is nan (float)"),
+        (lambda f: set_config(f, lora_alpha=10**400), "lora_alpha (or alpha_pattern) is a number of 1329 bits"),
+        (lambda f: set_config(f, alpha_pattern={"(": 2}), "alpha_pattern makes no sense"),
+        (lambda f: set_config(f, alpha_pattern=[2]), "alpha_pattern makes no sense"),
         (
-            lambda f: configured(f, layers_to_transform=[2]),
+            lambda f: set_config(f, layers_to_transform=[2]),
             f"holds weights for model.layers.1.self_attn.q_proj, which {CONFIG_FILE} does not target",
         ),
         (
-            lambda f: configured(f, target_modules=["q_proj", "v_proj", "o_proj"]),
+            lambda f: set_config(f, target_modules=["q_proj", "v_proj", "o_proj"]),
             f"lacks model.layers.1.self_attn.o_proj, which {CONFIG_FILE} targets",
         ),
-        (lambda f: configured(f, target_modules="*", layers_to_transform=None), "make no sense"),
-        (lambda f: configured(f, target_modules=5), "make no sense"),
-        (lambda f: configured(f, layers_to_transform=None, layers_pattern="layers"), "make no sense"),
+        (lambda f: set_config(f, target_modules="*", layers_to_transform=None), "make no sense"),
+        (lambda f: set_config(f, target_modules=5), "make no sense"),
+        (lambda f: set_config(f, layers_to_transform=None, layers_pattern="layers"), "make no sense"),
         # values
-        (lambda f: stored(f, A=with_value((4, 32), math.nan)), "q_proj.lora_A.weight holds values that are not finite"),
-        (lambda f: stored(f, B=with_value((32, 4), math.inf)), "q_proj.lora_B.weight holds values that are not finite"),
-        (lambda f: stored(f, A=torch.zeros(4, 32, dtype=torch.int8)), "is of type I8; allowed: F64, F32, F16, BF16"),
-        (lambda f: stored(f, A=torch.zeros(64, 1, dtype=torch.uint8)), "is of type U8; allowed: F64, F32, F16, BF16"),
-        (lambda f: stored(f, A=torch.zeros(4, 32).to(torch.float8_e4m3fn)), "is of type F8_E4M3; allowed"),
+        (
+            lambda f: set_tensors(f, A=with_value((4, 32), math.nan)),
+            "q_proj.lora_A.weight holds values that are not finite",
+        ),
+        (
+            lambda f: set_tensors(f, B=with_value((32, 4), math.inf)),
+            "q_proj.lora_B.weight holds values that are not finite",
+        ),
+        (
+            lambda f: set_tensors(f, A=torch.zeros(4, 32, dtype=torch.int8)),
+            "is of type I8; allowed: F64, F32, F16, BF16",
+        ),
+        (
+            lambda f: set_tensors(f, A=torch.zeros(64, 1, dtype=torch.uint8)),
+            "is of type U8; allowed: F64, F32, F16, BF16",
+        ),
+        (lambda f: set_tensors(f, A=torch.zeros(4, 32).to(torch.float8_e4m3fn)), "is of type F8_E4M3; allowed"),
     ],
 )
 def test_damaged_adapters_are_refused(
-    damage: Callable[[Path], None], message: str, made: Path, shapes: dict[str, tuple[int, int]]
+    damage: Callable[[Path], None], message: str, adapter_folder: Path, shapes: dict[str, tuple[int, int]]
 ) -> None:
-    read_adapter(made, shapes)  # was in order
-    damage(made)
-    assert message in refusal(made, shapes)
+    read_adapter(adapter_folder, shapes)  # valid so far
+    damage(adapter_folder)
+    assert message in refusal(adapter_folder, shapes)
 
 
 class Bomb:
@@ -480,12 +500,12 @@ class Bomb:
         return os._exit, (7,)
 
 
-def test_pickled_weights_are_never_read(made: Path, shapes: dict[str, tuple[int, int]]) -> None:
-    (made / ADAPTER_WEIGHTS_FILE).unlink()
-    (made / "adapter_model.bin").write_bytes(pickle.dumps(Bomb()))
-    said = refusal(made, shapes)
-    assert "adapter_model.bin is pickled" in said
-    assert "write it with save_pretrained" in said
+def test_pickled_weights_are_never_read(adapter_folder: Path, shapes: dict[str, tuple[int, int]]) -> None:
+    (adapter_folder / ADAPTER_WEIGHTS_FILE).unlink()
+    (adapter_folder / "adapter_model.bin").write_bytes(pickle.dumps(Bomb()))
+    message = refusal(adapter_folder, shapes)
+    assert "adapter_model.bin is pickled" in message
+    assert "write it with save_pretrained" in message
 
 
 def test_missing_folder_is_refused(tmp_path: Path, shapes: dict[str, tuple[int, int]]) -> None:
@@ -512,12 +532,12 @@ def test_adapters_beyond_plain_lora_are_refused(
 ) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        saved_by_peft(model, tmp_path / "a", **{"target_modules": ["q_proj", "v_proj"], **options})
+        save_with_peft(model, tmp_path / "a", **{"target_modules": ["q_proj", "v_proj"], **options})
     refusal(tmp_path / "a", shapes)
 
 
 def test_every_option_of_peft_is_known_here() -> None:
-    """A new one in PEFT fails here: then say whether it makes more of an adapter than scale · B(A x)."""
+    """A new option of PEFT fails here: then decide whether it makes an adapter more than scale · B(A x)."""
     harmless = {
         "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
         "inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "bias", "use_rslora",

@@ -73,8 +73,8 @@ CASES = [(1, 1, 1), (2, 64, 1), (4, 3, 1), (4, 3, 2), (4, 3, 4), (8, 2, 5), (4, 
 def test_training_output_and_gradients_equal_a_loop(
     experts: int, rank: int, top: int, rank1: bool, share: float, with_frozen: bool, more: int
 ) -> None:
-    """With masks of all, some and (at share 0) no parameters; with frozen parameters, which new masks may exclude; and
-    with room for more sub-experts, whose values must not matter, except those of one that was added."""
+    """Masks of all, some and (at share 0) no parameters; frozen parameters, which new masks may exclude; and room for
+    more sub-experts, whose values must have no effect, except those of one that was added."""
     shape = shape_of(
         rank1, num_experts=experts, rank=rank, top_k=top, mask_density=share or 0.4, max_experts=experts + more
     )
@@ -169,7 +169,7 @@ def test_later_tasks_leave_earlier_outputs_bitwise_equal(rank1: bool, dtype: tor
 def test_training_ignores_trained_values_of_frozen_params(rank1: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Changes of the trained values of frozen parameters must not show in training passes or after freezing."""
 
-    def outcome() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def compute_outputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         layer = make_layer(shape_of(rank1))
         freeze_task(layer, 0)
         x = torch.randn(1, 4, IN, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -181,10 +181,10 @@ def test_training_ignores_trained_values_of_frozen_params(rank1: bool, monkeypat
                 trained += where.expand_as(trained) * 7.0
         return first, training, layer.train()(x)
 
-    _, before, after = outcome()
+    _, before, after = compute_outputs()
     assert torch.equal(before, after)
     monkeypatch.setattr(module, "merge_frozen_params", lambda _mask, _frozen, trained: trained)
-    _, before, after = outcome()
+    _, before, after = compute_outputs()
     assert not torch.equal(before, after)
 
 
@@ -275,8 +275,8 @@ def test_layer_needs_no_host_sync_and_compiles_as_one_graph(rank1: bool, trainin
     torch.testing.assert_close(compiled(x), expected)
     if training:
         x.requires_grad_()
-        expected_gradients, bank = (compute_gradients(layer, forward, x) for forward in (layer, compiled))
-        for ours, theirs in zip(bank, expected_gradients, strict=True):
+        expected_gradients, compiled_gradients = (compute_gradients(layer, forward, x) for forward in (layer, compiled))
+        for ours, theirs in zip(compiled_gradients, expected_gradients, strict=True):
             torch.testing.assert_close(ours, theirs)
     layer.to("meta")
     layer.routing.assign_slots([0, None, 0], x.to("meta"))
@@ -317,11 +317,11 @@ def test_autocast_computes_in_bf16_and_selects_in_fp32(size: dict[str, int], top
             y = layer(x)
         return y, list(torch.autograd.grad(y.float().square().sum(), [x, layer.sub_a, layer.sub_b]))
 
-    (y, gradients), (expected, exact) = forward(True), forward(False)
+    (y, gradients), (expected, expected_gradients) = forward(True), forward(False)
     assert y.dtype == torch.bfloat16
     assert float((y.float() - expected).detach().norm() / expected.detach().norm()) < 0.02
-    for bank, expected_gradients in zip(gradients, exact, strict=True):
-        assert float((bank - expected_gradients).norm() / expected_gradients.norm()) < 0.05
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        assert float((gradient - expected_gradient).norm() / expected_gradient.norm()) < 0.05
     freeze_task(layer, 0)
     layer.eval().routing.assign_slots([0, None, 0], x)
     with torch.no_grad():
@@ -336,10 +336,10 @@ def test_initial_expert_values_add_nothing_and_depend_on_the_name() -> None:
     whole = torch.Size([6, 5])
     assert not initial_expert_values(0, "t:l.sub_b", whole, 0, 30).any()
     for kind in ("sub_a", "score_rank1", "token_router"):
-        drawn = initial_expert_values(0, f"t:l.{kind}", whole, 0, 30)
-        assert drawn.std() > 0.02
-        assert not torch.equal(drawn, initial_expert_values(0, f"u:l.{kind}", whole, 0, 30))
-        assert torch.equal(drawn[7:11], initial_expert_values(0, f"t:l.{kind}", whole, 7, 11))
+        values = initial_expert_values(0, f"t:l.{kind}", whole, 0, 30)
+        assert values.std() > 0.02
+        assert not torch.equal(values, initial_expert_values(0, f"u:l.{kind}", whole, 0, 30))
+        assert torch.equal(values[7:11], initial_expert_values(0, f"t:l.{kind}", whole, 7, 11))
 
 
 def test_injection_keeps_weight_names() -> None:

@@ -1,4 +1,4 @@
-"""What a task's sub-experts leave: read back to the last bit in the order of the tasks, or refused in one line."""
+"""The sub-expert files of tasks: read back bit for bit in the order of the tasks, or refused in one line."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from tests.support.sub_experts import IN, OUT, scramble, shape_of
 NAMES = ("one", "two", "three")
 
 
-def experts_of(
+def make_bank(
     shape: SubExpertShape, dtype: torch.dtype = torch.float32, layers: str = "pq", out: int = OUT
 ) -> SubExpertBank:
     torch.manual_seed(0)
     model = nn.ModuleDict({name: nn.Linear(IN, out, dtype=dtype) for name in layers})
-    found = inject_sub_experts(model, shape, Routing(len(NAMES), 0), layers)
-    for each in found.layers.values():
+    bank = inject_sub_experts(model, shape, Routing(len(NAMES), 0), layers)
+    for each in bank.layers.values():
         each.make_trainable()
-    return found
+    return bank
 
 
-def learned(
+def write_three_tasks(
     folder: Path, shape: SubExpertShape, dtype: torch.dtype = torch.float32
 ) -> tuple[SubExpertBank, list[TaskMasks]]:
-    """Three tasks, each with a sub-expert more, and their files."""
-    experts, every = experts_of(shape, dtype), []
+    """Freeze and write three tasks, each with one sub-expert more than the task before."""
+    experts, all_masks = make_bank(shape, dtype), []
     for task, name in enumerate(NAMES):
         experts.num_used_experts = shape.num_experts + task
         experts.set_allowed_masks(reuse=True)
@@ -50,17 +50,17 @@ def learned(
             for path, layer in experts.layers.items()
             for own in layer.trainable_names
         }
-        every.append(TaskMasks(name, tuple(experts.names), shape, experts.freeze_task_params(name, trained)))
-        write_task_masks(folder / f"{name}.safetensors", every[-1])
-    return experts, every
+        all_masks.append(TaskMasks(name, tuple(experts.names), shape, experts.freeze_task_params(name, trained)))
+        write_task_masks(folder / f"{name}.safetensors", all_masks[-1])
+    return experts, all_masks
 
 
 def read_all(folder: Path, experts: SubExpertBank) -> list[TaskMasks]:
-    every = []
+    all_masks = []
     for name in NAMES:
-        every.append(read_matching_masks(folder / f"{name}.safetensors", name, tuple(experts.names), experts))
-        experts.load_task_params(name, every[-1].layers)
-    return every
+        all_masks.append(read_matching_masks(folder / f"{name}.safetensors", name, tuple(experts.names), experts))
+        experts.load_task_params(name, all_masks[-1].layers)
+    return all_masks
 
 
 @pytest.mark.parametrize("rank1", [True, False])
@@ -68,9 +68,9 @@ def read_all(folder: Path, experts: SubExpertBank) -> list[TaskMasks]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_files_restore_every_bit(tmp_path: Path, rank1: bool, top: int, dtype: torch.dtype) -> None:
     shape = shape_of(rank1, top_k=top, max_experts=6)
-    experts, every = learned(tmp_path, shape, dtype)
-    fresh = experts_of(shape, dtype)
-    for ours, theirs in zip(every, read_all(tmp_path, fresh), strict=True):
+    experts, all_masks = write_three_tasks(tmp_path, shape, dtype)
+    fresh = make_bank(shape, dtype)
+    for ours, theirs in zip(all_masks, read_all(tmp_path, fresh), strict=True):
         assert (ours.task, ours.previous_tasks, ours.shape, ours.byte_sizes()) == (
             theirs.task, theirs.previous_tasks, theirs.shape, theirs.byte_sizes(),
         )  # fmt: skip
@@ -92,7 +92,7 @@ def test_files_restore_every_bit(tmp_path: Path, rank1: bool, top: int, dtype: t
 def test_equal_task_masks_give_equal_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        learned(tmp_path / name, shape_of(max_experts=6))
+        write_three_tasks(tmp_path / name, shape_of(max_experts=6))
     for name in NAMES:
         first, second = ((tmp_path / side / f"{name}.safetensors").read_bytes() for side in "ab")
         assert first == second
@@ -101,8 +101,8 @@ def test_equal_task_masks_give_equal_bytes(tmp_path: Path) -> None:
 def test_byte_sizes_equal_the_stored_bytes(tmp_path: Path) -> None:
     """Each frozen value once, over all tasks; a bit for each rank-1 pair; the token router of the experts in use."""
     shape = shape_of(max_experts=6)
-    experts, every = learned(tmp_path, shape)
-    sizes = [task_masks.byte_sizes() for task_masks in every]
+    experts, all_masks = write_three_tasks(tmp_path, shape)
+    sizes = [task_masks.byte_sizes() for task_masks in all_masks]
     assert sum(part["parameters"] for part in sizes) == 4 * sum(
         layer.num_frozen_params for layer in experts.layers.values()
     )
@@ -115,7 +115,7 @@ def test_byte_sizes_equal_the_stored_bytes(tmp_path: Path) -> None:
 def test_task_without_new_parameters_has_a_file(tmp_path: Path) -> None:
     """A task whose mask selects only frozen parameters leaves no values."""
     shape = shape_of(mask_density=1.0, max_experts=4)
-    experts, fresh = experts_of(shape), experts_of(shape)
+    experts, fresh = make_bank(shape), make_bank(shape)
     for name in NAMES[:2]:
         experts.set_allowed_masks(reuse=True)
         trained = {
@@ -131,31 +131,31 @@ def test_task_without_new_parameters_has_a_file(tmp_path: Path) -> None:
     assert back.byte_sizes()["parameters"] == 0
 
 
-def refusal(path: Path, task: str, before: tuple[str, ...], experts: SubExpertBank) -> str:
+def refusal(path: Path, task: str, previous_tasks: tuple[str, ...], experts: SubExpertBank) -> str:
     with pytest.raises(UserError) as caught:
-        read_matching_masks(path, task, before, experts)
-    told = str(caught.value)
-    assert "\n" not in told
-    assert str(path) in told
-    assert ";" in told  # what to change
-    assert not experts.names  # and nothing was taken
-    return told
+        read_matching_masks(path, task, previous_tasks, experts)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(path) in message
+    assert ";" in message  # then follows what to change
+    assert not experts.names  # no parameters were loaded
+    return message
 
 
 def test_file_of_another_task_order_is_refused(tmp_path: Path) -> None:
     shape = shape_of(max_experts=6)
-    learned(tmp_path, shape)
-    fresh = experts_of(shape)
+    write_three_tasks(tmp_path, shape)
+    fresh = make_bank(shape)
     second = tmp_path / "two.safetensors"
     assert "of task 'two' after one, here 'two' after no other is needed" in refusal(second, "two", (), fresh)
     assert "of task 'two' after one, here 'one' after no other is needed" in refusal(second, "one", (), fresh)
-    told = refusal(tmp_path / "three.safetensors", "three", ("two", "one"), fresh)
-    assert "after one, two, here 'three' after two, one is needed" in told
+    message = refusal(tmp_path / "three.safetensors", "three", ("two", "one"), fresh)
+    assert "after one, two, here 'three' after two, one is needed" in message
     assert "no such file" in refusal(tmp_path / "four.safetensors", "four", NAMES, fresh)
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "expected_message"),
     [
         ({"max_experts": 5}, "its sub-experts have max_experts 6, here it is 5"),
         ({"rank": 4}, "its sub-experts have rank 3, here it is 4"),
@@ -166,28 +166,28 @@ def test_file_of_another_task_order_is_refused(tmp_path: Path) -> None:
         ({"rank1": False}, "its sub-experts have rank1 True, here it is False"),
     ],
 )
-def test_a_file_of_another_shape_is_refused(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
+def test_a_file_of_another_shape_is_refused(tmp_path: Path, changes: dict[str, Any], expected_message: str) -> None:
     shape = shape_of(max_experts=6)
-    learned(tmp_path, shape)
-    assert told in refusal(tmp_path / "one.safetensors", "one", (), experts_of(replace(shape, **changes)))
+    write_three_tasks(tmp_path, shape)
+    assert expected_message in refusal(tmp_path / "one.safetensors", "one", (), make_bank(replace(shape, **changes)))
 
 
 def test_a_file_for_another_model_is_refused(tmp_path: Path) -> None:
     shape = shape_of(max_experts=6)
-    learned(tmp_path, shape)
+    write_three_tasks(tmp_path, shape)
     path = tmp_path / "one.safetensors"
-    assert "q has sub-experts either there or here, not both" in refusal(path, "one", (), experts_of(shape, layers="p"))
-    assert "r has sub-experts either there" in refusal(path, "one", (), experts_of(shape, layers="pqr"))
-    assert "p: " in refusal(path, "one", (), experts_of(shape, out=OUT + 1))
+    assert "q has sub-experts either there or here, not both" in refusal(path, "one", (), make_bank(shape, layers="p"))
+    assert "r has sub-experts either there" in refusal(path, "one", (), make_bank(shape, layers="pqr"))
+    assert "p: " in refusal(path, "one", (), make_bank(shape, out=OUT + 1))
 
 
-def rewritten(path: Path, change: Any, sound: bool = True) -> None:
-    """The file with another content; `sound`: and the checksum of that."""
+def rewrite_file(path: Path, change: Any, fix_checksum: bool = True) -> None:
+    """Change the content of a file. `fix_checksum`: whether its checksum fits the new content."""
     with safe_open(path, framework="pt") as file:
         header = json.loads(file.metadata()[KIND])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     change(header, tensors)
-    if sound:
+    if fix_checksum:
         header.pop("checksum", None)
         header["checksum"] = checksummed._checksum(header, tensors)
     save_file(tensors, path, {KIND: json.dumps(header)})
@@ -222,7 +222,7 @@ def another_format(header: Any, _tensors: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "expected_message"),
     [
         (short_mask, "p: mask_rank1 holds 2, the layer needs 3"),
         (without_a_router, "q: router holds nothing, the layer needs 96"),
@@ -233,18 +233,18 @@ def another_format(header: Any, _tensors: Any) -> None:
         (another_format, "of format 99, this version reads 1"),
     ],
 )
-def test_file_with_tensors_that_do_not_fit_is_refused(tmp_path: Path, change: Any, told: str) -> None:
+def test_file_with_tensors_that_do_not_fit_is_refused(tmp_path: Path, change: Any, expected_message: str) -> None:
     shape = shape_of(max_experts=6)
-    learned(tmp_path, shape)
+    write_three_tasks(tmp_path, shape)
     path = tmp_path / "one.safetensors"
-    rewritten(path, change)
-    assert told in refusal(path, "one", (), experts_of(shape))
+    rewrite_file(path, change)
+    assert expected_message in refusal(path, "one", (), make_bank(shape))
 
 
 def test_any_damaged_byte_is_detected(tmp_path: Path) -> None:
     shape = shape_of(max_experts=6)
-    learned(tmp_path, shape)
-    path, fresh = tmp_path / "one.safetensors", experts_of(shape)
+    write_three_tasks(tmp_path, shape)
+    path, fresh = tmp_path / "one.safetensors", make_bank(shape)
     whole = path.read_bytes()
     for place in (3, 40, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
@@ -256,36 +256,36 @@ def test_any_damaged_byte_is_detected(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(2)}, path)
     assert "not a task's sub-experts" in refusal(path, "one", (), fresh)
     path.write_bytes(whole)
-    rewritten(path, lambda _header, tensors: tensors["p|a"].mul_(2), sound=False)
+    rewrite_file(path, lambda _header, tensors: tensors["p|a"].mul_(2), fix_checksum=False)
     assert "does not match its checksum" in refusal(path, "one", (), fresh)
     path.write_bytes(whole)
-    rewritten(path, lambda header, _tensors: header.update(task="two"), sound=False)
+    rewrite_file(path, lambda header, _tensors: header.update(task="two"), fix_checksum=False)
     assert "does not match its checksum" in refusal(path, "two", (), fresh)
 
 
 def test_failed_write_keeps_the_previous_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = shape_of(max_experts=6)
-    _, every = learned(tmp_path, shape)
+    _, all_masks = write_three_tasks(tmp_path, shape)
     path = tmp_path / "one.safetensors"
     whole = path.read_bytes()
 
-    def apart(tensors: Any, place: Path, header: Any) -> None:
-        assert place.name.endswith(".partial")  # a process that is killed leaves no half of one by its name
+    def save_partial(tensors: Any, place: Path, header: Any) -> None:
+        assert place.name.endswith(".partial")  # a killed process leaves no half file under the final name
         save_file(tensors, place, header)
 
-    def full(tensors: Any, place: Path, header: Any) -> None:
+    def fail_on_full_disk(tensors: Any, place: Path, header: Any) -> None:
         save_file(tensors, place, header)
         place.write_bytes(place.read_bytes()[:50])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checksummed, "save_file", apart)
-    write_task_masks(tmp_path / "new.safetensors", every[1])
+    monkeypatch.setattr(checksummed, "save_file", save_partial)
+    write_task_masks(tmp_path / "new.safetensors", all_masks[1])
     assert read_task_masks(tmp_path / "new.safetensors").task == "two"
-    monkeypatch.setattr(checksummed, "save_file", full)
+    monkeypatch.setattr(checksummed, "save_file", fail_on_full_disk)
     with pytest.raises(
         ExternalFailure, match=r"one.safetensors: cannot be written .*No space left.*; make room"
     ) as caught:
-        write_task_masks(path, every[1])
+        write_task_masks(path, all_masks[1])
     assert "\n" not in str(caught.value)
     assert path.read_bytes() == whole
     assert read_task_masks(path).task == "one"

@@ -25,8 +25,8 @@ TEXTS = [
 ]  # fmt: skip
 
 
-def many(processor: Any) -> list[str]:
-    """The texts above, and random rows of the model's own pieces, spaces and odd characters."""
+def sample_texts(processor: Any) -> list[str]:
+    """The texts above, and random sequences of the model's own pieces, spaces and odd characters."""
     rng = random.Random(1)
     pieces = [processor.id_to_piece(i).replace("\u2581", " ") for i in range(259, processor.get_piece_size())]
     makers: list[Callable[[], str]] = [
@@ -41,7 +41,7 @@ def many(processor: Any) -> list[str]:
 def assert_reads_as_sentencepiece(folder: Path) -> None:
     tokenizer = load_tokenizer(folder)
     processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    texts = many(processor)
+    texts = sample_texts(processor)
     encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
     for text, ids in zip(texts, encoded, strict=True):
         assert ids == processor.encode(text), repr(text)
@@ -109,7 +109,7 @@ def test_untrainable_sizes_are_refused(texts: list[str], size: int, message: str
     assert not (tmp_path / "none").exists()
 
 
-def other_kind(folder: Path, **settings: Any) -> None:
+def train_other_kind(folder: Path, **settings: Any) -> None:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXT),
         model_prefix=str(folder / "tokenizer"),
@@ -121,7 +121,7 @@ def other_kind(folder: Path, **settings: Any) -> None:
 
 
 def test_any_bare_model_of_the_kind_loads(tmp_path: Path) -> None:
-    other_kind(tmp_path)
+    train_other_kind(tmp_path)
     assert_reads_as_sentencepiece(tmp_path)
 
 
@@ -137,7 +137,7 @@ def test_any_bare_model_of_the_kind_loads(tmp_path: Path) -> None:
     ],
 )
 def test_models_that_would_be_misread_are_refused(settings: dict[str, Any], described: bool, tmp_path: Path) -> None:
-    other_kind(tmp_path, **settings)
+    train_other_kind(tmp_path, **settings)
     if described:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(PLAIN))
     with pytest.raises(UserError, match=r"tokenizer.model: not a LLaMA-style .*; add the tokenizer.json"):

@@ -1,4 +1,4 @@
-"""Trained weights: written one at a time as safetensors, laid over the base's, refused if they are others."""
+"""Trained weights: written one at a time as safetensors, laid over those of the base model, refused if damaged."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from dscl.utils.errors import UserError
 SHAPES: Mapping[str, torch.Size] = {"a": torch.Size((5, 3)), "b": torch.Size((7,)), "c.weight": torch.Size((2, 9))}
 
 
-class Held:
-    """Makes each tensor when it is asked for, and counts how many of them there are at once."""
+class OneTensorSource:
+    """Creates each tensor when it is read, and asserts that no other one is alive then."""
 
     def __init__(self) -> None:
         self.shapes = SHAPES
@@ -26,9 +26,9 @@ class Held:
 
     def read(self, name: str) -> torch.Tensor:
         assert not [ref for ref in self.alive if ref() is not None], "another one is still there"
-        made = values(name)
-        self.alive.append(weakref.ref(made))
-        return made
+        tensor = values(name)
+        self.alive.append(weakref.ref(tensor))
+        return tensor
 
 
 def values(name: str) -> torch.Tensor:
@@ -38,22 +38,24 @@ def values(name: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_overlay_file_is_safetensors_of_the_models_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
-    noted = write_overlay(tmp_path / "w", Held(), dtype)
-    found = load_file(tmp_path / "w")
-    assert set(found) == set(SHAPES)
-    again = OverlayFile(tmp_path / "w", noted)
+    entry = write_overlay(tmp_path / "w", OneTensorSource(), dtype)
+    tensors = load_file(tmp_path / "w")
+    assert set(tensors) == set(SHAPES)
+    again = OverlayFile(tmp_path / "w", entry)
     assert dict(again.shapes) == dict(SHAPES)
     for name in SHAPES:
-        assert found[name].dtype == again.read(name).dtype == dtype
-        assert torch.equal(found[name], values(name).to(dtype))
-        assert torch.equal(again.read(name), found[name])
+        assert tensors[name].dtype == again.read(name).dtype == dtype
+        assert torch.equal(tensors[name], values(name).to(dtype))
+        assert torch.equal(again.read(name), tensors[name])
 
 
 def test_overlay_replaces_only_its_own_tensors(tmp_path: Path) -> None:
     def base(name: str, shape: torch.Size, start: int, stop: int) -> torch.Tensor:
         return torch.full((stop - start,), float(len(shape)))
 
-    read = overlay_weights(base, OverlayFile(tmp_path / "w", write_overlay(tmp_path / "w", Held(), torch.float32)))
+    read = overlay_weights(
+        base, OverlayFile(tmp_path / "w", write_overlay(tmp_path / "w", OneTensorSource(), torch.float32))
+    )
     for name, shape in SHAPES.items():
         for start, stop in ((0, math.prod(shape)), (2, 5)):
             assert torch.equal(read(name, shape, start, stop), values(name).flatten()[start:stop])
@@ -62,19 +64,19 @@ def test_overlay_replaces_only_its_own_tensors(tmp_path: Path) -> None:
 
 
 def test_other_file_is_refused(tmp_path: Path) -> None:
-    noted = write_overlay(tmp_path / "w", Held(), torch.float32)
+    entry = write_overlay(tmp_path / "w", OneTensorSource(), torch.float32)
     content = bytearray((tmp_path / "w").read_bytes())
     content[-3] ^= 1
     (tmp_path / "w").write_bytes(content)
     with pytest.raises(UserError, match="damaged, or of another export"):
-        OverlayFile(tmp_path / "w", noted)
+        OverlayFile(tmp_path / "w", entry)
     with pytest.raises(UserError, match="no such file"):
-        OverlayFile(tmp_path / "none", noted)
+        OverlayFile(tmp_path / "none", entry)
 
 
 def test_weights_of_another_model_are_refused() -> None:
-    check_overlay(Held(), {**SHAPES, "more": torch.Size((1,))}, "here")
+    check_overlay(OneTensorSource(), {**SHAPES, "more": torch.Size((1,))}, "here")
     with pytest.raises(UserError, match=r"here: holds a of shape \[5, 3\], the model's is \[3, 5\]"):
-        check_overlay(Held(), {**SHAPES, "a": torch.Size((3, 5))}, "here")
+        check_overlay(OneTensorSource(), {**SHAPES, "a": torch.Size((3, 5))}, "here")
     with pytest.raises(UserError, match=r"holds b of shape .*, the model has no such tensor"):
-        check_overlay(Held(), {name: shape for name, shape in SHAPES.items() if name != "b"}, "here")
+        check_overlay(OneTensorSource(), {name: shape for name, shape in SHAPES.items() if name != "b"}, "here")

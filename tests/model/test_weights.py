@@ -1,4 +1,4 @@
-"""Weights, stretch by stretch: from safetensors files however they are laid out, and from a seed."""
+"""Any slice of the weights: from safetensors files of any layout, and from a seed."""
 
 from __future__ import annotations
 
@@ -86,9 +86,9 @@ def refusal(folder: Path) -> str:
 )
 def test_damaged_files_are_refused(damage: Callable[[Path], None], message: str, sharded: Path) -> None:
     damage(sharded / "model-0.safetensors")
-    said = refusal(sharded)
-    assert message in said
-    assert "model-0.safetensors" in said
+    error_message = refusal(sharded)
+    assert message in error_message
+    assert "model-0.safetensors" in error_message
 
 
 @pytest.mark.parametrize("outside", ["../{}", "{}/../x/model-0.safetensors", "/etc/passwd", "sub/model.safetensors"])

@@ -1,4 +1,4 @@
-"""A run that was killed and resumed leaves the file of one that never was."""
+"""A run that was killed and resumed leaves the same metrics file as an undisturbed run."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ def steps_of(path: Path) -> list[int]:
 @pytest.mark.parametrize(("killed_after", "resumed_from"), [(7, 7), (7, 4), (7, 0), (12, 10)])
 @pytest.mark.parametrize("torn", [0, 1, 20])
 def test_a_resumed_run_writes_the_same_bytes(tmp_path: Path, killed_after: int, resumed_from: int, torn: int) -> None:
-    whole = MetricsFile(tmp_path / "whole.jsonl")
-    whole.write(record(s) for s in range(1, 13))
-    whole.close()
+    undisturbed = MetricsFile(tmp_path / "whole.jsonl")
+    undisturbed.write(record(s) for s in range(1, 13))
+    undisturbed.close()
 
-    first = MetricsFile(tmp_path / "killed.jsonl")
+    killed = MetricsFile(tmp_path / "killed.jsonl")
     for step in range(1, killed_after + 1):
-        first.write([record(step)])
-    with open(first.path, "ab") as file:
+        killed.write([record(step)])
+    with open(killed.path, "ab") as file:
         file.write(json.dumps(record(killed_after + 1)).encode()[:torn])
 
-    again = MetricsFile(first.path)
-    again.truncate_after(resumed_from)
-    assert steps_of(first.path) == list(range(1, resumed_from + 1))
-    again.write(record(s) for s in range(resumed_from + 1, 13))
-    again.close()
-    assert again.path.read_bytes() == whole.path.read_bytes()
+    resumed = MetricsFile(killed.path)
+    resumed.truncate_after(resumed_from)
+    assert steps_of(killed.path) == list(range(1, resumed_from + 1))
+    resumed.write(record(s) for s in range(resumed_from + 1, 13))
+    resumed.close()
+    assert resumed.path.read_bytes() == undisturbed.path.read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["killed.jsonl", "whole.jsonl"]
 
 
@@ -59,8 +59,8 @@ def test_what_comes_after_the_last_record_joins_it(tmp_path: Path) -> None:
     file.truncate_after(5)
     file.add_to_last_record({"seconds": 2.0, "others": 0.5})
     file.write([record(3)])
-    found = [json.loads(line) for line in file.path.read_text().splitlines()]
-    assert found == [record(1), {**record(2), "seconds": 3.0, "others": 0.5}, record(3)]
+    records = [json.loads(line) for line in file.path.read_text().splitlines()]
+    assert records == [record(1), {**record(2), "seconds": 3.0, "others": 0.5}, record(3)]
     assert [path.name for path in tmp_path.iterdir()] == ["m.jsonl"]
 
 

@@ -1,4 +1,4 @@
-"""The Observer: one object for all that one sees, silent on every rank but the main one."""
+"""The Observer: all output of a run, only on the main rank."""
 
 from __future__ import annotations
 
@@ -25,37 +25,37 @@ def scores(rows: int) -> ScoreBoard:
     return make_score_board([[0.5, 0.25]] * rows, [0.0, 0.0])
 
 
-def use(observer: Observer, steps: range) -> None:
+def observe_steps(observer: Observer, steps: range) -> None:
     with observer:
         observer.log_recipe("seed: 1")
         if steps.start == 1:
             observer.log_scores(scores(0))
         for step in steps:
             observer.log_steps(record(step))
-            for name, done in TASKS:
-                observer.show_evaluation(name, 1, done)
+            for name, num_done in TASKS:
+                observer.show_evaluation(name, 1, num_done)
             if step in (4, 10):
                 observer.log_scores(scores(1 if step == 4 else 2))
         observer.print_message("the end")
 
 
 def test_the_main_rank_writes_and_the_others_leave_no_trace(tmp_path: Path) -> None:
-    config, screen, silence = ObserveConfig(every=2), io.StringIO(), io.StringIO()
-    use(Observer(tmp_path / "main", config, True, TASKS, stream=screen), range(1, 11))
-    use(Observer(tmp_path / "other", config, False, TASKS, stream=silence), range(1, 11))
+    config, main_output, other_output = ObserveConfig(every=2), io.StringIO(), io.StringIO()
+    observe_steps(Observer(tmp_path / "main", config, True, TASKS, stream=main_output), range(1, 11))
+    observe_steps(Observer(tmp_path / "other", config, False, TASKS, stream=other_output), range(1, 11))
     assert not (tmp_path / "other").exists()
-    assert silence.getvalue() == ""
+    assert other_output.getvalue() == ""
     lines = (tmp_path / "main" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [record(step) for step in range(1, 11)]
-    assert "task 2/2 b · step 6/6" in screen.getvalue()
-    assert screen.getvalue().endswith("the end\n")
+    assert "task 2/2 b · step 6/6" in main_output.getvalue()
+    assert main_output.getvalue().endswith("the end\n")
 
 
 def test_scores_stand_at_the_end_of_their_task_and_curves_at_every_so_many_steps(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     for first, resumed in ((7, 0), (10, 5)):  # killed after step 6, resumed from 5
         observer = Observer(tmp_path, ObserveConfig(every=2, live="off"), True, TASKS, resumed, io.StringIO())
-        use(observer, range(resumed + 1, first if not resumed else 11))
+        observe_steps(observer, range(resumed + 1, first if not resumed else 11))
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [e.step for e in events.Scalars("train/loss")] == [1, 2, 4, 6, 8, 10]
     assert [e.step for e in events.Scalars("task/a/score")] == [0, 4, 10]
@@ -89,12 +89,12 @@ def test_seconds_between_steps_stand_in_the_next_record_or_else_in_the_last(tmp_
         for step in range(5, 11):
             observer.log_steps(record(step))
         observer.log_scores(scores(2), 3.0)
-    found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [each["step"] for each in found] == list(range(1, 11))
-    assert {each["step"]: each["evaluate_seconds"] for each in found if "evaluate_seconds" in each} == {
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [each["step"] for each in records] == list(range(1, 11))
+    assert {each["step"]: each["evaluate_seconds"] for each in records if "evaluate_seconds" in each} == {
         1: 4.0, 4: 2.0, 5: 1.0, 10: 3.0,
     }  # fmt: skip
-    assert {each["step"]: each["save_seconds"] for each in found if "save_seconds" in each} == {4: 0.5, 5: 0.25}
+    assert {each["step"]: each["save_seconds"] for each in records if "save_seconds" in each} == {4: 0.5, 5: 0.25}
 
 
 def test_settings_are_checked() -> None:

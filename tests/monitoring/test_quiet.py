@@ -1,4 +1,4 @@
-"""Third-party chatter is silenced in a fresh process, what the user should see is not, and DSCL_VERBOSE shows all."""
+"""Advice of libraries is silenced in a fresh process, other warnings are not, and DSCL_VERBOSE shows all."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ print("verbosity", os.environ.get("TRANSFORMERS_VERBOSITY"))
 """
 
 
-def run(**environment: str) -> tuple[str, str]:
+def run_program(**environment: str) -> tuple[str, str]:
     ours = ("TRANSFORMERS_VERBOSITY", "DSCL_VERBOSE", "PYTHONWARNINGS")
     inherited = {name: value for name, value in os.environ.items() if name not in ours}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", PROGRAM], env={**inherited, **environment}, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout, done.stderr
+    assert process.returncode == 0, process.stderr
+    return process.stdout, process.stderr
 
 
 def test_advice_between_libraries_is_hidden_and_all_else_passes() -> None:
-    out, told = run()
+    stdout, stderr = run_program()
     for hidden in (
         "FutureWarning from torch.distributed",
         "FutureWarning from transformers",
         "log warning from absl",
         "log warning from tensorboard",
     ):
-        assert hidden not in told
+        assert hidden not in stderr
     for passed in (
         "UserWarning from torch.distributed",
         "UserWarning from transformers",
@@ -56,17 +56,17 @@ def test_advice_between_libraries_is_hidden_and_all_else_passes() -> None:
         "log error from tensorboard",
         "log warning from somebody",
     ):
-        assert passed in told
-    assert "verbosity error" in out
+        assert passed in stderr
+    assert "verbosity error" in stdout
 
 
 def test_the_user_has_the_last_word() -> None:
-    assert "verbosity debug" in run(TRANSFORMERS_VERBOSITY="debug")[0]
+    assert "verbosity debug" in run_program(TRANSFORMERS_VERBOSITY="debug")[0]
 
 
 @pytest.mark.parametrize(("value", "shown"), [("1", True), ("0", False), ("", False)])
 def test_verbose_leaves_everything_on(value: str, shown: bool) -> None:
-    out, told = run(DSCL_VERBOSE=value)
+    stdout, stderr = run_program(DSCL_VERBOSE=value)
     for line in ("FutureWarning from torch.distributed", "log warning from absl"):
-        assert (line in told) == shown
-    assert ("verbosity None" in out) == shown
+        assert (line in stderr) == shown
+    assert ("verbosity None" in stdout) == shown

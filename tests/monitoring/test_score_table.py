@@ -12,9 +12,9 @@ from dscl.utils.formatting import display_width, format_count, format_duration, 
 from tests.support.score_boards import make_score_board
 
 
-def make(names: list[str], trained: int, zero_shot: bool = True) -> ScoreBoard:
-    draw = random.Random(0)
-    first, *rows = [[round(draw.random(), 3) for _ in names] for _ in range(trained + 1)]
+def make_scores(names: list[str], trained: int, zero_shot: bool = True) -> ScoreBoard:
+    generator = random.Random(0)
+    first, *rows = [[round(generator.random(), 3) for _ in names] for _ in range(trained + 1)]
     return make_score_board(rows, first if zero_shot else None, names)
 
 
@@ -47,32 +47,32 @@ STREAMS = {
 @pytest.mark.parametrize("zero_shot", [True, False])
 def test_every_score_stands_in_its_row_within_the_width(stream: str, width: int, zero_shot: bool) -> None:
     names = STREAMS[stream]
-    scores = make(names, max(1, len(names) - 1), zero_shot)
+    scores = make_scores(names, max(1, len(names) - 1), zero_shot)
     *blocks, _ = score_table(scores, width).split("\n\n")
     rows = [*([scores.zero_shot] if zero_shot else []), *scores.matrix]
-    shown: list[list[float]] = [[] for _ in rows]
+    printed_rows: list[list[float]] = [[] for _ in rows]
     for block in blocks:
         header, *lines = block.splitlines()
         assert {display_width(line) for line in (header, *lines)} == {display_width(header)}
         assert display_width(header) <= width
         assert len(lines) == len(rows)
-        for row, line in zip(shown, lines, strict=True):
+        for row, line in zip(printed_rows, lines, strict=True):
             row += map(float, line.split()[2:])
-    assert shown == rows
+    assert printed_rows == rows
 
 
 def test_names_are_whole_where_there_is_room_and_distinct_where_there_is_not() -> None:
     for name, width in (("twelve", 130), ("five", 60)):
-        header = score_table(make(STREAMS[name], 1), width).splitlines()[0]
+        header = score_table(make_scores(STREAMS[name], 1), width).splitlines()[0]
         assert header.split() == STREAMS[name]
-    cut = score_table(make(STREAMS["long"], 1), 80)
-    headers = [name for block in cut.split("\n\n")[:-1] for name in block.splitlines()[0].split()]
+    narrow_table = score_table(make_scores(STREAMS["long"], 1), 80)
+    headers = [name for block in narrow_table.split("\n\n")[:-1] for name in block.splitlines()[0].split()]
     assert len(set(headers)) == 15
     assert all("…" in name for name in headers)
 
 
 def test_tasks_are_spread_evenly_over_the_parts() -> None:
-    parts = score_table(make(STREAMS["twelve"], 1), 80).split("\n\n")[:-1]
+    parts = score_table(make_scores(STREAMS["twelve"], 1), 80).split("\n\n")[:-1]
     assert [len(part.splitlines()[0].split()) for part in parts] == [6, 6]
 
 
@@ -90,8 +90,8 @@ def test_cutting(width: int) -> None:
 
 
 def test_short_forms() -> None:
-    shown = [format_duration(s) for s in (0, 59.4, 59.6, 130, 3599, 3600, 11100, 187200)]
-    assert shown == ["0s", "59s", "1m00s", "2m10s", "59m59s", "1h00m", "3h05m", "2d04h"]
+    durations = [format_duration(s) for s in (0, 59.4, 59.6, 130, 3599, 3600, 11100, 187200)]
+    assert durations == ["0s", "59s", "1m00s", "2m10s", "59m59s", "1h00m", "3h05m", "2d04h"]
     assert [format_count(v) for v in (0, 870, 1e3, 3412, 1e6, 1.25e6, 2e9)] == [
         "0", "870", "1.0k", "3.4k", "1.0M", "1.2M", "2.0G",
     ]  # fmt: skip

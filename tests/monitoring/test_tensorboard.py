@@ -1,4 +1,4 @@
-"""What TensorBoard reads back, and what the picture of the scores shows."""
+"""The event files as TensorBoard reads them, and the picture of the scores."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_ac
 CONFUSION = {"tasks": ["a", "b"], "answered_by": ["a", "b", None], "shares": [[0.9, 0.0, 0.1], [0.2, 0.8, 0.0]]}
 
 
-def read(folder: Path):  # type: ignore[no-untyped-def]
+def read_events(folder: Path):  # type: ignore[no-untyped-def]
     events = accumulator.EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "tensors": 0})
     return events.Reload()
 
@@ -52,7 +52,7 @@ def test_curves_scores_picture_and_recipe_read_back(tmp_path: Path) -> None:
     board.add_scores(make_score_board([[0.75, 0.5], [0.25, 1.0]], [0.125, 0.25]), 4)
     board.close()
 
-    events = read(tmp_path)
+    events = read_events(tmp_path)
     assert scalars(events, "train/loss") == [(1, 0.125), (2, 0.5)]
     assert scalars(events, "train/grad_norm") == [(1, 2.0)]
     assert scalars(events, "train/lr") == [(1, 0.25)]
@@ -63,16 +63,16 @@ def test_curves_scores_picture_and_recipe_read_back(tmp_path: Path) -> None:
     assert scalars(events, "task/BWT") == [(4, -0.5)]
     assert b"seed: 7" in events.Tensors("recipe/text_summary")[0].tensor_proto.string_val[0]
     last = events.Images("task/scores")[-1]
-    shown = np.asarray(Image.open(BytesIO(last.encoded_image_string)))
+    picture = np.asarray(Image.open(BytesIO(last.encoded_image_string)))
     assert last.step == 4
-    assert np.array_equal(shown, score_picture(make_score_board([[0.75, 0.5], [0.25, 1.0]], [0.125, 0.25])))
+    assert np.array_equal(picture, score_picture(make_score_board([[0.75, 0.5], [0.25, 1.0]], [0.125, 0.25])))
 
 
 def test_every_number_of_a_record_has_its_curve(tmp_path: Path) -> None:
     from dscl.monitoring.tensorboard import TensorBoardWriter
     from dscl.utils.timers import COLLECTIVES, PARTS
 
-    told = {
+    names_by_group = {
         "train": ["loss", "lr", "grad_norm", "epoch", "tokens_seen"],
         "perf": ["tokens_per_s", "tokens_per_s_per_device", "tflops_per_device", "tflops_with_recomputation", "mfu",
                  "padding", "step_spread"],
@@ -80,31 +80,31 @@ def test_every_number_of_a_record_has_its_curve(tmp_path: Path) -> None:
         "mem": [f"{what}_bytes" for what in ("allocated", "reserved", "peak", "host")],
         "comm": [f"{kind}_{what}" for kind in COLLECTIVES for what in ("bytes", "seconds")],
     }  # fmt: skip
-    wanted = {"perf/step_seconds": 64.0}
+    expected = {"perf/step_seconds": 64.0}
     numbers = {"seconds": 64.0}
-    for place, names in told.items():
+    for place, names in names_by_group.items():
         for name in names:
-            numbers[f"memory_{name}" if place == "mem" else name] = wanted[f"{place}/{name}"] = float(len(wanted))
+            numbers[f"memory_{name}" if place == "mem" else name] = expected[f"{place}/{name}"] = float(len(expected))
     board = TensorBoardWriter(tmp_path, 0)
     board.add_step({"step": 3, "task": "a", "tokens": 9, **numbers})
     board.add_seconds("evaluate_seconds", 2.0, 3)
     board.add_seconds("save_seconds", 4.0, 3)
     board.close()
-    events = read(tmp_path)
-    wanted |= {"perf/evaluate_seconds": 2.0, "perf/save_seconds": 4.0}
+    events = read_events(tmp_path)
+    expected |= {"perf/evaluate_seconds": 2.0, "perf/save_seconds": 4.0}
     assert {tag: scalars(events, tag) for tag in events.Tags()["scalars"]} == {
-        tag: [(3, value)] for tag, value in wanted.items()
+        tag: [(3, value)] for tag, value in expected.items()
     }
 
 
 def test_routing_and_what_was_held_out_read_back(tmp_path: Path) -> None:
     from dscl.monitoring.tensorboard import TensorBoardWriter
 
-    shown = make_score_board([[0.75, 0.5]], confusion=CONFUSION, heldout=[4.0, 3.5])
+    scores = make_score_board([[0.75, 0.5]], confusion=CONFUSION, heldout=[4.0, 3.5])
     board = TensorBoardWriter(tmp_path, 0)
-    board.add_scores(shown, 5)
+    board.add_scores(scores, 5)
     board.close()
-    events = read(tmp_path)
+    events = read_events(tmp_path)
     assert scalars(events, "task/heldout_loss") == [(5, 3.5)]
     (event,) = events.Images("task/routing")
     assert event.step == 5
@@ -113,11 +113,11 @@ def test_routing_and_what_was_held_out_read_back(tmp_path: Path) -> None:
 
 def test_routing_shows_whose_prompts_were_answered_by_whom() -> None:
     picture = routing_picture(CONFUSION)
-    shares = score_picture(make_score_board([[0.9, 0.0, 0.1], [0.2, 0.8, 0.0]], None, ("a", "b", "c")))
+    reference = score_picture(make_score_board([[0.9, 0.0, 0.1], [0.2, 0.8, 0.0]], None, ("a", "b", "c")))
     for row in range(2):
         for column in range(3):
-            seen = cell(picture, row, column, 3, 2)
-            assert seen == cell(shares, row, column, 3), (row, column)
+            colour = cell(picture, row, column, 3, 2)
+            assert colour == cell(reference, row, column, 3), (row, column)
     moved = {**CONFUSION, "shares": [[0.9, 0.1, 0.0], [0.2, 0.8, 0.0]]}
     assert not np.array_equal(picture, routing_picture(moved))
 
@@ -132,9 +132,9 @@ def test_runs_can_be_compared_by_settings_and_scores(tmp_path: Path) -> None:
     board.add_scores(complete, 4)
     board.add_hparams({"train.lr": 0.5, "method.name": "asr"}, complete.summary)
     board.close()
-    events = read(tmp_path)
-    (told,) = (data for tag, data in events.PluginTagToContent("hparams").items() if "experiment" in tag)
-    experiment = metadata.parse_experiment_plugin_data(told)
+    events = read_events(tmp_path)
+    (content,) = (data for tag, data in events.PluginTagToContent("hparams").items() if "experiment" in tag)
+    experiment = metadata.parse_experiment_plugin_data(content)
     assert [each.name for each in experiment.hparam_infos] == ["train.lr", "method.name"]
     declared = [each.name.tag for each in experiment.metric_infos]
     assert declared == ["task/OP", "task/BWT", "task/forgetting"]
@@ -156,7 +156,7 @@ def test_what_came_after_the_checkpoint_is_gone_after_resuming(tmp_path: Path, r
     for step in range(resumed_from + 1, 9):
         again.add_step(record(step))
     again.close()
-    events = read(tmp_path)
+    events = read_events(tmp_path)
     assert [step for step, _ in scalars(events, "train/loss")] == list(range(1, 9))
     assert scalars(events, "task/a/score") == [(0, 0.5)]
 

@@ -1,4 +1,4 @@
-"""Recipes that are damaged or hostile are refused in one line, at once, without a traceback."""
+"""Damaged or hostile recipes are refused quickly, in one line, without a traceback."""
 
 from __future__ import annotations
 
@@ -68,12 +68,12 @@ def test_templates_may_have_lines_and_tabs_and_any_script(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("assignment", "most"),
+    ("assignment", "limit"),
     [
         ("method={name: asr, tune: {rank: 1000000}}", "16384"),
         ("method={name: moses, tune: {num_experts: 1000000}}", "4096"),
         ("method={name: moses, tune: {max_experts: 1000000}}", "65536"),
     ],
 )
-def test_sizes_that_no_model_has_are_refused(tmp_path: Path, assignment: str, most: str) -> None:
-    assert most in refusal(tmp_path, RECIPE, assignment)
+def test_sizes_that_no_model_has_are_refused(tmp_path: Path, assignment: str, limit: str) -> None:
+    assert limit in refusal(tmp_path, RECIPE, assignment)

@@ -1,4 +1,4 @@
-"""The recipe as a whole: the contract's keys, one owner for every setting, and runs that may or may not go on."""
+"""The whole recipe: the keys of the contract, one owner for every setting, and changes with which a run may resume."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def contract(tmp_path: Path) -> str:
     return str(path)
 
 
-def refusal(given: dict[str, Any], **changes: Any) -> str:
+def refusal(document: dict[str, Any], **changes: Any) -> str:
     with pytest.raises(UserError) as caught:
-        resolve_recipe({**given, **changes})
+        resolve_recipe({**document, **changes})
     assert len(str(caught.value).splitlines()) == 1
     return str(caught.value)
 
@@ -92,8 +92,8 @@ def test_another_method_leaves_the_keys_of_the_one_before(contract: str) -> None
     recipe = read_recipe(contract, ["method.name=asr", "method.router.num_features=64", "run_dir=out/a"])
     assert (recipe.method.name, recipe.method.router.num_features) == ("asr", 64)
     assert read_recipe(contract, ["method.name=sequential", "method.tune=lora"]).method.tune.name == "lora"
-    kept = read_recipe(contract, ["method.tune=lora", "method.name=sequential"]).method
-    assert kept.tune.name == "lora"
+    method = read_recipe(contract, ["method.tune=lora", "method.name=sequential"]).method
+    assert method.tune.name == "lora"
     with pytest.raises(UserError, match=r"method\.tune\.name: given 'full' \(str\); allowed: lora_per_task$"):
         read_recipe(contract, ["method.name=asr", "method.tune=full"])
 
@@ -146,13 +146,13 @@ def test_a_constraint_of_null_is_none(tmp_path: Path, small: dict[str, Any]) -> 
 @pytest.mark.parametrize("tune", [None, "full", "lora", {"name": "lora", "alpha": 3.0}, {"name": "full"}])
 @pytest.mark.parametrize("words", [["method.tune=lora", "method.tune.rank=4"], ["method.tune={name: lora, rank: 4}"]])
 def test_an_override_selects_a_part_by_a_word(tmp_path: Path, small: dict[str, Any], tune: Any, words: Any) -> None:
-    """In any order with overrides of the part's keys, and whatever stands in the file."""
+    """In any order with overrides of the part's keys, and for any value in the file."""
     path = tmp_path / "r.yaml"
     path.write_text(json.dumps({**small, "method": {"name": "sequential", "tune": tune}}))
     for order in (words, words[::-1]):
-        found = read_recipe(str(path), order).method.tune
+        parsed = read_recipe(str(path), order).method.tune
         stays = isinstance(tune, dict) and "alpha" in tune and len(words) == 2  # keys of the part that stays selected
-        assert (found.name, found.rank, found.alpha) == ("lora", 4, 3.0 if stays else 16.0)
+        assert (parsed.name, parsed.rank, parsed.alpha) == ("lora", 4, 3.0 if stays else 16.0)
 
 
 @pytest.mark.parametrize("assignment", ["method.router.name=oracle", "method.router=oracle"])
@@ -162,9 +162,9 @@ def test_an_override_of_a_parts_name_drops_the_files_keys_of_the_other_part(
     path = tmp_path / "r.yaml"
     method = {"name": "moses", "tune": {"num_experts": 3}, "router": {"name": "rls", "layer": 1}}
     path.write_text(json.dumps({**small, "method": method}))
-    found = read_recipe(str(path), [assignment]).method
-    assert to_plain_data(found.router) == {"name": "oracle"}
-    assert found.tune.num_experts == 3  # the other parts stay
+    parsed = read_recipe(str(path), [assignment]).method
+    assert to_plain_data(parsed.router) == {"name": "oracle"}
+    assert parsed.tune.num_experts == 3  # the other parts stay
     assert read_recipe(str(path), [assignment.replace("oracle", "rls")]).method.router.layer == 1
     assert read_recipe(str(path), [assignment.replace("oracle", "key")]).method.router.layer is None
     with pytest.raises(
@@ -183,7 +183,7 @@ def test_overrides_reach_everywhere(contract: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "expected_message"),
     [
         ({"trian": {}}, "trian: no such key (did you mean 'train'?); allowed here: run_dir, seed, deepspeed, method, "),
         ({"train": {"epoch": 1}}, "train.epoch: no such key (did you mean 'epochs'?); allowed here: lr, schedule"),
@@ -237,8 +237,8 @@ def test_overrides_reach_everywhere(contract: str) -> None:
         ({"deepspeed": {"bf16": {}}}, "deepspeed: given a mapping; the path of a DeepSpeed JSON is needed"),
     ],
 )
-def test_refusals(small: dict[str, Any], changes: dict[str, Any], told: str) -> None:
-    assert told in refusal(small, **changes)
+def test_refusals(small: dict[str, Any], changes: dict[str, Any], expected_message: str) -> None:
+    assert expected_message in refusal(small, **changes)
 
 
 def test_run_dir_and_stream_are_needed() -> None:
@@ -256,13 +256,13 @@ def test_run_dir_and_stream_are_needed() -> None:
     ],
 )
 def test_settings_of_deepspeed_are_sent_to_their_owner(small: dict[str, Any], section: str, name: str) -> None:
-    told = refusal({**small, section: {name: 1}} if section else {**small, name: 1})
-    assert told.startswith(f"{section}.{name}: " if section else f"{name}: ")
+    message = refusal({**small, section: {name: 1}} if section else {**small, name: 1})
+    assert message.startswith(f"{section}.{name}: " if section else f"{name}: ")
     owners = [owner for key, owner in OWNED_BY_RECIPE.items() if key.partition(".")[0] == name]
     if owners:  # even where the JSON owns other keys of that section (bf16): it would refuse this one
-        assert f"in a recipe it is {owners[0]}" in told
+        assert f"in a recipe it is {owners[0]}" in message
     else:
-        assert "belong to the DeepSpeed JSON; remove it here and name a file in deepspeed" in told
+        assert "belong to the DeepSpeed JSON; remove it here and name a file in deepspeed" in message
 
 
 @pytest.mark.parametrize("name", ["train_batch_size", "gradient_clipping", "optimizer", "scheduler", "tensorboard"])
@@ -275,7 +275,7 @@ def test_settings_of_the_recipe_are_refused_in_the_json(tmp_path: Path, name: st
 
 
 @pytest.mark.parametrize(
-    ("zero", "told"),
+    ("zero", "expected_message"),
     [
         ({"stage": 0, "offload_optimizer": {"device": "cpu"}}, "offload_optimizer does nothing at stage 0"),
         ({"stage": 2, "offload_param": {"device": "cpu"}}, "offload_param does nothing at stage 2"),
@@ -286,10 +286,12 @@ def test_settings_of_the_recipe_are_refused_in_the_json(tmp_path: Path, name: st
         ),
     ],
 )
-def test_zero_settings_that_would_do_nothing_or_harm_are_refused(tmp_path: Path, zero: Any, told: str) -> None:
+def test_zero_settings_that_would_do_nothing_or_harm_are_refused(
+    tmp_path: Path, zero: Any, expected_message: str
+) -> None:
     path = tmp_path / "z.json"
     path.write_text(json.dumps({"zero_optimization": zero}))
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=expected_message):
         read_deepspeed_json(path)
 
 
@@ -367,7 +369,7 @@ def test_what_may_change_exists(small: dict[str, Any]) -> None:
 
 
 def test_folder_is_where_everything_lies(contract: str, tmp_path: Path) -> None:
-    """The tasks always, model and held-out texts if they are there; what is resolved names the places."""
+    """`folder` holds the tasks, and the model and the held-out texts if they are there. The resolved paths name it."""
     (tmp_path / "base").mkdir()
     (tmp_path / "texts.jsonl").write_text("{}")
     words = [f"folder={tmp_path}", "stream.1={name: sst2}", "model.name=base", "evaluate.heldout=texts.jsonl"]
@@ -384,13 +386,13 @@ def test_folder_is_where_everything_lies(contract: str, tmp_path: Path) -> None:
 
 def test_order_picks_tasks_by_name(contract: str) -> None:
     assert [task.name for task in read_recipe(contract, ["order=[sst2, agnews]"]).stream] == ["sst2", "agnews"]
-    picked = read_recipe(contract, ["order=[sst2]"])
-    assert [task.path for task in picked.stream] == ["data/sst2"]
-    assert "order" not in picked.to_dict()  # its stream is in that order
+    recipe = read_recipe(contract, ["order=[sst2]"])
+    assert [task.path for task in recipe.stream] == ["data/sst2"]
+    assert "order" not in recipe.to_dict()  # the stream already has that order
 
 
 @pytest.mark.parametrize(
-    ("order", "said"),
+    ("order", "expected_message"),
     [
         ("sst2", "order: given 'sst2' (str); a list of names of the stream's tasks is needed"),
         ("[]", "order: given a list; a list of names"),
@@ -401,7 +403,7 @@ def test_order_picks_tasks_by_name(contract: str) -> None:
         ("[sst2, sst2]", "where a task comes twice; name each once"),
     ],
 )
-def test_a_wrong_order_is_told(contract: str, order: str, said: str) -> None:
-    with pytest.raises(UserError) as told:
+def test_a_wrong_order_is_told(contract: str, order: str, expected_message: str) -> None:
+    with pytest.raises(UserError) as caught:
         read_recipe(contract, [f"order={order}"])
-    assert said in str(told.value)
+    assert expected_message in str(caught.value)

@@ -98,7 +98,7 @@ def test_search_runs_evaluate_only_what_the_choice_of_a_rate_needs(tmp_path: Pat
         "asr": {"name": "asr"},
         "plain": {"name": "sequential"},
         "moses": {"name": "moses"},
-        "told": {"name": "moses", "router": "oracle"},
+        "oracle": {"name": "moses", "router": "oracle"},
     }
     path = write_comparison_recipe(
         tmp_path, {"learning_rates": [1e-3, 1e-2], "rows": rows, "search_limit": 5}, evaluate=evaluate
@@ -111,7 +111,7 @@ def test_search_runs_evaluate_only_what_the_choice_of_a_rate_needs(tmp_path: Pat
     assert dev["stream_defaults"]["train_limit"] == 5
     assert "train_limit" not in test["stream_defaults"]
     assert comparison.final_runs("moses", 1e-3)[0].recipe["evaluate"]["oracle_task_id"]
-    for row in ("plain", "told"):  # they do not infer the task
+    for row in ("plain", "oracle"):  # they do not infer the task
         assert "oracle_task_id" not in comparison.final_runs(row, 1e-3)[0].recipe["evaluate"]
 
 
@@ -183,8 +183,8 @@ def test_unknown_method_name_suggests_the_nearest_row(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("max_forgetting", "chosen"), [(None, 3.0), (0.05, 2.0), (0.02, 1.0), (0.001, 3.0)])
 def test_choose_learning_rate_by_op_and_max_forgetting(max_forgetting: float | None, chosen: float) -> None:
-    found = {1.0: {"OP": 0.4, "BWT": -0.01}, 2.0: {"OP": 0.5, "BWT": -0.04}, 3.0: {"OP": 0.6, "BWT": -0.3}}
-    assert choose_learning_rate(found, max_forgetting) == chosen
+    trials = {1.0: {"OP": 0.4, "BWT": -0.01}, 2.0: {"OP": 0.5, "BWT": -0.04}, 3.0: {"OP": 0.6, "BWT": -0.3}}
+    assert choose_learning_rate(trials, max_forgetting) == chosen
 
 
 def test_final_runs_use_the_best_rate_of_their_own_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +205,7 @@ def test_final_runs_use_the_best_rate_of_their_own_search(tmp_path: Path, monkey
     assert document["deviations"] == []
     assert all(path.is_file() for path in files)
     run_comparison(read_comparison_plan(write_comparison_recipe(tmp_path)), max_parallel=1)
-    assert len(started) == 10  # all was done
+    assert len(started) == 10  # all runs were complete
 
 
 def test_failed_runs_are_reported_and_do_not_stop_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,7 +219,7 @@ def test_failed_runs_are_reported_and_do_not_stop_the_others(tmp_path: Path, mon
     ):
         run_comparison(read_comparison_plan(write_comparison_recipe(tmp_path)), max_parallel=1)
     document = json.loads((tmp_path / "out" / "comparison.json").read_text())
-    assert document["rows"]["plain"]["runs"] == []  # with a trial less than the others it would not be on a par
+    assert document["rows"]["plain"]["runs"] == []  # a row with fewer trials than the others would not be comparable
     assert document["rows"]["plain"]["learning_rate"] is None
     assert len(document["rows"]["one LoRA"]["runs"]) == 2
     assert [failure["status"] for failure in document["rows"]["one LoRA"]["failed"]] == [2]
@@ -345,7 +345,7 @@ def test_killed_comparison_resumes(tmp_path: Path) -> None:
     while _is_alive(run) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not _is_alive(run)
-    scores = second / "scores.json"  # the run was ended; it did not come to its end
+    scores = second / "scores.json"  # the run was killed before its end
     assert not scores.exists() or not json.loads(scores.read_text())["complete"]
     again = Program(words)
     out, err = again.communicate(timeout=100)

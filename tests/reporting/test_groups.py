@@ -92,7 +92,8 @@ def test_different_tasks_or_orders_form_separate_tables(tmp_path: Path) -> None:
 
 def test_different_metrics_form_separate_tables(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", "seed=1", metrics=["rouge_l", "rouge_l"])]
-    assert len(group_runs(map(read_run, runs))) == 1  # the recipes are one row; only somebody's hand makes this
+    # Equal recipes form one row; only an edited file has other metrics.
+    assert len(group_runs(map(read_run, runs))) == 1
     runs[1] = write_run(tmp_path / "c", "method.name=osft", metrics=["rouge_l", "accuracy"])
     groups = group_runs(map(read_run, runs))
     assert [group.distinguishing_facts for group in groups] == [

@@ -23,7 +23,7 @@ ODD = '<b>&"|`*_'
 
 
 class Page(HTMLParser):
-    """What a browser would see: tags that are all closed, texts, and what would be fetched."""
+    """A parsed page: its tags, which must all be closed, texts and attributes."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -58,26 +58,26 @@ class Page(HTMLParser):
 
 
 def write_example_folder(folder: Path, tasks: tuple[str, ...] = ("one", "two")) -> None:
-    """A comparison with everything in it."""
+    """Write a comparison with all kinds of entries and its runs."""
     count = len(tasks)
     scores = [[0.5 if j <= i else 0.1 for j in range(count)] for i in range(count)]
     shares = [[float(i == j) for j in range(count + 1)] for i in range(count)]
-    routed = {
+    routing = {
         "routing_accuracy": [[1.0] * count] * count,
         "oracle_task_id": {"matrix": scores, "summary": {"OP": 0.6, "BWT": 0.0}},
         "confusion": {"tasks": list(tasks), "answered_by": [*tasks, None], "shares": shares},
     }
     numbers = {"capacity_bytes": 5000.0, "lora_per_task_bytes": 9000.0}
-    asr = {"scores": scores, "tasks": tasks, "zero_shot": [0.1] * count, "numbers": numbers, **routed}
+    asr = {"scores": scores, "tasks": tasks, "zero_shot": [0.1] * count, "numbers": numbers, **routing}
     for seed in (0, 1):
         write_run(folder / f"runs/asr/seed-{seed}", f"seed={seed}", "method.name=asr", **asr)
     write_run(folder / "runs/free/seed-0", scores=scores, tasks=tasks)
     write_run(folder / "runs/free/seed-1", "seed=1", scores=scores[:1], tasks=tasks)
     write_run(folder / "runs/free/dev", "evaluate.split=dev", scores=scores, tasks=tasks)
     failed = [{"row": "free", "run": "free: seed 1", "status": 1, "message": "out of <memory>", "log": "free.log"}]
-    tried = {"0.001": {"OP": 0.5, "BWT": -0.1}, "0.01": {"OP": 0.25, "BWT": None}}
+    trials = {"0.001": {"OP": 0.5, "BWT": -0.1}, "0.01": {"OP": 0.25, "BWT": None}}
     rows = {
-        f"free {ODD}": {"trials": tried, "learning_rate": 0.001, "runs": ["runs/free/seed-0"], "failed": failed},
+        f"free {ODD}": {"trials": trials, "learning_rate": 0.001, "runs": ["runs/free/seed-0"], "failed": failed},
         "asr": {"trials": {}, "learning_rate": 0.001, "runs": ["runs/asr/seed-0", "runs/asr/seed-1"], "failed": []},
     }
     rates = {f"free {ODD}": [0.001, 0.01, 0.1], "asr": [0.001]}
@@ -132,7 +132,7 @@ def test_whatever_is_wider_than_the_page_scrolls_in_its_own_box_with_a_visible_e
 
 
 def test_charts_fill_their_place_on_the_page(tmp_path: Path) -> None:
-    """They scale by their viewBox. One of the page's whole width has a form for narrow screens beside it."""
+    """Charts scale by their viewBox. A chart of full width has a second form for narrow screens."""
     write_example_folder(tmp_path / "all")
     page = Page(render_report(tmp_path)[0])
     drawings = [named for tag, named, _ in page.places if tag == "svg" and "role" in named]
@@ -268,8 +268,8 @@ def test_heat_map_numbers_have_enough_contrast() -> None:
         ]
         for i in range(101):
             cell = _blend(values[ground], values["--heat"], i / 100)
-            drawn = draw_heat_map_svg("", HeatMap([[i / 100]], ["a"], ["b"]))
-            ink = values["--high" if 'class="high"' in drawn else "--low"]
+            svg = draw_heat_map_svg("", HeatMap([[i / 100]], ["a"], ["b"]))
+            ink = values["--high" if 'class="high"' in svg else "--low"]
             assert _contrast(_blend(ink, ink, 0.0), cell) > 4.0
 
 
@@ -277,16 +277,16 @@ def test_every_colour_has_a_css_class() -> None:
     assert len(re.findall(r"^\.c\d ", STYLE, re.MULTILINE)) == NUM_COLOURS
 
 
-@pytest.mark.parametrize("most", [1e-6, 0.3, 0.999, 1.0, 5.0, 7.3, 1234.0, 2.5e9])
-def test_axis_has_few_ticks_that_reach_the_maximum(most: float) -> None:
-    found = axis_ticks(most)
-    assert found[0] == 0.0
-    assert 3 <= len(found) <= 6
-    assert found[-2] < most <= found[-1] * (1 + 1e-9)
+@pytest.mark.parametrize("maximum", [1e-6, 0.3, 0.999, 1.0, 5.0, 7.3, 1234.0, 2.5e9])
+def test_axis_has_few_ticks_that_reach_the_maximum(maximum: float) -> None:
+    ticks = axis_ticks(maximum)
+    assert ticks[0] == 0.0
+    assert 3 <= len(ticks) <= 6
+    assert ticks[-2] < maximum <= ticks[-1] * (1 + 1e-9)
 
 
 def test_non_finite_json_of_python_is_read(tmp_path: Path) -> None:
-    """json.dumps writes NaN as a bare word; that is a score that is named, not a file that cannot be read."""
+    """json.dumps writes NaN as a bare word. The report names such a score and does not call the file unreadable."""
     folder = write_run(tmp_path / "all")
     document = json.loads((folder / "scores.json").read_text())
     document["matrix"][1][1] = float("nan")

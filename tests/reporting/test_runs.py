@@ -22,13 +22,13 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 def test_complete_run_is_read(tmp_path: Path) -> None:
     numbers = {"capacity_bytes": 100.0, "peak_memory_bytes": 7.0, "trainable_parameters": 3.0}
-    found = read_run(write_run(tmp_path / "a", zero_shot=(0.1, 0.2), heldout=[3.0, 3.1, 3.2], numbers=numbers), "mine")
-    assert (found.problem, found.metrics.problem, found.row, found.seed) == ("", "", "mine", 0)
-    assert found.scores is not None
-    assert found.scores.matrix == [[0.8, None], [0.6, 0.9]]
-    assert found.scores.zero_shot == [0.1, 0.2]
-    assert found.scores.heldout_losses == [3.0, 3.1, 3.2]
-    metrics = found.metrics
+    run = read_run(write_run(tmp_path / "a", zero_shot=(0.1, 0.2), heldout=[3.0, 3.1, 3.2], numbers=numbers), "mine")
+    assert (run.problem, run.metrics.problem, run.row, run.seed) == ("", "", "mine", 0)
+    assert run.scores is not None
+    assert run.scores.matrix == [[0.8, None], [0.6, 0.9]]
+    assert run.scores.zero_shot == [0.1, 0.2]
+    assert run.scores.heldout_losses == [3.0, 3.1, 3.2]
+    metrics = run.metrics
     assert (metrics.num_steps, metrics.tokens, metrics.seconds, metrics.peak_memory, metrics.trainable_parameters) == (
         4,
         40.0,
@@ -42,8 +42,8 @@ def test_complete_run_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("scores", "rows"), [((), 0), (((0.8, None),), 1)])
 def test_unfinished_run_reports_its_progress(tmp_path: Path, scores: tuple, rows: int) -> None:
-    found = read_run(write_run(tmp_path / "a", scores=scores))
-    assert found.problem == f"unfinished: {rows} of 2 tasks scored, 2 steps done, the last of one"
+    run = read_run(write_run(tmp_path / "a", scores=scores))
+    assert run.problem == f"unfinished: {rows} of 2 tasks scored, 2 steps done, the last of one"
 
 
 @pytest.mark.parametrize(
@@ -73,9 +73,9 @@ def test_unfinished_run_reports_its_progress(tmp_path: Path, scores: tuple, rows
 def test_damaged_scores_are_reported(tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str) -> None:
     folder = write_run(tmp_path / "a")
     edit_json(folder / "scores.json", change)
-    found = read_run(folder)
-    assert message in found.problem
-    assert found.scores is None
+    run = read_run(folder)
+    assert message in run.problem
+    assert run.scores is None
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "\xff", '{"tasks": [', "[" * 100_000])
@@ -99,10 +99,10 @@ def test_unreadable_metrics_lines_remove_the_sums(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a")
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "ta\n[1]\n')
-    found = read_run(folder)
-    assert found.problem == ""
-    assert found.metrics.tokens is None
-    assert found.metrics.problem == "lines of metrics.jsonl that cannot be read: 2; its sums are left out"
+    run = read_run(folder)
+    assert run.problem == ""
+    assert run.metrics.tokens is None
+    assert run.metrics.problem == "lines of metrics.jsonl that cannot be read: 2; its sums are left out"
     (folder / "metrics.jsonl").unlink()
     assert read_run(folder).metrics.tokens is None
 

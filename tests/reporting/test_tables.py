@@ -20,10 +20,10 @@ def build_tables(*folders: Path) -> list[Table]:
 
 
 def test_means_and_deviations() -> None:
-    found = mean_and_std([0.5, 0.6, 1.0])
-    assert found is not None
-    assert found.mean == pytest.approx(0.7)
-    assert found.std == pytest.approx(math.sqrt((0.04 + 0.01 + 0.09) / 2))
+    mean_std = mean_and_std([0.5, 0.6, 1.0])
+    assert mean_std is not None
+    assert mean_std.mean == pytest.approx(0.7)
+    assert mean_std.std == pytest.approx(math.sqrt((0.04 + 0.01 + 0.09) / 2))
     assert mean_and_std([0.5]) == MeanStd(0.5, None)
     assert mean_and_std([0.5, None]) is None
     assert mean_and_std([]) is None
@@ -99,12 +99,12 @@ def test_damaged_and_unfinished_runs_are_excluded_with_a_note(tmp_path: Path) ->
     ]
     (good / "recipe.yaml").write_text("")
     report = collect_report([tmp_path])
-    assert [of.folder for of in report.unread] == [good]
+    assert [run.folder for run in report.unread] == [good]
     assert result_tables(report.groups[0])[0].rows[0][1:3] == ("none finished", "-")
 
 
 def test_format_bytes() -> None:
-    assert [format_bytes(of) for of in (0, 1023, 1024, 3.5 * 2**20, 2.0**30)] == [
+    assert [format_bytes(count) for count in (0, 1023, 1024, 3.5 * 2**20, 2.0**30)] == [
         "0 B",
         "1023 B",
         "1.0 KiB",

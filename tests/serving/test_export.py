@@ -45,7 +45,7 @@ from tests.support.serving import (
     write_peft,
 )
 
-ENDED = TASKS[:2]
+ENDED_TASKS = TASKS[:2]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_base(tmp_path_factory.mktemp("base"))
 
 
-def document(run_dir: Path, base: Path, **router: Any) -> dict[str, Any]:
+def make_recipe(run_dir: Path, base: Path, **router: Any) -> dict[str, Any]:
     return {
         "run_dir": str(run_dir),
         "model": {"name": str(base)},
@@ -63,27 +63,27 @@ def document(run_dir: Path, base: Path, **router: Any) -> dict[str, Any]:
     }
 
 
-def write_checkpoint(run_dir: Path, task: int, learned: bool) -> None:
-    """One that vouches for what the ended tasks left."""
-    folder = run_dir / "checkpoints" / f"step-{10 * task + learned:08d}"
+def write_checkpoint(run_dir: Path, task: int, trained: bool) -> None:
+    """A checkpoint with the checksums of the artifacts. `trained`: whether the task's last step is done."""
+    folder = run_dir / "checkpoints" / f"step-{10 * task + trained:08d}"
     folder.mkdir(parents=True)
-    state = TrainState(Phase.EVALUATION if learned else Phase.TRAINING, task)
+    state = TrainState(Phase.EVALUATION if trained else Phase.TRAINING, task)
     scores = ScoreBoard("asr", tuple(TASKS), ("accuracy",) * len(TASKS))
-    document = {"format": checkpoint.FORMAT, "train_state": state.to_json(), "scores": scores.to_json()}
-    files = {"state.json": checkpoint.write_bytes(folder / "state.json", json.dumps(document).encode())}
+    state_document = {"format": checkpoint.FORMAT, "train_state": state.to_json(), "scores": scores.to_json()}
+    files = {"state.json": checkpoint.write_bytes(folder / "state.json", json.dumps(state_document).encode())}
     paths = [path for kind in ("adapters", "router") for path in (run_dir / kind).rglob("*") if path.is_file()]
     artifacts = {str(path.relative_to(run_dir)): file_checksum(path) for path in paths}
     write_checked_json(folder / "complete.json", {"files": files, "artifacts": artifacts})
 
 
 def write_run(run_dir: Path, base: Path) -> Path:
-    """What a run with the third task in progress has left: adapters as the method writes them, and statistics."""
+    """Write the folder of a run within its third task: the adapters and router statistics of the ended tasks."""
     model, spec = make_empty_model(base), make_router_spec(base)
     run_dir.mkdir(parents=True)
-    (run_dir / "recipe.yaml").write_text(resolve_recipe(document(run_dir, base, ood_fallback=False)).to_yaml())
+    (run_dir / "recipe.yaml").write_text(resolve_recipe(make_recipe(run_dir, base, ood_fallback=False)).to_yaml())
     (run_dir / "router").mkdir()
     torch.manual_seed(1)
-    for task in ENDED:
+    for task in ENDED_TASKS:
         layers = {
             name: LoraWeights(torch.randn(4, layer.in_features) / 8, torch.randn(layer.out_features, 4) / 4, 2.0)
             for name, layer in model._module.named_modules()
@@ -105,101 +105,101 @@ def write_run(run_dir: Path, base: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ran(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_folder(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_run(tmp_path_factory.mktemp("run") / "out", base)
 
 
 @pytest.fixture
-def spoilt(ran: Path, tmp_path: Path) -> Path:
-    """One to spoil."""
-    return Path(shutil.copytree(ran, tmp_path / "spoilt"))
+def run_copy(run_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the run, which a test may damage."""
+    return Path(shutil.copytree(run_folder, tmp_path / "spoilt"))
 
 
 @pytest.fixture(autouse=True)
-def shell(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a shell has it, whatever started the tests; and nothing is piped in."""
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No variables of a launcher, and no input on stdin."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "stdin", open("/dev/null"))  # noqa: SIM115
 
 
-def test_run_serves_only_ended_tasks(ran: Path, base: Path) -> None:
-    model = server.open_model(export.describe_run(ran))
-    assert model.tasks == list(ENDED)
+def test_run_serves_only_ended_tasks(run_folder: Path, base: Path) -> None:
+    model = server.open_model(export.describe_run(run_folder))
+    assert model.tasks == list(ENDED_TASKS)
     assert (model._router.ridge, model._router.ood_fallback) == (None, False)
-    mine = [(prompt, task) for prompt, task in zip(MIXED, MIXED_TASKS, strict=True) if task in ENDED]
+    mine = [(prompt, task) for prompt, task in zip(MIXED, MIXED_TASKS, strict=True) if task in ENDED_TASKS]
     answers = model.generate([prompt for prompt, _ in mine], MAX_NEW_TOKENS)
     assert [answer.task for answer in answers] == [task for _, task in mine]
-    expected = [reference_answer(base, ran / "adapters" / task, prompt) for prompt, task in mine]
+    expected = [reference_answer(base, run_folder / "adapters" / task, prompt) for prompt, task in mine]
     assert [answer.text for answer in answers] == expected
     assert expected != [reference_answer(base, None, prompt) for prompt, _ in mine]
 
 
-def test_export_answers_like_its_run(ran: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_answers_like_its_run(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "made" / "here"
-    assert main(["export", str(ran), str(folder)]) == 0
-    shown = capsys.readouterr().out
-    assert f"wrote {folder}: " in shown
-    assert "tasks: birds, hills\n" in shown
-    expected = generate_all(server.open_model(export.describe_run(ran)))
-    example = shown.partition("use:")[2].split("\n")
-    found: dict[str, Any] = {}
-    exec("\n".join(line.strip().replace("dscl.load", "made = dscl.load") for line in example), found)
-    assert found["made"]
-    shutil.move(ran / "adapters", ran / "hidden")  # it needs nothing of the run
+    assert main(["export", str(run_folder), str(folder)]) == 0
+    output = capsys.readouterr().out
+    assert f"wrote {folder}: " in output
+    assert "tasks: birds, hills\n" in output
+    expected = generate_all(server.open_model(export.describe_run(run_folder)))
+    example = output.partition("use:")[2].split("\n")
+    namespace: dict[str, Any] = {}
+    exec("\n".join(line.strip().replace("dscl.load", "made = dscl.load") for line in example), namespace)
+    assert namespace["made"]
+    shutil.move(run_folder / "adapters", run_folder / "hidden")  # the export needs no file of the run
     try:
         assert generate_all(dscl.load(folder)) == approx_answers(expected)
     finally:
-        shutil.move(ran / "hidden", ran / "adapters")
-    assert main(["export", str(ran), str(folder)]) == 0  # again, in place of the earlier one
-    assert main(["export", str(ran), str(ran)]) == 2
+        shutil.move(run_folder / "hidden", run_folder / "adapters")
+    assert main(["export", str(run_folder), str(folder)]) == 0  # again, over the earlier export
+    assert main(["export", str(run_folder), str(run_folder)]) == 2
     assert "something else is there" in capsys.readouterr().err
 
 
-def test_task_counts_as_trained_from_its_last_step(spoilt: Path) -> None:
-    write_checkpoint(spoilt, 1, True)  # the second task's last step is done, its evaluation not
-    shutil.rmtree(next((spoilt / "checkpoints").glob("*20")))
-    assert list(export.describe_run(spoilt).tasks) == list(ENDED)
-    shutil.rmtree(next((spoilt / "checkpoints").glob("*11")))
-    write_checkpoint(spoilt, 1, False)
-    assert list(export.describe_run(spoilt).tasks) == ["birds"]
+def test_task_counts_as_trained_from_its_last_step(run_copy: Path) -> None:
+    write_checkpoint(run_copy, 1, True)  # the second task's last step is done, its evaluation not
+    shutil.rmtree(next((run_copy / "checkpoints").glob("*20")))
+    assert list(export.describe_run(run_copy).tasks) == list(ENDED_TASKS)
+    shutil.rmtree(next((run_copy / "checkpoints").glob("*11")))
+    write_checkpoint(run_copy, 1, False)
+    assert list(export.describe_run(run_copy).tasks) == ["birds"]
 
 
-def refused(run_dir: Path) -> str:
+def refusal(run_dir: Path) -> str:
     with pytest.raises(UserError) as error:
         server.open_model(export.describe_run(run_dir))
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
-def test_run_without_servable_tasks_is_rejected(spoilt: Path, base: Path) -> None:
-    assert "no run there (it would hold recipe.yaml) and no export (dscl.json)" in refused(spoilt / "none")
-    router = spoilt / "router" / "hills.safetensors"
+def test_run_without_servable_tasks_is_rejected(run_copy: Path, base: Path) -> None:
+    assert "no run there (it would hold recipe.yaml) and no export (dscl.json)" in refusal(run_copy / "none")
+    router = run_copy / "router" / "hills.safetensors"
     content = router.read_bytes()
     router.write_bytes(content[:-10])
     with pytest.raises(ExternalFailure, match=r"no checkpoint there is whole \(router/hills\.safetensors has"):
-        export.describe_run(spoilt)
+        export.describe_run(run_copy)
     router.write_bytes(content)
-    other = json.dumps(document(spoilt, base)).replace('"num_features": 128', '"num_features": 64')
-    (spoilt / "recipe.yaml").write_text(other)
-    assert list(export.describe_run(spoilt).tasks) == list(ENDED)  # the files tell their features
-    (spoilt / "recipe.yaml").write_text(json.dumps({**document(spoilt, base), "method": {"name": "sequential"}}))
-    assert "a run of method sequential, whose tasks have no adapters or sub-experts of their own" in refused(spoilt)
-    shutil.rmtree(spoilt / "checkpoints")
-    (spoilt / "recipe.yaml").write_text(json.dumps(document(spoilt, base)))
-    assert "no task has ended there yet; train first" in refused(spoilt)
-    (spoilt / checkpoint.SAVED_FILE).touch()
-    assert "has saved checkpoints, and none is there any more" in refused(spoilt)
+    other = json.dumps(make_recipe(run_copy, base)).replace('"num_features": 128', '"num_features": 64')
+    (run_copy / "recipe.yaml").write_text(other)
+    assert list(export.describe_run(run_copy).tasks) == list(ENDED_TASKS)  # the files name their features
+    (run_copy / "recipe.yaml").write_text(json.dumps({**make_recipe(run_copy, base), "method": {"name": "sequential"}}))
+    assert "a run of method sequential, whose tasks have no adapters or sub-experts of their own" in refusal(run_copy)
+    shutil.rmtree(run_copy / "checkpoints")
+    (run_copy / "recipe.yaml").write_text(json.dumps(make_recipe(run_copy, base)))
+    assert "no task has ended there yet; train first" in refusal(run_copy)
+    (run_copy / checkpoint.SAVED_FILE).touch()
+    assert "has saved checkpoints, and none is there any more" in refusal(run_copy)
 
 
-def test_mixed_files_of_different_runs_are_rejected(spoilt: Path, base: Path) -> None:
+def test_mixed_files_of_different_runs_are_rejected(run_copy: Path, base: Path) -> None:
     spec = make_router_spec(base, layer=2)
     rows = torch.ones(4, 64, dtype=torch.int8)
     save_task_statistics(
-        spoilt / "router" / "hills.safetensors", spec, "hills", compute_statistics(rows, spec.feature_map())
+        run_copy / "router" / "hills.safetensors", spec, "hills", compute_statistics(rows, spec.feature_map())
     )
-    write_checkpoint(spoilt, 3, False)
-    assert "the router was built with feature layer 2, here it is 1" in refused(spoilt)
+    write_checkpoint(run_copy, 3, False)
+    assert "the router was built with feature layer 2, here it is 1" in refusal(run_copy)
 
 
 def test_base_model_changed_after_training_is_rejected(tmp_path: Path) -> None:
@@ -219,14 +219,14 @@ def test_model_names_do_not_depend_on_the_working_directory(
     run_dir = write_run(tmp_path / "out", Path(base.name))
     export.export_run(run_dir, tmp_path / "made")
     monkeypatch.chdir(tmp_path)
-    assert dscl.load("made").tasks == list(ENDED)
+    assert dscl.load("made").tasks == list(ENDED_TASKS)
 
 
 @pytest.fixture(scope="module")
-def elsewhere(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
-    """Adapters of others, of two ranks and on different layers, and some prompts of each, in all kinds of files."""
+def other_adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    """PEFT adapters of two ranks and on different layers, and prompts of each task in all kinds of files."""
     folder = tmp_path_factory.mktemp("elsewhere")
-    made = {}
+    adapters = {}
     for number, (task, ending) in enumerate(zip(TASKS, (".txt", ".json", ".jsonl"), strict=True)):
         options = ALL_LAYERS if number == 1 else UPPER_LAYERS
         adapter = write_peft(folder / task, base, number, rank=4 + 4 * number, **options)
@@ -238,11 +238,11 @@ def elsewhere(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         }
         file = folder / f"{task}{ending}"
         file.write_text(contents[ending])
-        made[task] = (adapter, file)
-    return made
+        adapters[task] = (adapter, file)
+    return adapters
 
 
-def words(folder: Path, base: Path, tasks: dict[str, tuple[Path, Path]]) -> list[str]:
+def import_command(folder: Path, base: Path, tasks: dict[str, tuple[Path, Path]]) -> list[str]:
     named = [word for name, paths in tasks.items() for word in ("--task", f"{name}={paths[0]}={paths[1]}")]
     return ["import-adapters", str(folder), "--base", str(base), *named]
 
@@ -251,9 +251,9 @@ SETTINGS = ["--max-length", "20", "--precision", "fp32", "--feature-layer", "1",
 
 
 def test_imported_adapters_are_routed_without_training(
-    base: Path, elsewhere: dict[str, tuple[Path, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    base: Path, other_adapters: dict[str, tuple[Path, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*words(tmp_path / "made", base, elsewhere), *SETTINGS]) == 0
+    assert main([*import_command(tmp_path / "made", base, other_adapters), *SETTINGS]) == 0
     assert "tasks: birds, hills, rain\n" in capsys.readouterr().out
     model = dscl.load(tmp_path / "made")
     spec = model._router.spec
@@ -261,13 +261,15 @@ def test_imported_adapters_are_routed_without_training(
     answers = model.generate(MIXED, MAX_NEW_TOKENS)
     assert [answer.task for answer in answers] == MIXED_TASKS
     expected = [
-        reference_answer(base, elsewhere[task][0], prompt) for task, prompt in zip(MIXED_TASKS, MIXED, strict=True)
+        reference_answer(base, other_adapters[task][0], prompt) for task, prompt in zip(MIXED_TASKS, MIXED, strict=True)
     ]
     assert [answer.text for answer in answers] == expected
 
 
-def test_import_uses_the_method_defaults(base: Path, elsewhere: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
-    export.import_adapters(tmp_path / "made", str(base), elsewhere)
+def test_import_uses_the_method_defaults(
+    base: Path, other_adapters: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    export.import_adapters(tmp_path / "made", str(base), other_adapters)
     spec = dscl.load(tmp_path / "made")._router.spec
     assert (spec.kind, spec.layer, spec.num_features, spec.prompt_limit, spec.precision) == (
         "exact",
@@ -297,10 +299,10 @@ def test_import_uses_the_method_defaults(base: Path, elsewhere: dict[str, tuple[
     ],
 )
 def test_invalid_import_arguments_are_rejected(
-    more: list[str], message: str, base: Path, elsewhere: dict[str, tuple[Path, Path]], tmp_path: Path,
+    more: list[str], message: str, base: Path, other_adapters: dict[str, tuple[Path, Path]], tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    assert main([*words(tmp_path / "made", base, elsewhere), *more]) == 2
+    assert main([*import_command(tmp_path / "made", base, other_adapters), *more]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert message in err
@@ -309,7 +311,7 @@ def test_invalid_import_arguments_are_rejected(
 
 
 def test_adapters_of_another_base_model_are_rejected(
-    base: Path, elsewhere: dict[str, tuple[Path, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    base: Path, other_adapters: dict[str, tuple[Path, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = json.loads((base / "config.json").read_text())
     (tmp_path / "base").mkdir()
@@ -320,38 +322,42 @@ def test_adapters_of_another_base_model_are_rejected(
     )
     for name in ("tokenizer.model", "tokenizer_config.json"):
         shutil.copy(base / name, tmp_path / "base" / name)
-    assert main(words(tmp_path / "made", tmp_path / "base", elsewhere)) == 2
+    assert main(import_command(tmp_path / "made", tmp_path / "base", other_adapters)) == 2
     assert "and the model has no such linear layer" in capsys.readouterr().err
     assert not (tmp_path / "made").exists()
 
 
-def test_generate_prints_task_margin_and_answer(ran: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = server.open_model(export.describe_run(ran))
+def test_generate_prints_task_margin_and_answer(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = server.open_model(export.describe_run(run_folder))
     (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in MIXED))
     expected = model.generate(MIXED, 5)
-    assert main(["generate", str(ran), "--file", str(tmp_path / "p.jsonl"), "--json", "--max-new-tokens", "5"]) == 0
+    assert (
+        main(["generate", str(run_folder), "--file", str(tmp_path / "p.jsonl"), "--json", "--max-new-tokens", "5"]) == 0
+    )
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(r["prompt"], r["task"], r["margin"], r["distance"], r["answer"]) for r in records] == [
         (prompt, a.task, a.margin, a.distance, a.text) for prompt, a in zip(MIXED, expected, strict=True)
     ]
-    export.export_run(ran, tmp_path / "made")
+    export.export_run(run_folder, tmp_path / "made")
     capsys.readouterr()
-    asked = ["generate", str(tmp_path / "made"), "--max-new-tokens", "5", "--prompt", MIXED[0], "--prompt", MIXED[1]]
-    assert main(asked) == 0
+    command = ["generate", str(tmp_path / "made"), "--max-new-tokens", "5", "--prompt", MIXED[0], "--prompt", MIXED[1]]
+    assert main(command) == 0
     first = expected[0]
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"[birds, margin {first.margin:.2f}] {first.text}"
     assert lines[1].startswith("[hills, margin ")
-    assert main([*asked, "--task", "hills"]) == 0
+    assert main([*command, "--task", "hills"]) == 0
     assert capsys.readouterr().out.splitlines()[0] == f"[hills] {model.generate(MIXED[:1], 5, 'hills')[0].text}"
 
 
 @pytest.mark.parametrize("dash", [[], ["--file", "-"]])
 def test_generate_reads_prompts_from_stdin(
-    dash: list[str], ran: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    dash: list[str], run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(MIXED[:2]).encode())))
-    assert main(["generate", str(ran), *dash]) == 0
+    assert main(["generate", str(run_folder), *dash]) == 0
     assert [line[:6] for line in capsys.readouterr().out.splitlines()] == ["[birds", "[hills"]
 
 
@@ -375,9 +381,9 @@ def test_generate_reads_prompts_from_stdin(
     ],
 )
 def test_invalid_generate_arguments_are_rejected(
-    more: list[str], message: str, ran: Path, capsys: pytest.CaptureFixture[str]
+    more: list[str], message: str, run_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["generate", str(ran), *more]) == 2
+    assert main(["generate", str(run_folder), *more]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert message in err
@@ -402,17 +408,17 @@ def test_trained_run_is_served_as_evaluated(ranks: Any, base: Path, tmp_path: Pa
     else:
         recipe["model"]["shape"]["initializer_range"] = 0.1
     ranks(world)(run, recipe)
-    made = tmp_path / "made"
-    export.export_run(tmp_path / "out", made)
+    export_dir = tmp_path / "made"
+    export.export_run(tmp_path / "out", export_dir)
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
-    for model in (dscl.load(made), server.open_model(export.describe_run(tmp_path / "out"))):
+    for model in (dscl.load(export_dir), server.open_model(export.describe_run(tmp_path / "out"))):
         for index, task in enumerate(scores["tasks"]):
             records = json.loads((tmp_path / task / "test.json").read_text())
             prompts = [f"{record['sentence']}\nAnswer:" for record in records]  # as the layout's template has it
             answers = model.generate(prompts, 8)
-            right = [accuracy(a.text, [r["label"]]) for a, r in zip(answers, records, strict=True)]
-            assert sum(right) / len(right) == pytest.approx(scores["matrix"][-1][index])
-            routed = [answer.task == task for answer in answers]
-            assert sum(routed) / len(routed) == pytest.approx(scores["routing_accuracy"][-1][index])
+            scores_of_answers = [accuracy(a.text, [r["label"]]) for a, r in zip(answers, records, strict=True)]
+            assert sum(scores_of_answers) / len(scores_of_answers) == pytest.approx(scores["matrix"][-1][index])
+            correctly_routed = [answer.task == task for answer in answers]
+            assert sum(correctly_routed) / len(correctly_routed) == pytest.approx(scores["routing_accuracy"][-1][index])
     assert min(scores["matrix"][-1]) > 0.5  # else equal scores would say nothing
-    assert json.loads((made / "dscl.json").read_text())["model"]["name"] == (str(base) if named else None)
+    assert json.loads((export_dir / "dscl.json").read_text())["model"]["name"] == (str(base) if named else None)

@@ -1,4 +1,4 @@
-"""Really trained sub-experts: all tasks or a single task are served as they were evaluated."""
+"""Sub-experts of trained runs: all tasks or a single task answer as in the run's evaluation."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(autouse=True)
-def shell(monkeypatch: pytest.MonkeyPatch) -> None:
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "stdin", open("/dev/null"))  # noqa: SIM115
@@ -57,24 +57,24 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trained(ranks: Any, data: Path) -> Any:
     """`trained("routed")`: the folder of a run of that kind, trained once."""
-    made: dict[str, Path] = {}
+    runs: dict[str, Path] = {}
 
-    def get(kind: str) -> Path:
-        if kind not in made:
+    def train_run(kind: str) -> Path:
+        if kind not in runs:
             recipe = recipe_of(
                 data, kind, 3 if kind == "dense" else 0, train__lr=1e-2, train__epochs=2, checkpoint={"every": 1000},
                 method=KINDS[kind], evaluate={"mode": "generate", "max_new_tokens": 8, "zero_shot": False},
             )  # fmt: skip
             recipe["model"]["shape"]["initializer_range"] = 0.1
-            (answers,) = ranks(1)(trained_here, recipe)
+            (answers,) = ranks(1)(train_on_rank, recipe)
             (data / kind / "answers.json").write_text(json.dumps([*answers.items()]))
-            made[kind] = data / kind
-        return made[kind]
+            runs[kind] = data / kind
+        return runs[kind]
 
-    return get
+    return train_run
 
 
-def plain_of(run_dir: Path) -> Any:
+def load_base_model(run_dir: Path) -> Any:
     """The bare base model."""
     base = open_base_model(export.describe_run(run_dir))
     module = base.build()
@@ -82,8 +82,8 @@ def plain_of(run_dir: Path) -> Any:
     return module.eval()
 
 
-def recording(module: Any, answers: Answers) -> Any:
-    """Within, each prompt's answer that `module` generates is noted, by their tokens; the last one stays."""
+def record_answers(module: Any, answers: Answers) -> Any:
+    """Within, the answers that `module` generates are added to `answers`, by the tokens of their prompts."""
 
     def generate(model: Any, batch: Any, *rest: Any) -> list[list[int]]:
         rows = original(model, batch, *rest)
@@ -97,10 +97,10 @@ def recording(module: Any, answers: Answers) -> Any:
     return contextlib.closing(types.SimpleNamespace(close=patch.undo))
 
 
-def trained_here(document: dict[str, Any]) -> Answers:
-    """On a rank; returns the answers of the last evaluation."""
+def train_on_rank(document: dict[str, Any]) -> Answers:
+    """Train on a rank, and return the answers of the last evaluation."""
     answers: Answers = {}
-    with recording(evaluation, answers):
+    with record_answers(evaluation, answers):
         quick(run, document)
     return answers
 
@@ -113,19 +113,22 @@ def test_trained_run_answers_as_evaluated(trained: Any, data: Path, tmp_path: Pa
     scores = json.loads((run_dir / "scores.json").read_text())
     for model in (dscl.load(tmp_path / "made"), server.open_model(export.describe_run(run_dir))):
         served: Answers = {}
-        bare: Answers = {}
+        base_answers: Answers = {}
         for index, task in enumerate(TASKS):
             records = json.loads((data / task / "test.json").read_text())
             prompts = [f"{record['sentence']}\nAnswer:" for record in records]  # as the layout's template has it
-            with recording(server, served):
+            with record_answers(server, served):
                 answers = model.generate(prompts, 8, task) if kind == "given" else model.generate(prompts, 8)
             if kind != "given":
-                routed = [answer.task == task for answer in answers]
-                assert sum(routed) / len(routed) == pytest.approx(scores["routing_accuracy"][-1][index])
-            with recording(server, bare):
+                correctly_routed = [answer.task == task for answer in answers]
+                assert sum(correctly_routed) / len(correctly_routed) == pytest.approx(
+                    scores["routing_accuracy"][-1][index]
+                )
+            with record_answers(server, base_answers):
                 model.generate(prompts, 8, None)
         assert served == evaluated
-        assert sum(served[ids] == bare[ids] for ids in bare) < len(bare) / 4  # else nothing was seen
+        equal = sum(served[ids] == base_answers[ids] for ids in base_answers)
+        assert equal < len(base_answers) / 4  # else the tasks would change nothing
 
 
 def test_export_holds_only_trained_dense_weights(trained: Any, tmp_path: Path) -> None:
@@ -134,8 +137,8 @@ def test_export_holds_only_trained_dense_weights(trained: Any, tmp_path: Path) -
     written = load_file(tmp_path / "made" / "weights.safetensors")
     names = [*(f"self_attn.{each}" for each in "qkvo"), "mlp.gate", "mlp.up", "mlp.down"]
     assert set(written) == {f"model.layers.1.{name}_proj.weight" for name in names}
-    held = checkpoints(run_dir)[-1]
-    masters = stored(held)[0]
+    checkpoint = checkpoints(run_dir)[-1]
+    masters = stored(checkpoint)[0]
     base = open_base_model(export.describe_run(run_dir))
     for name, values in written.items():
         assert torch.equal(values.flatten(), masters[name])
@@ -145,7 +148,7 @@ def test_export_holds_only_trained_dense_weights(trained: Any, tmp_path: Path) -
 def test_single_task_export_answers_alike_in_peft(
     trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Trained with a uniform gate, or an adapter."""
+    """Sub-experts with a uniform gate, and an adapter."""
     for kind in ("given", "asr"):
         run_dir, folder = trained(kind), tmp_path / kind
         capsys.readouterr()
@@ -153,7 +156,7 @@ def test_single_task_export_answers_alike_in_peft(
         assert "\nexact: yes" in capsys.readouterr().out
         assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
         model = server.open_model(export.describe_run(run_dir))
-        bare: Any = plain_of(run_dir)
+        bare: Any = load_base_model(run_dir)
         prompts = ["animal red cat animal\nAnswer:", "blue\nAnswer:"]
         expected = logits_of(model, prompts, task="animal")
         assert (logits_of(model, prompts, task=None) - expected).abs().max() > 0.1
@@ -161,8 +164,8 @@ def test_single_task_export_answers_alike_in_peft(
         for prompt, logits in zip(prompts, expected, strict=True):
             ((_, tensors),) = model._make_batches([prompt], 1)
             with torch.no_grad():
-                found = peft(input_ids=tensors.input_ids, attention_mask=tensors.attention_mask).logits[0, -1]
-            torch.testing.assert_close(found, logits, rtol=1e-5, atol=1e-5)
+                peft_logits = peft(input_ids=tensors.input_ids, attention_mask=tensors.attention_mask).logits[0, -1]
+            torch.testing.assert_close(peft_logits, logits, rtol=1e-5, atol=1e-5)
     assert main(["export", str(run_dir), str(folder), "--task", "colour"]) == 0  # in place of the other task's
     assert (folder / "adapter_model.safetensors").read_bytes() == (
         run_dir / "adapters" / "colour" / "adapter_model.safetensors"
@@ -179,10 +182,10 @@ def test_single_task_export_with_token_router_is_reported_inexact(
     model = server.open_model(export.describe_run(run_dir))
     expected = logits_of(model, ["colour red\nAnswer:"], task="colour")
     ((_, tensors),) = model._make_batches(["colour red\nAnswer:"], 1)
-    peft = PeftModel.from_pretrained(plain_of(run_dir), tmp_path / "lora").eval()
+    peft = PeftModel.from_pretrained(load_base_model(run_dir), tmp_path / "lora").eval()
     with torch.no_grad():
-        found = peft(input_ids=tensors.input_ids, attention_mask=tensors.attention_mask).logits[0, -1]
-    assert (found - expected[0]).abs().max() > 1e-3
+        peft_logits = peft(input_ids=tensors.input_ids, attention_mask=tensors.attention_mask).logits[0, -1]
+    assert (peft_logits - expected[0]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -220,14 +223,14 @@ def test_generate_requires_the_task_without_a_router(
     run_dir = trained("given")
     capsys.readouterr()
     assert main(["export", str(run_dir), str(tmp_path / "made")]) == 0
-    shown = capsys.readouterr().out
-    assert "route: none; the run has router: oracle" in shown
-    assert ".generate(['a prompt'], task='colour')" in shown
+    output = capsys.readouterr().out
+    assert "route: none; the run has router: oracle" in output
+    assert ".generate(['a prompt'], task='colour')" in output
     for place in (run_dir, tmp_path / "made"):
-        asked = ["generate", str(place), "--prompt", "red\nAnswer:"]
-        assert main([*asked, "--task", "animal"]) == 0
+        command = ["generate", str(place), "--prompt", "red\nAnswer:"]
+        assert main([*command, "--task", "animal"]) == 0
         assert capsys.readouterr().out.startswith("[animal] ")
-        assert main(asked) == 2
+        assert main(command) == 2
         err = capsys.readouterr().err
         assert "no task router (its run has router: oracle)" in err
         assert "tasks here: colour, animal" in err
@@ -235,9 +238,9 @@ def test_generate_requires_the_task_without_a_router(
 
 
 def test_damaged_run_files_are_reported(trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    spoilt = shutil.copytree(trained("routed"), tmp_path / "spoilt")
-    task_artifact_path(spoilt, "experts", "colour").unlink()
+    run_copy = shutil.copytree(trained("routed"), tmp_path / "spoilt")
+    task_artifact_path(run_copy, "experts", "colour").unlink()
     capsys.readouterr()
-    assert main(["generate", str(spoilt), "--prompt", "red"]) == 1
+    assert main(["generate", str(run_copy), "--prompt", "red"]) == 1
     err = capsys.readouterr().err
     assert "experts/colour.safetensors is missing" in err

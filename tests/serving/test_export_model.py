@@ -44,7 +44,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def trained(ranks: Any, tasks: Path, method: str, precision: str = "fp32") -> dict[str, Any]:
+def train_once(ranks: Any, tasks: Path, method: str, precision: str = "fp32") -> dict[str, Any]:
     document = recipe_of(
         tasks, f"{method} {precision}", 2, method={"name": method, **METHODS[method]}, evaluate={"zero_shot": False}
     )
@@ -55,19 +55,19 @@ def trained(ranks: Any, tasks: Path, method: str, precision: str = "fp32") -> di
     return document
 
 
-def logits(document: dict[str, Any]) -> torch.Tensor:
-    """Of the model as the run has it at its newest checkpoint."""
+def checkpoint_logits(document: dict[str, Any]) -> torch.Tensor:
+    """The logits of the model at the newest checkpoint of the run."""
     setup = training_run.build_setup(resolve_recipe(document))
     with closing(setup.build_engine()) as engine, torch.no_grad():
         newest = Checkpoints(setup.recipe.run_folder / "checkpoints", setup.recipe.checkpoint).find_newest()
         assert newest is not None
         training_run.restore_checkpoint(newest, engine, setup)
-        found: torch.Tensor = engine.module.eval()(input_ids=torch.tensor(IDS)).logits.float()
-    return found
+        result: torch.Tensor = engine.module.eval()(input_ids=torch.tensor(IDS)).logits.float()
+    return result
 
 
 @pytest.fixture(autouse=True)
-def shell(monkeypatch: pytest.MonkeyPatch) -> None:
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
 
@@ -78,14 +78,14 @@ def shell(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_exported_model_in_transformers_matches_the_run(
     ranks: Any, tasks: Path, tmp_path: Path, method: str, precision: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    document = trained(ranks, tasks, method, precision)
+    document = train_once(ranks, tasks, method, precision)
     assert main(["export", document["run_dir"], str(tmp_path / "model")]) == 0
     assert "tasks: colour, animal\n" in capsys.readouterr().out
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
     assert model.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     with torch.no_grad():
-        found = model(input_ids=torch.tensor(IDS)).logits.float()
-    assert torch.equal(found, ranks(1)(logits, document)[0])
+        exported_logits = model(input_ids=torch.tensor(IDS)).logits.float()
+    assert torch.equal(exported_logits, ranks(1)(checkpoint_logits, document)[0])
     assert AutoTokenizer.from_pretrained(tmp_path / "model")("red cat").input_ids
     training_info = json.loads((tmp_path / "model" / export.TASKS_FILE).read_text())
     assert (training_info["method"], training_info["tasks"]) == (method, ["colour", "animal"])
@@ -95,22 +95,24 @@ def test_exported_model_in_transformers_matches_the_run(
 
 
 def test_exported_lora_in_peft_matches_the_run(ranks: Any, tasks: Path, tmp_path: Path) -> None:
-    document = trained(ranks, tasks, "one lora")
+    document = train_once(ranks, tasks, "one lora")
     assert main(["export", document["run_dir"], str(tmp_path / "lora")]) == 0
     setup = training_run.build_setup(resolve_recipe(document))
     base = setup.backbone.build()
     with torch.no_grad():
         for name, parameter in base.named_parameters():
             parameter.copy_(setup.backbone.weights.read(name, parameter.shape, 0, parameter.numel()).view_as(parameter))
-        plain = base.eval()(input_ids=torch.tensor(IDS)).logits
-        found = PeftModel.from_pretrained(base, str(tmp_path / "lora")).eval()(input_ids=torch.tensor(IDS)).logits
-    (expected,) = ranks(1)(logits, document)
-    assert torch.allclose(found, expected, atol=1e-6)
-    assert not torch.allclose(plain, expected, atol=1e-3)
+        base_logits = base.eval()(input_ids=torch.tensor(IDS)).logits
+        exported_logits = (
+            PeftModel.from_pretrained(base, str(tmp_path / "lora")).eval()(input_ids=torch.tensor(IDS)).logits
+        )
+    (expected,) = ranks(1)(checkpoint_logits, document)
+    assert torch.allclose(exported_logits, expected, atol=1e-6)
+    assert not torch.allclose(base_logits, expected, atol=1e-3)
 
 
 def test_large_model_is_sharded(ranks: Any, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    document = trained(ranks, tasks, "sequential")
+    document = train_once(ranks, tasks, "sequential")
     monkeypatch.setattr(model_folder.write_model, "__defaults__", (40_000,))
     assert main(["export", document["run_dir"], str(tmp_path / "pieces")]) == 0
     index = json.loads((tmp_path / "pieces" / INDEX_FILE).read_text())
@@ -119,22 +121,22 @@ def test_large_model_is_sharded(ranks: Any, tasks: Path, tmp_path: Path, monkeyp
     assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "pieces").eval()
     with torch.no_grad():
-        found = model(input_ids=torch.tensor(IDS)).logits
-    assert torch.equal(found, ranks(1)(logits, document)[0])
+        exported_logits = model(input_ids=torch.tensor(IDS)).logits
+    assert torch.equal(exported_logits, ranks(1)(checkpoint_logits, document)[0])
 
 
 @pytest.mark.parametrize("method", ["sequential", "one lora"])
 def test_an_export_overwrites_only_an_export_of_its_kind(ranks: Any, tasks: Path, tmp_path: Path, method: str) -> None:
-    document = trained(ranks, tasks, method)
+    document = train_once(ranks, tasks, method)
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(UserError, match="something else is there"):
         export.export_run(Path(document["run_dir"]), tmp_path)
     export.export_run(Path(document["run_dir"]), tmp_path / "model")
-    export.export_run(Path(document["run_dir"]), tmp_path / "model")  # its own kind it replaces
+    export.export_run(Path(document["run_dir"]), tmp_path / "model")  # it replaces an export of its own kind
 
 
 def peak_of_export(run_dir: str, folder: Path) -> int:
-    """Bytes that an export takes beyond what the process had before."""
+    """The memory in bytes that an export takes beyond that of the process before."""
     with Peak() as peak:
         export.export_run(Path(run_dir), folder)
     return peak.growth
@@ -160,7 +162,7 @@ def test_model_export_holds_one_tensor_in_memory(ranks: Any, tasks: Path, tmp_pa
 
 def test_masters_cover_the_whole_model(ranks: Any, tasks: Path) -> None:
     """Nothing of a fully trained model is taken from the base by mistake."""
-    document = trained(ranks, tasks, "sequential")
+    document = train_once(ranks, tasks, "sequential")
     setup = training_run.build_setup(resolve_recipe(document))
     newest = Checkpoints(setup.recipe.run_folder / "checkpoints", setup.recipe.checkpoint).find_newest()
     assert newest is not None

@@ -58,13 +58,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """By name: one for each task above the feature layer, of two ranks; and two that begin below."""
+    """Adapters by name: one for each task above the feature layer, of two ranks; and two on all layers."""
     folder = tmp_path_factory.mktemp("adapters")
-    made = {
+    task_adapters = {
         task: write_peft(folder / task, base, i, rank=4 + 2 * (i == 1), **UPPER_LAYERS) for i, task in enumerate(TASKS)
     }
     whole = {"whole": write_peft(folder / "whole", base, 7, rank=8, **ALL_LAYERS)}
-    return {**made, **whole, "thin": write_peft(folder / "thin", base, 8, rank=2, **ALL_LAYERS)}
+    return {**task_adapters, **whole, "thin": write_peft(folder / "thin", base, 8, rank=2, **ALL_LAYERS)}
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def exported(base: Path, adapters: dict[str, Path], tmp_path_factory: pytest.Tem
 
 @pytest.fixture
 def export(exported: Path, tmp_path: Path) -> Path:
-    """One to spoil."""
+    """A copy of the export, which a test may damage."""
     return Path(shutil.copytree(exported, tmp_path / "export"))
 
 
@@ -99,7 +99,7 @@ def test_mixed_batch_matches_single_peft_adapters(
     expected = [reference_answer(base, folders[task], prompt) for task, prompt in zip(MIXED_TASKS, MIXED, strict=True)]
     assert [answer.text for answer in answers] == expected
     bare = [reference_answer(base, None, prompt) for prompt in MIXED]
-    assert sum(a == b for a, b in zip(expected, bare, strict=True)) <= 3  # else nothing was seen
+    assert sum(a == b for a, b in zip(expected, bare, strict=True)) <= 3  # else the adapters would change nothing
     assert [answer.text for answer in model.generate(MIXED, MAX_NEW_TOKENS, task=None)] == bare
     hills = model.generate(MIXED, MAX_NEW_TOKENS, task="hills")
     assert [answer.text for answer in hills] == [reference_answer(base, folders["hills"], prompt) for prompt in MIXED]
@@ -108,8 +108,8 @@ def test_mixed_batch_matches_single_peft_adapters(
 
 def test_mixed_batch_logits_equal_those_of_peft(base: Path, adapters: dict[str, Path], exported: Path) -> None:
     model = dscl.load(exported)
-    seen: list[torch.Tensor] = []
-    model._module.register_forward_hook(lambda _m, _a, out: seen.append(out.logits[:, -1]))
+    logits: list[torch.Tensor] = []
+    model._module.register_forward_hook(lambda _m, _a, out: logits.append(out.logits[:, -1]))
     model.generate(MIXED[:3], 1)
     order = sorted(range(3), key=lambda i: len(load_tokenizer(base)(MIXED[i])["input_ids"][:PROMPT_LIMIT]))
     for row, place in enumerate(order):
@@ -119,11 +119,11 @@ def test_mixed_batch_logits_equal_those_of_peft(base: Path, adapters: dict[str, 
         bos, *ids = load_tokenizer(base)(MIXED[place])["input_ids"]
         with torch.no_grad():
             expected = peft(input_ids=torch.tensor([[bos, *ids[-(PROMPT_LIMIT - 1) :]]])).logits[0, -1]
-        torch.testing.assert_close(seen[0][row], expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(logits[0][row], expected, rtol=1e-5, atol=1e-5)
 
 
-def passes(model: ServingModel) -> list[int]:
-    """Counts the passes through each layer."""
+def count_layer_passes(model: ServingModel) -> list[int]:
+    """A list with the number of passes through each layer so far."""
     counts = [0] * 4
 
     def counting(number: int) -> Callable[..., None]:
@@ -141,11 +141,11 @@ def test_routing_needs_no_extra_pass_unless_adapters_reach_below_the_feature_lay
     adapters: dict[str, Path], exported: Path
 ) -> None:
     model = dscl.load(exported, slots=4)
-    counts = passes(model)
+    counts = count_layer_passes(model)
     model.generate(MIXED[:4], 1)
     assert counts == [1, 1, 1, 1]
     model.route(MIXED[:4])
-    assert counts == [2, 1, 1, 1]  # what stands above the features was left alone
+    assert counts == [2, 1, 1, 1]  # the layers above the feature layer were not computed
     model.add_task("whole", adapters["whole"], make_prompts("birds", 9))
     assert counts == [3, 1, 1, 1]
     model.generate(MIXED[:4], 1)
@@ -280,7 +280,7 @@ def test_model_without_tasks_cannot_route_but_generates(base: Path, exported: Pa
 def test_saved_export_answers_as_before(base: Path, adapters: dict[str, Path], export: Path, tmp_path: Path) -> None:
     model = dscl.load(export, slots=4)
     model.add_task("x/../y", adapters["whole"], make_prompts("birds", 9, seed=2))
-    model.save_export(export)  # over the one that it came from
+    model.save_export(export)  # over the export that the model was loaded from
     other = tmp_path / "more" / "other"
     model.save_export(other)
     expected = generate_all(model)
@@ -292,13 +292,13 @@ def test_saved_export_answers_as_before(base: Path, adapters: dict[str, Path], e
     assert files == {"dscl.json", "adapters", "router.safetensors", "tokenizer"}
     assert not [path for path in other.parent.iterdir() if path != other]
     again.remove_task("x/../y")
-    again.save_export(other)  # and one of fewer tasks in place of one of more
+    again.save_export(other)  # over an export with more tasks
     assert dscl.load(other).tasks == [*TASKS]
     assert len(list((other / "adapters").iterdir())) == 3
 
 
 def test_export_keeps_the_tokenizer(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
-    """Here its files alone do not say which kind it is: the model's configuration beside them does."""
+    """The kind of this tokenizer follows only from the model configuration beside its files."""
     source = tmp_path / "source"
     load_tokenizer(base).save_pretrained(source)
     (source / "tokenizer_config.json").write_text(
@@ -333,10 +333,10 @@ def test_failed_save_keeps_the_earlier_export(export: Path, monkeypatch: pytest.
     model = dscl.load(export)
     expected = generate_all(model)
 
-    def full(*_: Any) -> None:
+    def fail_on_full_disk(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shutil, "copyfile", full)
+    monkeypatch.setattr(shutil, "copyfile", fail_on_full_disk)
     with pytest.raises(ExternalFailure, match="the export cannot be written \\(No space left on device\\)"):
         model.save_export(export)
     monkeypatch.undo()
@@ -356,10 +356,10 @@ def test_base_model_can_be_moved(base: Path, export: Path, tmp_path: Path, monke
     monkeypatch.chdir("/")
     assert generate_all(model) == approx_answers(expected)
     model.save_export(tmp_path / "other")
-    assert generate_all(dscl.load(tmp_path / "other")) == approx_answers(expected)  # it remembers the place
+    assert generate_all(dscl.load(tmp_path / "other")) == approx_answers(expected)  # the export names the new place
 
 
-def cut(path: Path) -> None:
+def truncate_file(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
@@ -386,11 +386,11 @@ ADAPTER = "adapters/hills/adapter_model.safetensors"
             "names the tasks birds, hills, .* holds birds, hills, ra",
         ),
         (lambda e: (e / "router.safetensors").unlink(), "router.safetensors: no such file"),
-        (lambda e: cut(e / "router.safetensors"), "not a router's file, or damaged"),
+        (lambda e: truncate_file(e / "router.safetensors"), "not a router's file, or damaged"),
         (lambda e: flip_byte(e / "router.safetensors", 0.8), "does not match its checksum"),
         (lambda e: shutil.rmtree(e / "adapters" / "hills"), "no adapter_config.json there"),
         (lambda e: (e / ADAPTER).unlink(), "no adapter_model.safetensors there"),
-        (lambda e: cut(e / ADAPTER), "not a readable safetensors file"),
+        (lambda e: truncate_file(e / ADAPTER), "not a readable safetensors file"),
         (lambda e: shutil.rmtree(e / "tokenizer"), "model.tokenizer: given .*; there is no such folder"),
         (
             lambda e: edit_description(e, lambda d: d["features"].update(layer=2)),
@@ -457,6 +457,6 @@ try:
 except AttributeError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [repr([*TASKS]), "module 'dscl' has no attribute 'loads'"]
+    process = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.splitlines() == [repr([*TASKS]), "module 'dscl' has no attribute 'loads'"]

@@ -67,24 +67,24 @@ def plain(base: Path) -> Any:
 
 
 def shape_of(rank1: bool = True, top: int = 2, **changes: Any) -> SubExpertShape:
-    # Of a grown model: of at most five experts four are in use, three were at first.
-    given = {"num_experts": 3, "max_experts": 5, "rank": 4, "mask_density": 0.5, "scale": 3.0}
-    return SubExpertShape(**{**given, "rank1": rank1, "top_k": top, **changes})
+    # A model that has grown from three experts to four, of at most five.
+    values = {"num_experts": 3, "max_experts": 5, "rank": 4, "mask_density": 0.5, "scale": 3.0}
+    return SubExpertShape(**{**values, "rank1": rank1, "top_k": top, **changes})
 
 
-def fill(experts: SubExpertBank, seed: int, preference: float) -> dict[str, torch.Tensor]:
-    """What a task might have trained, strong enough to change what is answered."""
+def random_task_params(experts: SubExpertBank, seed: int, preference: float) -> dict[str, torch.Tensor]:
+    """Random trained parameters of a task, strong enough to change the answers."""
     draw = torch.Generator().manual_seed(seed)
-    found = {}
+    tensors = {}
     for path, layer in experts.layers.items():
         for own in layer.trainable_names:
             size = preference if own == "token_router" else 0.4 if own == "sub_b" else 0.2
-            found[f"{path}.{own}"] = torch.randn(getattr(layer, own).shape, generator=draw) * size
-    return found
+            tensors[f"{path}.{own}"] = torch.randn(getattr(layer, own).shape, generator=draw) * size
+    return tensors
 
 
-class Made:
-    """The model in whose training the tasks froze their sub-experts, and the files that they left."""
+class TrainedTasks:
+    """A model in which each task froze its sub-experts, and the files of the tasks."""
 
     def __init__(
         self, base: Path, folder: Path, shape: SubExpertShape, tasks: Sequence[str] = TASKS, layer: int = LAYER,
@@ -92,7 +92,7 @@ class Made:
     ) -> None:  # fmt: skip
         self.base = base
         self.module: Any = plain(base).requires_grad_(False)
-        self.routing = Routing(num_slots=len(tasks) + 1, rank=0)  # a further task is still to come
+        self.routing = Routing(num_slots=len(tasks) + 1, rank=0)  # with room for a further task
         targets = match_targets_from_layer(self.module, layer, ("q_proj", "v_proj", "o_proj"))
         self.experts = inject_sub_experts(self.module, shape, self.routing, targets)
         self.files = {task: task_artifact_path(folder, EXPERTS, task) for task in tasks}
@@ -101,14 +101,14 @@ class Made:
         for number, (task, file) in enumerate(self.files.items()):
             self.experts.num_used_experts = min(shape.max_experts - 1, shape.num_experts + number)
             self.experts.set_allowed_masks(reuse=number == 1)
-            before = tuple(self.experts.names)
-            kept = self.experts.freeze_task_params(task, fill(self.experts, number, preference))
-            write_task_masks(file, TaskMasks(task, before, shape, kept))
+            previous_tasks = tuple(self.experts.names)
+            frozen_params = self.experts.freeze_task_params(task, random_task_params(self.experts, number, preference))
+            write_task_masks(file, TaskMasks(task, previous_tasks, shape, frozen_params))
         self.module.eval()
 
     @torch.no_grad()
     def answer(self, prompt: str, task: str | None) -> str:
-        """One prompt alone, its task given."""
+        """The answer to a single prompt with a known task."""
         tokenizer = load_tokenizer(self.base)
         ids = encode_prompts([Sample(prompt, "", (), "")], tokenizer, max_length=PROMPT_LIMIT + 1, answer_budget=1).ids
         batch = collate_prompts(ids, pad_id(tokenizer), prepended_bos_id(tokenizer))
@@ -131,67 +131,69 @@ class Made:
 
 
 @pytest.fixture(scope="module")
-def made(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
-    return Made(base, tmp_path_factory.mktemp("made"), shape_of())
+def trained_tasks(base: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainedTasks:
+    return TrainedTasks(base, tmp_path_factory.mktemp("made"), shape_of())
 
 
 @pytest.fixture(scope="module")
-def exported(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(trained_tasks: TrainedTasks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export") / "all"
-    bundle.write_export(made.bundle_description(), folder)
+    bundle.write_export(trained_tasks.bundle_description(), folder)
     return folder
 
 
 @pytest.fixture
 def export(exported: Path, tmp_path: Path) -> Path:
-    """One to spoil."""
+    """A copy of the export, which a test may damage."""
     return Path(shutil.copytree(exported, tmp_path / "export"))
 
 
 @pytest.mark.parametrize(("rank1", "top"), [(True, 2), (False, 2), (True, 0)])
 def test_mixed_batch_matches_single_tasks(base: Path, bare: list[str], tmp_path: Path, rank1: bool, top: int) -> None:
-    made = Made(base, tmp_path, shape_of(rank1, top))
-    model = server.open_model(made.bundle_description())
+    trained_tasks = TrainedTasks(base, tmp_path, shape_of(rank1, top))
+    model = server.open_model(trained_tasks.bundle_description())
     answers = model.generate(MIXED, MAX_NEW_TOKENS, batch_size=6)
     assert [answer.task for answer in answers] == MIXED_TASKS
-    expected = [made.answer(prompt, task) for prompt, task in zip(MIXED, MIXED_TASKS, strict=True)]
+    expected = [trained_tasks.answer(prompt, task) for prompt, task in zip(MIXED, MIXED_TASKS, strict=True)]
     assert [answer.text for answer in answers] == expected
     assert [answer.text for answer in model.generate(MIXED, MAX_NEW_TOKENS, task=None)] == bare
-    assert sum(a == b for a, b in zip(expected, bare, strict=True)) <= 3  # else nothing was seen
+    assert sum(a == b for a, b in zip(expected, bare, strict=True)) <= 3  # else the sub-experts would change nothing
     hills = model.generate(MIXED, MAX_NEW_TOKENS, task="hills")
-    assert [answer.text for answer in hills] == [made.answer(prompt, "hills") for prompt in MIXED]
+    assert [answer.text for answer in hills] == [trained_tasks.answer(prompt, "hills") for prompt in MIXED]
     assert [route.task for route in model.route(MIXED)] == MIXED_TASKS
 
 
 def test_mixed_batch_logits_equal_those_of_single_tasks(exported: Path) -> None:
     model = dscl.load(exported)
-    seen: list[torch.Tensor] = []
-    model._module.register_forward_hook(lambda _m, _a, out: seen.append(out.logits[:, -1]))
+    logits: list[torch.Tensor] = []
+    model._module.register_forward_hook(lambda _m, _a, out: logits.append(out.logits[:, -1]))
     model.generate(MIXED[:6], 1)
     order = [place for places, _ in model._make_batches(MIXED[:6], 6) for place in places]
     for row, place in enumerate(order):
-        alone = logits_of(model, [MIXED[place]], task=MIXED_TASKS[place])
-        assert (seen[0][row] - alone[0]).abs().max() <= 1e-5 * alone.abs().max()
+        single_logits = logits_of(model, [MIXED[place]], task=MIXED_TASKS[place])
+        assert (logits[0][row] - single_logits[0]).abs().max() <= 1e-5 * single_logits.abs().max()
 
 
-def test_saved_export_answers_as_before(made: Made, exported: Path, tmp_path: Path) -> None:
+def test_saved_export_answers_as_before(trained_tasks: TrainedTasks, exported: Path, tmp_path: Path) -> None:
     model = dscl.load(exported)
     assert model.tasks == [*TASKS]
     model.save_export(tmp_path / "again")
     assert generate_all(dscl.load(tmp_path / "again")) == approx_answers(
-        generate_all(server.open_model(made.bundle_description()))
+        generate_all(server.open_model(trained_tasks.bundle_description()))
     )
     files = sorted(str(path.relative_to(tmp_path / "again")) for path in (tmp_path / "again").rglob("*"))
     assert [name for name in files if not name.startswith("tokenizer")] == [
         "dscl.json", "experts", *(f"experts/{task}.safetensors" for task in TASKS), "router.safetensors",
     ]  # fmt: skip
     for task in TASKS:
-        assert task_artifact_path(tmp_path / "again", EXPERTS, task).read_bytes() == made.files[task].read_bytes()
+        assert (
+            task_artifact_path(tmp_path / "again", EXPERTS, task).read_bytes() == trained_tasks.files[task].read_bytes()
+        )
 
 
-def test_export_without_router_requires_the_task(made: Made, tmp_path: Path) -> None:
+def test_export_without_router_requires_the_task(trained_tasks: TrainedTasks, tmp_path: Path) -> None:
     folder = tmp_path / "given"
-    bundle.write_export(made.bundle_description(routed=False), folder)
+    bundle.write_export(trained_tasks.bundle_description(routed=False), folder)
     document = json.loads((folder / "dscl.json").read_text())
     assert document["features"] is None
     assert document["training"]["prompt_limit"] == PROMPT_LIMIT
@@ -199,12 +201,12 @@ def test_export_without_router_requires_the_task(made: Made, tmp_path: Path) -> 
     model = dscl.load(folder)
     for task in TASKS:
         answers = model.generate(MIXED[:4], MAX_NEW_TOKENS, task=task)
-        assert [answer.text for answer in answers] == [made.answer(prompt, task) for prompt in MIXED[:4]]
+        assert [answer.text for answer in answers] == [trained_tasks.answer(prompt, task) for prompt in MIXED[:4]]
         assert {(answer.task, answer.margin, answer.distance) for answer in answers} == {(task, None, None)}
-    told_each = list(itertools.islice(itertools.cycle([*TASKS, None]), len(MIXED)))
-    answers = model.generate(MIXED, MAX_NEW_TOKENS, task=told_each, batch_size=4)
-    assert [answer.task for answer in answers] == told_each
-    for answer, prompt, task in zip(answers, MIXED, told_each, strict=True):
+    task_ids = list(itertools.islice(itertools.cycle([*TASKS, None]), len(MIXED)))
+    answers = model.generate(MIXED, MAX_NEW_TOKENS, task=task_ids, batch_size=4)
+    assert [answer.task for answer in answers] == task_ids
+    for answer, prompt, task in zip(answers, MIXED, task_ids, strict=True):
         assert answer.text == model.generate([prompt], MAX_NEW_TOKENS, task=task)[0].text
     with pytest.raises(UserError, match=r"task: given 1 for 2 prompts; give one each, or one for all"):
         model.generate(MIXED[:2], MAX_NEW_TOKENS, task=["hills"])
@@ -247,13 +249,13 @@ def swapped(export: Path) -> None:
 
 def of_other_shape(export: Path) -> None:
     base = Path(json.loads((export / "dscl.json").read_text())["model"]["name"])
-    other = Made(base, export / "other", shape_of(rank=3), TASKS[:2])
+    other = TrainedTasks(base, export / "other", shape_of(rank=3), TASKS[:2])
     shutil.copyfile(other.files["hills"], task_artifact_path(export, EXPERTS, "hills"))
 
 
 def of_other_layers(export: Path) -> None:
     base = Path(json.loads((export / "dscl.json").read_text())["model"]["name"])
-    other = Made(base, export / "other", shape_of(), TASKS[:2], layer=2)
+    other = TrainedTasks(base, export / "other", shape_of(), TASKS[:2], layer=2)
     shutil.copyfile(other.files["hills"], task_artifact_path(export, EXPERTS, "hills"))
 
 
@@ -295,18 +297,18 @@ def test_inconsistent_export_files_are_rejected(spoil: Callable[[Path], Any], me
     assert "\n" not in str(error.value)
 
 
-def test_sub_experts_of_another_model_are_rejected(made: Made, tmp_path: Path) -> None:
+def test_sub_experts_of_another_model_are_rejected(trained_tasks: TrainedTasks, tmp_path: Path) -> None:
     backbone = resolve_backbone(
         ModelConfig(shape={"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 320},
-                    tokenizer=str(made.base)),
+                    tokenizer=str(trained_tasks.base)),
         seed=0, dtype=torch.float32, cache=tmp_path, texts=lambda: (),
     )  # fmt: skip
     with pytest.raises(UserError, match=r"birds\.safetensors: holds sub-experts of model\.layers\.2\..*no such linear"):
-        SubExpertServingBank(backbone.build(), Routing(3, 0), None, made.files)
+        SubExpertServingBank(backbone.build(), Routing(3, 0), None, trained_tasks.files)
 
 
-class Moved:
-    """Some of the base's weights, trained: shifted by what depends on their names."""
+class ShiftedWeights:
+    """Some weights of the base model, shifted by random values that depend on their names."""
 
     def __init__(self, base: Path) -> None:
         module = plain(base)
@@ -321,19 +323,21 @@ class Moved:
         return self._values[name]
 
 
-def test_trained_weights_replace_those_of_the_base_model(base: Path, made: Made, tmp_path: Path) -> None:
-    moved = Moved(base)
-    known = Made(base, tmp_path, shape_of())
-    known.module.load_state_dict({name: moved.read(name) for name in moved.shapes}, strict=False)
-    given = bundle.dataclasses.replace(made.bundle_description(), trained_weights=moved)
-    expected = [known.answer(prompt, task) for prompt, task in zip(MIXED, MIXED_TASKS, strict=True)]
-    bundle.write_export(given, tmp_path / "made")
-    for model in (server.open_model(given), dscl.load(tmp_path / "made")):
+def test_trained_weights_replace_those_of_the_base_model(
+    base: Path, trained_tasks: TrainedTasks, tmp_path: Path
+) -> None:
+    overlay = ShiftedWeights(base)
+    reference = TrainedTasks(base, tmp_path, shape_of())
+    reference.module.load_state_dict({name: overlay.read(name) for name in overlay.shapes}, strict=False)
+    description = bundle.dataclasses.replace(trained_tasks.bundle_description(), trained_weights=overlay)
+    expected = [reference.answer(prompt, task) for prompt, task in zip(MIXED, MIXED_TASKS, strict=True)]
+    bundle.write_export(description, tmp_path / "made")
+    for model in (server.open_model(description), dscl.load(tmp_path / "made")):
         answers = model.generate(MIXED, MAX_NEW_TOKENS)
-        assert [answer.task for answer in answers] == MIXED_TASKS  # features stand below, where nothing moved
+        assert [answer.task for answer in answers] == MIXED_TASKS  # the shifted weights lie above the feature layer
         assert [answer.text for answer in answers] == expected
-    unmoved = server.open_model(made.bundle_description()).generate(MIXED, MAX_NEW_TOKENS)
-    assert [answer.text for answer in unmoved] != expected
+    base_answers = server.open_model(trained_tasks.bundle_description()).generate(MIXED, MAX_NEW_TOKENS)
+    assert [answer.text for answer in base_answers] != expected
     assert sorted(path.name for path in (tmp_path / "made").iterdir()) == [
         "dscl.json", "experts", "router.safetensors", "tokenizer", "weights.safetensors",
     ]  # fmt: skip
@@ -345,25 +349,27 @@ def test_trained_weights_replace_those_of_the_base_model(base: Path, made: Made,
         dscl.load(tmp_path / "made")
 
 
-def learnt_of(made: Made) -> SubExpertServingBank:
-    return SubExpertServingBank(plain(made.base), Routing(3, 0), None, made.files)
+def make_serving_bank(trained_tasks: TrainedTasks) -> SubExpertServingBank:
+    return SubExpertServingBank(plain(trained_tasks.base), Routing(3, 0), None, trained_tasks.files)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(("rank1", "top"), [(True, 0), (False, 0), (True, 5)])
 @pytest.mark.parametrize("task", ["birds", "rain"])
 def test_task_as_lora_is_exact_with_uniform_gates(base: Path, tmp_path: Path, rank1: bool, top: int, task: str) -> None:
-    """Also where other tasks froze parameters, and where a mask selects fewer columns of a layer; and with a token
-    router that prefers nothing, whatever the number of sub-experts when the task was learnt."""
-    made = Made(base, tmp_path, shape_of(rank1, top), preference=0.0)
-    learnt = learnt_of(made)
-    assert bool(learnt.token_routing) == bool(top)
-    adapter = learnt.to_lora_adapter(task, str(base))
+    """Also where other tasks froze parameters, where a mask selects fewer columns of a layer, and with a token router
+    without preferences, for any number of sub-experts at the task's training."""
+    trained_tasks = TrainedTasks(base, tmp_path, shape_of(rank1, top), preference=0.0)
+    bank = make_serving_bank(trained_tasks)
+    assert bool(bank.token_routing) == bool(top)
+    adapter = bank.to_lora_adapter(task, str(base))
     write_adapter(tmp_path / "lora", adapter)
     peft = PeftModel.from_pretrained(plain(base), tmp_path / "lora").eval()
     ids = torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(1))
-    with made.routing.use_slots([made.experts.get_slot(task)] * 2, make_template_tensor(made.module)):
-        expected = made.module(input_ids=ids).logits
+    with trained_tasks.routing.use_slots(
+        [trained_tasks.experts.get_slot(task)] * 2, make_template_tensor(trained_tasks.module)
+    ):
+        expected = trained_tasks.module(input_ids=ids).logits
     assert (expected - plain(base)(input_ids=ids).logits).abs().max() > 0.1
     torch.testing.assert_close(peft(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
     if rank1:  # no more columns than a mask selects; for the last task, which reuses nothing, some layers have fewer

@@ -1,4 +1,4 @@
-"""The benchmark of sub-experts in small; its arithmetic against what torch counts, its rivals against the layer."""
+"""The benchmark of sub-experts in small; its FLOPs against torch's counter, its rivals against the layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The list of breakages fits the code, and the tool that makes them judges rightly, on a project of a few lines."""
+"""The list of breakages fits the code. On a project of a few lines, the tool reports which breakages are caught."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def project(tmp_path: Path) -> Path:
     return root
 
 
-def start(root: Path, *words: str) -> tuple[int, str]:
+def run_mutants(root: Path, *words: str) -> tuple[int, str]:
     command = [sys.executable, str(ROOT / "tools" / "mutants.py"), "--root", str(root), "--preload", "", *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.returncode, done.stdout + done.stderr
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    return process.returncode, process.stdout + process.stderr
 
 
 def test_the_list_fits_the_code() -> None:
@@ -52,33 +52,33 @@ def test_the_list_fits_the_code() -> None:
 
 
 def test_a_breakage_that_its_tests_miss_survives_and_nothing_is_tried_twice(project: Path) -> None:
-    status, told = start(project)
-    assert status == 1, told
-    assert "1 of 2  caught" in told
-    assert "2 of 2  SURVIVED" in told
-    assert "1 of 2 caught, 1 survived, 0 not judged" in told
-    assert "dscl/sums.py:9: differences are sums" in told.splitlines()[-1]
+    status, output = run_mutants(project)
+    assert status == 1, output
+    assert "1 of 2  caught" in output
+    assert "2 of 2  SURVIVED" in output
+    assert "1 of 2 caught, 1 survived, 0 not judged" in output
+    assert "dscl/sums.py:9: differences are sums" in output.splitlines()[-1]
     records = (project / "out/mutants.jsonl").read_text().splitlines()
     assert [json.loads(line)["verdict"] for line in records] == ["caught", "caught", "caught", "SURVIVED"]
     assert json.loads(records[1])["said"] == "tests/test_sums.py::test_add"
     with open(project / "out/mutants.jsonl", "a") as file:
         file.write('{"key": ')  # as a killed process leaves it
-    again, told = start(project)
-    assert again == 1
-    assert told.count("(found before)") == 2
+    second_status, output = run_mutants(project)
+    assert second_status == 1
+    assert output.count("(found before)") == 2
     assert (project / "dscl/sums.py").read_text() == FILES["dscl/sums.py"]
 
 
 def test_tests_that_fail_by_themselves_catch_nothing(project: Path) -> None:
     test = project / "tests/test_sums.py"
     test.write_text(test.read_text().replace("== 5", "== 6"))
-    status, told = start(project, "--only", "products")
-    assert status == 2, told
-    assert "test_add does not pass while nothing is broken" in told
+    status, output = run_mutants(project, "--only", "products")
+    assert status == 2, output
+    assert "test_add does not pass while nothing is broken" in output
 
 
 @pytest.mark.parametrize(
-    ("file", "before", "after", "told"),
+    ("file", "before", "after", "expected_problem"),
     [
         ("dscl/sums.py", "a + b", "b + a", "its words stand there 0 times instead of once"),
         ("dscl/sums.py", "a - b", "(a - b) or (a - b)", "its words stand there 2 times instead of once"),
@@ -91,18 +91,18 @@ def test_tests_that_fail_by_themselves_catch_nothing(project: Path) -> None:
         ("dscl/__init__.py", "", "__version__ = 1\n", "dscl/__init__.py: no breakage is listed"),
     ],
 )
-def test_what_is_out_of_date_is_told(project: Path, file: str, before: str, after: str, told: str) -> None:
+def test_what_is_out_of_date_is_told(project: Path, file: str, before: str, after: str, expected_problem: str) -> None:
     path = project / file
     path.write_text(path.read_text().replace(before, after) if before else after)
     mutants._tests_in.cache_clear()
-    found = mutants.problems(project, mutants.load_breakages(project), 100, 0)
-    assert any(told in problem for problem in found), found
+    problems = mutants.problems(project, mutants.load_breakages(project), 100, 0)
+    assert any(expected_problem in problem for problem in problems), problems
 
 
 def test_check_needs_no_test_run_and_ends_with_its_status(project: Path) -> None:
-    assert start(project, "--check") == (0, "2 breakages, 0 problems\n")
+    assert run_mutants(project, "--check") == (0, "2 breakages, 0 problems\n")
     (project / "dscl/sums.py").write_text("")
-    assert start(project, "--check")[0] == 1
+    assert run_mutants(project, "--check")[0] == 1
 
 
 SOURCE = '''
@@ -125,8 +125,8 @@ class Thing:
 
 def test_places_are_what_a_run_comes_by() -> None:
     source = SOURCE.encode()
-    found = {(kind, source[start:stop].decode(), after) for kind, start, stop, after in mutants.Places(source).found}
-    assert found == {
+    places = {(kind, source[start:stop].decode(), after) for kind, start, stop, after in mutants.Places(source).found}
+    assert places == {
         ("moved", "3", "4"),
         ("moved", "2", "3"),
         ("moved", "0.5", "1.5"),

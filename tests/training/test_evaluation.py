@@ -1,4 +1,4 @@
-"""Evaluation: the score of an exam is the same on every rank, at every stage, with unequal shares."""
+"""Evaluation: the score of an evaluation set is the same on every rank, at every stage, with unequal shares."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dscl.training.evaluation import EvalSet, EvaluateConfig, evaluate_task, mea
 from tests.support.decoding import EOS, LABELS, PAD, PROMPTS, alone
 from tests.support.toy_model import VOCABULARY, make, model
 
-RIGHT = pytest.approx(4 / 5, abs=1e-12)  # each exam is made so that one of its five answers is wrong
+RIGHT = pytest.approx(4 / 5, abs=1e-12)  # one of the five answers of each evaluation set is wrong
 METHOD = Sequential(SequentialPreset(), RunInfo(0, (), "", "", "", 0, ""))
 
 
@@ -36,14 +36,14 @@ METHOD = Sequential(SequentialPreset(), RunInfo(0, (), "", "", "", 0, ""))
 def test_which_tasks_are_evaluated_after_each(tasks: str, every: int, expected: list[str]) -> None:
     settings = SimpleNamespace(evaluate=EvaluateConfig(tasks=tasks, every=every))
     setup: Any = SimpleNamespace(recipe=settings, tasks="abc")
-    found = [
+    evaluated = [
         "".join(name for task, name in enumerate("abc") if should_evaluate(setup, task, after)) for after in range(3)
     ]
-    assert found == expected
+    assert evaluated == expected
 
 
-class Words:
-    """A tokenizer's outside for tokens that are their own words."""
+class FakeTokenizer:
+    """A tokenizer whose tokens are their own words."""
 
     eos_token_id = EOS
     pad_token_id = PAD
@@ -52,8 +52,8 @@ class Words:
         return " ".join(str(i) for i in ids if not (skip_special_tokens and i in (PAD, EOS)))
 
 
-def eval_set(ranked: bool) -> EvalSet:
-    names = tuple(Words().decode(label, True) for label in LABELS)
+def make_eval_set(ranked: bool) -> EvalSet:
+    names = tuple(FakeTokenizer().decode(label, True) for label in LABELS)
     module = model()
     best = [max(range(3), key=lambda i, p=prompt: alone(module, p, LABELS[i])) for prompt in PROMPTS]
     answers = [names[best[0]], names[(best[1] + 1) % 3], *(names[b] for b in best[2:])]  # one of five is wrong
@@ -61,9 +61,9 @@ def eval_set(ranked: bool) -> EvalSet:
     if not ranked:
         with torch.no_grad():
             rows = generate(module, collate_prompts(PROMPTS, PAD), 4, EOS, PAD)
-        said = [Words().decode(row, True) for row in rows]
-        assert all(said)
-        samples = tuple(Sample("", s, (s if i != 2 else "no",), "made") for i, s in enumerate(said))
+        texts = [FakeTokenizer().decode(row, True) for row in rows]
+        assert all(texts)
+        samples = tuple(Sample("", s, (s if i != 2 else "no",), "made") for i, s in enumerate(texts))
     task = Task(
         "toy", (), (), samples, names if ranked else None, "accuracy" if ranked else "rouge_l", TaskConfig("toy", "")
     )
@@ -72,7 +72,9 @@ def eval_set(ranked: bool) -> EvalSet:
 
 def score_at(stage: int, ranked: bool, batch: int, precision: str = "fp32") -> float:
     engine = make(stage, precision)
-    result = evaluate_task(eval_set(ranked), engine, METHOD, Words(), EvaluateConfig(batch=batch, max_new_tokens=4))
+    result = evaluate_task(
+        make_eval_set(ranked), engine, METHOD, FakeTokenizer(), EvaluateConfig(batch=batch, max_new_tokens=4)
+    )
     engine.close()
     assert result.routing_accuracy is None
     return result.score
@@ -94,8 +96,8 @@ def test_more_ranks_than_prompts_of_a_batch(ranks: Any) -> None:
     assert ranks(2)(score_at, 3, True, 64) == [RIGHT] * 2
 
 
-def passes_of_generation() -> tuple[int, list[int]]:
-    """The first rank's prompt ends at once, the other's does not: passes through the model, and the answer."""
+def generate_and_count_passes() -> tuple[int, list[int]]:
+    """The number of passes through the model, and the answer, which ends at once on the first rank only."""
     module = model()
     with torch.no_grad():
         (first,), (second,) = (
@@ -109,8 +111,8 @@ def passes_of_generation() -> tuple[int, list[int]]:
 
 
 def test_ranks_generate_as_long_as_any_of_them_has_to(ranks: Any) -> None:
-    """Under ZeRO-3 every pass needs all of them."""
-    (passes, first), (others, second) = ranks(2)(passes_of_generation)
+    """Under ZeRO-3 every pass needs all ranks."""
+    (passes, first), (others, second) = ranks(2)(generate_and_count_passes)
     assert passes == others >= 3
     assert first == []
     assert len(second) >= 3
@@ -122,7 +124,7 @@ TEXTS = [[1, 5, 9, 3], [1, 2], [1, 7, 7, 7, 7, 4, 2], [1, 8, 3], [1, 6, 2, 9, 9,
 def loss_at(stage: int) -> tuple[float, list[tuple[int, int]]]:
     """The loss, and the progress that was reported."""
     engine, progress = make(stage), []
-    loss = mean_token_loss(TEXTS, engine, METHOD, Words(), lambda *done: progress.append(done))
+    loss = mean_token_loss(TEXTS, engine, METHOD, FakeTokenizer(), lambda *counts: progress.append(counts))
     engine.close()
     return loss, progress
 

@@ -1,4 +1,4 @@
-"""What lm-eval is answered equals plain passes of the model; without it there is one clear line."""
+"""The answers to lm-eval equal plain passes of the model; without lm-eval there is one clear line."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Words:
 
 
 @pytest.fixture
-def answering() -> LmEvalModel:
+def lm_eval_model() -> LmEvalModel:
     torch.manual_seed(4)
     model = LlamaForCausalLM(SHAPE)
     model.lm_head.weight.data *= 20.0
@@ -44,47 +44,47 @@ def answering() -> LmEvalModel:
     return LmEvalModel(engine, Words(), 2)
 
 
-def asked(*arguments: Any) -> Any:
+def make_request(*arguments: Any) -> Any:
     return SimpleNamespace(args=arguments)
 
 
-def plain(answering: LmEvalModel, ids: list[int], count: int) -> tuple[float, bool]:
+def reference_log_prob(lm_eval_model: LmEvalModel, ids: list[int], count: int) -> tuple[float, bool]:
     """log p of the last tokens, and whether each is the likeliest."""
-    module: Any = answering.engine.module
+    module: Any = lm_eval_model.engine.module
     with torch.no_grad():
-        said = module(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        log_probs = module(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
     places = range(len(ids) - count, len(ids))
-    total = sum(float(said[at - 1, ids[at]]) for at in places)
-    return total, all(int(said[at - 1].argmax()) == ids[at] for at in places)
+    total = sum(float(log_probs[place - 1, ids[place]]) for place in places)
+    return total, all(int(log_probs[place - 1].argmax()) == ids[place] for place in places)
 
 
-def test_continuations_are_judged_by_their_own_tokens(answering: LmEvalModel) -> None:
+def test_continuations_are_judged_by_their_own_tokens(lm_eval_model: LmEvalModel) -> None:
     pairs = [("the film was", " good"), ("the film", " was a joy"), ("I", " loved it ."), ("", "bad"), ("it", "")]
-    found = answering.loglikelihood([asked(*pair) for pair in pairs])
-    for (context, continuation), (value, exact) in zip(pairs, found, strict=True):
+    results = lm_eval_model.loglikelihood([make_request(*pair) for pair in pairs])
+    for (context, continuation), (value, exact) in zip(pairs, results, strict=True):
         ids, count = Words()(context + continuation)["input_ids"], len(continuation.split())
-        expected, greedy = plain(answering, ids, count)
+        expected, greedy = reference_log_prob(lm_eval_model, ids, count)
         assert value == pytest.approx(expected, abs=1e-4)
         assert exact == greedy
-    best = lm_eval.LmEvalModel(answering.engine, Words(), 4)
-    (text,) = best.generate_until([asked("the film was", {"until": [], "max_gen_toks": 1})])
+    best = lm_eval.LmEvalModel(lm_eval_model.engine, Words(), 4)
+    (text,) = best.generate_until([make_request("the film was", {"until": [], "max_gen_toks": 1})])
     if text:
-        assert best.loglikelihood([asked("the film was", " " + text)])[0][1]
+        assert best.loglikelihood([make_request("the film was", " " + text)])[0][1]
 
 
-def test_long_texts_are_judged_stretch_by_stretch(answering: LmEvalModel) -> None:
+def test_long_texts_are_judged_stretch_by_stretch(lm_eval_model: LmEvalModel) -> None:
     text = " ".join(["the film was a joy ."] * 4)
     ids = Words()(text, add_special_tokens=False)["input_ids"]
     stretches = [ids[at : at + 11] for at in range(0, len(ids), 11)]
     assert len(stretches) == 3
-    expected = sum(plain(answering, [1, *part], len(part))[0] for part in stretches)
-    assert answering.loglikelihood_rolling([asked(text)]) == [pytest.approx(expected, abs=1e-3)]
+    expected = sum(reference_log_prob(lm_eval_model, [1, *part], len(part))[0] for part in stretches)
+    assert lm_eval_model.loglikelihood_rolling([make_request(text)]) == [pytest.approx(expected, abs=1e-3)]
 
 
-def test_answers_end_where_the_task_says(answering: LmEvalModel) -> None:
-    (whole,) = answering.generate_until([asked("I loved", {"max_gen_toks": 6})])
+def test_answers_end_where_the_task_says(lm_eval_model: LmEvalModel) -> None:
+    (whole,) = lm_eval_model.generate_until([make_request("I loved", {"max_gen_toks": 6})])
     ids = Words()("I loved")["input_ids"]
-    module: Any = answering.engine.module
+    module: Any = lm_eval_model.engine.module
     for _ in range(6):
         with torch.no_grad():
             ids.append(int(module(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
@@ -93,12 +93,12 @@ def test_answers_end_where_the_task_says(answering: LmEvalModel) -> None:
     assert whole == Words().decode(ids[3:], skip_special_tokens=True)
     assert whole
     stop = whole.split(" ")[-1]
-    (short,) = answering.generate_until([asked("I loved", {"until": [stop], "max_gen_toks": 6})])
+    (short,) = lm_eval_model.generate_until([make_request("I loved", {"until": [stop], "max_gen_toks": 6})])
     assert short == whole[: whole.index(stop)]
 
 
-def test_without_lm_eval_there_is_one_line(monkeypatch: pytest.MonkeyPatch, answering: LmEvalModel) -> None:
+def test_without_lm_eval_there_is_one_line(monkeypatch: pytest.MonkeyPatch, lm_eval_model: LmEvalModel) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UserError, match=r"--lm-eval: given arc,piqa, but lm-eval cannot be imported .*pip install"):
-        evaluate_with_lm_eval(["arc", "piqa"], None, answering.engine, Words(), 4)
-    assert evaluate_with_lm_eval([], None, answering.engine, Words(), 4) == {}
+        evaluate_with_lm_eval(["arc", "piqa"], None, lm_eval_model.engine, Words(), 4)
+    assert evaluate_with_lm_eval([], None, lm_eval_model.engine, Words(), 4) == {}

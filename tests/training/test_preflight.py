@@ -1,4 +1,4 @@
-"""Ranks that are unlike each other are named with their hosts, before anything is trained; what is odd is told."""
+"""The checks before training: ranks that differ are named with their hosts, and outliers are reported."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from tests.support.runs import recipe_of, run_listening, write_tasks
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "description"),
     [
         ([("a", "1"), ("b", "1")], ""),
         ([("a", "1"), ("b", "2"), ("c", "1")], "1 on a, c; 2 on b"),
         ([("a", "1"), ("a", "1"), ("b", "2")], "1 on a; 2 on b"),
     ],
 )
-def test_who_has_what(values: list[tuple[str, str]], said: str) -> None:
-    assert describe_differences(values) == said
+def test_who_has_what(values: list[tuple[str, str]], description: str) -> None:
+    assert describe_differences(values) == description
 
 
 def test_a_place_with_far_less_than_the_others_is_odd() -> None:
@@ -46,7 +46,7 @@ def test_a_place_with_far_less_than_the_others_is_odd() -> None:
     assert not result.passed
     assert result.message == "c 4.4, where the median is 9.5"
     assert find_outliers("speed", values[:2] + values[3:], "{:.1f}".format, 3).message == "9.0 and more, median 10.0"
-    two = find_outliers("speed", [("a", 10.0), ("b", 1.0)], "{:.1f}".format, 3)  # neither is the odd one
+    two = find_outliers("speed", [("a", 10.0), ("b", 1.0)], "{:.1f}".format, 3)  # neither one is the outlier
     assert (two.passed, two.message) == (True, "a 10.0, b 1.0")
 
 
@@ -56,16 +56,16 @@ def test_a_place_with_far_less_than_the_others_is_odd() -> None:
         ("abc", 0, {"links between hosts": "c → a 0.52 GB/s, where the median is 5.24 GB/s"}),
         ("aaaabbbb", 2, {"links within hosts": "a → a 0.52 GB/s, where the median is 5.24 GB/s"}),
         ("aabbcc", 4, {"links between hosts": "b → c 0.52 GB/s, where the median is 5.24 GB/s"}),
-        ("aabb", 2, {}),  # two ways between two hosts
+        ("aabb", 2, {}),  # only two links between two hosts
     ],
 )
 def test_a_slow_link_is_named(monkeypatch: pytest.MonkeyPatch, hosts: str, slow: int, odd: dict[str, str]) -> None:
     """Each rank takes 0.8 ms to get 4 MiB from the one before it, and one of them ten times as long."""
     count = len(hosts)
-    passed = [8e-3 if rank == slow else 8e-4 for rank in range(count)]
-    taken = iter(([1e-3] * count, [1e-3] * count, passed))  # all-reduce, all-to-all, the ring
+    ring_seconds = [8e-3 if rank == slow else 8e-4 for rank in range(count)]
+    durations = iter(([1e-3] * count, [1e-3] * count, ring_seconds))  # all-reduce, all-to-all, the ring
     monkeypatch.setenv("WORLD_SIZE", str(count))
-    monkeypatch.setattr(cluster_checks, "best_seconds", lambda work: next(taken))
+    monkeypatch.setattr(cluster_checks, "best_seconds", lambda work: next(durations))
     monkeypatch.setattr(preflight, "gather_by_host", lambda mine: list(zip(hosts, mine or [None] * count, strict=True)))
     results = cluster_checks.check_network(None)  # type: ignore[arg-type]
     assert {result.subject: result.message for result in results if not result.passed} == odd
@@ -85,7 +85,7 @@ def test_a_place_with_less_than_is_foreseen_is_named() -> None:
 
 
 def test_free_memory_is_what_the_job_may_have(tmp_path: Path) -> None:
-    """Of the machine 8 GiB are free; the job, within a group of 3 GiB, has used 1.5, of which files can be dropped."""
+    """The machine has 8 GiB free. The job has used 1.5 of the 3 GiB of its group, 0.5 of them for droppable files."""
     (tmp_path / "proc" / "self").mkdir(parents=True)
     (tmp_path / "proc" / "meminfo").write_text("MemTotal: 99999999 kB\nMemAvailable: 8388608 kB\n")
     assert hardware.free_host_memory(tmp_path) == 8 * 2**30
@@ -109,26 +109,27 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plan(tasks: Path) -> dict[str, Any]:
-    """What `dscl plan` foresees for the recipe of these tests on two ranks, as the doctor asks for it."""
-    document = relative(tasks, "planned")
+    """The output of `dscl plan` for the recipe of these tests on two ranks, with the arguments of the doctor."""
+    document = relative_recipe(tasks, "planned")
     (tasks / "planned.yaml").write_text(yaml.safe_dump(document))
     settings = f"deepspeed={Path(document['deepspeed']).absolute()}"
     words = ["plan", "planned.yaml", settings, "--recipe-only", "--json", "--gpus-per-node", "2"]
     out, err = Program(words, cwd=tasks).communicate(timeout=100)
     assert out, err
-    found: dict[str, Any] = json.loads(out.splitlines()[-1])
-    return found
+    plan_document: dict[str, Any] = json.loads(out.splitlines()[-1])
+    return plan_document
 
 
-def looked(
+def run_rank_checks(
     document: dict[str, Any],
     places: list[str],
     trouble: str,
-    fully: bool,
+    all_checks: bool,
     strict: bool = True,
     plan: dict[str, Any] | None = None,
 ) -> tuple[list[str], str]:
-    """What a rank, standing in a place of its own, is shown and told at the end. `plan` is not made anew."""
+    """The lines and the error of the checks on a rank with its own working directory in `places`. `trouble`: what is
+    wrong. `plan` replaces the plan of the recipe."""
     before = os.getcwd(), time.time, socket.gethostname
     os.chdir(places[comm.rank()])
     socket.gethostname = lambda: f"node{comm.rank()}"
@@ -143,7 +144,7 @@ def looked(
             document = {**document, "checkpoint": {"every": 7}}
         if trouble == "stream":
             document = {**document, "stream": document["stream"][:1]}
-        if trouble == "paths":  # which may well be of its own
+        if trouble == "paths":  # these keys may differ between ranks
             document = {
                 **document,
                 "data": {"cache_dir": "elsewhere"},
@@ -155,8 +156,8 @@ def looked(
     if trouble == "full":
         cluster_checks.free_host_memory = lambda: 1e6 if comm.rank() else 1e12
         cluster_checks.free_disk = lambda folder: 1e4
-    shown: list[str] = []
-    told = ""
+    lines: list[str] = []
+    error_message = ""
     sources, sight, cuda, flock = (
         preflight._checksum_sources,
         cluster_checks.VISIBILITY_TIMEOUT,
@@ -169,17 +170,17 @@ def looked(
             preflight._checksum_sources = lambda: "changed"
         if trouble == "CUDA" and comm.rank() == 1:
             torch.version.cuda = "9.9"
-        if trouble == "own locks" and comm.rank() == 1:  # which others do not see
+        if trouble == "own locks" and comm.rank() == 1:  # other hosts do not see these locks
             fcntl.flock = lambda file, mode: None
         if trouble == "no locks":
-            fcntl.flock = without_locks
+            fcntl.flock = fail_to_lock
         setup = training_run.build_setup(resolve_recipe(document))
-        if fully:
-            preflight.run_checks(setup, shown.append, strict)
+        if all_checks:
+            preflight.run_checks(setup, lines.append, strict)
         else:
             preflight.require_consistent_ranks(setup)
     except UserError as error:
-        told = str(error)
+        error_message = str(error)
     finally:
         os.chdir(before[0])
         time.time, socket.gethostname = before[1:]
@@ -190,16 +191,16 @@ def looked(
             flock,
         )
         cluster_checks.free_host_memory, cluster_checks.free_disk, cluster_checks.run_dscl_plan = room
-    return shown, told
+    return lines, error_message
 
 
-def without_locks(file: Any, mode: int) -> None:
+def fail_to_lock(file: Any, mode: int) -> None:
     if ".doctor-" in str(getattr(file, "name", "")):  # other files lie on other file systems
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
 
-def relative(folder: Path, run: str) -> dict[str, Any]:
-    """A recipe that names everything from the place where a rank stands."""
+def relative_recipe(folder: Path, run: str) -> dict[str, Any]:
+    """A recipe with paths relative to the working directory of a rank."""
     document = recipe_of(folder, run, 2)
     document["run_dir"] = f"runs/{run}"
     document["stream"] = [{**task, "path": task["name"]} for task in document["stream"]]
@@ -207,10 +208,10 @@ def relative(folder: Path, run: str) -> dict[str, Any]:
 
 
 def test_like_ranks_agree_and_are_fit(ranks: Any, tasks: Path) -> None:
-    results = ranks(2)(looked, relative(tasks, "fit"), [str(tasks)] * 2, "", True)
-    for shown, told in results:
-        assert told == ""
-        assert all(line.startswith("ok ") for line in shown), shown
+    results = ranks(2)(run_rank_checks, relative_recipe(tasks, "fit"), [str(tasks)] * 2, "", True)
+    for lines, error_message in results:
+        assert error_message == ""
+        assert all(line.startswith("ok ") for line in lines), lines
     text = "\n".join(results[0][0])
     for subject in (
         "programs",
@@ -225,11 +226,11 @@ def test_like_ranks_agree_and_are_fit(ranks: Any, tasks: Path) -> None:
         "disk for checkpoints",
     ):
         assert f"ok   {subject}: " in text
-    assert not (tasks / "runs" / "fit").exists()  # it leaves nothing behind
+    assert not (tasks / "runs" / "fit").exists()  # the checks leave no files
 
 
 @pytest.mark.parametrize(
-    ("trouble", "said"),
+    ("trouble", "expected_message"),
     [
         ("recipe", "recipe: node1 has another train.lr (there: 0.003, given: 0.5)"),
         ("zero", "recipe: node1 has another zero_optimization.stage (there: 2, given: 3)"),
@@ -240,10 +241,12 @@ def test_like_ranks_agree_and_are_fit(ranks: Any, tasks: Path) -> None:
         ("CUDA", "CUDA: "),
     ],
 )
-def test_a_rank_with_another_recipe_or_program_is_refused(ranks: Any, tasks: Path, trouble: str, said: str) -> None:
-    results = ranks(2)(looked, relative(tasks, "odd"), [str(tasks)] * 2, trouble, False)
+def test_a_rank_with_another_recipe_or_program_is_refused(
+    ranks: Any, tasks: Path, trouble: str, expected_message: str
+) -> None:
+    results = ranks(2)(run_rank_checks, relative_recipe(tasks, "odd"), [str(tasks)] * 2, trouble, False)
     assert results[0][1] == results[1][1]
-    assert results[0][1].startswith(said)
+    assert results[0][1].startswith(expected_message)
     if trouble == "program":
         assert "changed on node1; install the same everywhere" in results[0][1]
     if trouble == "CUDA":
@@ -258,10 +261,10 @@ def test_a_rank_that_reads_other_data_is_refused(ranks: Any, tasks: Path, tmp_pa
     records[0]["label"] = "no" if records[0]["label"] != "no" else "yes"
     path.write_text(json.dumps(records))
     places = [str(tasks), str(tmp_path / "other")]
-    for _, told in ranks(2)(looked, relative(tasks, "data"), places, "", False):
-        assert told.startswith("data of animal: ")
-        assert "on node0; " in told
-        assert told.endswith("on node1; copy the same files everywhere")
+    for _, error_message in ranks(2)(run_rank_checks, relative_recipe(tasks, "data"), places, "", False):
+        assert error_message.startswith("data of animal: ")
+        assert "on node0; " in error_message
+        assert error_message.endswith("on node1; copy the same files everywhere")
 
 
 def test_wrong_clocks_and_folders_that_are_not_shared_are_named(
@@ -269,61 +272,67 @@ def test_wrong_clocks_and_folders_that_are_not_shared_are_named(
 ) -> None:
     shutil.copytree(tasks, tmp_path / "apart")
     places = [str(tasks), str(tmp_path / "apart")]
-    (shown, told), _ = ranks(2)(looked, relative(tasks, "apart"), places, "clock", True, True, plan)
-    bad = [line for line in shown if line.startswith("BAD")]
+    (lines, error_message), _ = ranks(2)(
+        run_rank_checks, relative_recipe(tasks, "apart"), places, "clock", True, True, plan
+    )
+    bad = [line for line in lines if line.startswith("BAD")]
     assert len(bad) == 2
     assert bad[0].startswith("BAD  clocks: node0 is 30.")
     assert "node1 is 30." in bad[0]
     assert "node1 does not see what node0 wrote; it has to be a file system that all share" in bad[1]
-    assert told == "not fit for a run: clocks, run_dir (see above); mend that, or leave these hosts out"
+    assert error_message == "not fit for a run: clocks, run_dir (see above); mend that, or leave these hosts out"
 
 
 @pytest.mark.parametrize(("trouble", "where"), [("own locks", "node1"), ("no locks", "node0")])
 def test_locks_that_do_not_reach_other_hosts_are_told(
     ranks: Any, tasks: Path, plan: dict[str, Any], trouble: str, where: str
 ) -> None:
-    """A doctor calls it unfit; a run that is the only one there goes on."""
+    """The doctor calls it unfit; a run, which may be the only one, continues."""
     for strict in (True, False):
-        (shown, told), _ = ranks(2)(looked, relative(tasks, "loose"), [str(tasks)] * 2, trouble, True, strict, plan)
-        (bad,) = (line for line in shown if line.startswith("BAD"))
+        (lines, error_message), _ = ranks(2)(
+            run_rank_checks, relative_recipe(tasks, "loose"), [str(tasks)] * 2, trouble, True, strict, plan
+        )
+        (bad,) = (line for line in lines if line.startswith("BAD"))
         assert bad.startswith("BAD  locks: one in runs/loose does not keep ")
         assert f"{where} out, so a second job there would not be refused; " in bad
-        assert told == ("not fit for a run: locks (see above); mend that, or leave these hosts out" if strict else "")
+        assert error_message == (
+            "not fit for a run: locks (see above); mend that, or leave these hosts out" if strict else ""
+        )
 
 
 def test_too_little_room_for_what_is_foreseen_is_told(ranks: Any, tasks: Path, plan: dict[str, Any]) -> None:
-    """A doctor calls it unfit; a run that may yet find room is only told, and not again once it has saved."""
-    document = relative(tasks, "full")
+    """The doctor calls it unfit; a run only gets a message, and none once it has saved a checkpoint."""
+    document = relative_recipe(tasks, "full")
     for strict in (True, False):
-        (shown, told), _ = ranks(2)(looked, document, [str(tasks)] * 2, "full", True, strict, plan)
-        bad = [line for line in shown if line.startswith("BAD")]
+        (lines, error_message), _ = ranks(2)(run_rank_checks, document, [str(tasks)] * 2, "full", True, strict, plan)
+        bad = [line for line in lines if line.startswith("BAD")]
         assert bad[0].startswith("BAD  memory of hosts: node1 has 1.0 MiB free and needs ")
         assert bad[1].startswith("BAD  disk for checkpoints: run_dir has 0.0 MiB free and needs ")
         assert len(bad) == 2
-        assert told.startswith("not fit for a run: memory of hosts, disk for checkpoints" if strict else "")
-        assert bool(told) == strict
+        assert error_message.startswith("not fit for a run: memory of hosts, disk for checkpoints" if strict else "")
+        assert bool(error_message) == strict
     (tasks / "runs" / "full" / "checkpoints" / "step-00000003").mkdir(parents=True)
-    (shown, told), _ = ranks(2)(looked, document, [str(tasks)] * 2, "full", True, False, plan)
-    assert told == ""
-    assert not any(line.startswith("BAD") for line in shown)
+    (lines, error_message), _ = ranks(2)(run_rank_checks, document, [str(tasks)] * 2, "full", True, False, plan)
+    assert error_message == ""
+    assert not any(line.startswith("BAD") for line in lines)
 
 
 def test_ranks_look_at_the_same_though_one_alone_sees_a_checkpoint(
     ranks: Any, tasks: Path, plan: dict[str, Any], tmp_path: Path
 ) -> None:
-    """As where run_dir is not shared. A rank that looked at more than the others would wait for them."""
+    """As where run_dir is not shared. A rank with more checks than the others would wait for them."""
     places = [tmp_path / name for name in "ab"]
     for place in places:
         place.mkdir()
         for task in ("colour", "animal"):
             (place / task).symlink_to(tasks / task)
     (places[0] / "runs" / "seen" / "checkpoints" / "step-00000003").mkdir(parents=True)
-    results = ranks(2)(looked, relative(tasks, "seen"), list(map(str, places)), "", True, False, plan)
-    assert not any("memory of hosts" in line for shown, _ in results for line in shown)
+    results = ranks(2)(run_rank_checks, relative_recipe(tasks, "seen"), list(map(str, places)), "", True, False, plan)
+    assert not any("memory of hosts" in line for lines, _ in results for line in lines)
 
 
-def summed_by_the_network_test() -> set[int]:
-    """How many values each all-reduce adds up."""
+def sizes_of_all_reduces() -> set[int]:
+    """The numbers of values that the all-reduces of the network check add up."""
     original, sizes = comm.all_reduce_sum, set()
 
     def adding(tensor: Any) -> Any:
@@ -337,18 +346,18 @@ def summed_by_the_network_test() -> set[int]:
 
 
 def test_the_network_is_measured_by_collectives(ranks: Any) -> None:
-    assert ranks(2)(summed_by_the_network_test) == [{cluster_checks.NETWORK_TEST_NUMEL // 16}] * 2
+    assert ranks(2)(sizes_of_all_reduces) == [{cluster_checks.NETWORK_TEST_NUMEL // 16}] * 2
 
 
 def test_training_refuses_what_does_not_agree(ranks: Any, tasks: Path) -> None:
-    """Also where the recipe alone differs, and no data by it."""
-    results = ranks(2)(trained, recipe_of(tasks, "refused", 2))
-    assert all(told.startswith("recipe: ") and "has another train.lr" in told for told in results)
+    """Also where only the recipe differs, and the data do not."""
+    results = ranks(2)(train_with_own_lr, recipe_of(tasks, "refused", 2))
+    assert all(message.startswith("recipe: ") and "has another train.lr" in message for message in results)
     assert not (tasks / "refused").exists()
 
 
-def thorough(document: dict[str, Any], plan: dict[str, Any]) -> list[str]:
-    """What a run that looks first is told by the doctor."""
+def train_after_checks(document: dict[str, Any], plan: dict[str, Any]) -> list[str]:
+    """The lines of a run that runs the checks of the doctor first."""
     original, cluster_checks.run_dscl_plan = cluster_checks.run_dscl_plan, lambda setup: (plan, "")
     try:
         return run_listening(document, check_cluster=True)
@@ -357,16 +366,16 @@ def thorough(document: dict[str, Any], plan: dict[str, Any]) -> list[str]:
 
 
 def test_a_run_that_looks_first_is_shown_what_was_found(ranks: Any, tasks: Path, plan: dict[str, Any]) -> None:
-    """As the launch scripts ask for it; and it trains then."""
+    """As the launch scripts start it; afterwards the run trains."""
     stream = [{"name": "colour", "path": str(tasks / "colour"), "train_limit": 8, "test_limit": 1}]
-    for lines in ranks(2)(thorough, recipe_of(tasks, "thorough", 2, stream=stream, train__epochs=1), plan):
-        found = [line for line in lines if line.startswith("ok ")]
-        assert any(line.startswith("ok   memory of hosts: ") for line in found)
-        assert any(line.startswith("ok   run_dir: ") for line in found)
+    for lines in ranks(2)(train_after_checks, recipe_of(tasks, "thorough", 2, stream=stream, train__epochs=1), plan):
+        passed_checks = [line for line in lines if line.startswith("ok ")]
+        assert any(line.startswith("ok   memory of hosts: ") for line in passed_checks)
+        assert any(line.startswith("ok   run_dir: ") for line in passed_checks)
     assert json.loads((tasks / "thorough" / "scores.json").read_text())["complete"]
 
 
-def trained(document: dict[str, Any]) -> str:
+def train_with_own_lr(document: dict[str, Any]) -> str:
     try:
         training_run.train(resolve_recipe({**document, "train": {**document["train"], "lr": 1e-3 * (1 + comm.rank())}}))
     except UserError as error:

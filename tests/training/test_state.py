@@ -1,4 +1,4 @@
-"""Where a run is in its stream: phases, names of checkpoints, and the way through JSON."""
+"""The place of a run in its stream: phases, names of checkpoints, and the JSON form."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""JSON files that vouch for their own content."""
+"""JSON files with a checksum of their content."""
 
 from __future__ import annotations
 

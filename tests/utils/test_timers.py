@@ -21,10 +21,10 @@ class FakeClock:
 
 @pytest.fixture
 def time(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeClock]:
-    made = FakeClock()
-    monkeypatch.setattr(timers.time, "perf_counter", made)
+    clock = FakeClock()
+    monkeypatch.setattr(timers.time, "perf_counter", clock)
     timers.set_device(torch.device("cpu"))
-    yield made
+    yield clock
     timers.set_device(torch.device("cpu"))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import closing
 
 from dscl.distributed import comm
+from dscl.engine.full_shape import full_shape
 from dscl.recipe.recipe import Recipe
 from dscl.training.run import build_setup_on_all_ranks
 
@@ -14,9 +15,7 @@ def dry_run(recipe: Recipe) -> None:
     setup = build_setup_on_all_ranks(recipe)
     with closing(setup.build_engine()) as engine:
         trainable = engine.shards.weight_fingerprints()
-        sizes = {
-            name: p.ds_numel if hasattr(p, "ds_numel") else p.numel() for name, p in engine.module.named_parameters()
-        }
+        sizes = {name: full_shape(parameter).numel() for name, parameter in engine.module.named_parameters()}
     if not comm.is_main():
         return
     num_trainable = sum(sizes[name] for name in trainable)

@@ -92,7 +92,8 @@ def test_what_is_written_beside_training_is_what_was_there_then(
 ) -> None:
     """Training goes on while it is written, and changes everything; the last checkpoint alone would not show it."""
     kept = {
-        "asr": {"width": 128, "feature_layer": 1}, "ewc": {"samples": 16}, "moses": {"width": 64, "feature_layer": 1}
+        "asr": {"router": {"num_features": 128, "layer": 1}}, "ewc": {"constraint": {"fisher_samples": 16}},
+        "moses": {"router": {"num_features": 64, "layer": 1}}
     }.get(method, {})  # fmt: skip
     changes: dict[str, Any] = {
         "method": {"name": method, **kept}, "checkpoint": {"every": 2, "keep": 50}, "train__epochs": 1
@@ -258,7 +259,7 @@ def fake(folder: Path, total: int, row: list[float], heldout: float, **state: An
     made = folder / f"step-{total:08d}{'-scored' if not state else ''}"
     made.mkdir(parents=True)
     write_checked_json(made / MARKER_FILE, {"files": {}, "artifacts": {}})
-    scores = make_score_board([row] * len(row), heldout=[heldout])
+    scores = make_score_board([row] * len(row), tasks=[f"task {i}" for i in range(len(row))], heldout=[heldout])
     document = {"train_state": TrainState(**state).to_json(), "scores": scores.to_json()}
     (made / "state.json").write_text(json.dumps(document))
 

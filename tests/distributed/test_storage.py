@@ -15,8 +15,9 @@ import pytest
 import yaml
 
 from dscl.monitoring import metrics_file
-from dscl.training import checkpoint
+from dscl.training import checkpoint_files
 from dscl.training.checkpoint import MARKER_FILE
+from dscl.utils import atomic_io
 from tests.support import programs
 from tests.support.pool import forked
 from tests.support.runs import (
@@ -66,7 +67,7 @@ def on_a_full_disk(document: dict[str, Any], name: str) -> tuple[str, str]:
         full = Path(path).name == name and mode in ("wb", "ab")
         return open("/dev/full" if full else path, mode, **more)
 
-    with opening(checkpoint, opened), opening(metrics_file, opened):
+    with opening(checkpoint_files, opened), opening(metrics_file, opened):
         return failing(document)
 
 
@@ -105,7 +106,7 @@ def on_a_failing_disk(document: dict[str, Any], name: str) -> list[str]:
             raise OSError(5, os.strerror(5), str(path))
         return open(path, mode, **more)
 
-    with opening(checkpoint, opened):
+    with opening(atomic_io, opened):
         return run_listening(document)
 
 

@@ -269,7 +269,7 @@ def test_the_best_outlives_the_newest(tmp_path: Path, by: str, best: str) -> Non
     folder = tmp_path / "checkpoints"
     fake(folder, 0, [], 0.5)  # before any task
     fake(folder, 10, [0.5], 2.0)
-    fake(folder, 15, [0.9], 1.0, step=5)  # within a task: no figure of its own
+    fake(folder, 15, [0.9], 1.0, task_step=5)  # within a task: no figure of its own
     fake(folder, 20, [0.8, 0.6], 3.0)
     fake(folder, 30, [0.8, 0.5], 4.0)
     fake(folder, 40, [0.7, 0.5], 5.0)

@@ -87,8 +87,10 @@ def test_what_is_written_beside_training_is_what_was_there_then(
 ) -> None:
     """Training goes on while it is written, and changes everything; the last checkpoint alone would not show it."""
     kept = {
-        "asr": {"width": 128, "feature_layer": 1}, "ewc": {"samples": 16}, "moses": {"width": 64, "feature_layer": 1}
-    }.get(method, {})  # fmt: skip
+        "asr": {"router": {"num_features": 128, "layer": 1}},
+        "ewc": {"constraint": {"fisher_samples": 16}},
+        "moses": {"router": {"num_features": 64, "layer": 1}},
+    }.get(method, {})
     changes: dict[str, Any] = {
         "method": {"name": method, **kept}, "checkpoint": {"every": 2, "keep": 50}, "train__epochs": 1
     }  # fmt: skip

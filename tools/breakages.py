@@ -1027,7 +1027,7 @@ METHODS = (
         "dscl/methods/sequential.py",
         "inject_lora(model, self.config.tune, self.run_info.seed)",
         "inject_lora(model, LoraConfig(), self.run_info.seed)",
-        "method.lora (rank, alpha, targets) is accepted and ignored",
+        "method.tune of a LoRA (rank, alpha, targets) is accepted and ignored",
         ("tests/serving/test_export_model.py::test_exported_lora_in_peft_matches_the_run",),
     ),
     Breakage(
@@ -1069,7 +1069,7 @@ METHODS = (
         "dscl/methods/ewc.py",
         'shard.extra_state["fisher"].mul_(self.config.constraint.gamma)',
         'shard.extra_state["fisher"].mul_(1.0)',
-        "method.memory of EWC is accepted and ignored",
+        "gamma of EWC is accepted and ignored",
         ("tests/distributed/test_baselines.py::test_every_step_equals_plain_torch[0-1-ewc]",),
     ),
     Breakage(

@@ -186,9 +186,8 @@ def test_a_router_is_shown_at_every_evaluation_that_is_asked_for(ranks: Any, tas
         {"name": name, "path": str(tasks / place), "train_limit": 8}
         for name, place in zip(names, ("colour", "animal") * 2, strict=True)
     ]
-    document = recipe_of(
-        tasks, "seldom", 1, stream=stream, method={"name": "asr", "width": 64}, evaluate={"every": 2, "tasks": "seen"}
-    )
+    method = {"name": "asr", "router": {"num_features": 64}}
+    document = recipe_of(tasks, "seldom", 1, stream=stream, method=method, evaluate={"every": 2, "tasks": "seen"})
     document["observe"]["tensorboard"] = True
     ranks(WORLD)(run, document)
     found = json.loads((Path(document["run_dir"]) / "scores.json").read_text())

@@ -18,9 +18,9 @@ from dscl.recipe.recipe import resolve_recipe
 from dscl.training import evaluation, task_context
 from dscl.training.setup import build_setup
 from dscl.training.state import TrainState
-from tests.support.five_tasks import NAMES, SIZES, left, scores, statistics, tasks
+from tests.support.five_tasks import NAMES, SIZES, artifact_checksums, read_scores, router_statistics, tasks
 from tests.support.five_tasks import recipe as recipe_of_tasks
-from tests.support.runs import failing, metrics, outcome, run, run_until
+from tests.support.runs import run_error, read_metrics, run_outcome, run, run_until
 
 __all__ = ["tasks"]  # the fixture
 EVALUATE_LAST: dict[str, Any] = {"evaluate": {"zero_shot": False, "every": 2}}  # of two tasks
@@ -39,13 +39,13 @@ def test_task_orders_leave_the_same_bytes(ranks: Any, tasks: Path) -> None:
     evaluation, trainer = {"zero_shot": False, "every": len(four)}, {"epochs": 1}
     for number, names in enumerate(orders):
         ranks(2)(run, recipe(tasks, f"order{number}", 2, names, asr=dropout, evaluate=evaluation, train=trainer))
-    whole = left(tasks / "order0")
+    whole = artifact_checksums(tasks / "order0")
     assert len(whole) == 3 * len(four)
     assert len(set(whole.values())) > len(four)
     for number in (1, 2):
-        assert left(tasks / f"order{number}") == whole
+        assert artifact_checksums(tasks / f"order{number}") == whole
         first, other = (dict(zip(s["tasks"], s["matrix"][-1], strict=True)) for s in
-                        (scores(tasks / "order0"), scores(tasks / f"order{number}")))  # fmt: skip
+                        (read_scores(tasks / "order0"), read_scores(tasks / f"order{number}")))  # fmt: skip
         assert first == other
 
 
@@ -56,10 +56,10 @@ def test_ranks_and_stages_change_at_most_few_entries(ranks: Any, undisturbed: An
     for stage in (0, 3):
         ranks(world)(run, recipe(tasks, f"world{world}-{stage}", stage, **short))
     reference = undisturbed(recipe(tasks, "reference", 1, **short), 1)
-    expected, losses = statistics(reference), metrics(reference)
+    expected, losses = router_statistics(reference), read_metrics(reference)
     for stage in (0, 3):
         run_dir = tasks / f"world{world}-{stage}"
-        got = statistics(run_dir)
+        got = router_statistics(run_dir)
         assert sorted(got) == sorted(expected)
         differing = sum(int((got[name] != expected[name]).sum()) for name in got)
         total = sum(tensor.numel() for tensor in got.values())
@@ -67,15 +67,15 @@ def test_ranks_and_stages_change_at_most_few_entries(ranks: Any, undisturbed: An
         assert differing <= 0.02 * total
         if world == 1:
             assert differing == 0
-        seen = metrics(run_dir)
+        seen = read_metrics(run_dir)
         assert [r["loss"] for r in seen] == pytest.approx([r["loss"] for r in losses], rel=1e-4)
-        assert scores(run_dir)["routing_accuracy"] == scores(reference)["routing_accuracy"]
-        assert scores(run_dir)["confusion"] == scores(reference)["confusion"]
-    confusion = scores(run_dir)["confusion"]
+        assert read_scores(run_dir)["routing_accuracy"] == read_scores(reference)["routing_accuracy"]
+        assert read_scores(run_dir)["confusion"] == read_scores(reference)["confusion"]
+    confusion = read_scores(run_dir)["confusion"]
     assert (confusion["tasks"], confusion["answered_by"]) == (list(NAMES[:2]), [*NAMES[:2], None])
     assert [sum(row) for row in confusion["shares"]] == pytest.approx([1.0, 1.0])
-    assert [row[i] for i, row in enumerate(confusion["shares"])] == scores(run_dir)["routing_accuracy"][-1]
-    assert [row[-1] for row in confusion["shares"]] == scores(run_dir)["rejected_share"][-1]
+    assert [row[i] for i, row in enumerate(confusion["shares"])] == read_scores(run_dir)["routing_accuracy"][-1]
+    assert [row[-1] for row in confusion["shares"]] == read_scores(run_dir)["rejected_share"][-1]
 
 
 DEATHS = [
@@ -89,11 +89,11 @@ DEATHS = [
 @pytest.mark.parametrize("stage", [0, 3])
 def test_a_run_that_died_counts_no_sample_twice(ranks: Any, tasks: Path, stage: int) -> None:
     ranks(2)(run, recipe(tasks, f"whole{stage}", stage))
-    expected = outcome(tasks / f"whole{stage}"), left(tasks / f"whole{stage}")
+    expected = run_outcome(tasks / f"whole{stage}"), artifact_checksums(tasks / f"whole{stage}")
     for number, deaths in enumerate(DEATHS):
         ranks(2)(run_until, recipe(tasks, f"died{stage}-{number}", stage), deaths)
         run_dir = tasks / f"died{stage}-{number}"
-        assert (outcome(run_dir), left(run_dir)) == expected
+        assert (run_outcome(run_dir), artifact_checksums(run_dir)) == expected
 
 
 def died_while_ending(document: dict[str, Any], at: str) -> None:
@@ -121,8 +121,8 @@ def test_a_run_that_died_while_a_task_ended(ranks: Any, tasks: Path, at: str) ->
     ranks(1)(died_while_ending, recipe(tasks, f"ending-{at}"), at)
     assert not list((tasks / f"ending-{at}" / "checkpoints").glob("*-learned"))
     ranks(1)(run, recipe(tasks, f"ending-{at}"))
-    assert outcome(tasks / f"ending-{at}") == outcome(tasks / f"ending-whole-{at}")
-    assert left(tasks / f"ending-{at}") == left(tasks / f"ending-whole-{at}")
+    assert run_outcome(tasks / f"ending-{at}") == run_outcome(tasks / f"ending-whole-{at}")
+    assert artifact_checksums(tasks / f"ending-{at}") == artifact_checksums(tasks / f"ending-whole-{at}")
 
 
 def test_each_sample_counts_once_whatever_epochs_and_recomputation(ranks: Any, tasks: Path) -> None:
@@ -131,7 +131,7 @@ def test_each_sample_counts_once_whatever_epochs_and_recomputation(ranks: Any, t
     again = {"activation_checkpointing": True}
     much = recipe(tasks, "twice", 1, train={"epochs": 2}, model=again, **EVALUATE_LAST)
     ranks(2)(run, much)
-    first, second = statistics(tasks / "once"), statistics(tasks / "twice")
+    first, second = router_statistics(tasks / "once"), router_statistics(tasks / "twice")
     counts = [value for name, value in first.items() if name.endswith("count")]
     assert sorted(int(c) for c in counts) == sorted(round(size * 0.9) for size in SIZES[:2])  # a tenth is for dev
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -310,7 +310,7 @@ def test_nothing_is_forgotten_to_the_last_bit(ranks: Any, tasks: Path) -> None:
                 assert torch.equal(values[same], again[same])
                 compared += len(same)
     assert compared > 20
-    document = scores(tasks / "bits")
+    document = read_scores(tasks / "bits")
     right = document["routing_accuracy"]
     if all(right[i][j] == 1.0 for i in range(3) for j in range(i + 1)):
         assert document["summary"]["BWT"] == 0.0
@@ -332,17 +332,17 @@ def test_a_damaged_task_is_learnt_again_where_a_checkpoint_of_before_is_there(
     kept = recipe(tasks, "damaged", checkpoint={"every": 3, "keep": 99}, **EVALUATE_LAST)
     ranks(1)(run, kept)
     damage(tasks / "damaged")
-    assert left(tasks / "damaged") != left(intact)
+    assert artifact_checksums(tasks / "damaged") != artifact_checksums(intact)
     ranks(1)(run, kept)
-    assert left(tasks / "damaged") == left(intact)
-    assert scores(tasks / "damaged")["complete"]
+    assert artifact_checksums(tasks / "damaged") == artifact_checksums(intact)
+    assert read_scores(tasks / "damaged")["complete"]
 
 
 def test_without_a_whole_checkpoint_nothing_is_trained_anew_unasked(ranks: Any, tasks: Path) -> None:
     document = recipe(tasks, "lost", train={"epochs": 1}, **EVALUATE_LAST)
     ranks(2)(run, document)
     damage(tasks / "lost")
-    for kind, told in ranks(2)(failing, document):
+    for kind, told in ranks(2)(run_error, document):
         assert kind == "ExternalFailure"
         assert "router/animal.safetensors does not match its checksum" in told
         assert "restore that file, or remove the run's folder" in told
@@ -356,14 +356,14 @@ def test_a_ridge_that_fails_loses_nothing(ranks: Any, tasks: Path) -> None:
         return recipe(tasks, name, asr=asr, evaluate={"zero_shot": False}, train={"epochs": 1})
 
     document = with_ridge("ridge", 1e-18)
-    for kind, told in ranks(2)(failing, document):
+    for kind, told in ranks(2)(run_error, document):
         assert kind == "UserError"
         assert "give a larger ridge" in told
     assert len(list((tasks / "ridge" / "checkpoints").glob("*-learned"))) == 1
     ranks(2)(run, with_ridge("ridge", 0.1))
     ranks(2)(run, with_ridge("ridge-whole", 0.1))
-    assert left(tasks / "ridge") == left(tasks / "ridge-whole")
-    assert scores(tasks / "ridge") == scores(tasks / "ridge-whole")
+    assert artifact_checksums(tasks / "ridge") == artifact_checksums(tasks / "ridge-whole")
+    assert read_scores(tasks / "ridge") == read_scores(tasks / "ridge-whole")
 
 
 def spoilt(document: dict[str, Any], at: int) -> None:
@@ -388,7 +388,7 @@ def spoilt(document: dict[str, Any], at: int) -> None:
 def test_a_prompt_whose_state_is_not_finite_does_not_count(ranks: Any, undisturbed: Any, tasks: Path) -> None:
     finite = undisturbed(recipe(tasks, "intact", **EVALUATE_LAST), 1)
     ranks(1)(spoilt, recipe(tasks, "spoilt", train={"non_finite": "skip"}, **EVALUATE_LAST), 2)
-    whole, fewer = statistics(finite), statistics(tasks / "spoilt")
+    whole, fewer = router_statistics(finite), router_statistics(tasks / "spoilt")
     for task, lost in (("colour", 1), ("animal", 0)):
         assert int(whole[f"{task}: 0.count"]) - int(fewer[f"{task}: 0.count"]) == lost
         assert all(torch.isfinite(value).all() for value in fewer.values())

@@ -26,7 +26,7 @@ from dscl.model.adapters.lora_bank import initial_lora_values
 from dscl.recipe.recipe import resolve_recipe
 from dscl.training.setup import RunSetup, TaskData, build_setup
 from tests.support.five_tasks import NAMES, recipe, tasks
-from tests.support.runs import EPS, metrics, outcome, run, run_until, run_with_eps
+from tests.support.runs import EPS, read_metrics, run_outcome, run, run_until, run_with_eps
 
 __all__ = ["tasks"]  # the fixture
 COUNT = 3  # tasks
@@ -291,7 +291,7 @@ def test_every_step_equals_plain_torch(
     ranks(world)(run_with_eps, made)
     losses, plain = reference(made)
     assert len(losses) == sum(steps for _, steps in plain.setup.planned_steps()) > 20
-    assert [record["loss"] for record in metrics(tasks / f"{method}{stage}{world}")] == pytest.approx(losses, rel=1e-5)
+    assert [record["loss"] for record in read_metrics(tasks / f"{method}{stage}{world}")] == pytest.approx(losses, rel=1e-5)
     if isinstance(plain, PlainAgem):
         assert plain.turned > 2
 
@@ -312,7 +312,7 @@ def test_offload_changes_nothing(ranks: Any, reference: Any, tasks: Path, method
     made = document(tasks, f"offload {method}{stage}", method, stage)
     ranks(2)(run_with_eps, made | {"deepspeed": str(path)})
     losses, _ = reference(made)
-    assert [record["loss"] for record in metrics(Path(made["run_dir"]))] == pytest.approx(losses, rel=1e-5)
+    assert [record["loss"] for record in read_metrics(Path(made["run_dir"]))] == pytest.approx(losses, rel=1e-5)
 
 
 DEATHS = [("step", 9), ("take", 2), ("step", 4), ("save", 1), ("step", 2)]
@@ -324,7 +324,7 @@ DEATHS = [("step", 9), ("take", 2), ("step", 4), ("save", 1), ("step", 2)]
 def test_a_run_that_died_ends_as_one_that_did_not(ranks: Any, tasks: Path, method: str, stage: int) -> None:
     ranks(2)(run, document(tasks, f"whole {method}{stage}", method, stage, every=1))
     ranks(2)(run_until, document(tasks, f"died {method}{stage}", method, stage, every=1), DEATHS)
-    assert outcome(tasks / f"died {method}{stage}") == outcome(tasks / f"whole {method}{stage}")
+    assert run_outcome(tasks / f"died {method}{stage}") == run_outcome(tasks / f"whole {method}{stage}")
 
 
 def run_one_by_one(made: dict[str, Any]) -> None:
@@ -410,7 +410,7 @@ def test_steps_one_group_after_the_other_are_refused_where_all_have_to_be_seen(
     made = document(tasks, "groups, ewc", "ewc", 3)
     ranks(2)(run_with_eps, made | {"deepspeed": str(path)})
     losses, _ = reference(made)
-    assert [record["loss"] for record in metrics(tasks / "groups, ewc")] == pytest.approx(losses, rel=1e-5)
+    assert [record["loss"] for record in read_metrics(tasks / "groups, ewc")] == pytest.approx(losses, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -428,6 +428,6 @@ def test_bf16_follows_fp32(ranks: Any, reference: Any, tasks: Path, method: str,
     made = document(tasks, f"bf16 {method}{stage}", method, stage)
     made["train"]["precision"] = "bf16"
     ranks(2)(run_with_eps, made)
-    found = torch.tensor([record["loss"] for record in metrics(Path(made["run_dir"]))])
+    found = torch.tensor([record["loss"] for record in read_metrics(Path(made["run_dir"]))])
     expected = torch.tensor(reference(made)[0])
     assert float((found - expected).norm() / expected.norm()) < 0.1

@@ -26,31 +26,31 @@ from tests.support.toy_model import (
     STEPS,
     Toy,
     assemble,
-    backbone,
-    go,
-    join,
-    make,
-    masters,
+    toy_backbone,
+    train_steps,
+    join_rows,
+    make_engine,
+    master_shards,
     micro_batches,
-    rate,
-    rows,
+    learning_rate,
+    sample_rows,
     summed_loss,
-    targets,
-    whole,
+    count_targets,
+    gathered,
 )
 
 
 def reference() -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
     """One process, no DeepSpeed, the whole batch at once."""
-    built = backbone()
+    built = toy_backbone()
     model = built.build()
     load_parameters(model, built.weights.read)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.1)
     losses, norms = [], []
     for step in range(STEPS):
-        batch = rows(step)
-        optimizer.param_groups[0]["lr"] = rate(step)
-        loss = sum((summed_loss(model, toy) for toy in batch), torch.zeros(())) / targets(batch)
+        batch = sample_rows(step)
+        optimizer.param_groups[0]["lr"] = learning_rate(step)
+        loss = sum((summed_loss(model, toy) for toy in batch), torch.zeros(())) / count_targets(batch)
         optimizer.zero_grad()
         loss.backward()
         norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
@@ -60,9 +60,9 @@ def reference() -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
 
 
 def train_at(stage: int, accumulation: int, zero: dict[str, Any]) -> tuple[list[float], list[float], Any]:
-    engine = make(stage, **zero)
-    losses, norms = go(engine, accumulation)
-    result = masters(engine)
+    engine = make_engine(stage, **zero)
+    losses, norms = train_steps(engine, accumulation)
+    result = master_shards(engine)
     engine.close()
     return losses, norms, result
 
@@ -108,17 +108,17 @@ def test_steps_equal_plain_torch(
 
 def sensing(stage: int, zero: dict[str, Any], precision: str) -> tuple[list[float], Any, Any]:
     """Look at a gradient before every step, which must change nothing; then at one more, shown and assembled."""
-    engine = make(stage, precision, clip=0.01, **zero)  # so low that every step is clipped
+    engine = make_engine(stage, precision, clip=0.01, **zero)  # so low that every step is clipped
     losses, shown = [], []
     for step in range(STEPS):
         batches, count = micro_batches(step + 1, 2)
         engine.compute_gradients(summed_loss, batches, count, lambda _: None)
-        losses += go(engine, 1, step, step + 1)[0]
+        losses += train_steps(engine, 1, step, step + 1)[0]
     batches, count = micro_batches(0, 2)
     engine.compute_gradients(
         summed_loss, batches, count, lambda held: shown.extend((f.name, f.start, f.gradient.clone()) for f in held)
     )
-    result = masters(engine)
+    result = master_shards(engine)
     engine.close()
     found: dict[str, list[tuple[int, torch.Tensor]]] = {}
     for name, start, gradient in shown:
@@ -143,11 +143,11 @@ def test_a_gradient_is_shown_whole_and_changes_nothing(ranks: Any, stage: int, z
     for name, values in assemble([part for _, part in expected]).items():
         assert torch.equal(trained[name], values)
     gradients = assemble([part for _, part, _ in results[: 1 if stage == 0 else 2]])
-    model = backbone().build()
+    model = toy_backbone().build()
     for name, parameter in model.named_parameters():
         parameter.data = trained[name].view(parameter.shape)
-    batch = rows(0)
-    (sum((summed_loss(model, toy) for toy in batch), torch.zeros(())) / targets(batch)).backward()
+    batch = sample_rows(0)
+    (sum((summed_loss(model, toy) for toy in batch), torch.zeros(())) / count_targets(batch)).backward()
     whole = torch.cat([p.grad.flatten() for _, p in model.named_parameters() if p.grad is not None])
     found = torch.cat([gradients[name] for name, _ in model.named_parameters()])
     assert float(whole.norm()) > 0.1
@@ -155,22 +155,22 @@ def test_a_gradient_is_shown_whole_and_changes_nothing(ranks: Any, stage: int, z
 
 
 def undisturbed(stage: int, zero: dict[str, Any], precision: str) -> tuple[list[float], Any]:
-    engine = make(stage, precision, clip=0.01, **zero)
-    losses = go(engine)[0]
-    result = masters(engine)
+    engine = make_engine(stage, precision, clip=0.01, **zero)
+    losses = train_steps(engine)[0]
+    result = master_shards(engine)
     engine.close()
     return losses, result
 
 
 def tuned_by_lora(stage: int) -> tuple[list[float], Any]:
-    built = backbone()
+    built = toy_backbone()
     engine = Engine(
         {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 100}},
         build=built.build, read=built.weights.read, prepare=lambda m: inject_lora(m, LORA, 3),
         precision="fp32", weight_decay=0.1,
     )  # fmt: skip
-    losses = go(engine, 2)[0]
-    result = masters(engine)
+    losses = train_steps(engine, 2)[0]
+    result = master_shards(engine)
     engine.close()
     return losses, result
 
@@ -181,7 +181,7 @@ LORA = LoraConfig(rank=4, alpha=8.0)
 @pytest.fixture(scope="module")
 def expected_of_lora() -> tuple[list[float], dict[str, torch.Tensor]]:
     """peft's LoRA in plain torch, from the same first values, without clipping's help at the usual norms."""
-    built = backbone()
+    built = toy_backbone()
     model = built.build()
     load_parameters(model, built.weights.read)
     first = {n: p.detach().clone() for n, p in inject_lora(copy.deepcopy(model), LORA, 3).named_parameters()}
@@ -194,9 +194,9 @@ def expected_of_lora() -> tuple[list[float], dict[str, torch.Tensor]]:
     optimizer = torch.optim.AdamW(trained.values(), lr=0.0, weight_decay=0.1)
     losses = []
     for step in range(STEPS):
-        batch = rows(step)
-        optimizer.param_groups[0]["lr"] = rate(step)
-        loss = sum((summed_loss(model, toy) for toy in batch), torch.zeros(())) / targets(batch)
+        batch = sample_rows(step)
+        optimizer.param_groups[0]["lr"] = learning_rate(step)
+        loss = sum((summed_loss(model, toy) for toy in batch), torch.zeros(())) / count_targets(batch)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(trained.values(), 1.0)
@@ -219,12 +219,12 @@ def test_lora_equals_plain_torch_and_peft(ranks: Any, expected_of_lora: Any, sta
 
 def with_means_of_means(stage: int) -> list[float]:
     """The usual mistake: every rank averages over its own tokens, and the averages are averaged."""
-    engine = make(stage)
+    engine = make_engine(stage)
     losses = []
     for step in range(STEPS):
         batches, count = micro_batches(step, 1)
-        wrong = count / (max(1, targets(batches)) * comm.world_size())
-        total = engine.step(lambda m, t, w=wrong: summed_loss(m, t) * w, batches, targets=count, lr=rate(step)) / wrong
+        wrong = count / (max(1, count_targets(batches)) * comm.world_size())
+        total = engine.step(lambda m, t, w=wrong: summed_loss(m, t) * w, batches, targets=count, lr=learning_rate(step)) / wrong
         losses.append((comm.all_reduce_sum(total) / count).item())
     engine.close()
     return losses
@@ -238,14 +238,14 @@ def test_the_usual_mean_of_means_is_caught(ranks: Any, expected: Any) -> None:
 
 def after_reset(stage: int, precision: str) -> bool:
     """Train, write the first weights back, reset: the losses must be those of an engine just built."""
-    engine = make(stage, precision)
+    engine = make_engine(stage, precision)
     start = {(f.name, f.start): f.master.clone() for f in engine.shards.local_shards()}
     zeros = {name: torch.zeros_like(value) for name, value in start.items()}
-    first = go(engine)[0]
+    first = train_steps(engine)[0]
     steps = engine.shards.step_count()
     engine.shards.restore_shards(lambda name, kind, at, _stop: (start if kind == "master" else zeros)[(name, at)], 0)
     engine.shards.reset_moments()
-    again = go(engine)[0]
+    again = train_steps(engine)[0]
     engine.close()
     return first == again and steps == STEPS
 
@@ -263,16 +263,16 @@ def test_reset_equals_a_fresh_engine_bitwise(ranks: Any, stage: int, precision: 
 
 
 def moments_without_reset(stage: int) -> bool:
-    engine = make(stage)
+    engine = make_engine(stage)
     start = {(f.name, f.start): f.master.clone() for f in engine.shards.local_shards()}
     kept = {(f.name, f.start, kind): m for f in engine.shards.local_shards() for kind, m in f.moments.items()}
-    first = go(engine)[0]
+    first = train_steps(engine)[0]
     stored = {key: value.clone() for key, value in kept.items()}
     engine.shards.restore_shards(
         lambda name, kind, at, _stop: start[(name, at)] if kind == "master" else stored[(name, at, kind)],
         engine.shards.step_count(),
     )
-    again = go(engine)[0]
+    again = train_steps(engine)[0]
     engine.close()
     return first[0] == again[0] and first != again
 
@@ -283,12 +283,12 @@ def test_without_reset_the_old_moments_show(ranks: Any) -> None:
 
 def low_precision_copies(stage: int) -> float:
     """bf16: the model's weights are the rounded masters, on every rank."""
-    engine = make(stage, "bf16")
-    go(engine)
+    engine = make_engine(stage, "bf16")
+    train_steps(engine)
     parts = comm.all_gather_objects({(f.name, f.start): f.master.clone() for f in engine.shards.disjoint_shards()})
     worst = 0.0
     for name, parameter in engine.module.named_parameters():
-        with whole(parameter):
+        with gathered(parameter):
             flat = parameter.detach().flatten().clone()
         for (owner, start), master in itertools.chain.from_iterable(part.items() for part in parts):
             if owner == name:
@@ -306,19 +306,19 @@ def test_bf16_weights_are_the_rounded_masters(ranks: Any, stage: int) -> None:
 def changed_then_stepped(stage: int) -> tuple[float, float, float]:
     """What a method writes between tasks, in bf16, and a step of rate zero after it: how far the weights are from what
     was written, before and after that step, and how far that is from what was there."""
-    engine = make(stage, "bf16")
-    go(engine, last=2)
+    engine = make_engine(stage, "bf16")
+    train_steps(engine, last=2)
     name = "model.layers.1.mlp.up_proj.weight"
     drawn = torch.randn(80 * 48, generator=torch.Generator().manual_seed(0)).bfloat16().float()
     parameter: Any = dict(engine.module.named_parameters())[name]
-    with whole(parameter):
+    with gathered(parameter):
         before = parameter.detach().flatten().float().clone()
     engine.reset_optimizer(lambda tensor, _, start, stop: drawn[start:stop] if tensor == name else None)
-    with whole(parameter):
+    with gathered(parameter):
         at_once = parameter.detach().flatten().float().clone()
     batches, count = micro_batches(2, 1)
     engine.step(summed_loss, batches, targets=count, lr=0.0)
-    with whole(parameter):
+    with gathered(parameter):
         after = parameter.detach().flatten().float().clone()
     engine.close()
     return tuple(float((weights - drawn).abs().max()) for weights in (at_once, after, before))  # type: ignore[return-value]
@@ -341,9 +341,9 @@ def test_what_a_collective_sends_is_the_argument_that_deepspeed_has_there() -> N
 
 
 def whole_and_parts(stage: int) -> tuple[dict[str, torch.Tensor], Any]:
-    engine = make(stage)
-    go(engine, last=2)
-    found = engine.shards.gather_full_weights(), masters(engine)
+    engine = make_engine(stage)
+    train_steps(engine, last=2)
+    found = engine.shards.gather_full_weights(), master_shards(engine)
     engine.close()
     return found
 
@@ -370,8 +370,8 @@ def endless_slope(model: Any, toy: Toy) -> torch.Tensor:
 
 def skipped_step(stage: int, precision: str, wrong: Any) -> tuple[bool, bool, bool]:
     """A step that goes wrong on one rank only leaves masters and moments as they were; the next one is sound."""
-    engine = make(stage, precision)
-    go(engine, last=2)
+    engine = make_engine(stage, precision)
+    train_steps(engine, last=2)
     before = {(f.name, f.start): (f.master.clone(), f.moments["exp_avg"].clone()) for f in engine.shards.local_shards()}
     batches, count = micro_batches(2, 1)
     loss = wrong if comm.rank() == 1 else summed_loss
@@ -381,7 +381,7 @@ def skipped_step(stage: int, precision: str, wrong: Any) -> tuple[bool, bool, bo
         and torch.equal(f.moments["exp_avg"], before[(f.name, f.start)][1])
         for f in engine.shards.local_shards()
     )
-    losses = go(engine, first=2)[0]
+    losses = train_steps(engine, first=2)[0]
     moved = any(not torch.equal(f.master, before[(f.name, f.start)][0]) for f in engine.shards.local_shards())
     engine.close()
     return same, moved, all(value == value for value in losses)
@@ -401,7 +401,7 @@ def test_a_step_can_be_skipped(ranks: Any, stage: int, precision: str, wrong: An
 
 
 def fingerprints(stage: int) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
-    engine = make(stage)
+    engine = make_engine(stage)
     first, again = engine.shards.weight_fingerprints(), engine.shards.weight_fingerprints()
     assert first == again
     with torch.no_grad():
@@ -409,7 +409,7 @@ def fingerprints(stage: int) -> tuple[dict[str, int], dict[str, int], dict[str, 
             if fragment.name.endswith("layers.1.mlp.up_proj.weight") and fragment.start == 0:
                 fragment.master[0] += 1e-7
     touched = engine.shards.weight_fingerprints()
-    go(engine, last=1)
+    train_steps(engine, last=1)
     moved = engine.shards.weight_fingerprints()
     engine.close()
     return first, touched, moved
@@ -426,7 +426,7 @@ def test_fingerprints_show_which_tensor_moved(ranks: Any, stage: int) -> None:
 
 
 def test_weights_do_not_depend_on_how_they_are_read() -> None:
-    built = backbone()
+    built = toy_backbone()
     model = built.build()
     load_parameters(model, built.weights.read)
     other = copy.deepcopy(model)
@@ -497,15 +497,15 @@ def felt(module: nn.Module, seen: list[float]) -> torch.utils.hooks.RemovableHan
 
 
 def probed_between_steps(stage: int, probing: bool) -> tuple[list[float], list[float]]:
-    engine = make(stage, stage3_param_persistence_threshold=100)
+    engine = make_engine(stage, stage3_param_persistence_threshold=100)
     losses: list[float] = []
     seen: list[float] = []
     for step in range(3):
-        losses += go(engine, 2, step, step + 1)[0]
+        losses += train_steps(engine, 2, step, step + 1)[0]
         if probing:
             handle = felt(engine.module, seen)
             for back in (True, False):
-                engine.probe_activations(lambda model: summed_loss(model, join(rows(7))), back)
+                engine.probe_activations(lambda model: summed_loss(model, join_rows(sample_rows(7))), back)
             handle.remove()
     assert all(p.requires_grad for p in engine.module.parameters())
     assert engine.module.training
@@ -517,14 +517,14 @@ def probed_between_steps(stage: int, probing: bool) -> tuple[list[float], list[f
 def test_a_probe_is_felt_by_hooks_and_by_nothing_else(ranks: Any, expected: Any, stage: int) -> None:
     undisturbed, probed = (ranks(2)(probed_between_steps, stage, probing) for probing in (False, True))
     assert [losses for losses, _ in probed] == [losses for losses, _ in undisturbed]
-    model, whole = backbone().build(), []
-    load_parameters(model, backbone().weights.read)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate(0), weight_decay=0.1)
-    (sum(summed_loss(model, toy) for toy in rows(0)) / targets(rows(0))).backward()  # type: ignore[union-attr]
+    model, whole = toy_backbone().build(), []
+    load_parameters(model, toy_backbone().weights.read)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate(0), weight_decay=0.1)
+    (sum(summed_loss(model, toy) for toy in sample_rows(0)) / count_targets(sample_rows(0))).backward()  # type: ignore[union-attr]
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     felt(model, whole)
-    summed_loss(model, join(rows(7))).backward()
+    summed_loss(model, join_rows(sample_rows(7))).backward()
     for _, seen in probed:
         assert len(seen) == 3  # one for each step: without `back` there is no gradient
         assert seen[0] == pytest.approx(whole[0], rel=1e-4)

@@ -17,7 +17,7 @@ import yaml
 
 from tests.support.hosts import REPOSITORY
 from tests.support.programs import Program
-from tests.support.runs import outcome, recipe_of, whole, write_tasks
+from tests.support.runs import run_outcome, recipe_of, reference_recipe, write_tasks
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_killed_for_real_at_random_moments(undisturbed: Any, tasks: Path, stage:
     A moment is so many steps, and then a part of the time that a step or the writing of a checkpoint takes.
     """
     changes = rich(tasks) if much else {}
-    expected = outcome(undisturbed(*whole(tasks, stage, **changes)))
+    expected = run_outcome(undisturbed(*reference_recipe(tasks, stage, **changes)))
     steps = expected[0][-1]["step"]
     document = recipe_of(tasks, f"killed {stage} {much}", stage, **changes)
     folder = Path(document["run_dir"])
@@ -121,4 +121,4 @@ def test_killed_for_real_at_random_moments(undisturbed: Any, tasks: Path, stage:
         killed(process)
     process = Program(words(document, tasks))
     assert process.wait(120) == 0, process.output()
-    assert outcome(folder) == expected, f"DSCL_KILL_SEED={seed}"
+    assert run_outcome(folder) == expected, f"DSCL_KILL_SEED={seed}"

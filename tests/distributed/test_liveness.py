@@ -36,7 +36,7 @@ from dscl.distributed.liveness import (
 )
 from dscl.utils.errors import UserError
 from tests.support.hosts import REPOSITORY
-from tests.support.programs import Program, attach, refresh
+from tests.support.programs import Program, redirect_streams, reset_process_state
 
 SECONDS = 60.0  # of silence after which a rank counts as dead
 STEP = 0.25  # seconds of the simulated clock between two polls
@@ -211,8 +211,8 @@ class Rank(Program):
 
 
 def _rank(arguments: list[str], cwd: str, session: bool, environment: dict[str, str], files: list[str]) -> None:
-    attach(cwd, files)
-    refresh(["rank"], environment, session)
+    redirect_streams(cwd, files)
+    reset_process_state(["rank"], environment, session)
     exec(compile(arguments[0], "rank", "exec"), {"__name__": "__main__"})
 
 

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from dscl.serving.export import describe_run
 from dscl.utils.errors import UserError
-from tests.support.five_tasks import NAMES, left, recipe, scores, tasks
-from tests.support.runs import outcome, run, run_until
+from tests.support.five_tasks import NAMES, artifact_checksums, recipe, read_scores, tasks
+from tests.support.runs import run_outcome, run, run_until
 
 __all__ = ["tasks"]  # the fixture
 METHOD = {"name": "lora_per_task", "tune": {"rank": 4, "dropout": 0.2, "targets": ["v_proj", "down_proj"]}}
@@ -28,15 +28,15 @@ def test_a_task_leaves_the_same_wherever_it_comes(ranks: Any, tasks: Path, stage
     """To the last bit, with dropout on; and told the task, every score stays."""
     names = NAMES[:3]
     ranks(2)(run, isolated(tasks, f"all{stage}", stage, names))
-    found = left(tasks / f"all{stage}")
+    found = artifact_checksums(tasks / f"all{stage}")
     assert len(found) == 2 * len(names)
     assert len(set(found.values())) == len(names) + 1  # of adapters; their settings are alike
     ranks(2)(run, isolated(tasks, f"back{stage}", stage, names[::-1], len(names)))
-    assert left(tasks / f"back{stage}") == found
-    matrix = scores(tasks / f"all{stage}")["matrix"]
+    assert artifact_checksums(tasks / f"back{stage}") == found
+    matrix = read_scores(tasks / f"all{stage}")["matrix"]
     for task in range(len(names)):
         assert len({row[task] for row in matrix[task:]}) == 1
-    assert "routing_accuracy" not in scores(tasks / f"all{stage}")
+    assert "routing_accuracy" not in read_scores(tasks / f"all{stage}")
 
 
 def test_stages_agree(ranks: Any, tasks: Path) -> None:
@@ -55,7 +55,7 @@ def test_stages_agree(ranks: Any, tasks: Path) -> None:
 def test_a_run_that_died_ends_as_one_that_did_not(ranks: Any, tasks: Path) -> None:
     ranks(2)(run, isolated(tasks, "whole", 2, NAMES[:2]))
     ranks(2)(run_until, isolated(tasks, "died", 2, NAMES[:2]), [("step", 2), ("take", 1), ("step", 1), ("save", 1)])
-    assert (outcome(tasks / "died"), left(tasks / "died")) == (outcome(tasks / "whole"), left(tasks / "whole"))
+    assert (run_outcome(tasks / "died"), artifact_checksums(tasks / "died")) == (run_outcome(tasks / "whole"), artifact_checksums(tasks / "whole"))
 
 
 def test_an_export_is_refused_with_the_way_to_one(ranks: Any, tasks: Path) -> None:

@@ -26,8 +26,8 @@ from dscl.training.checkpoint import Checkpoints
 from dscl.training.setup import RunSetup, build_setup
 from dscl.training.state import TrainState
 from tests.support.five_tasks import NAMES, recipe, tasks
-from tests.support.osft_runs import quick
-from tests.support.runs import Killed, outcome, run
+from tests.support.osft_runs import with_few_texts
+from tests.support.runs import Killed, run_outcome, run
 from tests.support.toy_model import assemble
 
 __all__ = ["tasks"]  # the fixture
@@ -265,7 +265,7 @@ def reference(ranks: Any, tasks: Path) -> Callable[[str], ReferenceRun]:
     def get(method: str) -> ReferenceRun:
         if method not in runs:
             made = document(tasks, method, "reference")
-            mid_task, final, requests = zip(*ranks(CASES[method].world)(quick, recorded, made), strict=True)
+            mid_task, final, requests = zip(*ranks(CASES[method].world)(with_few_texts, recorded, made), strict=True)
             assert all(counts == requests[0] for counts in requests)  # every rank makes the same requests
             runs[method] = ReferenceRun(Path(made["run_dir"]), list(mid_task), list(final), requests[0])
         return runs[method]
@@ -285,7 +285,7 @@ def test_state_is_restored_in_a_fresh_object(ranks: Any, tasks: Path, reference:
         state |= {name.partition(" ")[0] for name in snapshot.shards} - {"master", "exp_avg", "exp_avg_sq"}
         assert state == set(case.state)
         assert snapshot.optimizer_steps == (4 if method == "joint" else 1)
-    found = ranks(case.world)(quick, restored_snapshot, document(tasks, method, "reference"), MID_TASK)
+    found = ranks(case.world)(with_few_texts, restored_snapshot, document(tasks, method, "reference"), MID_TASK)
     assert rows(found) == rows(expected)  # any rank may get any row
     assert_identical(*([dataclasses.replace(snapshot, rows={}) for snapshot in each] for each in (found, expected)))
 
@@ -298,7 +298,7 @@ def test_task_artifacts_are_restored_in_a_fresh_object(ranks: Any, tasks: Path, 
     for snapshot in made.final:
         first, second = (snapshot.answers[task][0] for task in NAMES[:2])
         assert torch.equal(first, second) != METHODS[method].uses_task_id
-    found = ranks(case.world)(quick, restored_snapshot, document(tasks, method, "reference"), FINAL)
+    found = ranks(case.world)(with_few_texts, restored_snapshot, document(tasks, method, "reference"), FINAL)
     assert_identical(found, made.final)
 
 
@@ -344,7 +344,7 @@ def test_another_number_of_ranks_restores_the_same_state(
 ) -> None:
     """Matrices get other owners; rows and shards are divided anew."""
     expected = reference(method).mid_task
-    found = ranks(world)(quick, restored_snapshot, document(tasks, method, "reference"), MID_TASK)
+    found = ranks(world)(with_few_texts, restored_snapshot, document(tasks, method, "reference"), MID_TASK)
     assert_identical(merged(found), merged(expected))
     if "owned" in CASES[method].state:
         assert all(snapshot.owned for snapshot in found)
@@ -429,6 +429,6 @@ def test_a_killed_run_ends_as_an_undisturbed_run(ranks: Any, tasks: Path, refere
     """Killed while a task begins and ends, between steps, and around the writing of artifacts and checkpoints."""
     made, undisturbed = document(tasks, method, "killed"), reference(method)
     kills = KILLS_OF_ONE_TASK if METHODS[method].joint else KILLS
-    ranks(CASES[method].world)(quick, run_with_kills, made, kills, undisturbed.requests)
-    assert outcome(Path(made["run_dir"])) == outcome(undisturbed.folder)
+    ranks(CASES[method].world)(with_few_texts, run_with_kills, made, kills, undisturbed.requests)
+    assert run_outcome(Path(made["run_dir"])) == run_outcome(undisturbed.folder)
     assert checksums(Path(made["run_dir"])) == checksums(undisturbed.folder)

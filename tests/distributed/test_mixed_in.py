@@ -17,8 +17,8 @@ from dscl.recipe.recipe import resolve_recipe
 from dscl.training.setup import build_setup
 from dscl.training.trainer import Trainer
 from dscl.utils.errors import UserError
-from tests.support.five_tasks import NAMES, SIZES, recipe, scores, tasks
-from tests.support.runs import metrics, outcome, run, run_until
+from tests.support.five_tasks import NAMES, SIZES, recipe, read_scores, tasks
+from tests.support.runs import read_metrics, run_outcome, run, run_until
 
 __all__ = ["tasks"]  # the fixture
 EPOCHS = 2
@@ -86,7 +86,7 @@ def test_each_later_task_learns_some_of_the_earlier_ones_again(
     assert of == [EPOCHS * count for count in wanted]
     if "size" not in method.get("replay", {}):
         assert {prompt for prompt in last if prompt in own[0]} == set(again)  # the same ones again
-    steps = [record["task"] for record in metrics(tasks / f"again{len(method)}{counts[0]}")]
+    steps = [record["task"] for record in read_metrics(tasks / f"again{len(method)}{counts[0]}")]
     batch = document["train"]["global_batch"]
     sizes = [SIZES[0], SIZES[1] + counts[0], SIZES[2] + sum(wanted)]
     assert Counter(steps) == {name: EPOCHS * -(-size // batch) for name, size in zip(NAMES, sizes, strict=False)}
@@ -103,7 +103,7 @@ def test_what_is_kept_is_read_from_files(ranks: Any, tasks: Path) -> None:
         every = [task_data.dataset[i] for i in range(len(task_data.dataset))]
         assert all(tuple(map(list, pair)) in every for pair in kept.samples)
         assert kept.num_bytes == sum(tensor.nbytes for tensor in load_file(path).values())
-    told = [record["capacity_bytes"] for record in metrics(tasks / "kept") if "capacity_bytes" in record]
+    told = [record["capacity_bytes"] for record in read_metrics(tasks / "kept") if "capacity_bytes" in record]
     files = sorted((tasks / "kept" / "samples").iterdir())
     assert told[-1] == sum(t.nbytes for path in files for t in load_file(path).values())
     with pytest.raises(UserError, match="samples of task 'colour', here 'animal' is needed"):
@@ -117,7 +117,7 @@ def test_a_replaying_run_that_died_ends_as_one_that_did_not(ranks: Any, tasks: P
     ranks(2)(run, mixing(tasks, f"whole{stage}", method, stage, every=1))
     deaths = [("step", 12), ("take", 1), ("step", 3), ("save", 1), ("step", 6)]
     ranks(2)(run_until, mixing(tasks, f"died{stage}", method, stage, every=1), deaths)
-    assert outcome(tasks / f"died{stage}") == outcome(tasks / f"whole{stage}")
+    assert run_outcome(tasks / f"died{stage}") == run_outcome(tasks / f"whole{stage}")
 
 
 @pytest.mark.parametrize("stage", [*(pytest.param(s, marks=pytest.mark.exhaustive) for s in (0, 2)), 1, 3])
@@ -126,21 +126,21 @@ def test_all_tasks_at_once(ranks: Any, undisturbed: Any, tasks: Path, stage: int
     (found,) = together(ranks(2)(seen, document))
     own = sum((Counter(names) for names in prompts(document)), Counter())
     assert found == Counter({prompt: EPOCHS * times for prompt, times in own.items()})
-    result = scores(tasks / f"joint{stage}")
+    result = read_scores(tasks / f"joint{stage}")
     assert result["complete"]
     assert result["matrix"][:2] == [[None] * 3] * 2
     assert result["summary"]["OP"] == pytest.approx(sum(result["matrix"][2]) / 3)
     assert result["summary"]["BWT"] is None
-    losses = [record["loss"] for record in metrics(tasks / f"joint{stage}")]
+    losses = [record["loss"] for record in read_metrics(tasks / f"joint{stage}")]
     reference = undisturbed(mixing(tasks, "reference", {"name": "joint"}, 0), 1)
-    assert losses == pytest.approx([record["loss"] for record in metrics(reference)], rel=1e-4)
+    assert losses == pytest.approx([record["loss"] for record in read_metrics(reference)], rel=1e-4)
 
 
 @pytest.mark.exhaustive
 def test_a_joint_run_that_died_ends_as_one_that_did_not(ranks: Any, tasks: Path) -> None:
     ranks(2)(run, mixing(tasks, "joint", {"name": "joint"}, 2))
     ranks(2)(run_until, mixing(tasks, "joint, died", {"name": "joint"}, 2), [("step", 5), ("take", 2), ("save", 1)])
-    assert outcome(tasks / "joint, died") == outcome(tasks / "joint")
+    assert run_outcome(tasks / "joint, died") == run_outcome(tasks / "joint")
 
 
 def test_all_tasks_at_once_each_as_often_as_it_asks_for(ranks: Any, tasks: Path) -> None:

@@ -50,10 +50,9 @@ from dscl.training.setup import build_setup
 from dscl.training.state import TrainState
 from dscl.training.task_context import build_task_context
 from tests.support.five_tasks import LABELS, words_of
-from tests.support.osft_runs import excess, of_matrices, quick, stored
-from tests.support.runs import failing, killed_after, metrics, outcome, recipe_of, run, run_until, run_until_killed
-from tests.support.toy_model import OFFLOAD, VOCABULARY, Toy, assemble, backbone, join, masters, summed_loss, targets
-from tests.support.toy_model import whole as gathered
+from tests.support.osft_runs import constraint_error, group_by_matrix, with_few_texts, read_checkpoint_tensors
+from tests.support.runs import run_error, run_killed_after, read_metrics, run_outcome, recipe_of, run, run_until, run_until_killed
+from tests.support.toy_model import gathered, OFFLOAD, VOCABULARY, Toy, assemble, toy_backbone, join_rows, master_shards, summed_loss, count_targets
 
 Tensors = dict[str, torch.Tensor]
 Stretches = dict[str, list[tuple[int, torch.Tensor]]]
@@ -85,7 +84,7 @@ def starting(task: str, name: str, shape: torch.Size) -> torch.Tensor:
 
 
 def base(name: str, shape: torch.Size, start: int, stop: int) -> torch.Tensor:
-    values = backbone().weights.read(name, shape, 0, math.prod(shape)).view(shape)
+    values = toy_backbone().weights.read(name, shape, 0, math.prod(shape)).view(shape)
     if name == "model.embed_tokens.weight":
         values[:, 0] = MARK
         values[VOCABULARY // 2 :, 0] = -MARK
@@ -110,7 +109,7 @@ def shared_out(step: int, accumulation: int) -> tuple[list[Toy], int]:
     size = -(-len(whole) // (comm.world_size() * accumulation))
     empty = torch.full((1, 10), VOCABULARY // 2 * comm.rank())  # of this rank's half, too
     parts = [mine[i * size : (i + 1) * size] or [Toy(empty, torch.full_like(empty, -100))] for i in range(accumulation)]
-    return [join(part) for part in parts], targets(whole)
+    return [join_rows(part) for part in parts], count_targets(whole)
 
 
 def rate(step: int) -> float:
@@ -143,7 +142,7 @@ class Kind:
 def begun(kind: Kind, stage: int, zero: dict[str, Any], precision: str = "fp32") -> tuple[Engine, Moses]:
     config = MosesPreset(tune=kind.config(), router=OracleRouterConfig())
     method = Moses(config, RunInfo(0, TASKS, "", "", "", 0, precision))
-    plain = backbone({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
+    plain = toy_backbone({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
     engine = Engine(
         {"zero_optimization": {"stage": stage, **zero}},
         build=replace(plain, config=ModelConfig(shape={}, activation_checkpointing=kind.again)).build,
@@ -264,7 +263,7 @@ class Result:
 
 @functools.cache
 def reference(kind: Kind) -> Result:
-    model = backbone().build()
+    model = toy_backbone().build()
     load_parameters(model, base)
     model.requires_grad_(False)
     layers = {}
@@ -288,7 +287,7 @@ def reference(kind: Kind) -> Result:
         for step in range(STEPS):
             batch = halved(10 * index + step)
             optimizer.param_groups[0]["lr"] = rate(step)
-            loss = summed_loss(model, join(batch)) / targets(batch)
+            loss = summed_loss(model, join_rows(batch)) / count_targets(batch)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(trained.values(), 1.0)
@@ -325,9 +324,9 @@ def stepped(kind: Kind, stage: int, zero: dict[str, Any], accumulation: int) -> 
         for index in range(len(TASKS)):
             found.losses.append(learn(engine, method, index, accumulation))
             end(engine, method, index)
-            found.trained.append(masters(engine))
+            found.trained.append(master_shards(engine))
             layers = method.experts.layers.items()
-            held = {f"{name}.{side}": getattr(layer, f"held_{side}") for name, layer in layers for side in "ab"}
+            held = {f"{name}.{side}": getattr(layer, f"frozen_{side}") for name, layer in layers for side in "ab"}
             found.held.append({name: values.clone() for name, values in held.items()})
             found.open.append(method.experts.num_used_experts)
     engine.close()
@@ -666,7 +665,7 @@ PLACES: dict[str, Any] = {
 
 
 def killed_around(document: dict[str, Any], deaths: list[tuple[str, int]]) -> None:
-    killed_after(document, deaths, PLACES)
+    run_killed_after(document, deaths, PLACES)
 
 
 AROUND = [("begin", 1), ("step", 2), ("freeze", 1), ("end", 1), ("left", 1), ("save", 1), ("begin", 1), ("left", 1)]
@@ -696,7 +695,7 @@ def test_a_run_that_died_ends_as_one_that_did_not(
     ranks(world)(run, whole)
     ranks(world)(killed, died, deaths)
     first, second = Path(whole["run_dir"]), Path(died["run_dir"])
-    assert outcome(second) == outcome(first)
+    assert run_outcome(second) == run_outcome(first)
     assert left(second) == left(first)
     num_experts = [int(next(iter(task_masks_of(first, task).layers.values()))["expert_mask"].sum()) for task in SIZES]
     assert num_experts[-1] > num_experts[0] == 2
@@ -716,7 +715,7 @@ NUMBERS = {
 
 def check_records(run_dir: Path) -> None:
     """Each step once; what a task comes to in the record of its last step, and nowhere else."""
-    records = metrics(run_dir)
+    records = read_metrics(run_dir)
     assert [record["step"] for record in records] == list(range(1, 11))
     held = [record for record in records if set(record) & NUMBERS]
     assert [(record["step"], record["task"]) for record in held] == [(4, "colour"), (7, "animal"), (10, "weather")]
@@ -741,7 +740,7 @@ def shown(run_dir: Path) -> tuple[dict[int, float], list[int]]:
     events = accumulator.EventAccumulator(str(run_dir / "tensorboard"), size_guidance=limits).Reload()
     curve = {event.step: event.value for event in events.Scalars("task/capacity_bytes")}
     assert sorted(curve) == [4, 7, 10]
-    for record in metrics(run_dir):
+    for record in read_metrics(run_dir):
         if "capacity_bytes" in record:
             assert curve[record["step"]] == record["capacity_bytes"]
     (picture,) = [tag for tag in events.Tags()["images"] if tag.startswith("task/masks")]
@@ -760,7 +759,7 @@ def test_another_number_of_ranks_goes_on(ranks: Any, tasks: Path, before: int, a
     ranks(before)(run_until_killed, moved, 7)  # the second task's last step, after a checkpoint within it
     ranks(after)(run, moved)
     first, second = Path(whole["run_dir"]), Path(moved["run_dir"])
-    wanted, got = metrics(first), metrics(second)
+    wanted, got = read_metrics(first), read_metrics(second)
     assert [record["step"] for record in got] == [record["step"] for record in wanted]
     assert [record["loss"] for record in got] == pytest.approx([record["loss"] for record in wanted], rel=1e-4)
     assert [record.get("capacity_bytes") for record in got] == [record.get("capacity_bytes") for record in wanted]
@@ -790,7 +789,7 @@ def test_a_damaged_task_is_learnt_again_where_a_checkpoint_of_before_is_there(ra
     (tasks / "intact" / "experts" / "weather.safetensors").unlink()
     (tasks / "intact" / "scores.json").unlink()
     damage(tasks / "intact" / "experts" / "colour.safetensors")
-    for kind, told in ranks(2)(failing, lost):
+    for kind, told in ranks(2)(run_error, lost):
         assert kind == "ExternalFailure"
         assert "experts/" in told
         assert "restore that file, or remove the run's folder" in told
@@ -826,15 +825,15 @@ def test_a_task_without_room_is_refused_and_another_policy_goes_on(
         assert "method.tune.on_full=reuse" in told
         assert "\n" not in told
     assert sorted(p.stem for p in (tasks / name / "experts").iterdir()) == ["colour"]
-    assert [record["task"] for record in metrics(tasks / name)] == ["colour"] * 4
+    assert [record["task"] for record in read_metrics(tasks / name)] == ["colour"] * 4
     for policy in ("reuse", "grow"):
         there = Path(shutil.copytree(tasks / name, tasks / f"{name}-{policy}"))
         going_on = recipe(tasks, there.name, tune={"masks": masks, "on_full": policy})
         ranks(world)(run, going_on)
         ranks(world)(run, recipe(tasks, f"{there.name}-whole", tune={"masks": masks, "on_full": policy}))
-        assert outcome(there) == outcome(tasks / f"{there.name}-whole")
+        assert run_outcome(there) == run_outcome(tasks / f"{there.name}-whole")
         assert left(there) == left(tasks / f"{there.name}-whole")
-    used = [record["capacity_share"] for record in metrics(tasks / f"{name}-reuse") if "capacity_share" in record]
+    used = [record["capacity_share"] for record in read_metrics(tasks / f"{name}-reuse") if "capacity_share" in record]
     assert used == sorted(used)
     assert used[-1] <= 1.0
 
@@ -914,22 +913,22 @@ def dense(name: str) -> bool:
 def test_with_dense_weights_the_constraint_holds_and_features_stay(ranks: Any, tasks: Path, stage: int) -> None:
     document = recipe(tasks, f"dense{stage}", stage, **DENSE)
     document["checkpoint"]["keep"] = 99
-    for changed, differing, total in ranks(2)(quick, combined, document):
+    for changed, differing, total in ranks(2)(with_few_texts, combined, document):
         assert len(changed) == 7
         assert all(map(dense, changed))
         assert total > 10 * 32
         assert differing <= 1e-3 * total  # prompts alone and in batches may differ in a last bit
     folders = sorted((tasks / f"dense{stage}" / "checkpoints").glob("*-learned"))
-    learned = [stored(folder) for folder in folders]
+    learned = [read_checkpoint_tensors(folder) for folder in folders]
     assert len(learned) == len(SIZES)
     final = learned[-1][0]
     for weights, owned in learned:
-        kept = of_matrices(owned)
+        kept = group_by_matrix(owned)
         assert sorted(kept) == sorted(filter(dense, weights))
         assert len(kept) == 7
         for name, tensors in kept.items():
-            assert excess("input", weights[name], tensors) <= 1e-6
-            assert excess("input", final[name], tensors) <= 1e-6  # also after the tasks to come
+            assert constraint_error("input", weights[name], tensors) <= 1e-6
+            assert constraint_error("input", final[name], tensors) <= 1e-6  # also after the tasks to come
     (first, owned), (_, later) = learned[:2]
     assert all((final[name] - first[name]).norm() > 1e-2 * first[name].norm() for name in filter(dense, first))
     assert any(later[name].shape != tensor.shape for name, tensor in owned.items())  # tasks protect what they use
@@ -943,12 +942,12 @@ def test_with_dense_weights_a_run_that_died_ends_as_one_that_did_not(
     ranks: Any, tasks: Path, stage: int, method: dict[str, Any]
 ) -> None:
     whole, died = (recipe(tasks, f"dense-{kind}{stage}", stage, True, **method, **DENSE) for kind in ("whole", "died"))
-    ranks(2)(quick, run, whole)
+    ranks(2)(with_few_texts, run, whole)
     deaths = [("begin", 1), ("freeze", 1), ("end", 1), ("left", 2), ("step", 1)]
-    ranks(2)(quick, killed_around, died, deaths)
+    ranks(2)(with_few_texts, killed_around, died, deaths)
     first, second = Path(whole["run_dir"]), Path(died["run_dir"])
-    assert outcome(second) == outcome(first)
-    assert {"owned-00000.safetensors", "owned-00001.safetensors"} <= set(outcome(first)[-1])
+    assert run_outcome(second) == run_outcome(first)
+    assert {"owned-00000.safetensors", "owned-00001.safetensors"} <= set(run_outcome(first)[-1])
     assert left(second) == left(first)
     check_records(second)
     assert shown(second) == shown(first)
@@ -957,7 +956,7 @@ def test_with_dense_weights_a_run_that_died_ends_as_one_that_did_not(
 def test_dense_weights_go_with_a_task_that_is_given(ranks: Any, tasks: Path) -> None:
     """Then all layers may train; and what a task was trained to answer does move later."""
     document = recipe(tasks, "dense-given", 1, tune={"masks": "element"}, **GIVEN, **DENSE)
-    ranks(2)(quick, run, document)
+    ranks(2)(with_few_texts, run, document)
     assert scores(tasks / "dense-given")["complete"]
-    kept = of_matrices(stored(max((tasks / "dense-given" / "checkpoints").iterdir()))[1])
+    kept = group_by_matrix(read_checkpoint_tensors(max((tasks / "dense-given" / "checkpoints").iterdir()))[1])
     assert len(kept) == 2 * 7

@@ -35,25 +35,25 @@ from dscl.training.checkpoint import Checkpoints
 from dscl.training.setup import build_setup
 from dscl.training.state import TrainState
 from dscl.training.task_context import build_task_context
-from tests.support.moments import felt_moments
+from tests.support.moments import gradient_weighted_moments
 from tests.support.osft_runs import (
-    SEVEN,
-    Stretches,
+    TARGETS,
+    Shards,
     Tensors,
-    checkpoints,
-    excess,
+    checkpoint_dirs,
+    constraint_error,
     is_target,
-    leak,
-    of_matrices,
-    quick,
-    stored,
-    worst,
+    protected_change_norm,
+    group_by_matrix,
+    with_few_texts,
+    read_checkpoint_tensors,
+    max_constraint_error,
 )
 from tests.support.runs import (
-    failing,
-    killed_after,
-    metrics,
-    outcome,
+    run_error,
+    run_killed_after,
+    read_metrics,
+    run_outcome,
     recipe_of,
     run,
     run_listening,
@@ -61,9 +61,7 @@ from tests.support.runs import (
     run_until_killed,
     write_tasks,
 )
-from tests.support.toy_model import OFFLOAD, assemble, backbone, join, masters, micro_batches, summed_loss, targets
-from tests.support.toy_model import rows as samples
-from tests.support.toy_model import whole as gathered
+from tests.support.toy_model import gathered, sample_rows, OFFLOAD, assemble, toy_backbone, join_rows, master_shards, micro_batches, summed_loss, count_targets
 
 STEPS = 6
 SHARE = 0.5
@@ -109,16 +107,16 @@ class Dense:
 
 @functools.cache
 def reference(projection: str, gradients: bool = False) -> tuple[list[float], Tensors]:
-    built = backbone()
+    built = toy_backbone()
     model = built.build()
     load_parameters(model, built.weights.read)
     constrained = {p: Dense.of(p.detach()) for name, p in model.named_parameters() if is_target(name)}
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.1, eps=EPS)
     losses = []
     for step in range(STEPS):
-        batch = samples(step)
+        batch = sample_rows(step)
         optimizer.param_groups[0]["lr"] = rate(step)
-        loss = summed_loss(model, join(batch)) / targets(batch)
+        loss = summed_loss(model, join_rows(batch)) / count_targets(batch)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -144,7 +142,7 @@ def begun(stage: int, zero: dict[str, Any], precision: str = "fp32", **keys: Any
     """An engine with the method's constraint, at the beginning of the first of two tasks."""
     facts = RunInfo(0, ("first", "second"), base_model="", model="", tokenizer="", prompt_limit=0, precision=precision)
     method = Osft(OsftPreset(constraint=OsftConfig(**{**PLAIN, **keys})), facts)
-    built = backbone({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
+    built = toy_backbone({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
     engine = Engine(
         {"zero_optimization": {"stage": stage, **zero}},
         build=built.build,
@@ -176,9 +174,9 @@ class Result:
     """Of one rank."""
 
     losses: list[float]
-    start: Stretches
-    weights: Stretches
-    moments: Stretches  # AdamW's first
+    start: Shards
+    weights: Shards
+    moments: Shards  # AdamW's first
     owned: Tensors
 
 
@@ -188,11 +186,11 @@ def trained(
     engine, method = begun(stage, zero, projection=projection, project_gradients=gradients)
     if not hold:
         method.project_weight = lambda *_: None  # type: ignore[method-assign]
-    start, losses = masters(engine), go(engine, accumulation)
-    moments: Stretches = {}
+    start, losses = master_shards(engine), go(engine, accumulation)
+    moments: Shards = {}
     for share in engine.shards.disjoint_shards():
         moments.setdefault(share.name, []).append((share.start, share.moments["exp_avg"].clone()))
-    result = Result(losses, start, masters(engine), moments, method.matrix_state_dict())
+    result = Result(losses, start, master_shards(engine), moments, method.matrix_state_dict())
     engine.close()
     return result
 
@@ -215,10 +213,10 @@ def leaks(projection: str, results: list[Result]) -> dict[str, tuple[float, floa
         change, moment = (weights[name].double() - start[name].double()).view(shape), moments[name].view(shape)
         assert change.norm() > 0.1 * start[name].norm()  # there was something to be undone
         found[name] = (
-            leak(projection, change, right, left) / float(start[name].norm()),
-            leak(projection, moment, right, left) / float(moment.norm()),
+            protected_change_norm(projection, change, right, left) / float(start[name].norm()),
+            protected_change_norm(projection, moment, right, left) / float(moment.norm()),
         )
-    assert len(found) == 2 * len(SEVEN)
+    assert len(found) == 2 * len(TARGETS)
     return found
 
 
@@ -312,8 +310,8 @@ def test_without_the_projection_it_would_be_noticed(
 def low_precision(stage: int, zero: dict[str, Any]) -> tuple[bool, Result]:
     """Whether the model's bf16 weights are the rounded masters on this rank, after two steps."""
     engine, method = begun(stage, zero, "bf16", projection="input", project_gradients=True)
-    start, losses = masters(engine), go(engine, 1, 2)
-    found = masters(engine)
+    start, losses = master_shards(engine), go(engine, 1, 2)
+    found = master_shards(engine)
     whole, same = assemble(comm.all_gather_objects(found)), True
     for name, parameter in engine.module.named_parameters():
         with gathered(parameter):
@@ -323,18 +321,18 @@ def low_precision(stage: int, zero: dict[str, Any]) -> tuple[bool, Result]:
     return same, result
 
 
-def left_out(stage: int, zero: dict[str, Any]) -> tuple[Stretches, Stretches, Stretches, Tensors]:
+def left_out(stage: int, zero: dict[str, Any]) -> tuple[Shards, Shards, Shards, Tensors]:
     """Steps without a projection, and then one that should make it but is left out, its loss being no number: the
     weights at the start, before the last step and after it."""
     engine, method = begun(stage, zero, projection="two_sided")
-    start = masters(engine)
+    start = master_shards(engine)
     for step, hold in enumerate((False, False, True)):
         batches, count = micro_batches(step, 1)
         loss = (lambda m, t: summed_loss(m, t) * math.nan) if hold else summed_loss
         if hold:
-            off = {name: [(at, values.clone()) for at, values in of] for name, of in masters(engine).items()}
+            off = {name: [(at, values.clone()) for at, values in of] for name, of in master_shards(engine).items()}
         engine.step(loss, batches, targets=count, lr=rate(step), skip_non_finite=True, project=hold)
-    end, owned = masters(engine), method.matrix_state_dict()
+    end, owned = master_shards(engine), method.matrix_state_dict()
     engine.close()
     return start, off, end, owned
 
@@ -348,9 +346,9 @@ def test_a_step_that_is_left_out_still_brings_the_weights_back(ranks: Any, stage
         right, left = owned[f"{name}|right"], owned[f"{name}|left"]
         change = (after[name] - before[name]).view(len(left), len(right))
         assert change.norm() > 1e-2 * after[name].norm()
-        assert leak("two_sided", change, right, left) <= 1e-6 * float(after[name].norm())
+        assert protected_change_norm("two_sided", change, right, left) <= 1e-6 * float(after[name].norm())
         loose = (off[name] - before[name]).view(len(left), len(right))
-        assert leak("two_sided", loose, right, left) > 1e-4 * float(after[name].norm())
+        assert protected_change_norm("two_sided", loose, right, left) > 1e-4 * float(after[name].norm())
 
 
 @pytest.mark.parametrize(("stage", "zero"), [(0, {}), (1, {}), (2, OFFLOAD), (3, SMALL)])
@@ -367,7 +365,7 @@ def test_each_rank_keeps_its_own_bases_alone(ranks: Any, world: int) -> None:
     shapes = {
         n.split("|")[0]: (len(owned[f"{n.split('|')[0]}|left"]), len(t)) for n, t in owned.items() if "|right" in n
     }
-    assert len(shapes) == 2 * len(SEVEN)
+    assert len(shapes) == 2 * len(TARGETS)
     owners = assign_owners(
         {name: float(rows * columns * min(rows, columns)) for name, (rows, columns) in shapes.items()}, world
     )
@@ -413,7 +411,7 @@ def completed_run(ranks: Any) -> Callable[[dict[str, Any]], Path]:
     def get(document: dict[str, Any]) -> Path:
         key = json.dumps({name: value for name, value in document.items() if name != "run_dir"}, sort_keys=True)
         if key not in folders:
-            ranks(2)(quick, run, document)
+            ranks(2)(with_few_texts, run, document)
             folders[key] = Path(document["run_dir"])
         return folders[key]
 
@@ -448,18 +446,18 @@ CHOICES: list[dict[str, Any]] = [
 def test_what_was_protected_once_stays_so(completed_run: Any, tasks: Path, stage: int, choice: int) -> None:
     projection = CHOICES[choice]["projection"]
     run_dir = completed_run(recipe(tasks, f"nested{stage}-{choice}", stage, keep=99, **CHOICES[choice]))
-    learned = [stored(path) for path in checkpoints(run_dir) if path.name.endswith("-learned")]
+    learned = [read_checkpoint_tensors(path) for path in checkpoint_dirs(run_dir) if path.name.endswith("-learned")]
     assert len(learned) == 3
     final = learned[-1][0]
     grown = 0
     for (weights, owned), (_, later) in itertools.pairwise(learned):
-        assert worst(projection, weights, owned) <= 1e-6
-        assert worst(projection, final, owned) <= 1e-6
+        assert max_constraint_error(projection, weights, owned) <= 1e-6
+        assert max_constraint_error(projection, final, owned) <= 1e-6
         for name, tensor in owned.items():
             assert torch.equal(later[name][tuple(map(slice, tensor.shape))], tensor), name
         grown += sum(later[name].shape != tensor.shape for name, tensor in owned.items() if name.endswith("|right"))
         assert any((final[name] - weights[name]).norm() > 0.1 * weights[name].norm() for name in weights)
-    assert grown >= len(SEVEN)
+    assert grown >= len(TARGETS)
 
 
 def outputs(document: dict[str, Any], weights: list[Tensors], owned: Tensors) -> tuple[float, float]:
@@ -472,14 +470,14 @@ def outputs(document: dict[str, Any], weights: list[Tensors], owned: Tensors) ->
     )
     inputs: Tensors = {}
     modules = dict(model.named_modules())
-    for matrix in of_matrices(owned):
+    for matrix in group_by_matrix(owned):
         hook = functools.partial(lambda name, _m, given: inputs.__setitem__(name, given[0].flatten(0, 1)), matrix)
         modules[matrix.removesuffix(".weight")].register_forward_pre_hook(hook)
     protected, whole = 0.0, math.inf
     batch = setup.tasks[0].micro_batches(0)[0]
     with torch.no_grad():
         model(batch.input_ids, batch.attention_mask, batch.position_ids)
-    for matrix, kept in of_matrices(owned).items():
+    for matrix, kept in group_by_matrix(owned).items():
         given, right = inputs[matrix].double(), kept["right"].double()
         change = (weights[-1][matrix] - weights[0][matrix]).double().view(len(kept["left"]), len(right))
         size = given.norm() * weights[0][matrix].norm()
@@ -490,7 +488,7 @@ def outputs(document: dict[str, Any], weights: list[Tensors], owned: Tensors) ->
 
 def test_protected_inputs_get_the_same_answers_after_later_tasks(completed_run: Any, tasks: Path) -> None:
     document = recipe(tasks, "answers", 0, keep=99, **CHOICES[0])
-    learned = [stored(path) for path in checkpoints(completed_run(document)) if path.name.endswith("-learned")]
+    learned = [read_checkpoint_tensors(path) for path in checkpoint_dirs(completed_run(document)) if path.name.endswith("-learned")]
     protected, whole = outputs(document, [weights for weights, _ in learned], learned[0][1])
     assert protected <= 1e-6
     assert whole > 1e-3
@@ -508,8 +506,8 @@ def watched(document: dict[str, Any]) -> list[tuple[str, float]]:
         engine, found = engines[-1], [0.0]
         method = engine.constraint
         assert isinstance(method, Osft)
-        kept = of_matrices(method.matrix_state_dict())
-        engine.apply_on_owners(lambda name, weight: found.append(excess("input", weight, kept[name])))
+        kept = group_by_matrix(method.matrix_state_dict())
+        engine.apply_on_owners(lambda name, weight: found.append(constraint_error("input", weight, kept[name])))
         seen.append((where, max(found)))
 
     with pytest.MonkeyPatch.context() as patch:
@@ -541,7 +539,7 @@ def watched(document: dict[str, Any]) -> list[tuple[str, float]]:
 @pytest.mark.parametrize("stage", [0, pytest.param(2, marks=EXHAUSTIVE), 3])
 def test_between_projections_it_may_be_off_but_never_where_it_counts(ranks: Any, tasks: Path, stage: int) -> None:
     document = recipe(tasks, f"seldom{stage}", stage, keep=99, evaluate=1, project_every=4)
-    results = ranks(2)(quick, watched, document)
+    results = ranks(2)(with_few_texts, watched, document)
     steps = torch.tensor([[off for where, off in seen if where == "step"] for seen in results]).amax(0).tolist()
     # Tasks of 5, 4 and 5 steps; checkpoints after steps 3, 6 and 12 of all, and after every task.
     assert len(steps) == 14
@@ -551,8 +549,8 @@ def test_between_projections_it_may_be_off_but_never_where_it_counts(ranks: Any,
         others = [(where, off) for where, off in seen if where != "step"]
         assert {where for where, _ in others} == {"save", "take"}
         assert max(off for _, off in others) <= 1e-6
-    for path in checkpoints(Path(document["run_dir"])):
-        assert worst("input", *stored(path)) <= 1e-6
+    for path in checkpoint_dirs(Path(document["run_dir"])):
+        assert max_constraint_error("input", *read_checkpoint_tensors(path)) <= 1e-6
 
 
 # ---- restarts
@@ -567,7 +565,7 @@ PLACES = {
 
 
 def killed_around(document: dict[str, Any], deaths: list[tuple[str, int]]) -> None:
-    killed_after(document, deaths, PLACES)
+    run_killed_after(document, deaths, PLACES)
 
 
 ANYWHERE = run_until, [("step", 2), ("save", 3), ("take", 3), ("step", 4), ("shares", 1), ("gather", 2)]
@@ -589,13 +587,13 @@ SHORT = {"on_full": "release_base", "protected_ratio": 0.75, "energy_threshold":
 def test_a_run_that_died_ends_as_one_that_did_not(
     ranks: Any, tasks: Path, stage: int, keys: dict[str, Any], ways: list[Any]
 ) -> None:
-    ranks(2)(quick, run, recipe(tasks, f"whole{stage}", stage, evaluate=1, **keys))
-    expected = outcome(tasks / f"whole{stage}")
+    ranks(2)(with_few_texts, run, recipe(tasks, f"whole{stage}", stage, evaluate=1, **keys))
+    expected = run_outcome(tasks / f"whole{stage}")
     assert {"owned-00000.safetensors", "owned-00001.safetensors"} <= set(expected[-1])
     for number, (killed, deaths) in enumerate(ways):
         name = f"died{stage}-{number}"
-        ranks(2)(quick, killed, recipe(tasks, name, stage, evaluate=1, **keys), deaths)
-        assert outcome(tasks / name) == expected, deaths
+        ranks(2)(with_few_texts, killed, recipe(tasks, name, stage, evaluate=1, **keys), deaths)
+        assert run_outcome(tasks / name) == expected, deaths
 
 
 def slower(document: dict[str, Any]) -> dict[str, Any]:
@@ -612,32 +610,32 @@ def test_another_number_of_ranks_deals_the_owners_anew(
     ranks: Any, tasks: Path, before: int, after: int, stage: int
 ) -> None:
     if not (tasks / "size-whole").exists():
-        ranks(1)(quick, run, slower(recipe(tasks, "size-whole", 0)))
+        ranks(1)(with_few_texts, run, slower(recipe(tasks, "size-whole", 0)))
     document = slower(recipe(tasks, f"size{before}{after}", stage))
-    ranks(before)(quick, run_until_killed, document, 8)  # in the second task, after a checkpoint within it
-    ranks(after)(quick, run, document)
+    ranks(before)(with_few_texts, run_until_killed, document, 8)  # in the second task, after a checkpoint within it
+    ranks(after)(with_few_texts, run, document)
     run_dir = Path(document["run_dir"])
-    whole, changed = metrics(tasks / "size-whole"), metrics(run_dir)
+    whole, changed = read_metrics(tasks / "size-whole"), read_metrics(run_dir)
     assert [r["step"] for r in changed] == [r["step"] for r in whole]
     assert [r["loss"] for r in changed] == pytest.approx([r["loss"] for r in whole], rel=1e-5)
-    newest = checkpoints(run_dir)[-1]
+    newest = checkpoint_dirs(run_dir)[-1]
     assert len(list(newest.glob("owned-*"))) == after
-    assert worst("input", *stored(newest)) <= 1e-6
+    assert max_constraint_error("input", *read_checkpoint_tensors(newest)) <= 1e-6
 
 
 def test_damage_to_what_an_owner_kept_is_noticed(ranks: Any, completed_run: Any, tasks: Path) -> None:
     sound = completed_run(recipe(tasks, "sound", 0, keep=99, **CHOICES[0]))
     damaged = recipe(tasks, "damaged", 0, keep=99, **CHOICES[0])
-    ranks(2)(quick, run_until_killed, damaged, 8)
-    older, newer = checkpoints(tasks / "damaged")[-2:]
+    ranks(2)(with_few_texts, run_until_killed, damaged, 8)
+    older, newer = checkpoint_dirs(tasks / "damaged")[-2:]
     path = newer / "owned-00001.safetensors"
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
     path.write_bytes(content)
-    lines = ranks(2)(quick, run_listening, damaged)[0]
+    lines = ranks(2)(with_few_texts, run_listening, damaged)[0]
     assert any(f"{newer.name} is damaged (owned-00001.safetensors does not match its checksum)" in x for x in lines)
     assert any(f"resumed from {older.name}" in line for line in lines)
-    assert outcome(tasks / "damaged") == outcome(sound)
+    assert run_outcome(tasks / "damaged") == run_outcome(sound)
 
 
 # ---- at the edges
@@ -658,7 +656,7 @@ def test_damage_to_what_an_owner_kept_is_noticed(ranks: Any, completed_run: Any,
     ],
 )
 def test_settings_that_cannot_be_are_refused(ranks: Any, tasks: Path, keys: dict[str, Any], told: str) -> None:
-    for kind, message in ranks(2)(quick, failing, recipe(tasks, "refused", 1, **keys)):
+    for kind, message in ranks(2)(with_few_texts, run_error, recipe(tasks, "refused", 1, **keys)):
         assert kind == "UserError"
         assert told in message
         assert "\n" not in message
@@ -676,7 +674,7 @@ def spoilt(document: dict[str, Any], matrix: str) -> tuple[str, str]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RandomWeights, "read", read)
-        return failing(document)
+        return run_error(document)
 
 
 def exploded(document: dict[str, Any], matrix: str, at: int) -> tuple[str, str]:
@@ -693,7 +691,7 @@ def exploded(document: dict[str, Any], matrix: str, at: int) -> tuple[str, str]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Engine, "step", step)
-        return failing(document)
+        return run_error(document)
 
 
 @pytest.mark.parametrize(
@@ -708,8 +706,8 @@ def test_a_weight_that_is_not_finite_is_told_in_one_line(ranks: Any, tasks: Path
     matrix = "model.layers.1.mlp.up_proj.weight"
     document = recipe(tasks, f"spoilt{stage}{basis}", stage, protect_base=[basis])
     for results in (
-        ranks(2)(quick, spoilt, document, matrix),
-        ranks(2)(quick, exploded, recipe(tasks, f"exploded{stage}{basis}", stage, protect_base=[basis]), matrix, 5),
+        ranks(2)(with_few_texts, spoilt, document, matrix),
+        ranks(2)(with_few_texts, exploded, recipe(tasks, f"exploded{stage}{basis}", stage, protect_base=[basis]), matrix, 5),
     ):
         assert results[0] == results[1]
         kind, message = results[0]
@@ -753,7 +751,7 @@ def test_the_models_texts_do_not_depend_on_ranks_or_stages(ranks: Any, places: A
 
 def test_the_models_texts_follow_its_distribution() -> None:
     """Pearson's statistic of the second and third tokens against what the model itself says of them."""
-    built = backbone()
+    built = toy_backbone()
     shape = LlamaConfig(**{**built.hf_config.to_dict(), "vocab_size": 7, "bos_token_id": 3})
     model: Any = dataclasses.replace(built, hf_config=shape).build()
     load_parameters(model, RandomWeights(5, 0.08).read)
@@ -783,7 +781,7 @@ def probed(stage: int, zero: dict[str, Any], accumulation: int) -> tuple[list[fl
     moments = ActivationStats(gradient_weighted=True)
     engine.module.train()
     with moments.collect_stats(engine.module, [name.removesuffix(".weight") for name in method.matrix_costs()]):
-        for toy in samples(0)[comm.rank() :: comm.world_size()]:
+        for toy in sample_rows(0)[comm.rank() :: comm.world_size()]:
             engine.probe_activations(functools.partial(summed_loss, toy=toy), True)
     assert engine.module.training
     losses = go(engine, accumulation)
@@ -803,7 +801,7 @@ def probed(stage: int, zero: dict[str, Any], accumulation: int) -> tuple[list[fl
 def test_a_probe_feels_the_loss_and_leaves_nothing_behind(
     ranks: Any, world: int, stage: int, zero: dict[str, Any]
 ) -> None:
-    expected = felt_moments(samples(0))
+    expected = gradient_weighted_moments(sample_rows(0))
     for losses, sums in ranks(world)(probed, stage, zero, 4 // world):
         assert losses == pytest.approx(reference("input")[0], rel=1e-5)
         assert sorted(sums) == sorted(expected)

@@ -25,7 +25,7 @@ from dscl.training.state import TrainState
 from dscl.training.task_context import build_task_context
 from dscl.utils import timers
 from dscl.utils.quiet import silence_libraries
-from tests.support.pool import forked
+from tests.support.pool import fork_context
 from tests.support.runs import recipe_of, write_tasks
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -103,7 +103,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def foreseen() -> Iterator[Callable[[Any], Any]]:
     """By a process of its own, which is the first of two ranks and has no second."""
-    context: Any = forked()
+    context: Any = fork_context()
     with context.Pool(1, begin_to_foresee) as pool:
         yield lambda document: pool.apply(foresee, (document,))
 

@@ -25,18 +25,18 @@ from dscl.training.setup import build_setup
 from dscl.utils.errors import ExternalFailure, UserError
 from dscl.utils.json_files import write_checked_json
 from tests.support.runs import (
-    copy,
-    failing,
+    copy_run,
+    run_error,
     flip,
-    metrics,
-    outcome,
+    read_metrics,
+    run_outcome,
     recipe_of,
     run,
     run_listening,
     run_until,
     run_until_killed,
     truncate,
-    whole,
+    reference_recipe,
     write_tasks,
 )
 
@@ -61,7 +61,7 @@ def test_evaluating_less_often_changes_nothing_else(ranks: Any, undisturbed: Any
     new = recipe_of(tasks, "new", 1, evaluate={"tasks": "new"})
     for document in (seldom, new):
         ranks(2)(run, document)
-    runs = [undisturbed(*whole(tasks, 1)), *(Path(document["run_dir"]) for document in (seldom, new))]
+    runs = [undisturbed(*reference_recipe(tasks, 1)), *(Path(document["run_dir"]) for document in (seldom, new))]
     a, b, c = (json.loads((run / "scores.json").read_text()) for run in runs)
     assert b["matrix"] == [[None, None], a["matrix"][1]]
     assert c["matrix"] == [[a["matrix"][0][0], None], a["matrix"][1]]
@@ -69,7 +69,7 @@ def test_evaluating_less_often_changes_nothing_else(ranks: Any, undisturbed: Any
     assert b["summary"]["BWT"] is None
     assert c["summary"]["BWT"] == a["summary"]["BWT"]
     assert c["summary"]["FWT"] is None
-    assert metrics(runs[1]) == metrics(runs[2]) == metrics(runs[0])
+    assert read_metrics(runs[1]) == read_metrics(runs[2]) == read_metrics(runs[0])
 
 
 DEATHS = {
@@ -105,11 +105,11 @@ def test_a_run_that_died_ends_as_one_that_did_not(
     ranks: Any, undisturbed: Any, tasks: Path, stage: int, deaths: str
 ) -> None:
     changes = combined(tasks) if stage == 3 else {}
-    expected = outcome(undisturbed(*whole(tasks, stage, **changes)))
+    expected = run_outcome(undisturbed(*reference_recipe(tasks, stage, **changes)))
     assert expected[1]["complete"]
     name = f"died{stage}-{deaths}"
     ranks(2)(run_until, recipe_of(tasks, name, stage, **changes), DEATHS[deaths])
-    assert outcome(tasks / name) == expected
+    assert run_outcome(tasks / name) == expected
 
 
 def run_forgetting_moments(document: dict[str, Any]) -> None:
@@ -131,7 +131,7 @@ def run_forgetting_moments(document: dict[str, Any]) -> None:
 
 def test_losing_the_moments_would_be_noticed(ranks: Any, undisturbed: Any, tasks: Path) -> None:
     ranks(2)(run_forgetting_moments, recipe_of(tasks, "moments-lost", 1))
-    assert metrics(tasks / "moments-lost") != metrics(undisturbed(*whole(tasks, 1)))
+    assert read_metrics(tasks / "moments-lost") != read_metrics(undisturbed(*reference_recipe(tasks, 1)))
 
 
 LORA: dict[str, Any] = {
@@ -145,14 +145,14 @@ def test_evaluating_changes_no_loss(ranks: Any, undisturbed: Any, tasks: Path, s
     """Dropout is on: a random number drawn by an evaluation would show."""
     little = recipe_of(tasks, f"little{stage}", stage, evaluate={"zero_shot": False, "tasks": "seen"}, **LORA)
     ranks(2)(run, little)
-    assert metrics(tasks / f"little{stage}") == metrics(undisturbed(*whole(tasks, stage, **LORA)))
+    assert read_metrics(tasks / f"little{stage}") == read_metrics(undisturbed(*reference_recipe(tasks, stage, **LORA)))
 
 
 def test_a_run_goes_on_at_another_size_and_stage(ranks: Any, undisturbed: Any, tasks: Path) -> None:
     ranks(2)(run_until_killed, recipe_of(tasks, "size", 3), 7)
     moved = recipe_of(tasks, "size", 1)
     ranks(1)(run, moved)
-    expected, changed = metrics(undisturbed(*whole(tasks))), metrics(tasks / "size")
+    expected, changed = read_metrics(undisturbed(*reference_recipe(tasks))), read_metrics(tasks / "size")
     assert [r["step"] for r in changed] == [r["step"] for r in expected]
     assert [r["loss"] for r in changed] == pytest.approx([r["loss"] for r in expected], rel=1e-4)
 
@@ -179,13 +179,13 @@ def test_a_damaged_checkpoint_is_passed_over(
     ranks: Any, undisturbed: Any, killed: Path, tasks: Path, damage: Any
 ) -> None:
     name = f"damaged-{damage.__name__}"
-    stored = sorted((copy(killed, name) / "checkpoints").iterdir())
+    stored = sorted((copy_run(killed, name) / "checkpoints").iterdir())
     assert len(stored) == 2
     damage(stored[-1])
     lines = ranks(2)(run_listening, recipe_of(tasks, name))[0]
     assert any(f"checkpoint {stored[-1].name} is damaged" in line for line in lines)
     assert any(f"resumed from {stored[-2].name}" in line for line in lines)
-    assert outcome(tasks / name) == outcome(undisturbed(*whole(tasks)))
+    assert run_outcome(tasks / name) == run_outcome(undisturbed(*reference_recipe(tasks)))
 
 
 def full_disk(document: dict[str, Any], call: int) -> tuple[str, str]:
@@ -200,7 +200,7 @@ def full_disk(document: dict[str, Any], call: int) -> tuple[str, str]:
 
     checkpoint_files.save_file = writing
     try:
-        return failing(document)
+        return run_error(document)
     finally:
         checkpoint_files.save_file = original
 
@@ -213,7 +213,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(ranks: Any, undisturbed: Any, t
         assert "step-00000003 is intact" in message
     assert [p.name for p in sorted((tasks / "full" / "checkpoints").iterdir())] == ["step-00000000", "step-00000003"]
     ranks(2)(run, document)
-    assert outcome(tasks / "full") == outcome(undisturbed(*whole(tasks)))
+    assert run_outcome(tasks / "full") == run_outcome(undisturbed(*reference_recipe(tasks)))
 
 
 def not_a_number(loss: torch.Tensor) -> torch.Tensor:
@@ -237,7 +237,7 @@ def exploding(document: dict[str, Any], at: int, spoil: Any = not_a_number) -> t
 
     Engine.step = step  # type: ignore[method-assign]
     try:
-        return failing(document)
+        return run_error(document)
     finally:
         Engine.step = original  # type: ignore[method-assign]
 
@@ -278,31 +278,31 @@ def test_a_run_whose_checkpoints_were_removed_is_not_started_anew(
 ) -> None:
     """It goes on when they are put back, to the last bit; and nothing was changed meanwhile."""
     document = recipe_of(tasks, "emptied")
-    folder = copy(killed, "emptied")
+    folder = copy_run(killed, "emptied")
     lines = (folder / "metrics.jsonl").read_bytes()
     for emptied in (False, True):  # or removed as a whole
         shutil.move(folder / "checkpoints", tasks / "aside")
         if emptied:
             (folder / "checkpoints").mkdir()
-        for kind, told in ranks(2)(failing, document):
+        for kind, told in ranks(2)(run_error, document):
             assert kind == "UserError"
             assert f"run_dir: {folder} has saved checkpoints, and none is there any more" in told
-        for kind, told in ranks(2)(failing, {**document, "seed": 5}):
+        for kind, told in ranks(2)(run_error, {**document, "seed": 5}):
             assert (kind, "seed" in told) == ("UserError", True)
         assert (folder / "metrics.jsonl").read_bytes() == lines
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         shutil.move(tasks / "aside", folder / "checkpoints")
     ranks(2)(run, document)
-    assert outcome(folder) == outcome(undisturbed(*whole(tasks)))
+    assert run_outcome(folder) == run_outcome(undisturbed(*reference_recipe(tasks)))
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_over(ranks: Any, undisturbed: Any, tasks: Path) -> None:
     changes: dict[str, Any] = {"evaluate": {"zero_shot": False}, "checkpoint__every": 8, "train__epochs": 1}
     ranks(2)(run_until_killed, recipe_of(tasks, "early", **changes), 5)
-    assert metrics(tasks / "early")
+    assert read_metrics(tasks / "early")
     assert not list((tasks / "early" / "checkpoints").glob("step-*"))
     ranks(2)(run, recipe_of(tasks, "early", **changes))
-    assert outcome(tasks / "early") == outcome(undisturbed(*whole(tasks, **changes)))
+    assert run_outcome(tasks / "early") == run_outcome(undisturbed(*reference_recipe(tasks, **changes)))
 
 
 @pytest.mark.parametrize("stage", [0, 3])
@@ -313,7 +313,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(ranks: Any, tasks: Path, stage:
         assert "task colour, step 5: the loss is nan" in message
         assert "train.json, record" in message
     assert sorted(p.name for p in (tasks / name / "checkpoints").iterdir())[-1] == "step-00000003"
-    bad = metrics(tasks / name)[-1]
+    bad = read_metrics(tasks / name)[-1]
     assert bad["step"] >= 5
 
 
@@ -337,16 +337,16 @@ def test_a_gradient_that_is_not_finite_stops_the_run(ranks: Any, tasks: Path, st
 def test_a_loss_that_is_not_finite_may_be_skipped(ranks: Any, tasks: Path) -> None:
     document = recipe_of(tasks, "skip", 2, train__non_finite="skip", train__epochs=1)
     assert ranks(2)(exploding, document, 5) == [("nothing", "")] * 2
-    losses = [record["loss"] for record in metrics(tasks / "skip")]
+    losses = [record["loss"] for record in read_metrics(tasks / "skip")]
     assert losses[4] is None
     assert all(loss is not None for i, loss in enumerate(losses) if i != 4)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_lora_resumes_bitwise_and_stores_only_itself(ranks: Any, undisturbed: Any, tasks: Path, stage: int) -> None:
-    expected = undisturbed(*whole(tasks, stage, **LORA))
+    expected = undisturbed(*reference_recipe(tasks, stage, **LORA))
     ranks(2)(run_until, recipe_of(tasks, f"lora-died{stage}", stage, **LORA), [("step", 5), ("step", 4)])
-    assert outcome(tasks / f"lora-died{stage}") == outcome(expected)
+    assert run_outcome(tasks / f"lora-died{stage}") == run_outcome(expected)
     newest = max((expected / "checkpoints").iterdir())
     paths = list(newest.glob("rank-*.safetensors"))
     assert len(paths) == 2
@@ -361,7 +361,7 @@ def test_packing_changes_no_loss(ranks: Any, tasks: Path, stage: int) -> None:
     changes = {"train__global_batch": 12, "train__epochs": 1}
     ranks(2)(run, recipe_of(tasks, f"loose{stage}", stage, **changes))
     ranks(2)(run, recipe_of(tasks, f"packed{stage}", stage, **changes, train__packing=True))
-    loose, packed = metrics(tasks / f"loose{stage}"), metrics(tasks / f"packed{stage}")
+    loose, packed = read_metrics(tasks / f"loose{stage}"), read_metrics(tasks / f"packed{stage}")
     assert [r["loss"] for r in packed] == pytest.approx([r["loss"] for r in loose], rel=1e-5)
     assert {r["targets"] for r in loose} == {r["targets"] for r in packed}
 
@@ -373,7 +373,7 @@ def test_a_task_with_fewer_samples_than_ranks(ranks: Any, tasks: Path, stage: in
     stream = [{"name": n, "path": str(tasks / n), "train_limit": 1, "test_limit": 1} for n in ("colour", "animal")]
     name = f"single{stage}{packing}"
     ranks(2)(run, recipe_of(tasks, name, stage, stream=stream, train__packing=packing, train__epochs=3))
-    assert len(metrics(tasks / name)) == 6
+    assert len(read_metrics(tasks / name)) == 6
 
 
 def scored(run_dir: Path) -> str:
@@ -420,13 +420,13 @@ def test_a_tasks_own_rate_and_the_split_that_is_evaluated(
 def test_packing_with_flash_attention_needs_single_rows(ranks: Any, tasks: Path) -> None:
     """transformers' flash attention looks for packed samples only in batches of one row, and would mix them."""
     document = recipe_of(tasks, "flash", train__packing=True, model__attention="flash_attention_2")
-    ((kind, message),) = ranks(1)(failing, document)
+    ((kind, message),) = ranks(1)(run_error, document)
     assert kind == "UserError"
     assert "train.micro_batch: given 2" in message
 
 
 def test_a_damaged_later_checkpoint_does_not_count_as_kept(ranks: Any, killed: Path, tasks: Path) -> None:
-    folder = copy(killed, "later") / "checkpoints"
+    folder = copy_run(killed, "later") / "checkpoints"
     assert [p.name for p in sorted(folder.iterdir())] == ["step-00000003", "step-00000006"]
     truncate(folder / "step-00000006")
     ranks(2)(run_until_killed, recipe_of(tasks, "later", checkpoint={"every": 1, "keep": 1}), 2)
@@ -444,7 +444,7 @@ def chosen(document: dict[str, Any], name: str) -> str:
 
 
 def test_damage_to_one_ranks_share_of_a_chosen_checkpoint_ends_all_ranks(ranks: Any, killed: Path, tasks: Path) -> None:
-    folder = copy(killed, "chosen") / "checkpoints"
+    folder = copy_run(killed, "chosen") / "checkpoints"
     assert ranks(2)(chosen, recipe_of(tasks, "chosen"), "step-00000003") == ["", ""]
     truncate(folder / "step-00000003")
     for said in ranks(2)(chosen, recipe_of(tasks, "chosen"), "step-00000003"):
@@ -475,15 +475,15 @@ def test_a_run_directory_that_the_main_rank_cannot_write_to_ends_all_ranks(ranks
 
 def test_scores_say_complete_only_when_the_last_checkpoint_is_there(ranks: Any, undisturbed: Any, tasks: Path) -> None:
     ranks(2)(run_until, recipe_of(tasks, "last"), [("save", 10)])  # the last one
-    assert outcome(tasks / "last") == outcome(undisturbed(*whole(tasks)))
+    assert run_outcome(tasks / "last") == run_outcome(undisturbed(*reference_recipe(tasks)))
 
 
 def test_a_finished_run_without_checkpoints_is_not_another_ones(ranks: Any, undisturbed: Any, tasks: Path) -> None:
     document = recipe_of(tasks, "cleared")
-    copy(undisturbed(*whole(tasks, world=1)), "cleared")
+    copy_run(undisturbed(*reference_recipe(tasks, world=1)), "cleared")
     shutil.rmtree(tasks / "cleared" / "checkpoints")
     document["train"]["lr"] = 1e-5
-    ((kind, message),) = ranks(1)(failing, document)
+    ((kind, message),) = ranks(1)(run_error, document)
     assert kind == "UserError"
     assert "train.lr" in message
 
@@ -528,9 +528,9 @@ def test_lora_moves_in_full_and_is_not_complained_about(ranks: Any, tasks: Path)
 
 def test_other_settings_on_the_same_run_are_refused(ranks: Any, undisturbed: Any, tasks: Path) -> None:
     document = recipe_of(tasks, "refused", 0)
-    copy(undisturbed(*whole(tasks, world=1)), "refused")
+    copy_run(undisturbed(*reference_recipe(tasks, world=1)), "refused")
     document["train"]["lr"] = 1e-5
-    ((kind, message),) = ranks(1)(failing, document)
+    ((kind, message),) = ranks(1)(run_error, document)
     assert kind == "UserError"
     assert "train.lr" in message
     assert "0.003" in message
@@ -539,7 +539,7 @@ def test_other_settings_on_the_same_run_are_refused(ranks: Any, undisturbed: Any
 
 def test_another_model_in_the_same_place_is_refused(ranks: Any, undisturbed: Any, tasks: Path) -> None:
     document = recipe_of(tasks, "other base", 0)
-    folder = copy(undisturbed(*whole(tasks, world=1)), "other base")
+    folder = copy_run(undisturbed(*reference_recipe(tasks, world=1)), "other base")
     (folder / "scores.json").unlink()  # as if it had died at the very end
     newest = max((folder / "checkpoints").iterdir())
     state = json.loads((newest / "state.json").read_text())
@@ -547,20 +547,20 @@ def test_another_model_in_the_same_place_is_refused(ranks: Any, undisturbed: Any
     marker = checkpoint_files.read_marker(newest)
     marker["files"]["state.json"] = checkpoint_files.write_bytes(newest / "state.json", json.dumps(state).encode())
     write_checked_json(newest / "complete.json", marker)
-    ((kind, message),) = ranks(1)(failing, document)
+    ((kind, message),) = ranks(1)(run_error, document)
     assert kind == "UserError"
     assert "was started with another model than" in message
 
 
 def test_a_run_of_a_version_that_lacked_a_key_goes_on(ranks: Any, undisturbed: Any, tasks: Path) -> None:
     document = recipe_of(tasks, "older", 0)
-    stored = copy(undisturbed(*whole(tasks, world=1)), "older") / "recipe.yaml"
+    stored = copy_run(undisturbed(*reference_recipe(tasks, world=1)), "older") / "recipe.yaml"
     there = yaml.safe_load(stored.read_text())
     del there["evaluate"]["every"], there["observe"]["profile"]
     stored.write_text(yaml.safe_dump(there))
     ranks(1)(run, document)
     document["evaluate"] = {"every": 2}
-    ((kind, message),) = ranks(1)(failing, document)
+    ((kind, message),) = ranks(1)(run_error, document)
     assert kind == "UserError"
     assert "evaluate.every (there: 1, given: 2)" in message
 

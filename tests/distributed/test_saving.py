@@ -22,7 +22,7 @@ from dscl.training.state import TrainState
 from dscl.training.trainer import Trainer
 from dscl.utils.errors import ExternalFailure, RunStopped, UserError
 from dscl.utils.json_files import write_checked_json
-from tests.support.runs import Killed, StopAtPoll, outcome, recipe_of, run, whole, write_tasks
+from tests.support.runs import Killed, StopAtPoll, run_outcome, recipe_of, run, reference_recipe, write_tasks
 from tests.support.score_boards import make_score_board
 
 
@@ -103,7 +103,7 @@ def test_what_is_written_beside_training_is_what_was_there_then(
     (threads, _), _ = ranks(2)(run_slowly, asynchronous, 0.05)
     assert threads == {"checkpoint"}
     expected, found = (Path(document["run_dir"]) for document in (plain, asynchronous))
-    assert outcome(found) == outcome(expected)
+    assert run_outcome(found) == run_outcome(expected)
     names = sorted(path.name for path in (expected / "checkpoints").iterdir())
     assert sorted(path.name for path in (found / "checkpoints").iterdir()) == names
     assert len(names) > 6
@@ -167,7 +167,7 @@ def test_a_disk_that_is_full_is_told_and_the_one_before_is_there(ranks: Any, und
         assert f"{max(before)} is intact" in told
     assert [path.name for path in (tasks / "full" / "checkpoints").iterdir()] == before
     ranks(2)(run, document)
-    assert outcome(tasks / "full") == outcome(undisturbed(*whole(tasks, 2, train__epochs=1)))
+    assert run_outcome(tasks / "full") == run_outcome(undisturbed(*reference_recipe(tasks, 2, train__epochs=1)))
 
 
 def run_without_room_for_the_marker(document: dict[str, Any]) -> str:
@@ -251,7 +251,7 @@ def test_without_its_marker_it_does_not_count(ranks: Any, undisturbed: Any, task
         assert "step-00000006" not in names
     assert not (tasks / "dies" / "checkpoints" / "step-00000006.partial" / MARKER_FILE).exists()
     ranks(2)(run, document)
-    assert outcome(tasks / "dies") == outcome(undisturbed(*whole(tasks, 3, train__epochs=1)))
+    assert run_outcome(tasks / "dies") == run_outcome(undisturbed(*reference_recipe(tasks, 3, train__epochs=1)))
 
 
 def fake(folder: Path, total: int, row: list[float], heldout: float, **state: Any) -> None:

@@ -14,9 +14,9 @@ from dscl.methods.registry import METHODS
 from dscl.recipe.recipe import resolve_recipe
 from dscl.training import run as training_run
 from dscl.utils.errors import RunStopped
-from tests.support.every_method import document
-from tests.support.five_tasks import NAMES, scores, statistics, tasks
-from tests.support.runs import StopAtPoll, large_eps, metrics, run_with_eps
+from tests.support.every_method import recipe_of_method
+from tests.support.five_tasks import NAMES, read_scores, router_statistics, tasks
+from tests.support.runs import StopAtPoll, large_eps, read_metrics, run_with_eps
 
 __all__ = ["tasks"]  # the fixture
 Chain = tuple[tuple[int, str], ...]
@@ -75,7 +75,7 @@ def run_for(changed: Any, places: int) -> str:
 
 def five_tasks(folder: Path, method: str, name: str) -> Any:
     """Of two steps each, the second one of four."""
-    made = document(folder, method, f"of five {name}")
+    made = recipe_of_method(folder, method, f"of five {name}")
     made["model"]["shape"]["num_hidden_layers"] = 2
     made["stream"] = [
         {"name": task, "path": str(folder / task), "epochs": 2 if task == NAMES[1] else 1} for task in NAMES
@@ -108,13 +108,13 @@ def test_a_run_goes_on_at_other_sizes(ranks: Any, undisturbed: Any, tasks: Path,
         else:
             ranks(world)(run_with_eps, changing)
     run_dir = Path(changing["run_dir"])
-    expected, found = metrics(whole), metrics(run_dir)
+    expected, found = read_metrics(whole), read_metrics(run_dir)
     # No sample twice, and none lost; and what is stored for the tasks is counted on all ranks.
     for what in ("step", "task", "tokens", "targets", "capacity_bytes"):
         assert [record.get(what) for record in found] == [record.get(what) for record in expected]
     assert [record["loss"] for record in found] == pytest.approx([record["loss"] for record in expected], rel=1e-4)
-    assert scores(run_dir)["complete"]
+    assert read_scores(run_dir)["complete"]
     if method in ("asr", "moses"):  # what the router has seen: every sample once, on whichever rank it was
-        seen, all_seen = statistics(run_dir), statistics(whole)
+        seen, all_seen = router_statistics(run_dir), router_statistics(whole)
         assert seen.keys() == all_seen.keys()
         assert all(torch.equal(seen[name], values) for name, values in all_seen.items())

@@ -23,7 +23,7 @@ from dscl.recipe.recipe import resolve_recipe
 from dscl.training import run as training_run
 from dscl.utils.errors import RunStopped
 from tests.support.programs import Program
-from tests.support.runs import StopAtPoll, outcome, recipe_of, run, whole, write_tasks
+from tests.support.runs import StopAtPoll, run_outcome, recipe_of, run, reference_recipe, write_tasks
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_a_stopped_run_resumes_at_the_same_step(
     ranks: Any, undisturbed: Any, tasks: Path, world: int, stage: int
 ) -> None:
     changes: dict[str, Any] = {"checkpoint__every": 100, "evaluate__batch": 4}
-    expected = undisturbed(*whole(tasks, stage, world, **changes))
+    expected = undisturbed(*reference_recipe(tasks, stage, world, **changes))
     places = [8, 3, 12, 9] if world == 1 else [8, 3, 9, 5]  # in steps, and in the last evaluation
     results = ranks(world)(run_stopping, recipe_of(tasks, f"stopped{stage}{world}", stage, **changes), places)
     assert results == [results[0]] * world  # at the same place on all
@@ -74,7 +74,7 @@ def test_a_stopped_run_resumes_at_the_same_step(
     assert stepped
     for messages, name in stepped:
         assert name == f"step-{int(messages.split()[3].rstrip(',')):08d}"
-    assert outcome(tasks / f"stopped{stage}{world}") == outcome(expected)
+    assert run_outcome(tasks / f"stopped{stage}{world}") == run_outcome(expected)
 
 
 def test_a_run_stops_after_a_projected_step_only(ranks: Any, undisturbed: Any, tasks: Path) -> None:
@@ -82,12 +82,12 @@ def test_a_run_stops_after_a_projected_step_only(ranks: Any, undisturbed: Any, t
     method = {"name": "osft", "constraint": {"project_every": 4, "protected_ratio": 0.3}}
     assert parse_config(Osft.Config, method).constraint.project_every == 4
     changes: dict[str, Any] = {"method": method, "evaluate__zero_shot": False, "checkpoint__every": 100}
-    held = undisturbed(*whole(tasks, 2, **changes))
+    held = undisturbed(*reference_recipe(tasks, 2, **changes))
     document = recipe_of(tasks, "stopped and held", 2, **changes)
     (messages, checkpoint), *_ = ranks(2)(run_stopping, document, [2])[0]
     assert "after step 4," in messages
     assert checkpoint == "step-00000004"
-    assert outcome(tasks / "stopped and held") == outcome(held)
+    assert run_outcome(tasks / "stopped and held") == run_outcome(held)
 
 
 def write_recipe_and_arguments(folder: Path, name: str, **changes: Any) -> tuple[list[str], Path]:
@@ -150,7 +150,7 @@ def wait_until_idle(process: Program, pid: int) -> None:
 def test_a_signal_to_one_rank_stops_all(undisturbed: Any, tasks: Path, number: signal.Signals) -> None:
     """Status 75 and one line; the resumed run ends like a run that was never stopped."""
     changes: dict[str, Any] = {"train__epochs": 4, "checkpoint__every": 1000}
-    expected = undisturbed(*whole(tasks, 2, **changes))
+    expected = undisturbed(*reference_recipe(tasks, 2, **changes))
     name = f"told {number.name}"
     process, run_dir = start_program(tasks, name, **changes)
     steps = random.Random(number).randint(3, 20)
@@ -163,7 +163,7 @@ def test_a_signal_to_one_rank_stops_all(undisturbed: Any, tasks: Path, number: s
     again, _ = start_program(tasks, name, **changes)
     again.communicate(timeout=120)
     assert again.returncode == 0
-    assert outcome(run_dir) == outcome(expected)
+    assert run_outcome(run_dir) == run_outcome(expected)
 
 
 def test_a_signal_before_training_ends_the_run_at_once(tasks: Path) -> None:

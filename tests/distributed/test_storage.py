@@ -18,16 +18,16 @@ from dscl.monitoring import metrics_file
 from dscl.training import checkpoint
 from dscl.training.checkpoint import MARKER_FILE
 from tests.support import programs
-from tests.support.pool import forked
+from tests.support.pool import fork_context
 from tests.support.runs import (
-    copy,
-    failing,
-    outcome,
+    copy_run,
+    run_error,
+    run_outcome,
     recipe_of,
     run,
     run_listening,
     run_until_killed,
-    whole,
+    reference_recipe,
     write_tasks,
 )
 
@@ -67,7 +67,7 @@ def on_a_full_disk(document: dict[str, Any], name: str) -> tuple[str, str]:
         return open("/dev/full" if full else path, mode, **more)
 
     with opening(checkpoint, opened), opening(metrics_file, opened):
-        return failing(document)
+        return run_error(document)
 
 
 @pytest.mark.parametrize("name", ["state.json", MARKER_FILE, "metrics.jsonl", "scores.json"])
@@ -76,7 +76,7 @@ def test_a_full_disk_is_told_whichever_file_it_hits(
     ranks: Any, undisturbed: Any, killed: Path, tasks: Path, name: str
 ) -> None:
     document = recipe_of(tasks, f"full {name}")
-    folder = copy(killed, f"full {name}")
+    folder = copy_run(killed, f"full {name}")
     before = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert before == ["step-00000003", "step-00000006"]
     partial = folder / "scores.json.partial"
@@ -94,7 +94,7 @@ def test_a_full_disk_is_told_whichever_file_it_hits(
     partial.unlink(missing_ok=True)
     (line,) = [line for line in ranks(1)(run_listening, document)[0] if "resumed" in line]
     assert f"resumed from {there[-1]}" in line
-    assert outcome(folder) == outcome(undisturbed(*whole(tasks, world=1)))
+    assert run_outcome(folder) == run_outcome(undisturbed(*reference_recipe(tasks, world=1)))
 
 
 def on_a_failing_disk(document: dict[str, Any], name: str) -> list[str]:
@@ -112,7 +112,7 @@ def on_a_failing_disk(document: dict[str, Any], name: str) -> list[str]:
 @pytest.mark.parametrize("name", ["state.json", "rank-00000.safetensors"])
 def test_a_file_that_cannot_be_read_is_damage(ranks: Any, killed: Path, tasks: Path, name: str) -> None:
     document = recipe_of(tasks, f"failing {name}")
-    copy(killed, f"failing {name}")
+    copy_run(killed, f"failing {name}")
     lines = ranks(1)(on_a_failing_disk, document, name)[0]
     assert f"checkpoint step-00000006 is damaged ({name} cannot be read (Input/output error)); going back" in lines[0]
     assert "resumed from step-00000003" in lines[1]
@@ -137,7 +137,7 @@ def on_read_only(folder: str, words: list[str], files: list[str]) -> None:
     except OSError as error:
         Path(files[1]).write_text(str(error))
         os._exit(NOT_HERE)
-    programs._program(words, os.getcwd(), False, dict(os.environ), files)
+    programs._run_forked_program(words, os.getcwd(), False, dict(os.environ), files)
 
 
 def _checked(status: int) -> None:
@@ -150,7 +150,7 @@ def read_only(folder: Path, *words: str) -> tuple[int, str]:
     what it wrote to stderr."""
     with tempfile.TemporaryDirectory() as place:
         files = [str(Path(place, name)) for name in ("out", "err")]
-        process: Any = forked().Process(target=on_read_only, args=(str(folder), list(words), files))  # type: ignore[attr-defined]
+        process: Any = fork_context().Process(target=on_read_only, args=(str(folder), list(words), files))  # type: ignore[attr-defined]
         process.start()
         process.join(120)
         told = Path(files[1]).read_text()
@@ -172,7 +172,7 @@ def test_a_run_directory_that_is_read_only_is_told_in_one_line(ranks: Any, undis
         assert line == f"dscl: run_dir: {document['run_dir']} cannot be written (Read-only file system); choose another"
         ranks(1)(run_until_killed, document, 5)
     ranks(1)(run, document)
-    assert outcome(tasks / "locked" / "run") == outcome(undisturbed(*whole(tasks, world=1)))
+    assert run_outcome(tasks / "locked" / "run") == run_outcome(undisturbed(*reference_recipe(tasks, world=1)))
 
 
 def test_a_cache_that_is_read_only_serves(ranks: Any, tasks: Path) -> None:

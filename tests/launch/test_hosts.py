@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.support.hosts import REPOSITORY, Hosts, Missing
-from tests.support.runs import outcome, recipe_of, run, whole, write_tasks
+from tests.support.hosts import REPOSITORY, Hosts, Unavailable
+from tests.support.runs import run_outcome, recipe_of, run, reference_recipe, write_tasks
 
 
 def first(*scripts: str) -> pytest.MarkDecorator:
@@ -35,7 +35,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def hosts() -> Iterator[Hosts]:
     try:
         made = Hosts(3)
-    except Missing as why:
+    except Unavailable as why:
         pytest.skip(str(why))
     yield made
     made.close()
@@ -97,7 +97,7 @@ def test_a_signal_on_one_host_stops_all_of_them(
 ) -> None:
     """To its script, as a scheduler does it. All end with status 75, nobody waits, and the next start goes on."""
     changes: dict[str, Any] = {"train__epochs": 4, "checkpoint__every": 1000}
-    calm = undisturbed(*whole(tasks, 2, **changes))
+    calm = undisturbed(*reference_recipe(tasks, 2, **changes))
     told = recipe_of(tasks, f"{script} {next_start} told", 2, **changes)
     processes = launched(hosts, script, 2, told, tasks, "--no-doctor")
     wait_for_steps(Path(told["run_dir"]), 6, processes)
@@ -110,14 +110,14 @@ def test_a_signal_on_one_host_stops_all_of_them(
         ended(launched(hosts, script, 2, told, tasks), [0, 0])
     else:
         ranks(2)(run, told)
-    assert outcome(Path(told["run_dir"])) == outcome(calm)
+    assert run_outcome(Path(told["run_dir"])) == run_outcome(calm)
 
 
 @first("torchrun.sh", "deepspeed.sh")
 def test_a_dead_rank_is_named_and_all_start_again(hosts: Hosts, undisturbed: Any, tasks: Path, script: str) -> None:
     """SIGKILL to a rank: those on the other host say which, all are started again, from the newest checkpoint."""
     changes: dict[str, Any] = {"train__epochs": 2, "checkpoint__every": 3}
-    alive = undisturbed(*whole(tasks, 3, **changes))
+    alive = undisturbed(*reference_recipe(tasks, 3, **changes))
     dead = recipe_of(tasks, f"{script} dead", 3, **changes)
     processes = launched(hosts, script, 2, dead, tasks, "--no-doctor", MAX_RESTARTS="1")
     wait_for_steps(Path(dead["run_dir"]), 8, processes)
@@ -128,7 +128,7 @@ def test_a_dead_rank_is_named_and_all_start_again(hosts: Hosts, undisturbed: Any
     assert "is dead (its process ended without a word)" in said[0]
     assert "resumed from step-" in said[0]
     assert "OP" in said[0]
-    assert outcome(Path(dead["run_dir"])) == outcome(alive)
+    assert run_outcome(Path(dead["run_dir"])) == run_outcome(alive)
     state = next((Path(dead["run_dir"]) / "checkpoints").iterdir()) / "state.json"
     assert json.loads(state.read_text())["world"] == 2
 

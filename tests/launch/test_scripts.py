@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.support.hosts import REPOSITORY, bare
+from tests.support.hosts import REPOSITORY, environment_without_ranks
 from tests.support.runs import recipe_of, write_tasks
 
 LAUNCH = REPOSITORY / "launch"
@@ -23,7 +23,7 @@ LAUNCH = REPOSITORY / "launch"
 
 def script(name: str, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [str(LAUNCH / name), *words], env={**bare(), **environment}, capture_output=True, text=True, check=False
+        [str(LAUNCH / name), *words], env={**environment_without_ranks(), **environment}, capture_output=True, text=True, check=False
     )
 
 
@@ -277,7 +277,7 @@ def supervised(tmp_path: Path) -> Iterator[Supervised]:
         body = f'source {LAUNCH}/supervise.sh; launch {restarts} {sys.executable} "$@"'
         process = subprocess.Popen(
             ["bash", "-euo", "pipefail", "-c", body, "script", *map(str, sources)],
-            env=bare(),
+            env=environment_without_ranks(),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.support.hosts import REPOSITORY, Missing
-from tests.support.runs import outcome, recipe_of, whole, write_tasks
+from tests.support.hosts import REPOSITORY, Unavailable
+from tests.support.runs import run_outcome, recipe_of, reference_recipe, write_tasks
 from tests.support.slurm import Slurm
 
 
@@ -29,7 +29,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     try:
         cluster = Slurm(tmp_path_factory.mktemp("slurm"))
-    except Missing as why:
+    except Unavailable as why:
         pytest.skip(str(why))
     yield cluster
     cluster.close()
@@ -93,7 +93,7 @@ CHANGES: dict[str, Any] = {"train__epochs": 2, "checkpoint__every": 1000}
 
 
 def test_a_preempted_job_goes_on_as_if_nothing_had_been(slurm: Slurm, undisturbed: Any, tasks: Path) -> None:
-    calm = undisturbed(*whole(tasks, 2, **CHANGES))
+    calm = undisturbed(*reference_recipe(tasks, 2, **CHANGES))
     told = recipe_of(tasks, "told", 2, **CHANGES)
     job, log = submitted(slurm, told, tasks, "--no-doctor")
     until(lambda: steps(tasks, "told") > 6, log)
@@ -102,7 +102,7 @@ def test_a_preempted_job_goes_on_as_if_nothing_had_been(slurm: Slurm, undisturbe
     until(lambda: "Restarts=1" in shown(slurm, job), log)
     until(lambda: slurm.state(job) == "COMPLETED", log)
     assert "resumed from step-" in log.read_text()
-    assert outcome(tasks / "told") == outcome(calm)
+    assert run_outcome(tasks / "told") == run_outcome(calm)
 
 
 @pytest.mark.exhaustive
@@ -131,7 +131,7 @@ def test_a_job_whose_time_ends_is_told_and_goes_back_into_the_queue(slurm: Slurm
 @pytest.mark.exhaustive
 def test_a_cancelled_job_has_saved_and_can_be_submitted_again(slurm: Slurm, undisturbed: Any, tasks: Path) -> None:
     """Slurm says SIGTERM to all of it, and some time (KillWait) later SIGKILL."""
-    calm = undisturbed(*whole(tasks, 2, **CHANGES))
+    calm = undisturbed(*reference_recipe(tasks, 2, **CHANGES))
     gone = recipe_of(tasks, "gone", 2, **CHANGES)
     job, log = submitted(slurm, gone, tasks)
     until(lambda: steps(tasks, "gone") > 6, log)
@@ -142,17 +142,17 @@ def test_a_cancelled_job_has_saved_and_can_be_submitted_again(slurm: Slurm, undi
     job, log = submitted(slurm, gone, tasks)
     until(lambda: slurm.state(job) == "COMPLETED", log)
     assert "resumed from step-" in log.read_text()
-    assert outcome(tasks / "gone") == outcome(calm)
+    assert run_outcome(tasks / "gone") == run_outcome(calm)
 
 
 @pytest.mark.exhaustive
 def test_a_dead_rank_brings_a_restart_within_the_job(slurm: Slurm, undisturbed: Any, tasks: Path) -> None:
     changes: dict[str, Any] = {"train__epochs": 8, "checkpoint__every": 4}
-    alive = undisturbed(*whole(tasks, 3, **changes))
+    alive = undisturbed(*reference_recipe(tasks, 3, **changes))
     dead = recipe_of(tasks, "dead", 3, **changes)
     job, log = submitted(slurm, dead, tasks)
     until(lambda: steps(tasks, "dead") > 8, log)
     slurm.ask("scancel", "--signal=KILL", f"{job}.0")  # kills the ranks, not the job
     until(lambda: slurm.state(job) == "COMPLETED", log)
     assert re.search(r"slurm.sh: ended with status \d+; starting again", log.read_text())
-    assert outcome(tasks / "dead") == outcome(alive)
+    assert run_outcome(tasks / "dead") == run_outcome(alive)

@@ -11,7 +11,7 @@ LABELS = [[11, EOS], [11, 12, EOS], [13, 14, 15, EOS]]
 PROMPTS = [[1, 20, 21, 22], [1, 30], [1, 40, 41, 42, 43, 44, 45], [1, 50, 51], [1, 60, 20, 33, 34]]
 
 
-def alone(module: Any, prompt: list[int], label: list[int]) -> float:
+def reference_log_prob(module: Any, prompt: list[int], label: list[int]) -> float:
     """log p(label | prompt) from one plain forward pass over the two together."""
     with torch.no_grad():
         logits = module(input_ids=torch.tensor([prompt + label]), use_cache=False).logits[0].double().log_softmax(-1)

@@ -11,10 +11,10 @@ from typing import Any
 M_MMAP_THRESHOLD = -3  # of mallopt, in malloc.h
 
 
-class Peak:
+class PeakMemory:
     """The highest anonymous memory of this process, beyond what it had at first; mapped files are not counted."""
 
-    def __enter__(self) -> Peak:
+    def __enter__(self) -> PeakMemory:
         gc.collect()
         # Freed tensors go back to the system at once. By default glibc keeps what was freed between other blocks, at
         # random up to half a model; that would count as held, or hide what comes next.

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any, NoReturn
 
-from tests.support.pool import forked
+from tests.support.pool import fork_context
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -33,15 +33,15 @@ class Program:
     ) -> None:
         self._folder = tempfile.TemporaryDirectory()
         self._files = [Path(self._folder.name, name) for name in ("out", "err")]
-        whole = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **os.environ, **environment}
-        work = (list(arguments), str(cwd or Path.cwd()), session, whole, [str(path) for path in self._files])
-        self._process: Any = forked().Process(target=self._target(), args=work)  # type: ignore[attr-defined]
+        variables = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **os.environ, **environment}
+        work = (list(arguments), str(cwd or Path.cwd()), session, variables, [str(path) for path in self._files])
+        self._process: Any = fork_context().Process(target=self._target(), args=work)  # type: ignore[attr-defined]
         self._process.start()
         self.pid: int = self._process.pid
         _STARTED.add(self)
 
     def _target(self) -> Callable[..., None]:
-        return _program
+        return _run_forked_program
 
     @property
     def returncode(self) -> int | None:
@@ -76,10 +76,10 @@ class Program:
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
 
-    def until(self, there: Callable[[], bool], seconds: float = 120.0) -> None:
+    def until(self, condition: Callable[[], bool], seconds: float = 120.0) -> None:
         """Wait for something that the running program brings about."""
         deadline = time.monotonic() + seconds
-        while not there():
+        while not condition():
             assert self.poll() is None, self.output()
             assert time.monotonic() < deadline, self.output()
             time.sleep(0.01)
@@ -105,7 +105,7 @@ _STARTED: weakref.WeakSet[Program] = weakref.WeakSet()
 
 
 @atexit.register
-def _end() -> None:
+def _kill_started_programs() -> None:
     """End what a test that failed has left running: this process would wait for it."""
     for program in _STARTED:
         program.kill()
@@ -139,14 +139,14 @@ class ForkedRank:
         assert (stdout is None) == (stderr is None)
         self.returncode: int | None = None
         # Not to be heard by the parent's handlers in a child that has not its own yet; `refresh` lets them come.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         self.pid = os.fork()
         if self.pid == 0:
             Path("/proc/self/comm").write_text(f"rank-{env['RANK']}" if "RANK" in env else "run")
             for number in (1, 2) if stdout is not None else ():
                 os.dup2(stdout.fileno(), number)
-            _become(words[3:], env, start_new_session)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            _run_dscl(words[3:], env, start_new_session)
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
 
     def poll(self) -> int | None:
         return self._wait(os.WNOHANG)
@@ -172,13 +172,13 @@ class ForkedRank:
         return self.returncode
 
 
-def _program(arguments: list[str], cwd: str, session: bool, environment: dict[str, str], files: list[str]) -> None:
+def _run_forked_program(arguments: list[str], cwd: str, session: bool, environment: dict[str, str], files: list[str]) -> None:
     """In the forked process: what the shell and the interpreter's start would have done."""
-    attach(cwd, files)
-    _become(arguments, environment, session)
+    redirect_streams(cwd, files)
+    _run_dscl(arguments, environment, session)
 
 
-def attach(cwd: str, files: list[str]) -> None:
+def redirect_streams(cwd: str, files: list[str]) -> None:
     """Write standard output and standard error to these files, read nothing, work in this folder."""
     for number, path in enumerate(files, start=1):
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
@@ -186,8 +186,8 @@ def attach(cwd: str, files: list[str]) -> None:
     os.chdir(cwd)
 
 
-def _become(arguments: Sequence[str], environment: Mapping[str, str], session: bool) -> NoReturn:
-    refresh(["dscl", *arguments], environment, session)
+def _run_dscl(arguments: Sequence[str], environment: Mapping[str, str], session: bool) -> NoReturn:
+    reset_process_state(["dscl", *arguments], environment, session)
 
     from dscl.cli import app
     from dscl.distributed import launcher
@@ -198,7 +198,7 @@ def _become(arguments: Sequence[str], environment: Mapping[str, str], session: b
     app.run_and_exit()
 
 
-def refresh(words: Sequence[str], environment: Mapping[str, str], session: bool) -> None:
+def reset_process_state(words: Sequence[str], environment: Mapping[str, str], session: bool) -> None:
     """Set arguments, environment, signals, streams and threads as a new interpreter would have them."""
     if session:
         os.setsid()

@@ -109,25 +109,25 @@ def merge_parts(method: dict[str, Any], changes: dict[str, Any]) -> dict[str, An
     return merged
 
 
-def metrics(run: Path) -> list[dict[str, Any]]:
+def read_metrics(run: Path) -> list[dict[str, Any]]:
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in record.items() if not is_measured_metric(name)} for record in records]
 
 
-def outcome(run: Path) -> tuple[Any, ...]:
+def run_outcome(run: Path) -> tuple[Any, ...]:
     """All that a run computed: metrics, scores, and the bytes of its last checkpoint."""
     newest = sorted(p for p in (run / "checkpoints").iterdir())[-1]
     files = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in newest.iterdir()}
-    return metrics(run), json.loads((run / "scores.json").read_text()), newest.name, files
+    return read_metrics(run), json.loads((run / "scores.json").read_text()), newest.name, files
 
 
-def whole(folder: Path, stage: int = 0, world: int = 2, **changes: Any) -> tuple[dict[str, Any], int]:
+def reference_recipe(folder: Path, stage: int = 0, world: int = 2, **changes: Any) -> tuple[dict[str, Any], int]:
     """Arguments of `undisturbed`: a run with which others are compared."""
     name = hashlib.sha256(json.dumps([stage, world, changes], sort_keys=True).encode()).hexdigest()[:12]
     return recipe_of(folder, f"whole-{name}", stage, **changes), world
 
 
-def copy(folder: Path, name: str) -> Path:
+def copy_run(folder: Path, name: str) -> Path:
     """Of a run, beside it, to go on from."""
     return Path(shutil.copytree(folder, folder.parent / name))
 
@@ -141,13 +141,13 @@ def large_eps() -> Iterator[None]:
     """Within, every engine's AdamW has the eps above."""
     original = Engine.__init__
 
-    def building(self: Engine, *arguments: Any, **more: Any) -> None:
+    def init_with_eps(self: Engine, *arguments: Any, **more: Any) -> None:
         original(self, *arguments, **more)
         for group in self.optimizer.param_groups:
             group["eps"] = EPS
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Engine, "__init__", building)
+        patch.setattr(Engine, "__init__", init_with_eps)
         yield
 
 
@@ -156,20 +156,20 @@ def run_with_eps(document: dict[str, Any]) -> None:
         run(document)
 
 
-def killed_after(document: dict[str, Any], deaths: list[tuple[str, int]], places: dict[str, Any]) -> None:
+def run_killed_after(document: dict[str, Any], deaths: list[tuple[str, int]], places: dict[str, Any]) -> None:
     """Run; die right after the n-th call of a function, start again, die at the next place; then run to the end."""
     for name, count in deaths:
         owner, attribute = places[name]
         original, calls = getattr(owner, attribute), [0]
 
-        def dying(*a: Any, original: Any = original, calls: list[int] = calls, count: int = count, **k: Any) -> Any:
+        def call_and_die(*a: Any, original: Any = original, calls: list[int] = calls, count: int = count, **k: Any) -> Any:
             result = original(*a, **k)
             calls[0] += 1
             if calls[0] == count:
                 raise Killed
             return result
 
-        setattr(owner, attribute, dying)
+        setattr(owner, attribute, call_and_die)
         try:
             with pytest.raises(Killed):
                 run(document)
@@ -191,13 +191,13 @@ def run_until(document: dict[str, Any], deaths: list[tuple[str, int]]) -> None:
         owner, attribute = places[name]
         original, calls = getattr(owner, attribute), [0]
 
-        def dying(*a: Any, original: Any = original, calls: list[int] = calls, count: int = count, **k: Any) -> Any:
+        def count_and_die(*a: Any, original: Any = original, calls: list[int] = calls, count: int = count, **k: Any) -> Any:
             calls[0] += 1
             if calls[0] == count:
                 raise Killed
             return original(*a, **k)
 
-        setattr(owner, attribute, dying)
+        setattr(owner, attribute, count_and_die)
         try:
             run(document)
             raise AssertionError(f"{name} was called only {calls[0]} times")
@@ -211,13 +211,13 @@ def run_until(document: dict[str, Any], deaths: list[tuple[str, int]]) -> None:
 def run_until_killed(document: dict[str, Any], steps: int) -> None:
     original, calls = Engine.step, [0]
 
-    def dying(*a: Any, **k: Any) -> Any:
+    def count_and_die(*a: Any, **k: Any) -> Any:
         calls[0] += 1
         if calls[0] == steps:
             raise Killed
         return original(*a, **k)
 
-    Engine.step = dying  # type: ignore[method-assign]
+    Engine.step = count_and_die  # type: ignore[method-assign]
     try:
         run(document)
     except Killed:
@@ -244,7 +244,7 @@ def run_listening(document: dict[str, Any], check_cluster: bool = False) -> list
     return lines
 
 
-def failing(document: dict[str, Any]) -> tuple[str, str]:
+def run_error(document: dict[str, Any]) -> tuple[str, str]:
     try:
         run(document)
     except (ExternalFailure, UserError) as error:

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from dscl.distributed.launcher import EXIT_WITH_PID_VARIABLE
-from tests.support.programs import Program, attach, refresh
+from tests.support.programs import Program, redirect_streams, reset_process_state
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
@@ -32,8 +32,8 @@ class Tool(Program):
         environment: Mapping[str, str] | None = None,
     ) -> None:
         # The parent of a fork is another process than the one that `die_with_parent` expects.
-        given = {name: value for name, value in (environment or {}).items() if name != EXIT_WITH_PID_VARIABLE}
-        super().__init__([words, changes or {}], cwd=TOOLS.parent, **given)  # type: ignore[list-item]
+        variables = {name: value for name, value in (environment or {}).items() if name != EXIT_WITH_PID_VARIABLE}
+        super().__init__([words, changes or {}], cwd=TOOLS.parent, **variables)  # type: ignore[list-item]
 
     def _target(self) -> Callable[..., None]:
         return _tool
@@ -71,8 +71,8 @@ SUBPROCESS = SimpleNamespace(Popen=ForkedTool, run=forked_run, PIPE=subprocess.P
 
 def _tool(arguments: list[Any], cwd: str, session: bool, environment: dict[str, str], files: list[str]) -> None:
     (script, *words), changes = arguments
-    attach(cwd, files)
-    refresh([script, *words], environment, session)
+    redirect_streams(cwd, files)
+    reset_process_state([script, *words], environment, session)
     status = 0
     try:
         module: Any = importlib.import_module(f"tools.{Path(script).stem}")

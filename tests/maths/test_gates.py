@@ -14,7 +14,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from dscl.maths import gates
-from tests.support.gates import SIZES, check_against_reference, random_inputs, outputs_and_gradients
+from tests.support.gates import SIZES, check_against_reference, outputs_and_gradients, random_inputs
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed here")
 
@@ -36,7 +36,9 @@ def test_the_torch_form_is_what_each_expert_gives(size: tuple[int, ...]) -> None
     tokens, experts, rank, top = size
     read, toward = random_inputs(tokens, experts, rank, torch.float64)
     found = outputs_and_gradients(gates.apply_gates, read, toward, experts, top, 1.5)
-    for ours, theirs in zip(found, outputs_and_gradients(expert_by_expert, read, toward, experts, top, 1.5), strict=True):
+    for ours, theirs in zip(
+        found, outputs_and_gradients(expert_by_expert, read, toward, experts, top, 1.5), strict=True
+    ):
         assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-14)
 
 

@@ -12,8 +12,8 @@ import torch
 from dscl.distributed import comm
 from dscl.model.activation_stats import ActivationStats, LayerImportance
 from dscl.model.adapters.injection import LLAMA_PROJECTIONS, match_target_layers
-from tests.support.moments import gradient_weighted_moments, second_moment, record_layer_calls
-from tests.support.toy_model import VOCABULARY, toy_model, sample_rows, summed_loss
+from tests.support.moments import gradient_weighted_moments, record_layer_calls, second_moment
+from tests.support.toy_model import VOCABULARY, sample_rows, summed_loss, toy_model
 
 ROWS, LENGTH = 3, 10
 SITES = {"q_proj": "q_proj", "k_proj": "q_proj", "v_proj": "q_proj", "gate_proj": "gate_proj", "up_proj": "gate_proj"}

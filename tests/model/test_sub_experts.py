@@ -15,7 +15,7 @@ from dscl.model.adapters import sub_experts as module
 from dscl.model.adapters.routing import Routing
 from dscl.model.adapters.sub_expert_bank import SubExpertBank, initial_expert_values, inject_sub_experts
 from dscl.model.adapters.sub_experts import SubExpertLinear, SubExpertShape
-from tests.support.sub_experts import IN, OUT, TASKS, randomize_parameters, make_shape
+from tests.support.sub_experts import IN, OUT, TASKS, make_shape, randomize_parameters
 
 
 def make_layer(shape: SubExpertShape, dtype: torch.dtype = torch.float64, seed: int = 0) -> SubExpertLinear:

@@ -19,7 +19,7 @@ from dscl.model.adapters.sub_experts import SubExpertShape
 from dscl.model.adapters.task_masks import KIND, TaskMasks, read_matching_masks, read_task_masks, write_task_masks
 from dscl.utils import checksummed
 from dscl.utils.errors import ExternalFailure, UserError
-from tests.support.sub_experts import IN, OUT, randomize_parameters, make_shape
+from tests.support.sub_experts import IN, OUT, make_shape, randomize_parameters
 
 NAMES = ("one", "two", "three")
 

@@ -21,7 +21,7 @@ from dscl.engine.zero_layouts import load_parameters
 from dscl.serving import export, server
 from dscl.serving.bundle import open_base_model, task_artifact_path
 from dscl.training import evaluation
-from tests.support.osft_runs import checkpoint_dirs, with_few_texts, read_checkpoint_tensors
+from tests.support.osft_runs import checkpoint_dirs, read_checkpoint_tensors, with_few_texts
 from tests.support.runs import make_easy, recipe_of, run, write_tasks
 from tests.support.serving import logits_of
 

@@ -1,4 +1,4 @@
-"""Five small tasks with words of their own, and an ASR recipe for them: for tests of methods."""
+"""Five small tasks with disjoint vocabularies, and an ASR recipe for them."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def recipe(folder: Path, name: str, stage: int = 0, names: tuple[str, ...] = NAM
 
 
 def artifact_checksums(run_dir: Path) -> dict[str, str]:
-    """What the ended tasks left, byte for byte."""
+    """The checksums of the artifacts of ended tasks, by path."""
     files = sorted(p for kind in ("adapters", "router") for p in (run_dir / kind).rglob("*") if p.is_file())
     return {str(p.relative_to(run_dir)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 

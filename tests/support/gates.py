@@ -17,22 +17,28 @@ GateFunction = Callable[..., torch.Tensor]
 
 
 def random_inputs(tokens: int, experts: int, rank: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is read, with logits that differ in every kind, and a gradient."""
+    """Random inputs and an output gradient. The logits of a token differ from each other in every dtype."""
     generator = torch.Generator().manual_seed(tokens)
-    activations, gradient = (torch.randn(tokens, experts * rank, generator=generator, dtype=torch.float64) for _ in range(2))
+    activations, gradient = (
+        torch.randn(tokens, experts * rank, generator=generator, dtype=torch.float64) for _ in range(2)
+    )
     logits = torch.rand(tokens, experts, generator=generator).argsort(1) / 16 - 1
     return torch.cat([activations, logits], 1).to(dtype), gradient.to(dtype)
 
 
-def outputs_and_gradients(gate_function: GateFunction, inputs: torch.Tensor, gradient: torch.Tensor, *sizes: Any) -> list[torch.Tensor]:
-    """What comes out, and the gradient of what went in."""
+def outputs_and_gradients(
+    gate_function: GateFunction, inputs: torch.Tensor, gradient: torch.Tensor, *sizes: Any
+) -> list[torch.Tensor]:
+    """The outputs, and the gradient of the inputs."""
     leaf = inputs.clone().requires_grad_()
     outputs = gate_function(leaf, *sizes)
     return [outputs.detach(), *torch.autograd.grad(outputs, leaf, gradient)]
 
 
-def check_against_reference(results: list[torch.Tensor], inputs: torch.Tensor, gradient: torch.Tensor, *sizes: Any, tolerance: float = 0) -> None:
-    """As near to what is exact as the torch form is, or so much further off."""
+def check_against_reference(
+    results: list[torch.Tensor], inputs: torch.Tensor, gradient: torch.Tensor, *sizes: Any, tolerance: float = 0
+) -> None:
+    """Check that the error against fp64 is at most that of the torch reference, plus a relative tolerance."""
     reference = outputs_and_gradients(gates.apply_gates_reference, inputs, gradient, *sizes)
     expected = outputs_and_gradients(gates.apply_gates_reference, inputs.double(), gradient.double(), *sizes)
     for result, reference_tensor, expected_tensor in zip(results, reference, expected, strict=True):

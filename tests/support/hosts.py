@@ -18,12 +18,12 @@ RANK_VARIABLES = ("DSCL_", "LOCAL_", "MASTER_", "PET_", "RANK", "RDZV_", "SBATCH
 
 
 def environment_without_ranks() -> dict[str, str]:
-    """An environment in which nothing is said of ranks."""
+    """The environment without the variables that launchers set for ranks."""
     return {name: value for name, value in os.environ.items() if not name.startswith(RANK_VARIABLES)}
 
 
 class Unavailable(Exception):
-    """Why there can be no such hosts here."""
+    """A service that a test needs cannot be set up on this machine; the message says why."""
 
 
 class Hosts:
@@ -51,7 +51,7 @@ class Hosts:
             raise Unavailable(f"network namespaces cannot be made ({error.stderr.strip()}); they need root") from None
 
     def start(self, number: int, words: Sequence[str], **environment: str) -> subprocess.Popen[str]:
-        """A command on a host; it is ended when the hosts are."""
+        """Start a command on a host. `close` ends it."""
         process = subprocess.Popen(
             ["ip", "netns", "exec", self._names[number], *words],
             cwd=REPOSITORY,
@@ -71,8 +71,8 @@ class Hosts:
         self._started.append(process)
         return process
 
-    def cut(self, number: int, up: bool = False) -> None:
-        """Take a host's cable out (or put it back)."""
+    def set_link(self, number: int, up: bool) -> None:
+        """Set a host's network link down, or up again."""
         self._ip("-n", self._bridge, "link", "set", f"port{number}", "up" if up else "down")
 
     def close(self) -> None:

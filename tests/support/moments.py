@@ -1,4 +1,4 @@
-"""Second moments of what layers are given, by plain hooks and autograd."""
+"""Second moments of layer inputs, computed with plain hooks and autograd."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from dscl.model.adapters.injection import LLAMA_PROJECTIONS, match_target_layers
-from tests.support.toy_model import Toy, toy_model, summed_loss
+from tests.support.toy_model import Toy, summed_loss, toy_model
 
 
 @contextmanager
 def record_layer_calls(module: Any) -> Iterator[dict[str, tuple[torch.Tensor, torch.Tensor]]]:
-    """What every constrained layer is given and answers in the last pass, by plain hooks."""
+    """Yield the input and the output of each constrained layer in the last forward pass, by layer name."""
     layer_calls: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     with ExitStack() as stack:
         for name in match_target_layers(module, LLAMA_PROJECTIONS):

@@ -1,4 +1,4 @@
-"""What OSFT leaves in checkpoints, and how far weights are from what it protects."""
+"""OSFT's tensors in checkpoints, and the distance of weights from the protected subspace's values."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def is_target(name: str) -> bool:
 
 
 def protected_change_norm(projection: str, change: torch.Tensor, right: torch.Tensor, left: torch.Tensor) -> float:
-    """How large the part of a change is that may not be, in fp64."""
+    """The norm of a weight change within the protected subspace, in fp64."""
     change, right, left = change.double(), right.double(), left.double()
     if projection == "paper":
         return float((left.T @ change @ right).norm())
@@ -35,7 +35,7 @@ def protected_change_norm(projection: str, change: torch.Tensor, right: torch.Te
 
 
 def with_few_texts(function: Callable[..., Any], *arguments: Any) -> Any:
-    """On a rank: with few and short texts of the model's own."""
+    """Call a function on a rank; OSFT samples few and short texts from the model."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(osft, "NUM_TEXTS", 40)
         patch.setattr(osft, "TEXT_LENGTH", 8)
@@ -47,7 +47,7 @@ def checkpoint_dirs(run_dir: Path) -> list[Path]:
 
 
 def read_checkpoint_tensors(checkpoint: Path) -> tuple[Tensors, Tensors]:
-    """The masters, flat, and what the owners kept, of all ranks."""
+    """The flat master weights and the tensors of the matrix owners, of all ranks."""
     parts: list[Shards] = []
     owned: Tensors = {}
     for path in sorted(checkpoint.glob("*.safetensors")):
@@ -64,7 +64,7 @@ def read_checkpoint_tensors(checkpoint: Path) -> tuple[Tensors, Tensors]:
 
 
 def constraint_error(projection: str, weight: torch.Tensor, subspace: Tensors) -> float:
-    """How far a weight is from what was fixed of it, relative to its size."""
+    """The distance of a weight from its protected values, relative to the weight's norm."""
     right, left = subspace["right"].double(), subspace["left"].double()
     values = weight.double().view(len(left), len(right))
     if projection == "paper":
@@ -77,7 +77,7 @@ def constraint_error(projection: str, weight: torch.Tensor, subspace: Tensors) -
 
 
 def group_by_matrix(owned: Tensors) -> dict[str, Tensors]:
-    """What is kept of each matrix."""
+    """The owned tensors by matrix and kind."""
     by_matrix: dict[str, Tensors] = {}
     for name, tensor in owned.items():
         matrix, kind = name.rsplit("|", 1)

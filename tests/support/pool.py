@@ -1,6 +1,6 @@
 """Real ranks for tests: processes that stay alive and run plain functions.
 
-They are forked from a process that has imported torch, DeepSpeed and dscl once (`forked`)."""
+They are forked from a process that has imported torch, DeepSpeed and dscl once (`fork_context`)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PRELOADED_MODULES = (
 
 
 def fork_context() -> multiprocessing.context.BaseContext:
-    """Where processes are forked from one that has imported what they need, and has no threads."""
+    """A context that forks from a server process, which has imported PRELOADED_MODULES and has no threads."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # both are read while importing
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("forkserver")

@@ -1,8 +1,8 @@
-"""The program `dscl` for tests that signal or kill it: forked from a process that has imported everything.
+"""The program `dscl` for tests that signal or kill it, forked from a process that has imported everything.
 
-`dscl ...` started anew imports for seconds. Here its process, those of the ranks that its `--nproc` starts and those of
-the runs that `dscl compare` starts are forks, with the arguments, the environment and the signals of a program that was
-started from a shell.
+A fresh `dscl ...` spends seconds on imports. Here its process, the ranks that `--nproc` starts and the runs that
+`dscl compare` starts are forks. They have the arguments, the environment and the signals of a program that a shell
+started.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Program:
-    """`dscl ARGUMENTS`, running; with the calls of subprocess.Popen that tests use."""
+    """A running `dscl ARGUMENTS`, with the methods of subprocess.Popen that tests use."""
 
     def __init__(
         self, arguments: Sequence[str], cwd: Path | None = None, session: bool = False, **environment: str
@@ -58,7 +58,7 @@ class Program:
         return self.returncode
 
     def output(self) -> tuple[str, str]:
-        """What it has written so far, to stdout and to stderr."""
+        """The stdout and stderr that the program has written so far."""
         out, err = (path.read_text() if path.exists() else "" for path in self._files)
         return out, err
 
@@ -77,7 +77,7 @@ class Program:
         self.send_signal(signal.SIGKILL)
 
     def until(self, condition: Callable[[], bool], seconds: float = 120.0) -> None:
-        """Wait for something that the running program brings about."""
+        """Wait until the condition holds, while the program runs."""
         deadline = time.monotonic() + seconds
         while not condition():
             assert self.poll() is None, self.output()
@@ -85,11 +85,11 @@ class Program:
             time.sleep(0.01)
 
     def rank(self, number: int) -> int:
-        """The process of a rank that its `--nproc` started."""
+        """The process id of a rank that `--nproc` started."""
         return self._child(f"rank-{number}")
 
     def run(self) -> int:
-        """The process of the run that `dscl compare` has started."""
+        """The process id of the run that `dscl compare` has started."""
         return self._child("run")
 
     def _child(self, name: str) -> int:
@@ -106,7 +106,7 @@ _STARTED: weakref.WeakSet[Program] = weakref.WeakSet()
 
 @atexit.register
 def _kill_started_programs() -> None:
-    """End what a test that failed has left running: this process would wait for it."""
+    """Kill programs that a failed test has left running, because this process would wait for them."""
     for program in _STARTED:
         program.kill()
 
@@ -114,7 +114,7 @@ def _kill_started_programs() -> None:
 def forked_run(
     words: Sequence[str], cwd: str | Path | None = None, capture_output: bool = True, text: bool = True
 ) -> subprocess.CompletedProcess[str]:
-    """In the place of the subprocess.run with which a tool starts `python -m dscl`."""
+    """Replaces the subprocess.run with which a tool starts `python -m dscl`."""
     assert list(words[:3]) == [sys.executable, "-m", "dscl"], words
     assert capture_output
     assert text
@@ -124,7 +124,7 @@ def forked_run(
 
 
 class ForkedRank:
-    """In the place of the subprocess.Popen with which `--nproc` starts a rank, and `dscl compare` a run."""
+    """Replaces the subprocess.Popen with which `--nproc` starts a rank, and `dscl compare` a run."""
 
     def __init__(
         self,
@@ -138,7 +138,7 @@ class ForkedRank:
         assert list(words[:3]) == [sys.executable, "-m", "dscl"], words
         assert (stdout is None) == (stderr is None)
         self.returncode: int | None = None
-        # Not to be heard by the parent's handlers in a child that has not its own yet; `refresh` lets them come.
+        # Signals are blocked until the child has handlers of its own; `reset_process_state` unblocks them.
         previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         self.pid = os.fork()
         if self.pid == 0:
@@ -172,8 +172,11 @@ class ForkedRank:
         return self.returncode
 
 
-def _run_forked_program(arguments: list[str], cwd: str, session: bool, environment: dict[str, str], files: list[str]) -> None:
-    """In the forked process: what the shell and the interpreter's start would have done."""
+def _run_forked_program(
+    arguments: list[str], cwd: str, session: bool, environment: dict[str, str], files: list[str]
+) -> None:
+    """In the forked process: set up what the shell and the start of the interpreter would have set up, then run
+    dscl."""
     redirect_streams(cwd, files)
     _run_dscl(arguments, environment, session)
 

@@ -1,4 +1,4 @@
-"""The shape and the values of a sub-expert layer in tests."""
+"""The shape and random values of a sub-expert layer in tests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from dscl.model.adapters.sub_experts import SubExpertLinear, SubExpertShape
 
-IN, OUT, TASKS = 24, 16, 3  # rows of whole 16 bytes in bf16 too, as sorting asks for
+IN, OUT, TASKS = 24, 16, 3  # rows are multiples of 16 bytes in bf16 too, as the grouped kernel requires
 
 
 def make_shape(rank1: bool = True, **changes: Any) -> SubExpertShape:
@@ -21,7 +21,7 @@ def make_shape(rank1: bool = True, **changes: Any) -> SubExpertShape:
 
 @torch.no_grad()
 def randomize_parameters(layer: SubExpertLinear, seed: int) -> None:
-    """As after a task's training."""
+    """Fill the trainable parameters with random values, as training would."""
     generator = torch.Generator().manual_seed(seed)
     for name in layer.trainable_names:
         parameter = getattr(layer, name)

@@ -1,10 +1,10 @@
-"""Runs the tests in the right order: what `tests/run.sh` calls once lint and types have passed.
+"""Runs the tests; `tests/run.sh` calls it after lint and type checks.
 
-The fast suite has two halves. Tests that start ranks or programs run one after another, since two of them at once are
-slower than one after the other; all other tests run in two processes. Both halves always run.
+The fast suite has two halves. Tests that start ranks or programs run one after another, because two at once would be
+slower in total. All other tests run in two processes. Both halves always run.
 
-The exhaustive suite (`--all`) runs file by file, each in a process of its own. A file that has passed is not run again
-for the same tree, so that a suite that was stopped goes on where it was.
+The exhaustive suite (`--all`) runs each file in a process of its own. A file that has passed is not run again for the
+same tree, so an interrupted suite resumes.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def build_extension() -> None:
-    """Have DeepSpeed compile its extension now, once, and not within the first test that needs it."""
+    """Compile DeepSpeed's extension once, before the first test that needs it."""
     print("building DeepSpeed's extension (half a minute, once)", flush=True)
     command = [sys.executable, "-c", "from dscl.engine.deepspeed_patches import build_shm_extension as build; build()"]
     subprocess.run(command, cwd=REPOSITORY, check=False, stdout=subprocess.DEVNULL)
@@ -74,12 +74,12 @@ def run_pytest(words: Sequence[str], times: Path) -> int:
         try:
             return process.wait()
         except KeyboardInterrupt:
-            process.wait(INTERRUPT_SECONDS)  # it has been interrupted too, and says where
+            process.wait(INTERRUPT_SECONDS)  # pytest was interrupted too, and reports where
             raise
 
 
 def print_slowest_tests(tests: list[dict[str, object]]) -> Counter[str]:
-    """Print the slowest tests; returns how many had which outcome."""
+    """Print the slowest tests; the number of tests by outcome."""
     slowest = sorted(tests, key=lambda test: -float(str(test["seconds"])))[:SLOWEST]
     print(f"\nthe {len(slowest)} slowest of {len(tests)} tests:")
     for test in slowest:
@@ -89,7 +89,7 @@ def print_slowest_tests(tests: list[dict[str, object]]) -> Counter[str]:
 
 
 def memory_folder() -> str | None:
-    """A folder in memory for temporary files, if there is one with enough room from which programs may be run."""
+    """A folder in memory for temporary files; None if it has too little free space or programs may not run from it."""
     folder = Path("/dev/shm")
     if not os.access(folder, os.W_OK) or shutil.disk_usage(folder).free < MIN_FREE_BYTES:
         return None
@@ -97,7 +97,7 @@ def memory_folder() -> str | None:
 
 
 def run_exhaustive_suite(fresh: bool) -> int:
-    """Every test file with all of its cases, then the campaign of kills."""
+    """Run every test file with all of its cases, then the kill campaign."""
     results = REPOSITORY / ".cache" / "tests-all.jsonl"
     results.parent.mkdir(exist_ok=True)
     if fresh:
@@ -114,14 +114,17 @@ def run_exhaustive_suite(fresh: bool) -> int:
     failed = []
     for number, (part, words) in enumerate(parts.items(), start=1):
         if part in passed_records:
-            print(f"[{number} of {len(parts)}] {part}: passed before, in {passed_records[part]['seconds']:.0f} s", flush=True)
+            print(
+                f"[{number} of {len(parts)}] {part}: passed before, in {passed_records[part]['seconds']:.0f} s",
+                flush=True,
+            )
             continue
         print(f"[{number} of {len(parts)}] {part}", flush=True)
         start = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="dscl-tests-", dir=memory_folder()) as folder:
             place = [f"--basetemp={folder}/t"] if "pytest" in words else []
             status = subprocess.run([sys.executable, *words, *place], cwd=REPOSITORY, check=False).returncode
-        status = 0 if status == 5 else status  # a file without a test for this machine
+        status = 0 if status == 5 else status  # pytest's status if no test of the file applies to this machine
         record = {"part": part, "tree": tree, "status": status, "seconds": time.monotonic() - start}
         passed_records[part] = record
         failed += [part] if status else []
@@ -135,7 +138,7 @@ def run_exhaustive_suite(fresh: bool) -> int:
 
 
 def tree_digest() -> str:
-    """Of all that the tests depend on, as it is in the working tree."""
+    """The checksum of all files of the working tree that git does not ignore."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(command, cwd=REPOSITORY, capture_output=True, check=True).stdout.decode().split("\0")
     total = hashlib.sha256()

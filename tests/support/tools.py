@@ -1,4 +1,4 @@
-"""The scripts of tools/ for tests: forked from a process that has imported what they need (see `programs`)."""
+"""The scripts of tools/ for tests, forked from a process that has imported what they need (see `programs`)."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
 
 class Tool(Program):
-    """`python tools/NAME.py WORDS`, running.
+    """A running `python tools/NAME.py WORDS`.
 
-    `changes` are set in the script's module first. The scripts that it starts itself are forked too.
+    `changes` are attributes to set in the script's module first. Scripts that the script starts are forked too.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Tool(Program):
 
 
 class ForkedTool:
-    """In the place of the subprocess.Popen with which a tool starts another tool, and reads its lines."""
+    """Replaces the subprocess.Popen with which a tool starts another tool and reads its lines."""
 
     def __init__(self, words: Sequence[str], stdout: int, text: bool, env: Mapping[str, str]) -> None:
         assert (words[0], stdout, text) == (sys.executable, subprocess.PIPE, True)
@@ -59,7 +59,7 @@ class ForkedTool:
 def forked_run(
     words: Sequence[str], capture_output: bool, text: bool, env: Mapping[str, str]
 ) -> subprocess.CompletedProcess[str]:
-    """In the place of subprocess.run, likewise."""
+    """Replaces the subprocess.run with which a tool starts another tool."""
     assert (words[0], capture_output, text) == (sys.executable, True, True)
     tool = Tool(words[1:], environment=env)
     out, err = tool.communicate(timeout=100)

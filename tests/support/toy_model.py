@@ -1,4 +1,4 @@
-"""A small LLaMA, rows of random tokens for it, and an engine around it: for tests of single steps."""
+"""A small LLaMA model, samples of random tokens and an engine, for tests of single training steps."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def toy_backbone(dtype: torch.dtype = torch.float32) -> Backbone:
 
 
 def toy_model() -> Any:
-    """The small LLaMA outside an engine, with its weights drawn, in eval mode."""
+    """The small LLaMA without an engine, with its initial weights, in eval mode."""
     built = toy_backbone()
     module = built.build()
     load_parameters(module, built.weights.read)
@@ -62,7 +62,7 @@ def toy_model() -> Any:
 def sample_rows(step: int) -> list[Toy]:
     generator = torch.Generator().manual_seed(step)
     samples = []
-    for index in range(ROWS - step % 2):  # an odd number now and then: the ranks' shares differ
+    for index in range(ROWS - step % 2):  # an odd number in every second step, so that the ranks' numbers differ
         ids = torch.randint(0, VOCABULARY, (1, LENGTH), generator=generator)
         labels = ids.clone()
         labels[:, : LENGTH - 1 - (index * 7 + step) % (LENGTH - 2)] = -100
@@ -71,7 +71,7 @@ def sample_rows(step: int) -> list[Toy]:
 
 
 def join_rows(toys: list[Toy]) -> Toy:
-    if not toys:  # a rank without a sample takes part with one that has no target
+    if not toys:  # a rank without samples takes part with a row without targets
         return Toy(torch.zeros(1, LENGTH, dtype=torch.long), torch.full((1, LENGTH), -100))
     return Toy(torch.cat([t.ids for t in toys]), torch.cat([t.labels for t in toys]))
 
@@ -111,7 +111,9 @@ def micro_batches(step: int, accumulation: int) -> tuple[list[Toy], int]:
     return [join_rows(local_samples[i * size : (i + 1) * size]) for i in range(accumulation)], count_targets(samples)
 
 
-def train_steps(engine: Engine, accumulation: int = 1, first: int = 0, last: int = STEPS) -> tuple[list[float], list[float]]:
+def train_steps(
+    engine: Engine, accumulation: int = 1, first: int = 0, last: int = STEPS
+) -> tuple[list[float], list[float]]:
     losses, norms = [], []
     for step in range(first, last):
         batches, count = micro_batches(step, accumulation)
@@ -129,7 +131,7 @@ def master_shards(engine: Engine) -> dict[str, list[tuple[int, torch.Tensor]]]:
 
 
 def assemble(shards_by_rank: list[dict[str, list[tuple[int, torch.Tensor]]]]) -> dict[str, torch.Tensor]:
-    """Whole flat tensors from all ranks' shares, which must cover each element exactly once."""
+    """Complete flat tensors from the shards of all ranks, which must cover each element exactly once."""
     whole = {}
     for name in sorted({name for part in shards_by_rank for name in part}):
         shards = sorted((piece for part in shards_by_rank for piece in part.get(name, [])), key=lambda piece: piece[0])
@@ -142,5 +144,5 @@ def assemble(shards_by_rank: list[dict[str, list[tuple[int, torch.Tensor]]]]) ->
 
 
 def gathered(parameter: Any) -> AbstractContextManager[Any]:
-    """The parameter with all its elements, which ZeRO-3 brings together for a while."""
+    """A context in which the parameter is complete; ZeRO-3 gathers it for that time."""
     return deepspeed.zero.GatheredParameters([parameter]) if hasattr(parameter, "ds_id") else nullcontext()

@@ -129,7 +129,9 @@ def loss_at(stage: int) -> tuple[float, list[tuple[int, int]]]:
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_the_loss_on_texts_is_the_mean_over_their_tokens(ranks: Any, stage: int) -> None:
-    expected = -sum(reference_log_prob(toy_model(), [text[0]], text[1:]) for text in TEXTS) / sum(len(text) - 1 for text in TEXTS)
+    expected = -sum(reference_log_prob(toy_model(), [text[0]], text[1:]) for text in TEXTS) / sum(
+        len(text) - 1 for text in TEXTS
+    )
     for loss, progress in ranks(2)(loss_at, stage):
         assert loss == pytest.approx(expected, rel=1e-6)
         assert progress == [(1, 1)]  # of one batch a rank

@@ -40,19 +40,9 @@ def test_a_folder_removed_under_a_launch_script_is_not_trained_in_again(tasks: P
     document = recipe_of(tasks, "vanished", train__epochs=200)
     folder = Path(document["run_dir"])
     script = f'source {REPOSITORY / "launch" / "supervise.sh"}; launch 3 "$@"'
+    command = [sys.executable, "-m", "dscl", *train_arguments(document, tasks)]
     process = subprocess.Popen(
-        [
-            "bash",
-            "-euo",
-            "pipefail",
-            "-c",
-            script,
-            "script",
-            sys.executable,
-            "-m",
-            "dscl",
-            *train_arguments(document, tasks),
-        ],
+        ["bash", "-euo", "pipefail", "-c", script, "script", *command],
         env={**os.environ, "DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0"},
         stderr=subprocess.PIPE,
         text=True,

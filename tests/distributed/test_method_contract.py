@@ -161,23 +161,23 @@ def restored_snapshot(document: dict[str, Any], checkpoint: str) -> Snapshot:
     return snapshot
 
 
-def assert_identical(found: Any, expected: Any, where: str = "") -> None:
+def assert_identical(actual: Any, expected: Any, where: str = "") -> None:
     """Bit for bit, whatever the structure."""
     if dataclasses.is_dataclass(expected):
-        found, expected = vars(found), vars(expected)
+        actual, expected = vars(actual), vars(expected)
     if isinstance(expected, dict):
-        assert found.keys() == expected.keys(), where
+        assert actual.keys() == expected.keys(), where
         for name, value in expected.items():
-            assert_identical(found[name], value, f"{where} {name}")
+            assert_identical(actual[name], value, f"{where} {name}")
     elif isinstance(expected, list | tuple):
-        assert len(found) == len(expected), where
+        assert len(actual) == len(expected), where
         for number, value in enumerate(expected):
-            assert_identical(found[number], value, f"{where} {number}")
+            assert_identical(actual[number], value, f"{where} {number}")
     elif isinstance(expected, torch.Tensor):
-        assert (found.dtype, found.shape) == (expected.dtype, expected.shape), where
-        assert found.contiguous().numpy().tobytes() == expected.contiguous().numpy().tobytes(), where
+        assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape), where
+        assert actual.contiguous().numpy().tobytes() == expected.contiguous().numpy().tobytes(), where
     else:
-        assert found == expected, where
+        assert actual == expected, where
 
 
 # ---- the reference run

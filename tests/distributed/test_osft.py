@@ -763,9 +763,8 @@ def sample_on_rank(stage: int, texts: int, length: int) -> list[torch.Tensor]:
     with torch.no_grad():
         blocks = sample_texts(engine.module, texts, length, 3, engine.device)
     engine.close()
-    assert all(
-        ids.shape == (TEXTS_PER_BLOCK, length) for ids, _ in blocks
-    )  # also if only some or none of the texts count
+    # Also blocks of which only some or none of the texts count are complete.
+    assert all(ids.shape == (TEXTS_PER_BLOCK, length) for ids, _ in blocks)
     return [ids[:counting] for ids, counting in blocks]
 
 

@@ -189,9 +189,9 @@ def measure(document: dict[str, Any], expected_peak: float) -> dict[str, Any]:
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=() if c in FAST else pytest.mark.exhaustive) for c in CASES])
 def test_memory_and_exchange_are_as_foreseen(
-    ranks: Any, documents: dict[str, Any], foreseen: Callable[[Any], Any], case: str
+    ranks: Any, documents: dict[str, Any], estimate: Callable[[Any], Any], case: str
 ) -> None:
-    estimated = foreseen(documents[case])
+    estimated = estimate(documents[case])
     measured = ranks(WORLD)(measure, documents[case], estimated["peak"])[0]
     for _ in range(3):  # late frees of gloo only raise a peak, so the smallest of several peaks is the best estimate
         if measured["peak"] <= 1.05 * estimated["peak"]:

@@ -24,6 +24,5 @@ def test_the_kernel_is_used_and_equals_the_torch_form(size: tuple[int, ...], kin
         warnings.filterwarnings("error", "sub-experts")  # the warning that the kernel is not used
         results = outputs_and_gradients(gates.apply_gates, inputs, gradient, experts, top, 1.5)
     assert gates.kernel_fits(inputs, experts, rank)
-    check_against_reference(
-        results, inputs, gradient, experts, top, 1.5, tolerance=1e-6
-    )  # the kernel uses fast exponentials
+    # The kernel uses fast exponentials, hence the tolerance.
+    check_against_reference(results, inputs, gradient, experts, top, 1.5, tolerance=1e-6)

@@ -178,13 +178,15 @@ def find_ranks(pid: int) -> list[int]:
     """The process ids of the ranks among the descendants of a process."""
     ranks, pids = [], [pid]
     while pids:
-        pid_ = pids.pop()
+        candidate = pids.pop()
         try:
-            if b"\0LOCAL_RANK=" in b"\0" + Path(f"/proc/{pid_}/environ").read_bytes():
-                ranks.append(pid_)
+            if b"\0LOCAL_RANK=" in b"\0" + Path(f"/proc/{candidate}/environ").read_bytes():
+                ranks.append(candidate)
             else:
                 pids += [
-                    int(c) for t in Path(f"/proc/{pid_}/task").iterdir() for c in (t / "children").read_text().split()
+                    int(c)
+                    for t in Path(f"/proc/{candidate}/task").iterdir()
+                    for c in (t / "children").read_text().split()
                 ]
         except OSError:
             continue

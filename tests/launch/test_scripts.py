@@ -355,9 +355,8 @@ def test_a_second_signal_ends_the_launcher_too(supervised: Supervised) -> None:
     process.send_signal(signal.SIGTERM)
     wait_for(process, "heard", 2)
     deadline = time.monotonic() + 30
-    while "sleep" not in child_names(
-        process.pid
-    ):  # the script has forwarded the signal; until then it may lose the next one
+    # Until the script has forwarded the signal and sleeps again, it may lose the next one.
+    while "sleep" not in child_names(process.pid):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)

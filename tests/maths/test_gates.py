@@ -14,7 +14,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from dscl.maths import gates
-from tests.support.gates import SIZES, check, drawn, passed
+from tests.support.gates import SIZES, check_against_reference, outputs_and_gradients, random_inputs
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed here")
 
@@ -34,9 +34,11 @@ def expert_by_expert(read: torch.Tensor, experts: int, top: int, factor: float) 
 @pytest.mark.parametrize("size", SIZES[:6])
 def test_the_torch_form_is_what_each_expert_gives(size: tuple[int, ...]) -> None:
     tokens, experts, rank, top = size
-    read, toward = drawn(tokens, experts, rank, torch.float64)
-    results = passed(gates.apply_gates, read, toward, experts, top, 1.5)
-    for ours, theirs in zip(results, passed(expert_by_expert, read, toward, experts, top, 1.5), strict=True):
+    read, toward = random_inputs(tokens, experts, rank, torch.float64)
+    results = outputs_and_gradients(gates.apply_gates, read, toward, experts, top, 1.5)
+    for ours, theirs in zip(
+        results, outputs_and_gradients(expert_by_expert, read, toward, experts, top, 1.5), strict=True
+    ):
         assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-14)
 
 
@@ -63,7 +65,7 @@ def results_of_kernel(read: torch.Tensor, toward: torch.Tensor, *sizes: Any) -> 
             lambda function, *arguments: launched.append(function) or launch(function, *arguments),
         )
         gates._kernel_matches_reference.cache_clear()
-        results = passed(gates.apply_gates, read, toward, *sizes)
+        results = outputs_and_gradients(gates.apply_gates, read, toward, *sizes)
     assert launched[-2:] == [kernel.apply_gates_kernel, kernel.apply_gates_backward_kernel]
     return results
 
@@ -83,10 +85,10 @@ SIZES_OF_KINDS = [
 @pytest.mark.parametrize(("kind", "size"), SIZES_OF_KINDS)
 def test_the_kernel_equals_the_torch_form(interpreter: Any, size: tuple[int, ...], kind: torch.dtype) -> None:
     tokens, experts, rank, top = size
-    read, toward = drawn(tokens, experts, rank, kind)
+    read, toward = random_inputs(tokens, experts, rank, kind)
     results = interpreter(results_of_kernel, read, toward, experts, top, 1.5)
     rounding = 0 if kind == torch.float32 else 1.5 * torch.finfo(kind).eps  # the interpreter does not round to nearest
-    check(results, read, toward, experts, top, 1.5, more=rounding)
+    check_against_reference(results, read, toward, experts, top, 1.5, tolerance=rounding)
 
 
 @needs_triton
@@ -115,7 +117,7 @@ def results_of_broken_kernel(
 
 @needs_triton
 def test_a_kernel_that_is_wrong_is_told_and_not_used(interpreter: Any) -> None:
-    read, toward = drawn(5, 8, 8, torch.float32)
+    read, toward = random_inputs(5, 8, 8, torch.float32)
     messages, gated = interpreter(results_of_broken_kernel, read, toward, 8, 2)
     assert messages == [
         "sub-experts are computed without their Triton kernel on cpu: its results differ from those of torch"
@@ -149,14 +151,14 @@ def results_with_recomputation(read: torch.Tensor, toward: torch.Tensor, *sizes:
     gates._kernel_matches_reference.cache_clear()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "sub-experts")
-        return passed(lambda leaf: checkpoint(layer, leaf, use_reentrant=False), read, toward)
+        return outputs_and_gradients(lambda leaf: checkpoint(layer, leaf, use_reentrant=False), read, toward)
 
 
 @needs_triton
 def test_it_can_be_tried_in_a_layer_that_is_computed_again(interpreter: Any) -> None:
-    read, toward = drawn(5, 8, 8, torch.float32)
+    read, toward = random_inputs(5, 8, 8, torch.float32)
     results = interpreter(results_with_recomputation, read, toward, 8, 2, 1.5)
-    expected = passed(lambda leaf: gates.apply_gates_reference(leaf, 8, 2, 1.5).sin(), read, toward)
+    expected = outputs_and_gradients(lambda leaf: gates.apply_gates_reference(leaf, 8, 2, 1.5).sin(), read, toward)
     for ours, theirs in zip(results, expected, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 

@@ -21,7 +21,7 @@ from dscl.engine.zero_layouts import load_parameters
 from dscl.serving import export, server
 from dscl.serving.bundle import open_base_model, task_artifact_path
 from dscl.training import evaluation
-from tests.support.osft_runs import checkpoints, quick, stored
+from tests.support.osft_runs import checkpoint_dirs, read_checkpoint_tensors, with_few_texts
 from tests.support.runs import make_easy, recipe_of, run, write_tasks
 from tests.support.serving import logits_of
 
@@ -101,7 +101,7 @@ def train_on_rank(document: dict[str, Any]) -> Answers:
     """Train on a rank, and return the answers of the last evaluation."""
     answers: Answers = {}
     with record_answers(evaluation, answers):
-        quick(run, document)
+        with_few_texts(run, document)
     return answers
 
 
@@ -137,8 +137,8 @@ def test_export_holds_only_trained_dense_weights(trained: Any, tmp_path: Path) -
     written = load_file(tmp_path / "made" / "weights.safetensors")
     names = [*(f"self_attn.{each}" for each in "qkvo"), "mlp.gate", "mlp.up", "mlp.down"]
     assert set(written) == {f"model.layers.1.{name}_proj.weight" for name in names}
-    checkpoint = checkpoints(run_dir)[-1]
-    masters = stored(checkpoint)[0]
+    checkpoint = checkpoint_dirs(run_dir)[-1]
+    masters = read_checkpoint_tensors(checkpoint)[0]
     base = open_base_model(export.describe_run(run_dir))
     for name, values in written.items():
         assert torch.equal(values.flatten(), masters[name])

@@ -23,8 +23,8 @@ from dscl.training import run as training_run
 from dscl.training.checkpoint import Checkpoints
 from dscl.training.checkpoint_files import MasterWeights
 from dscl.utils.errors import UserError
-from tests.support.memory import Peak
-from tests.support.osft_runs import quick
+from tests.support.memory import PeakMemory
+from tests.support.osft_runs import with_few_texts
 from tests.support.pool import Pool
 from tests.support.runs import recipe_of, run, write_tasks
 
@@ -51,7 +51,7 @@ def train_once(ranks: Any, tasks: Path, method: str, precision: str = "fp32") ->
     document["stream_defaults"] = {"test_limit": 2}
     document["train"]["precision"] = precision
     if not Path(document["run_dir"]).exists():
-        ranks(2)(quick, run, document)
+        ranks(2)(with_few_texts, run, document)
     return document
 
 
@@ -137,7 +137,7 @@ def test_an_export_overwrites_only_an_export_of_its_kind(ranks: Any, tasks: Path
 
 def peak_of_export(run_dir: str, folder: Path) -> int:
     """The memory in bytes that an export takes beyond that of the process before."""
-    with Peak() as peak:
+    with PeakMemory() as peak:
         export.export_run(Path(run_dir), folder)
     return peak.growth
 

@@ -30,7 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the exhaustive cases, unless they were named one by one."""
+    """Deselect the exhaustive cases, unless tests are selected by their ids."""
     if config.getoption("--all") or any("::" in word for word in config.args):
         return
     left_out = [item for item in items if item.get_closest_marker("exhaustive")]
@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Add up a test's setup, call and teardown; write one line of it where the suite asks for that."""
+    """Add up the seconds of a test's setup, call and teardown, and write them to the file of TIMES, if there is one."""
     if os.environ.get(TIMES) is None or "PYTEST_XDIST_WORKER" in os.environ:
         return
     seconds, outcome = _RUNNING.pop(report.nodeid, (0.0, "passed"))
@@ -81,11 +81,11 @@ def ranks() -> Iterator[Callable[[int], Pool]]:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(ranks: Any) -> Callable[..., Path]:
-    """`undisturbed(recipe, ranks)`: the folder of that recipe's run, to which nothing happens.
+def undisturbed_run(ranks: Any) -> Callable[..., Path]:
+    """`undisturbed_run(recipe, ranks)`: the directory of a complete run of this recipe.
 
-    Tests with the same recipe share one run. It is made where the first of them would have made it; nobody may write
-    into it. `run`: another function that runs a recipe.
+    Tests with the same recipe share one run, in the `run_dir` of the first of them. No test may write into it. `run` is
+    the function that runs the recipe.
     """
     from tests.support import runs  # imports torch and DeepSpeed, which not every test needs
 

@@ -36,7 +36,7 @@ from dscl.distributed.liveness import (
 )
 from dscl.utils.errors import UserError
 from tests.support.hosts import REPOSITORY
-from tests.support.programs import Program, attach, refresh
+from tests.support.programs import Program, redirect_streams, reset_process_state
 
 SECONDS = 60.0  # of silence after which a rank counts as dead
 STEP = 0.25  # seconds of the simulated clock between two polls
@@ -84,10 +84,10 @@ class SimulatedRanks:
 
 @pytest.fixture
 def ranks_with_clock() -> Iterator[SimulatedRanks]:
-    made = SimulatedRanks()
-    yield made
-    for rank in {0, 1, 2} - made.gone:
-        made.close(rank)
+    ranks = SimulatedRanks()
+    yield ranks
+    for rank in {0, 1, 2} - ranks.gone:
+        ranks.close(rank)
 
 
 @pytest.mark.parametrize("silent", [0, 1])
@@ -211,8 +211,8 @@ class Rank(Program):
 
 
 def _rank(arguments: list[str], cwd: str, session: bool, environment: dict[str, str], files: list[str]) -> None:
-    attach(cwd, files)
-    refresh(["rank"], environment, session)
+    redirect_streams(cwd, files)
+    reset_process_state(["rank"], environment, session)
     exec(compile(arguments[0], "rank", "exec"), {"__name__": "__main__"})
 
 
@@ -323,7 +323,7 @@ def test_a_failing_rank_reports_why_and_the_others_exit(
 ) -> None:
     ranks = start(2, f"if comm.rank() == 0: raise {error}\ntime.sleep(600)", HURRY)
     results = wait_for_exits(ranks, 40)
-    assert [found for found, _ in results] == [status, status]  # what is wrong for one is wrong for all
+    assert [exit_status for exit_status, _ in results] == [status, status]  # what is wrong for one is wrong for all
     assert expected_message in results[0][1]
     assert "rank 0 on " in results[1][1] or not results[1][1]
 
@@ -339,7 +339,7 @@ def test_permanent_failures_go_into_the_status_file(
     (tmp_path / "status").touch()
     ranks = start(3, f"time.sleep({later} * comm.rank()); raise {error}", DSCL_STATUS_TO=str(tmp_path / "status"))
     results = wait_for_exits(ranks, 40)
-    assert [found for found, _ in results] == [0, 0, 0]
+    assert [exit_status for exit_status, _ in results] == [0, 0, 0]
     assert (tmp_path / "status").read_text() == str(status)
     assert [bool(messages) for _, messages in results] == [True, False, False]
 
@@ -414,11 +414,11 @@ def find_blocking_collectives(
     from dscl.training.checkpoint import Checkpoints
     from dscl.training.dry_run import dry_run
 
-    note, seen = folder / f"{verb} waits", []
+    note, collectives = folder / f"{verb} waits", []
 
     def encode(*words: Any, original: Any = setup.encode_dataset, **named: Any) -> Any:
-        if comm.is_main() and not seen:
-            seen.append(wait_until_blocked(note, patience))
+        if comm.is_main() and not collectives:
+            collectives.append(wait_until_blocked(note, patience))
         return original(*words, **named)
 
     def record_calls(name: str, original: Any) -> Any:
@@ -430,7 +430,7 @@ def find_blocking_collectives(
 
         return collective
 
-    def met(*_: Any) -> None:
+    def meet(*_: Any) -> None:
         comm.barrier()
         raise RanksMet
 
@@ -443,9 +443,9 @@ def find_blocking_collectives(
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setup, "encode_dataset", encode)
-        patch.setattr(setup.RunSetup, "build_engine", met)
-        patch.setattr(preflight, "run_checks", met)
-        patch.setattr(Checkpoints, "find_checkpoint", met)  # before an evaluation builds its engine
+        patch.setattr(setup.RunSetup, "build_engine", meet)
+        patch.setattr(preflight, "run_checks", meet)
+        patch.setattr(Checkpoints, "find_checkpoint", meet)  # before an evaluation builds its engine
         if not comm.is_main():
             for name in COLLECTIVES:
                 patch.setattr(comm, name, record_calls(name, getattr(comm, name)))
@@ -454,7 +454,7 @@ def find_blocking_collectives(
         with pytest.raises(RanksMet):
             works[verb]()
     limit = comm._group_without_timeout()._get_backend(torch.device("cpu")).options._timeout
-    return seen, limit.total_seconds() / 86400
+    return collectives, limit.total_seconds() / 86400
 
 
 def wait_until_blocked(note: Path, patience: float) -> str:
@@ -473,18 +473,18 @@ def wait_until_blocked(note: Path, patience: float) -> str:
 @pytest.mark.parametrize("verb", ["train", "rehearse", "evaluate", "diagnose"])
 def test_ranks_wait_without_a_time_limit_for_data_preparation(ranks: Any, tmp_path: Path, verb: str) -> None:
     write_run_folder(tmp_path)
-    (seen, days), _ = ranks(2)(find_blocking_collectives, tmp_path, verb, 10.0)
-    assert seen == ["wait_for_all_ranks"]
+    (collectives, days), _ = ranks(2)(find_blocking_collectives, tmp_path, verb, 10.0)
+    assert collectives == ["wait_for_all_ranks"]
     assert days >= 7
 
 
 def test_the_previous_test_notices_a_time_limit(ranks: Any, tmp_path: Path) -> None:
     write_run_folder(tmp_path)
-    (seen, _), _ = ranks(2)(
+    (collectives, _), _ = ranks(2)(
         find_blocking_collectives, tmp_path, "train", LIMITED, ["dscl.training.run.comm.wait_for_all_ranks"]
     )
-    assert seen
-    assert seen[0] in COLLECTIVES[1:]
+    assert collectives
+    assert collectives[0] in COLLECTIVES[1:]
 
 
 def write_run_folder(folder: Path) -> None:
@@ -611,8 +611,8 @@ def test_partial_messages_are_joined() -> None:
     ours.close()
 
 
-@pytest.mark.parametrize("given", ["soon", "0", "-3", "inf", "nan"])
-def test_an_invalid_timeout_is_refused(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(TIMEOUT_VARIABLE, given)
-    with pytest.raises(UserError, match=f"DSCL_DEAD_AFTER: given '{given}' in the environment; allowed: seconds"):
+@pytest.mark.parametrize("value", ["soon", "0", "-3", "inf", "nan"])
+def test_an_invalid_timeout_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TIMEOUT_VARIABLE, value)
+    with pytest.raises(UserError, match=f"DSCL_DEAD_AFTER: given '{value}' in the environment; allowed: seconds"):
         Liveness()

@@ -1,4 +1,4 @@
-"""What a run is about stays out of what it says: no prompt, answer or text lands in a log."""
+"""No prompt, answer or text of the data appears in a log."""
 
 from __future__ import annotations
 
@@ -34,22 +34,25 @@ BAD: dict[str, list[Any]] = {
 }
 
 
-def write_task(folder: Path, layout: str, bad: list[Any]) -> None:
-    """Some good records, and at the beginning of each file the bad ones."""
+def write_task(folder: Path, layout: str, bad_records: list[Any]) -> None:
+    """Write the files of a task: first the bad records, then some valid ones."""
     folder.mkdir()
     if layout == "cl_benchmark":
         (folder / "labels.json").write_text(json.dumps([f"{WORD} 0", f"{WORD} 1"]))
     for split, size in (("train", 16), ("test", 4)):
         texts = [f"{split} {WORD} {number}" for number in range(size)]
         if layout == "jsonl":
-            lines = [json.dumps(record) for record in (*bad, *({"prompt": text, "completion": WORD} for text in texts))]
+            lines = [
+                json.dumps(record)
+                for record in (*bad_records, *({"prompt": text, "completion": WORD} for text in texts))
+            ]
             (folder / f"{split}.jsonl").write_text("\n".join([*lines, f'{{"prompt": "{WORD}']))
         elif layout == "cl_benchmark":
             good = [{"sentence": text, "label": f"{WORD} {number % 2}"} for number, text in enumerate(texts)]
-            (folder / f"{split}.json").write_text(json.dumps(bad + good))
+            (folder / f"{split}.json").write_text(json.dumps(bad_records + good))
         else:
             good = [{"input": text, "output": [WORD]} for text in texts]
-            (folder / f"{split}.json").write_text(json.dumps({"Definition": [WORD], "Instances": bad + good}))
+            (folder / f"{split}.json").write_text(json.dumps({"Definition": [WORD], "Instances": bad_records + good}))
 
 
 def recipe(folder: Path, **changes: Any) -> str:
@@ -73,10 +76,10 @@ def test_no_prompt_and_no_answer_lands_in_what_a_run_says(tmp_path: Path) -> Non
         train__max_length=96,
     )
     program = Program(["train", document, "--nproc", "2"])
-    said = "".join(program.communicate(120))
-    assert program.returncode == 0, said
-    assert said.count("skipped") == 2 * len(BAD)  # of both splits: else nothing was put to the test
-    assert WORD not in said
+    output = "".join(program.communicate(120))
+    assert program.returncode == 0, output
+    assert output.count("skipped") == 2 * len(BAD)  # in both splits, so the bad records were read
+    assert WORD not in output
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file() and "checkpoints" not in path.parts]
     assert {"metrics.jsonl", "scores.json", "recipe.yaml", "tensorboard"} <= {
         part for path in files for part in path.relative_to(tmp_path / "run").parts

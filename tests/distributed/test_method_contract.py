@@ -26,8 +26,8 @@ from dscl.training.checkpoint import Checkpoints
 from dscl.training.setup import RunSetup, build_setup
 from dscl.training.state import TrainState
 from tests.support.five_tasks import NAMES, recipe, tasks
-from tests.support.osft_runs import quick
-from tests.support.runs import Killed, outcome, run
+from tests.support.osft_runs import with_few_texts
+from tests.support.runs import Killed, run, run_outcome
 from tests.support.toy_model import assemble
 
 __all__ = ["tasks"]  # the fixture
@@ -87,14 +87,14 @@ def test_every_method_has_a_case() -> None:
     assert list(CASES) == list(METHODS)
 
 
-def document(folder: Path, method: str, name: str) -> Any:
+def contract_recipe(folder: Path, method: str, name: str) -> Any:
     """Two tasks of three steps each (for joint training six steps at once), with a checkpoint within each."""
-    made = recipe(folder, f"{method} {name}", 0, NAMES[:2], checkpoint={"every": 2, "keep": 99}, layers=2)
-    made["train"] |= {"lr": 1e-2, "epochs": 1, "weight_decay": 0.1}
-    made["stream_defaults"] = {"dev_share": 0, "train_limit": 21, "test_limit": 5}
-    made["evaluate"] = {"zero_shot": False, "tasks": "seen"}
-    made["deepspeed"] = f"ds_configs/{CASES[method].deepspeed}.json"
-    return made | {"method": {"name": method, **CASES[method].settings}}
+    document = recipe(folder, f"{method} {name}", 0, NAMES[:2], checkpoint={"every": 2, "keep": 99}, layers=2)
+    document["train"] |= {"lr": 1e-2, "epochs": 1, "weight_decay": 0.1}
+    document["stream_defaults"] = {"dev_share": 0, "train_limit": 21, "test_limit": 5}
+    document["evaluate"] = {"zero_shot": False, "tasks": "seen"}
+    document["deepspeed"] = f"ds_configs/{CASES[method].deepspeed}.json"
+    return document | {"method": {"name": method, **CASES[method].settings}}
 
 
 # ---- snapshots of a method and its engine
@@ -117,28 +117,28 @@ class Snapshot:
 def take_snapshot(engine: Engine, setup: RunSetup) -> Snapshot:
     method = setup.method
     shards: dict[str, list[tuple[int, torch.Tensor]]] = {}
-    for share in engine.shards.disjoint_shards():
-        for kind, values in share.state_tensors().items():
-            shards.setdefault(f"{kind} {share.name}", []).append((share.start, values.clone()))
+    for shard in engine.shards.disjoint_shards():
+        for kind, values in shard.state_tensors().items():
+            shards.setdefault(f"{kind} {shard.name}", []).append((shard.start, values.clone()))
     return Snapshot(
         shards=shards,
         optimizer_steps=engine.shards.step_count(),
-        state=copied(method.state_dict()),
-        rows=copied(method.row_state_dict()),
-        owned=copied(method.matrix_state_dict()),
-        samples=[(kept.task, kept.samples) for kept in (*method.replay_samples(), *method.reference_samples())],
-        buffers=copied(dict(engine.module.named_buffers())),
-        answers=answers(engine, setup),
+        state=clone_tensors(method.state_dict()),
+        rows=clone_tensors(method.row_state_dict()),
+        owned=clone_tensors(method.matrix_state_dict()),
+        samples=[(buffer.task, buffer.samples) for buffer in (*method.replay_samples(), *method.reference_samples())],
+        buffers=clone_tensors(dict(engine.module.named_buffers())),
+        answers=compute_answers(engine, setup),
     )
 
 
-def copied(tensors: Tensors) -> Tensors:
+def clone_tensors(tensors: Tensors) -> Tensors:
     return {name: values.clone() for name, values in tensors.items()}
 
 
 @torch.no_grad()
-def answers(engine: Engine, setup: RunSetup) -> dict[str | None, Any]:
-    found: dict[str | None, Any] = {}
+def compute_answers(engine: Engine, setup: RunSetup) -> dict[str | None, Any]:
+    answers_by_task: dict[str | None, Any] = {}
     prompts = [task_data.eval_set.prompt_ids[i] for i in range(3) for task_data in setup.tasks]
     batch = collate_prompts(prompts, setup.tasks[0].pad_id, setup.tasks[0].bos_id)
     training = engine.module.training
@@ -146,38 +146,38 @@ def answers(engine: Engine, setup: RunSetup) -> dict[str | None, Any]:
     for task in (None, *(task_data.task.name for task_data in setup.tasks)):
         with setup.method.inference_context(batch, task) as routes:
             logits = engine.module(batch.input_ids, batch.attention_mask, batch.position_ids).logits
-        found[task] = logits, list(routes or ())
+        answers_by_task[task] = logits, list(routes or ())
     engine.module.train(training)
-    return found
+    return answers_by_task
 
 
-def restored_snapshot(made: dict[str, Any], checkpoint: str) -> Snapshot:
+def restored_snapshot(document: dict[str, Any], checkpoint: str) -> Snapshot:
     """Of a fresh job and engine that were brought to a checkpoint of the run."""
-    setup = build_setup(resolve_recipe(made))
+    setup = build_setup(resolve_recipe(document))
     engine = setup.build_engine()
-    training_run.restore_checkpoint(Path(made["run_dir"]) / "checkpoints" / checkpoint, engine, setup)
+    training_run.restore_checkpoint(Path(document["run_dir"]) / "checkpoints" / checkpoint, engine, setup)
     snapshot = take_snapshot(engine, setup)
     engine.close()
     return snapshot
 
 
-def assert_identical(found: Any, expected: Any, where: str = "") -> None:
+def assert_identical(actual: Any, expected: Any, where: str = "") -> None:
     """Bit for bit, whatever the structure."""
     if dataclasses.is_dataclass(expected):
-        found, expected = vars(found), vars(expected)
+        actual, expected = vars(actual), vars(expected)
     if isinstance(expected, dict):
-        assert found.keys() == expected.keys(), where
+        assert actual.keys() == expected.keys(), where
         for name, value in expected.items():
-            assert_identical(found[name], value, f"{where} {name}")
+            assert_identical(actual[name], value, f"{where} {name}")
     elif isinstance(expected, list | tuple):
-        assert len(found) == len(expected), where
+        assert len(actual) == len(expected), where
         for number, value in enumerate(expected):
-            assert_identical(found[number], value, f"{where} {number}")
+            assert_identical(actual[number], value, f"{where} {number}")
     elif isinstance(expected, torch.Tensor):
-        assert (found.dtype, found.shape) == (expected.dtype, expected.shape), where
-        assert found.contiguous().numpy().tobytes() == expected.contiguous().numpy().tobytes(), where
+        assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape), where
+        assert actual.contiguous().numpy().tobytes() == expected.contiguous().numpy().tobytes(), where
     else:
-        assert found == expected, where
+        assert actual == expected, where
 
 
 # ---- the reference run
@@ -204,29 +204,29 @@ class ReferenceRun(NamedTuple):
     requests: Requests
 
 
-def recorded(made: dict[str, Any]) -> tuple[Snapshot, Snapshot, Requests]:
+def run_and_record(document: dict[str, Any]) -> tuple[Snapshot, Snapshot, Requests]:
     """Run undisturbed; on this rank, the snapshots at both checkpoints, and the requests around each task."""
     snapshots: dict[str, Snapshot] = {}
     requests: Requests = {}
     setups: list[RunSetup] = []
     save = Checkpoints.save
 
-    def opening(*arguments: Any) -> RunSetup:
+    def build_and_record_setup(*arguments: Any) -> RunSetup:
         setups.append(build_setup(*arguments))
         return setups[-1]
 
-    def saving(self: Checkpoints, train_state: TrainState, scores: Any, engine: Engine, method: Any) -> None:
+    def save_and_snapshot(self: Checkpoints, train_state: TrainState, scores: Any, engine: Engine, method: Any) -> None:
         save(self, train_state, scores, engine, method)
         name = train_state.checkpoint_name()
         if name in (MID_TASK, FINAL):
             snapshots[name] = take_snapshot(engine, setups[-1])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_run, "build_setup", opening)
-        patch.setattr(Checkpoints, "save", saving)
+        patch.setattr(training_run, "build_setup", build_and_record_setup)
+        patch.setattr(Checkpoints, "save", save_and_snapshot)
         for phase in ("begin_task", "end_task"):
-            count_requests(patch, find_method(made["method"]["name"]), phase, requests)
-        run(made)
+            count_requests(patch, find_method(document["method"]["name"]), phase, requests)
+        run(document)
     return snapshots[MID_TASK], snapshots[FINAL], requests
 
 
@@ -264,10 +264,12 @@ def reference(ranks: Any, tasks: Path) -> Callable[[str], ReferenceRun]:
 
     def get(method: str) -> ReferenceRun:
         if method not in runs:
-            made = document(tasks, method, "reference")
-            mid_task, final, requests = zip(*ranks(CASES[method].world)(quick, recorded, made), strict=True)
+            document = contract_recipe(tasks, method, "reference")
+            mid_task, final, requests = zip(
+                *ranks(CASES[method].world)(with_few_texts, run_and_record, document), strict=True
+            )
             assert all(counts == requests[0] for counts in requests)  # every rank makes the same requests
-            runs[method] = ReferenceRun(Path(made["run_dir"]), list(mid_task), list(final), requests[0])
+            runs[method] = ReferenceRun(Path(document["run_dir"]), list(mid_task), list(final), requests[0])
         return runs[method]
 
     return get
@@ -285,24 +287,28 @@ def test_state_is_restored_in_a_fresh_object(ranks: Any, tasks: Path, reference:
         state |= {name.partition(" ")[0] for name in snapshot.shards} - {"master", "exp_avg", "exp_avg_sq"}
         assert state == set(case.state)
         assert snapshot.optimizer_steps == (4 if method == "joint" else 1)
-    found = ranks(case.world)(quick, restored_snapshot, document(tasks, method, "reference"), MID_TASK)
-    assert rows(found) == rows(expected)  # any rank may get any row
-    assert_identical(*([dataclasses.replace(snapshot, rows={}) for snapshot in each] for each in (found, expected)))
+    restored = ranks(case.world)(
+        with_few_texts, restored_snapshot, contract_recipe(tasks, method, "reference"), MID_TASK
+    )
+    assert sorted_rows(restored) == sorted_rows(expected)  # any rank may get any row
+    assert_identical(*([dataclasses.replace(snapshot, rows={}) for snapshot in each] for each in (restored, expected)))
 
 
 @pytest.mark.parametrize("method", list(METHODS))
 def test_task_artifacts_are_restored_in_a_fresh_object(ranks: Any, tasks: Path, reference: Any, method: str) -> None:
     """After the last task: the frozen parameters and every answer. A method that answers by task has two answers."""
-    case, made = CASES[method], reference(method)
-    assert {path.relative_to(made.folder).parts[0] for path in artifacts(made.folder)} == set(case.artifacts)
-    for snapshot in made.final:
+    case, reference_run = CASES[method], reference(method)
+    assert {path.relative_to(reference_run.folder).parts[0] for path in artifact_files(reference_run.folder)} == set(
+        case.artifacts
+    )
+    for snapshot in reference_run.final:
         first, second = (snapshot.answers[task][0] for task in NAMES[:2])
         assert torch.equal(first, second) != METHODS[method].uses_task_id
-    found = ranks(case.world)(quick, restored_snapshot, document(tasks, method, "reference"), FINAL)
-    assert_identical(found, made.final)
+    restored = ranks(case.world)(with_few_texts, restored_snapshot, contract_recipe(tasks, method, "reference"), FINAL)
+    assert_identical(restored, reference_run.final)
 
 
-def rows(snapshots: list[Snapshot]) -> list[Any]:
+def sorted_rows(snapshots: list[Snapshot]) -> list[Any]:
     """Of all ranks, in an order of their own."""
     return sorted(
         tuple(values[row].numpy().tobytes() for values in snapshot.rows.values())
@@ -311,14 +317,14 @@ def rows(snapshots: list[Snapshot]) -> list[Any]:
     )
 
 
-def artifacts(folder: Path) -> list[Path]:
+def artifact_files(folder: Path) -> list[Path]:
     return sorted(path for name in ARTIFACTS for path in (folder / name).rglob("*") if path.is_file())
 
 
 # ---- another number of ranks
 
 
-def merged(snapshots: list[Snapshot]) -> dict[str, Any]:
+def merge_ranks(snapshots: list[Snapshot]) -> dict[str, Any]:
     """The state of all ranks together, however it is divided among them."""
     first, *others = snapshots
     for other in others:
@@ -329,7 +335,7 @@ def merged(snapshots: list[Snapshot]) -> dict[str, Any]:
         assert not owned.keys() & snapshot.owned.keys()  # each matrix has one owner
         owned |= snapshot.owned
     shards = assemble([snapshot.shards for snapshot in snapshots])
-    return {**vars(first), "owned": owned, "rows": rows(snapshots), "shards": shards, "answers": None}
+    return {**vars(first), "owned": owned, "rows": sorted_rows(snapshots), "shards": shards, "answers": None}
 
 
 @pytest.mark.parametrize(
@@ -344,10 +350,10 @@ def test_another_number_of_ranks_restores_the_same_state(
 ) -> None:
     """Matrices get other owners; rows and shards are divided anew."""
     expected = reference(method).mid_task
-    found = ranks(world)(quick, restored_snapshot, document(tasks, method, "reference"), MID_TASK)
-    assert_identical(merged(found), merged(expected))
+    restored = ranks(world)(with_few_texts, restored_snapshot, contract_recipe(tasks, method, "reference"), MID_TASK)
+    assert_identical(merge_ranks(restored), merge_ranks(expected))
     if "owned" in CASES[method].state:
-        assert all(snapshot.owned for snapshot in found)
+        assert all(snapshot.owned for snapshot in restored)
 
 
 # ---- kills
@@ -400,9 +406,9 @@ def die_at(patch: pytest.MonkeyPatch, owner: type, name: str, number: int, befor
     patch.setattr(owner, name, dying)
 
 
-def run_with_kills(made: dict[str, Any], kills: Iterable[tuple[str, int]], requests: Requests) -> None:
+def run_with_kills(document: dict[str, Any], kills: Iterable[tuple[str, int]], requests: Requests) -> None:
     """Run and die again and again, each time with fresh objects; then run to the end."""
-    method = find_method(made["method"]["name"])
+    method = find_method(document["method"]["name"])
     for place, number in kills:
         with pytest.MonkeyPatch.context() as patch:
             if place in ("begin_task", "end_task"):
@@ -414,21 +420,21 @@ def run_with_kills(made: dict[str, Any], kills: Iterable[tuple[str, int]], reque
             else:
                 die_at(patch, Checkpoints, "write_task_artifacts", number, before=place == "leave")
             with pytest.raises(Killed):
-                run(made)
-    run(made)
+                run(document)
+    run(document)
 
 
 def checksums(folder: Path) -> dict[str, str]:
     """Of every checkpoint's files and of all task artifacts."""
-    files = [path for path in sorted((folder / "checkpoints").rglob("*")) if path.is_file()] + artifacts(folder)
+    files = [path for path in sorted((folder / "checkpoints").rglob("*")) if path.is_file()] + artifact_files(folder)
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @pytest.mark.parametrize("method", list(METHODS))
 def test_a_killed_run_ends_as_an_undisturbed_run(ranks: Any, tasks: Path, reference: Any, method: str) -> None:
     """Killed while a task begins and ends, between steps, and around the writing of artifacts and checkpoints."""
-    made, undisturbed = document(tasks, method, "killed"), reference(method)
+    document, undisturbed = contract_recipe(tasks, method, "killed"), reference(method)
     kills = KILLS_OF_ONE_TASK if METHODS[method].joint else KILLS
-    ranks(CASES[method].world)(quick, run_with_kills, made, kills, undisturbed.requests)
-    assert outcome(Path(made["run_dir"])) == outcome(undisturbed.folder)
-    assert checksums(Path(made["run_dir"])) == checksums(undisturbed.folder)
+    ranks(CASES[method].world)(with_few_texts, run_with_kills, document, kills, undisturbed.requests)
+    assert run_outcome(Path(document["run_dir"])) == run_outcome(undisturbed.folder)
+    assert checksums(Path(document["run_dir"])) == checksums(undisturbed.folder)

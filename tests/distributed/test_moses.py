@@ -1,4 +1,5 @@
-"""MoSEs on real ranks: no bit is forgotten, ranks may choose different experts, a kill loses nothing."""
+"""MoSEs on real ranks: earlier tasks keep their answers bitwise, ranks may choose different experts, a kill loses
+nothing."""
 
 from __future__ import annotations
 
@@ -50,10 +51,29 @@ from dscl.training.setup import build_setup
 from dscl.training.state import TrainState
 from dscl.training.task_context import build_task_context
 from tests.support.five_tasks import LABELS, words_of
-from tests.support.osft_runs import excess, of_matrices, quick, stored
-from tests.support.runs import failing, killed_after, metrics, outcome, recipe_of, run, run_until, run_until_killed
-from tests.support.toy_model import OFFLOAD, VOCABULARY, Toy, assemble, backbone, join, masters, summed_loss, targets
-from tests.support.toy_model import whole as gathered
+from tests.support.osft_runs import constraint_error, group_by_matrix, read_checkpoint_tensors, with_few_texts
+from tests.support.runs import (
+    read_metrics,
+    recipe_of,
+    run,
+    run_error,
+    run_killed_after,
+    run_outcome,
+    run_until,
+    run_until_killed,
+)
+from tests.support.toy_model import (
+    OFFLOAD,
+    VOCABULARY,
+    Toy,
+    assemble,
+    count_targets,
+    gathered,
+    join_rows,
+    master_shards,
+    summed_loss,
+    toy_backbone,
+)
 
 Tensors = dict[str, torch.Tensor]
 Stretches = dict[str, list[tuple[int, torch.Tensor]]]
@@ -64,53 +84,56 @@ SMALL = {"sub_group_size": 5000, "stage3_param_persistence_threshold": 100}
 # gradient, and where the gradient is nearly zero, rounding decides the sign. With an eps of the gradients' own size the
 # step is proportional to the gradient, so that a wrong scale of a gradient is noticed as well.
 EPS = 1e-4
-MARK = 1.0  # how far the embeddings of the tokens' two halves are apart, to either side
+EMBEDDING_OFFSET = 1.0  # how far the embeddings of the tokens' two halves are apart, to either side
 
 
 # ---- the engine, on rows of random tokens
 
 
-def seeded(name: str) -> torch.Generator:
+def named_generator(name: str) -> torch.Generator:
     return torch.Generator().manual_seed(zlib.crc32(name.encode()))
 
 
-def starting(task: str, name: str, shape: torch.Size) -> torch.Tensor:
-    """Of a trained tensor. B is not zero, so that all of it counts from the first step; and tokens of either half of
-    the vocabulary go to experts of their own."""
-    values = torch.randn(shape, generator=seeded(f"{task}:{name}")) * (0.5 if "score" in name else 0.1)
+def initial_values(task: str, name: str, shape: torch.Size) -> torch.Tensor:
+    """The initial values of a trainable tensor. B is not zero, so that every parameter has a gradient from the first
+    step. The router sends the tokens of each half of the vocabulary to experts of their own."""
+    values = torch.randn(shape, generator=named_generator(f"{task}:{name}")) * (0.5 if "score" in name else 0.1)
     if name.endswith("token_router"):
         values[::2, 0] += 1.0
         values[1::2, 0] -= 1.0
     return values
 
 
-def base(name: str, shape: torch.Size, start: int, stop: int) -> torch.Tensor:
-    values = backbone().weights.read(name, shape, 0, math.prod(shape)).view(shape)
+def base_values(name: str, shape: torch.Size, start: int, stop: int) -> torch.Tensor:
+    values = toy_backbone().weights.read(name, shape, 0, math.prod(shape)).view(shape)
     if name == "model.embed_tokens.weight":
-        values[:, 0] = MARK
-        values[VOCABULARY // 2 :, 0] = -MARK
+        values[:, 0] = EMBEDDING_OFFSET
+        values[VOCABULARY // 2 :, 0] = -EMBEDDING_OFFSET
     return values.flatten()[start:stop]
 
 
-def halved(step: int) -> list[Toy]:
-    """Rows with tokens of the one half or of the other, by turns; one row fewer now and then, and more targets on the
-    first rank."""
-    generator, made = torch.Generator().manual_seed(step), []
+def sample_half_rows(step: int) -> list[Toy]:
+    """Rows with tokens of the first and of the second half of the vocabulary in turn. Every second step has one row
+    fewer, and the first rank has more targets."""
+    generator, samples = torch.Generator().manual_seed(step), []
     for index in range(8 - step % 2):
         ids = torch.randint(VOCABULARY // 2, (1, 10), generator=generator) + VOCABULARY // 2 * (index % 2)
         labels = ids.clone()
         labels[:, : 3 + 5 * (index % 2)] = -100
-        made.append(Toy(ids, labels))
-    return made
+        samples.append(Toy(ids, labels))
+    return samples
 
 
-def shared_out(step: int, accumulation: int) -> tuple[list[Toy], int]:
-    whole = halved(step)
-    mine = whole[comm.rank() :: comm.world_size()]
-    size = -(-len(whole) // (comm.world_size() * accumulation))
-    empty = torch.full((1, 10), VOCABULARY // 2 * comm.rank())  # of this rank's half, too
-    parts = [mine[i * size : (i + 1) * size] or [Toy(empty, torch.full_like(empty, -100))] for i in range(accumulation)]
-    return [join(part) for part in parts], targets(whole)
+def rank_micro_batches(step: int, accumulation: int) -> tuple[list[Toy], int]:
+    samples = sample_half_rows(step)
+    local_samples = samples[comm.rank() :: comm.world_size()]
+    size = -(-len(samples) // (comm.world_size() * accumulation))
+    filler = torch.full((1, 10), VOCABULARY // 2 * comm.rank())  # a token of this rank's half
+    parts = [
+        local_samples[i * size : (i + 1) * size] or [Toy(filler, torch.full_like(filler, -100))]
+        for i in range(accumulation)
+    ]
+    return [join_rows(part) for part in parts], count_targets(samples)
 
 
 def rate(step: int) -> float:
@@ -124,14 +147,14 @@ class Silent:
 
 @dataclass(frozen=True)
 class Kind:
-    """Of the sub-experts in these tests: of two experts at first, and a third when they are full."""
+    """Settings of the sub-experts in these tests."""
 
     masks: str = "rank1"
     top: int = 1
     targets: tuple[str, ...] = ("v_proj", "gate_proj", "up_proj")
     reuse: bool = True
     sort: bool = False  # tokens by expert, whatever the size
-    again: bool = False  # activations are computed again in the backward pass
+    again: bool = False  # activation checkpointing
 
     def config(self) -> SubExpertsConfig:
         return SubExpertsConfig(
@@ -140,14 +163,14 @@ class Kind:
         )  # fmt: skip
 
 
-def begun(kind: Kind, stage: int, zero: dict[str, Any], precision: str = "fp32") -> tuple[Engine, Moses]:
+def build_engine(kind: Kind, stage: int, zero: dict[str, Any], precision: str = "fp32") -> tuple[Engine, Moses]:
     config = MosesPreset(tune=kind.config(), router=OracleRouterConfig())
     method = Moses(config, RunInfo(0, TASKS, "", "", "", 0, precision))
-    plain = backbone({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
+    plain = toy_backbone({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
     engine = Engine(
         {"zero_optimization": {"stage": stage, **zero}},
         build=replace(plain, config=ModelConfig(shape={}, activation_checkpointing=kind.again)).build,
-        read=base,
+        read=base_values,
         prepare=method.prepare,
         precision=precision,
         weight_decay=0.1,
@@ -156,28 +179,28 @@ def begun(kind: Kind, stage: int, zero: dict[str, Any], precision: str = "fp32")
     return engine, method
 
 
-def learn(engine: Engine, method: Moses, index: int, accumulation: int = 1) -> list[float]:
-    """A task's steps, up to its end but for that."""
+def train_task(engine: Engine, method: Moses, index: int, accumulation: int = 1) -> list[float]:
+    """All steps of a task, without its `end_task`."""
     name = TASKS[index]
     method.begin_task(index, name, build_task_context(engine, None, Silent(), TrainState(), ""))  # type: ignore[arg-type]
-    engine.reset_optimizer(lambda own, shape, start, stop: starting(name, own, shape).flatten()[start:stop])
+    engine.reset_optimizer(lambda own, shape, start, stop: initial_values(name, own, shape).flatten()[start:stop])
     losses = []
     for step in range(STEPS):
-        batches, count = shared_out(10 * index + step, accumulation)
+        batches, count = rank_micro_batches(10 * index + step, accumulation)
         total = engine.step(summed_loss, batches, targets=count, lr=rate(step))
         losses.append((comm.all_reduce_sum(total) / count).item())
     return losses
 
 
-def end(engine: Engine, method: Moses, index: int) -> None:
+def end_task(engine: Engine, method: Moses, index: int) -> None:
     method.end_task(index, TASKS[index], build_task_context(engine, None, Silent(), TrainState(), ""))  # type: ignore[arg-type]
 
 
 # ---- against a loop over experts in plain torch, in one process
 
 
-class Looped(nn.Module):
-    """The layer as one would write it first. What is frozen is put in by hand."""
+class LoopedExperts(nn.Module):
+    """The sub-expert layer as a plain loop over experts. Frozen values are inserted explicitly."""
 
     def __init__(self, plain: nn.Linear, config: SubExpertsConfig) -> None:
         super().__init__()
@@ -193,10 +216,10 @@ class Looped(nn.Module):
         self.token_router = nn.Parameter(torch.zeros(most, plain.in_features))
         self.fixed = [torch.zeros_like(p, dtype=torch.bool) for p in (self.sub_a, self.sub_b)]
         self.values = [torch.zeros_like(p) for p in (self.sub_a, self.sub_b)]
-        self.open = config.num_experts
+        self.num_used_experts = config.num_experts
 
     def mask(self, score: torch.Tensor, usable: torch.Tensor) -> torch.Tensor:
-        """Ones where it is open, with the gradient of the scores' size."""
+        """The 0/1 mask of the entries with the largest scores; its gradient is that of the absolute scores."""
         first = score.numel() // (self.config.max_experts or 1) * self.config.num_experts
         count = math.floor(self.config.mask_density * first + 1e-9)
         order = torch.where(usable, score.detach().abs(), -torch.ones(())).flatten().argsort(descending=True)
@@ -205,7 +228,7 @@ class Looped(nn.Module):
         return hard.view(score.shape) + (score.abs() - score.abs().detach()) * usable
 
     def masks(self) -> tuple[torch.Tensor, torch.Tensor]:
-        used_rows = torch.arange(len(self.sub_a)) < self.open * self.config.rank
+        used_rows = torch.arange(len(self.sub_a)) < self.num_used_experts * self.config.rank
         if self.config.masks == "rank1":
             usable = used_rows if self.config.reuse else used_rows & ~self.fixed[0][:, 0]
             return self.mask(self.score_rank1, usable)[:, None], torch.ones(())
@@ -216,15 +239,15 @@ class Looped(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y, (mask_a, mask_b), config = self.plain(x), self.masks(), self.config
-        # An entry that is frozen trains nothing, and decays unseen.
+        # The trained value behind a frozen entry is unused; weight decay may change it.
         a, b = (
             torch.where(fixed, value, free)
             for fixed, value, free in zip(self.fixed, self.values, (self.sub_a, self.sub_b), strict=True)
         )
         a, b = a * mask_a, b * mask_b
-        share = functional.linear(x, self.token_router[: self.open]).softmax(-1)
+        share = functional.linear(x, self.token_router[: self.num_used_experts]).softmax(-1)
         chosen = share.topk(config.top_k or 0).indices
-        for e in range(self.open):
+        for e in range(self.num_used_experts):
             columns = slice(e * config.rank, (e + 1) * config.rank)
             weight = share[..., e] * (chosen == e).any(-1) * config.num_experts * config.alpha / config.rank
             y = y + weight[..., None] * (x @ a[columns].T @ b[:, columns].T)
@@ -232,128 +255,132 @@ class Looped(nn.Module):
 
     @torch.no_grad()
     def freeze(self) -> None:
-        """What the mask selects, and nobody had frozen before."""
+        """Freeze the entries that the mask selects and that no earlier task has frozen."""
         mask_a, mask_b = (mask.round().bool() for mask in self.masks())
-        opens = [mask_a.expand(self.sub_a.shape), mask_b.expand(self.sub_b.shape)]
+        selected = [mask_a.expand(self.sub_a.shape), mask_b.expand(self.sub_b.shape)]
         if self.config.masks == "rank1":
-            opens[1] = mask_a[:, 0].expand(self.sub_b.shape)
+            selected[1] = mask_a[:, 0].expand(self.sub_b.shape)
         for side, trained in enumerate((self.sub_a, self.sub_b)):
-            new = opens[side] & ~self.fixed[side]
+            new = selected[side] & ~self.fixed[side]
             self.values[side][new] = trained[new]
-            self.fixed[side] |= opens[side]
+            self.fixed[side] |= selected[side]
 
     def grow(self) -> None:
-        """As many experts as leave the mask enough that is not frozen."""
+        """Use so many experts that the mask finds enough entries that are not frozen."""
         fixed, scores = (self.fixed[0][:, 0],), ("score_rank1",)
         if self.config.masks == "element":
             fixed, scores = tuple(self.fixed), ("score_a", "score_b")
-        for taken, score in zip(fixed, scores, strict=True):
-            each = getattr(self, score).numel() // (self.config.max_experts or 1)
-            needed = math.floor(self.config.mask_density * each * self.config.num_experts + 1e-9) + int(taken.sum())
-            self.open = max(self.open, math.ceil(needed / each))
+        for frozen, score in zip(fixed, scores, strict=True):
+            entries_per_expert = getattr(self, score).numel() // (self.config.max_experts or 1)
+            needed = math.floor(self.config.mask_density * entries_per_expert * self.config.num_experts + 1e-9) + int(
+                frozen.sum()
+            )
+            self.num_used_experts = max(self.num_used_experts, math.ceil(needed / entries_per_expert))
 
 
 @dataclass
 class Result:
     losses: list[list[float]] = field(default_factory=list)
     trained: list[Any] = field(default_factory=list)  # at the end of each task
-    held: list[Tensors] = field(default_factory=list)  # what is frozen
-    chosen: dict[str, set[int]] = field(default_factory=dict)  # by layer, over all tokens
-    open: list[int] = field(default_factory=list)
+    frozen: list[Tensors] = field(default_factory=list)  # the frozen parameters, at the end of each task
+    chosen_experts: dict[str, set[int]] = field(default_factory=dict)  # by layer, over all tokens
+    num_used_experts: list[int] = field(default_factory=list)
 
 
 @functools.cache
 def reference(kind: Kind) -> Result:
-    model = backbone().build()
-    load_parameters(model, base)
+    model = toy_backbone().build()
+    load_parameters(model, base_values)
     model.requires_grad_(False)
     layers = {}
     for name, plain in list(model.named_modules()):
         if name.endswith(kind.targets):
-            layers[name] = Looped(plain, kind.config())
+            layers[name] = LoopedExperts(plain, kind.config())
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, layers[name])
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    found = Result()
+    result = Result()
     for index, task in enumerate(TASKS):
         for layer in layers.values():
             layer.grow()
-        most = max(layer.open for layer in layers.values())
+        num_used = max(layer.num_used_experts for layer in layers.values())
         for layer in layers.values():
-            layer.open = most
+            layer.num_used_experts = num_used
         for name, p in trained.items():
-            p.data = starting(task, name, p.shape)
+            p.data = initial_values(task, name, p.shape)
         optimizer = torch.optim.AdamW(trained.values(), lr=0.0, weight_decay=0.1, eps=EPS)
-        found.losses.append([])
+        result.losses.append([])
         for step in range(STEPS):
-            batch = halved(10 * index + step)
+            batch = sample_half_rows(10 * index + step)
             optimizer.param_groups[0]["lr"] = rate(step)
-            loss = summed_loss(model, join(batch)) / targets(batch)
+            loss = summed_loss(model, join_rows(batch)) / count_targets(batch)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(trained.values(), 1.0)
             optimizer.step()
-            found.losses[-1].append(loss.item())
+            result.losses[-1].append(loss.item())
         for layer in layers.values():
             layer.freeze()
-        found.trained.append({name: p.detach().clone() for name, p in trained.items()})
-        held = {f"{name}.{side}": layer.values[s] for name, layer in layers.items() for s, side in enumerate("ab")}
-        found.held.append({name: values.clone() for name, values in held.items()})
-        found.open.append(most)
-    return found
+        result.trained.append({name: p.detach().clone() for name, p in trained.items()})
+        frozen = {f"{name}.{side}": layer.values[s] for name, layer in layers.items() for s, side in enumerate("ab")}
+        result.frozen.append({name: values.clone() for name, values in frozen.items()})
+        result.num_used_experts.append(num_used)
+    return result
 
 
-def stepped(kind: Kind, stage: int, zero: dict[str, Any], accumulation: int) -> Result:
-    """The same by the engine, on this rank."""
-    found = Result()
-    choose, running = gates.select_experts, [""]
+def train_on_rank(kind: Kind, stage: int, zero: dict[str, Any], accumulation: int) -> Result:
+    """Train all tasks with the engine, on this rank."""
+    result = Result()
+    select_experts, running_layer = gates.select_experts, [""]
 
-    def watched(logits: torch.Tensor, top: int, *expert_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        shares, few = choose(logits, top, *expert_mask)
-        found.chosen.setdefault(running[0], set()).update(few.flatten().tolist())
-        return shares, few
+    def record_choices(logits: torch.Tensor, top: int, *expert_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        shares, chosen = select_experts(logits, top, *expert_mask)
+        result.chosen_experts.setdefault(running_layer[0], set()).update(chosen.flatten().tolist())
+        return shares, chosen
 
-    engine, method = begun(kind, stage, zero)
+    engine, method = build_engine(kind, stage, zero)
     for group in engine.optimizer.param_groups:
         group["eps"] = EPS
     for name, layer in method.experts.layers.items():
-        layer.register_forward_pre_hook(lambda *_, name=name: running.__setitem__(0, name))
+        layer.register_forward_pre_hook(lambda *_, name=name: running_layer.__setitem__(0, name))
     with pytest.MonkeyPatch.context() as patch:
         for place in (gates, sub_experts):
-            patch.setattr(place, "select_experts", watched)
+            patch.setattr(place, "select_experts", record_choices)
         patch.setattr(grouped, "grouped_is_faster", lambda *_: kind.sort)
         for index in range(len(TASKS)):
-            found.losses.append(learn(engine, method, index, accumulation))
-            end(engine, method, index)
-            found.trained.append(masters(engine))
+            result.losses.append(train_task(engine, method, index, accumulation))
+            end_task(engine, method, index)
+            result.trained.append(master_shards(engine))
             layers = method.experts.layers.items()
-            held = {f"{name}.{side}": getattr(layer, f"held_{side}") for name, layer in layers for side in "ab"}
-            found.held.append({name: values.clone() for name, values in held.items()})
-            found.open.append(method.experts.num_used_experts)
+            frozen = {f"{name}.{side}": getattr(layer, f"frozen_{side}") for name, layer in layers for side in "ab"}
+            result.frozen.append({name: values.clone() for name, values in frozen.items()})
+            result.num_used_experts.append(method.experts.num_used_experts)
     engine.close()
-    return found
+    return result
 
 
 def check_parity(results: list[Result], expected: Result) -> None:
     for result in results:
         for ours, theirs in zip(result.losses, expected.losses, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-5)
-        assert result.open == expected.open
-        for ours, theirs in zip(result.held, expected.held, strict=True):
+        assert result.num_used_experts == expected.num_used_experts
+        for ours, theirs in zip(result.frozen, expected.frozen, strict=True):
             assert sorted(ours) == sorted(theirs)
             for name, values in theirs.items():
                 assert torch.equal(ours[name] != 0, values != 0), name  # the same is frozen
                 assert (ours[name] - values).norm() <= 1e-5 * values.norm(), name
     for index, weights in enumerate(expected.trained):
-        found = assemble([result.trained[index] for result in results])
-        assert sorted(found) == sorted(weights)
-        for name, values in found.items():
+        merged = assemble([result.trained[index] for result in results])
+        assert sorted(merged) == sorted(weights)
+        for name, values in merged.items():
             assert (values - weights[name].flatten()).norm() <= 1e-5 * weights[name].norm(), name
-        got, wanted = (torch.cat([of[name].flatten() for name in sorted(found)]) for of in (found, weights))
-        assert (got - wanted).norm() <= 1e-6 * wanted.norm()
+        joined, expected_joined = (
+            torch.cat([tensors[name].flatten() for name in sorted(merged)]) for tensors in (merged, weights)
+        )
+        assert (joined - expected_joined).norm() <= 1e-6 * expected_joined.norm()
 
 
-ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ALL_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ELEMENT = Kind(masks="element")
 
 
@@ -363,18 +390,18 @@ EXHAUSTIVE = pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("world", "stage", "zero", "kind"),
     [
-        (1, 0, {}, Kind(top=2, targets=ALL)),
-        (1, 3, SMALL, Kind("element", 3, ALL)),
-        (2, 1, {}, Kind(top=2, targets=ALL, reuse=False)),
+        (1, 0, {}, Kind(top=2, targets=ALL_TARGETS)),
+        (1, 3, SMALL, Kind("element", 3, ALL_TARGETS)),
+        (2, 1, {}, Kind(top=2, targets=ALL_TARGETS, reuse=False)),
         (2, 3, {**OFFLOAD, **SMALL}, Kind(top=2, sort=True)),
-        (2, 2, {}, Kind("element", 4, ALL, reuse=False)),
+        (2, 2, {}, Kind("element", 4, ALL_TARGETS, reuse=False)),
     ],
 )
 def test_tasks_equal_a_loop_over_experts(ranks: Any, world: int, stage: int, zero: dict[str, Any], kind: Kind) -> None:
-    """Three tasks, each with a fresh AdamW, with what the tasks before it froze, and with experts that are added."""
+    """Three tasks, each with a fresh AdamW, the frozen parameters of earlier tasks, and added experts."""
     expected = reference(kind)
-    check_parity(ranks(world)(stepped, kind, stage, zero, 1), expected)
-    assert expected.open[-1] > expected.open[0] == 4
+    check_parity(ranks(world)(train_on_rank, kind, stage, zero, 1), expected)
+    assert expected.num_used_experts[-1] > expected.num_used_experts[0] == 4
 
 
 @pytest.mark.parametrize(
@@ -403,31 +430,32 @@ def test_tasks_equal_a_loop_over_experts(ranks: Any, world: int, stage: int, zer
 def test_ranks_that_choose_different_experts_learn_as_one(
     ranks: Any, stage: int, zero: dict[str, Any], kind: Kind, accumulation: int
 ) -> None:
-    """No expert sees tokens of both ranks. With a module for each, buckets would be filled in different orders."""
-    results = ranks(2)(stepped, kind, stage, zero, accumulation)
+    """No expert gets tokens of both ranks. With one module per expert, ranks would fill gradient buckets in different
+    orders."""
+    results = ranks(2)(train_on_rank, kind, stage, zero, accumulation)
     check_parity(results, reference(kind))
-    assert len(results[0].chosen) == 2 * 3
-    for name, experts_here in results[0].chosen.items():
+    assert len(results[0].chosen_experts) == 2 * 3
+    for name, experts_here in results[0].chosen_experts.items():
         assert experts_here, name
-        assert results[1].chosen[name], name
-        assert not experts_here & results[1].chosen[name], name
+        assert results[1].chosen_experts[name], name
+        assert not experts_here & results[1].chosen_experts[name], name
 
 
 # ---- nothing is forgotten
 
 
-def questions() -> PromptBatch:
+def prompt_batch() -> PromptBatch:
     generator = torch.Generator().manual_seed(7)
     return collate_prompts([torch.randint(VOCABULARY, (n,), generator=generator).tolist() for n in (9, 4, 11, 7)], 0)
 
 
 @torch.no_grad()
-def logits(engine: Engine, batch: PromptBatch) -> torch.Tensor:
+def batch_logits(engine: Engine, batch: PromptBatch) -> torch.Tensor:
     answer: torch.Tensor = engine.module(batch.input_ids, batch.attention_mask, batch.position_ids).logits
     return answer
 
 
-def overwriting(self: SubExpertLinear, slot: int, masks: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+def overwrite_and_store(self: SubExpertLinear, slot: int, masks: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
     """`_store_masks`, if freezing a task's parameters overwrites those of earlier tasks."""
     for name in masks:
         getattr(self, f"frozen_mask_{name}").zero_()
@@ -437,53 +465,55 @@ def overwriting(self: SubExpertLinear, slot: int, masks: Tensors) -> tuple[torch
 STORE_MASKS = SubExpertLinear._store_masks
 
 
-def remembered(
+def train_and_compare_logits(
     kind: Kind, stage: int, precision: str, broken: str = ""
 ) -> tuple[list[tuple[int, int, float]], list[float], int]:
-    """By how much each earlier task's logits differ after each task; what the task that has just ended answers, against
-    what it was trained to; the experts at last."""
-    moved, gaps, told = [], [], {}
-    batch = questions()
+    """Train all tasks. Returns the changes of earlier tasks' logits after each task, the relative distance between the
+    logits of each task before and after its `end_task`, and the final number of experts."""
+    changes, gaps, first_logits = [], [], {}
+    batch = prompt_batch()
     with pytest.MonkeyPatch.context() as patch:
         if broken == "frozen":
             patch.setattr(sub_experts, "merge_frozen_params", lambda _mask, _frozen, trained: trained)
         if broken == "freeze":
-            patch.setattr(SubExpertLinear, "_store_masks", overwriting)
-        engine, method = begun(kind, stage, SMALL if stage == 3 else {}, precision)
+            patch.setattr(SubExpertLinear, "_store_masks", overwrite_and_store)
+        engine, method = build_engine(kind, stage, SMALL if stage == 3 else {}, precision)
         for index in range(len(TASKS)):
-            learn(engine, method, index)
+            train_task(engine, method, index)
             engine.module.train()
-            trained = logits(engine, batch)
-            end(engine, method, index)
+            trained = batch_logits(engine, batch)
+            end_task(engine, method, index)
             engine.module.eval()
             for earlier in TASKS[: index + 1]:
                 with method.inference_context(batch, earlier):
-                    now = logits(engine, batch)
-                if earlier in told:
-                    moved.append((index, TASKS.index(earlier), float((now - told[earlier]).abs().max())))
+                    answered = batch_logits(engine, batch)
+                if earlier in first_logits:
+                    changes.append((index, TASKS.index(earlier), float((answered - first_logits[earlier]).abs().max())))
                 else:
-                    gaps.append(float((now - trained).float().norm() / trained.float().norm()))
-                    told[earlier] = now
-        difference = min(float((told[a] - told[b]).abs().max()) for a, b in itertools.combinations(TASKS, 2))
+                    gaps.append(float((answered - trained).float().norm() / trained.float().norm()))
+                    first_logits[earlier] = answered
+        difference = min(
+            float((first_logits[a] - first_logits[b]).abs().max()) for a, b in itertools.combinations(TASKS, 2)
+        )
         assert difference > 1e-2  # tasks answer differently
         count = method.experts.num_used_experts
         engine.close()
-    return moved, gaps, count
+    return changes, gaps, count
 
 
 @pytest.mark.parametrize(
     ("stage", "precision", "kind"),
     [
         (0, "bf16", Kind(top=2)),
-        (1, "fp32", Kind("element", targets=ALL)),
+        (1, "fp32", Kind("element", targets=ALL_TARGETS)),
         (2, "fp32", Kind(top=3, reuse=False)),
         (3, "bf16", Kind("element", 2)),
         *(
             pytest.param(*case, marks=EXHAUSTIVE)
             for case in (
-                (0, "fp32", Kind(top=2, targets=ALL)),
-                (2, "fp32", Kind(top=3, targets=ALL, reuse=False)),
-                (3, "fp32", Kind(targets=ALL)),
+                (0, "fp32", Kind(top=2, targets=ALL_TARGETS)),
+                (2, "fp32", Kind(top=3, targets=ALL_TARGETS, reuse=False)),
+                (3, "fp32", Kind(targets=ALL_TARGETS)),
                 (3, "fp32", Kind("element", 2)),
                 (1, "bf16", Kind("element")),
                 (2, "bf16", Kind(top=2)),
@@ -493,10 +523,10 @@ def remembered(
     ],
 )
 def test_no_bit_of_an_earlier_task_moves(ranks: Any, stage: int, precision: str, kind: Kind) -> None:
-    """With weight decay and clipping, and experts that are added on the way; and a task answers as it was trained."""
-    for moved, gaps, count in ranks(2)(remembered, kind, stage, precision):
-        assert [(after, task) for after, task, _ in moved] == [(1, 0), (2, 0), (2, 1)]
-        assert all(by == 0.0 for *_, by in moved)
+    """With weight decay, clipping and added experts. After `end_task` a task answers as at the end of its training."""
+    for changes, gaps, count in ranks(2)(train_and_compare_logits, kind, stage, precision):
+        assert [(after, task) for after, task, _ in changes] == [(1, 0), (2, 0), (2, 1)]
+        assert all(change == 0.0 for *_, change in changes)
         assert max(gaps) <= (1e-5 if precision == "fp32" else 2e-2)
         assert count > 4
 
@@ -504,12 +534,12 @@ def test_no_bit_of_an_earlier_task_moves(ranks: Any, stage: int, precision: str,
 @pytest.mark.parametrize("masks", ["rank1", "element"])
 def test_without_freezing_it_would_be_noticed(ranks: Any, masks: str) -> None:
     kind = Kind(masks, 2)
-    for moved, _, _ in ranks(2)(remembered, kind, 2, "fp32", "freeze"):
-        assert max(by for *_, by in moved) > 1e-3
-    for moved, gaps, _ in ranks(2)(remembered, kind, 2, "fp32", "frozen"):
+    for changes, _, _ in ranks(2)(train_and_compare_logits, kind, 2, "fp32", "freeze"):
+        assert max(change for *_, change in changes) > 1e-3
+    for changes, gaps, _ in ranks(2)(train_and_compare_logits, kind, 2, "fp32", "frozen"):
         assert gaps[0] <= 1e-5  # nothing was frozen yet
         assert min(gaps[1:]) > 1e-3
-        assert all(by == 0.0 for *_, by in moved)  # what is answered is held apart
+        assert all(change == 0.0 for *_, change in changes)  # inference uses the stored parameters
 
 
 # ---- whole runs of three tasks, each with words of its own
@@ -537,7 +567,8 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe(
     folder: Path, name: str, stage: int = 0, tensorboard: bool = False, tune: Any = None, **parts: Any
 ) -> dict[str, Any]:
-    """Of 4, 3 and 3 steps, evaluated at the end; with these keys of `tune` beside those of all, and other parts."""
+    """A recipe of three tasks (4, 3 and 3 steps), evaluated at the end. `tune` adds keys to TUNE; `parts` adds
+    parts."""
     document = recipe_of(folder, name, stage, train__epochs=1, train__lr=2e-2, train__weight_decay=0.1)
     document["method"] = {"name": "moses", "tune": {**TUNE, **(tune or {})}, "router": ROUTER, **parts}
     document["stream"] = [{"name": task, "path": str(folder / task)} for task in SIZES]
@@ -546,7 +577,7 @@ def recipe(
     return document
 
 
-GIVEN = {"router": "oracle"}
+ORACLE = {"router": "oracle"}
 KEY = {"router": {"name": "key", "layer": 1}}
 DENSE = {
     "constraint": {
@@ -556,14 +587,14 @@ DENSE = {
 }  # fmt: skip
 
 
-def left(run_dir: Path) -> dict[str, str]:
-    """What the ended tasks left, byte for byte."""
+def artifact_checksums(run_dir: Path) -> dict[str, str]:
+    """The checksums of the artifacts of ended tasks, by path."""
     files = sorted(p for kind in ("experts", "router") for p in run_dir.glob(f"{kind}/*"))
     assert files
     return {str(p.relative_to(run_dir)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
-def scores(run_dir: Path) -> Any:
+def read_scores(run_dir: Path) -> Any:
     return json.loads((run_dir / "scores.json").read_text())
 
 
@@ -572,27 +603,27 @@ def test_told_the_task_every_score_stays(ranks: Any, tasks: Path, stage: int, ma
     document = recipe(tasks, f"given{stage}", stage, tune={"masks": masks})
     document["evaluate"] |= {"oracle_task_id": True, "every": 1}
     ranks(2)(run, document)
-    found = scores(tasks / f"given{stage}")["oracle_task_id"]
+    oracle_scores = read_scores(tasks / f"given{stage}")["oracle_task_id"]
     for task in range(len(SIZES)):
-        assert len({row[task] for row in found["matrix"][task:]}) == 1
-    assert found["summary"]["BWT"] == 0.0
-    assert found["summary"]["forgetting"] == 0.0
-    again = json.loads(ranks(2)(evaluated, tasks / f"given{stage}", ["evaluate.oracle_task_id=true"])[0])
-    assert list(again["oracle_task_id"].values()) == found["matrix"][-1]
+        assert len({row[task] for row in oracle_scores["matrix"][task:]}) == 1
+    assert oracle_scores["summary"]["BWT"] == 0.0
+    assert oracle_scores["summary"]["forgetting"] == 0.0
+    repeated = json.loads(ranks(2)(eval_output, tasks / f"given{stage}", ["evaluate.oracle_task_id=true"])[0])
+    assert list(repeated["oracle_task_id"].values()) == oracle_scores["matrix"][-1]
 
 
-def evaluated(run_dir: Path, words: list[str]) -> str:
-    said = StringIO()
-    with redirect_stdout(said):
+def eval_output(run_dir: Path, words: list[str]) -> str:
+    output = StringIO()
+    with redirect_stdout(output):
         training_run.evaluate_run(str(run_dir), words)
-    return said.getvalue()
+    return output.getvalue()
 
 
 # ---- rows of several tasks in one batch
 
 
-def mixed(document: dict[str, Any], inferred: bool) -> tuple[float, float, int, Any]:
-    """After a run, taken up again: a batch with rows of all tasks against batches of one task each."""
+def compare_mixed_batch(document: dict[str, Any], inferred: bool) -> tuple[float, float, int, Any]:
+    """After a run is restored: compare a batch with rows of all tasks with one batch per task."""
     run(document)
     recipe = resolve_recipe(document)
     setup = build_setup(recipe)
@@ -605,49 +636,49 @@ def mixed(document: dict[str, Any], inferred: bool) -> tuple[float, float, int, 
     names = [task_data.task.name for task_data in setup.tasks]
     prompts = [task_data.eval_set.prompt_ids[i] for i in range(3) for task_data in setup.tasks]
 
-    def answering(batch: PromptBatch, told: list[str]) -> Any:
-        slots = [method.experts.get_slot(name) for name in told]
+    def inference(batch: PromptBatch, task_names: list[str]) -> Any:
+        slots = [method.experts.get_slot(name) for name in task_names]
         return method.inference_context(batch) if inferred else method.routing.use_slots(slots, method.template)
 
-    def asked(rows: list[int]) -> tuple[torch.Tensor, Any, Any]:
+    def answer_rows(rows: list[int]) -> tuple[torch.Tensor, Any, Any]:
         batch = collate_prompts([prompts[r] for r in rows], pad, setup.tasks[0].bos_id)
-        told = [names[r % len(names)] for r in rows]
-        with answering(batch, told) as routes:
+        task_names = [names[r % len(names)] for r in rows]
+        with inference(batch, task_names) as routes:
             answer = module(batch.input_ids, batch.attention_mask, batch.position_ids).logits[:, -1]
-        with answering(batch, told):
+        with inference(batch, task_names):
             return answer, routes, generation.generate(module, batch, 4, -1, pad)
 
     with torch.no_grad():
-        answers, routes, tokens = asked(list(range(9)))
+        answers, routes, tokens = answer_rows(list(range(9)))
         batch = collate_prompts(prompts, pad, setup.tasks[0].bos_id)
-        bare = module(batch.input_ids, batch.attention_mask, batch.position_ids).logits[:, -1]
+        base_answers = module(batch.input_ids, batch.attention_mask, batch.position_ids).logits[:, -1]
         error, different = 0.0, 0
         for task in range(3):
             rows = list(range(task, 9, 3))
-            alone, own_routes, own_tokens = asked(rows)
+            alone, own_routes, own_tokens = answer_rows(rows)
             error = max(error, float((alone - answers[rows]).abs().max()))
             different += own_tokens != [tokens[r] for r in rows]
             different += inferred and own_routes != [routes[r] for r in rows]
-        effect = min(float((bare - answers)[row].abs().max()) for row in range(9))
+        effect = min(float((base_answers - answers)[row].abs().max()) for row in range(9))
     engine.close()
     return error, effect, different, routes
 
 
 @pytest.mark.parametrize(
     ("stage", "masks", "inference"),
-    [(0, "element", KEY), (1, "rank1", {}), (2, "element", GIVEN), pytest.param(3, "rank1", KEY, marks=EXHAUSTIVE)],
+    [(0, "element", KEY), (1, "rank1", {}), (2, "element", ORACLE), pytest.param(3, "rank1", KEY, marks=EXHAUSTIVE)],
 )
 def test_a_batch_of_all_tasks_equals_a_batch_of_each(
     ranks: Any, tasks: Path, stage: int, masks: str, inference: dict[str, Any]
 ) -> None:
     document = recipe(tasks, f"mixed{stage}", stage, tune={"masks": masks}, **inference)
-    for error, effect, different, routes in ranks(2)(mixed, document, inference is not GIVEN):
+    for error, effect, different, routes in ranks(2)(compare_mixed_batch, document, inference is not ORACLE):
         assert error <= 1e-5
         assert effect > 1e-3  # the sub-experts of every row do something
         assert different == 0
-        if inference is not GIVEN:
-            right = sum(route == task for route, task in zip(routes, list(SIZES) * 3, strict=True))
-            assert right >= 7, routes
+        if inference is not ORACLE:
+            num_correct = sum(route == task for route, task in zip(routes, list(SIZES) * 3, strict=True))
+            assert num_correct >= 7, routes
 
 
 # ---- a kill anywhere
@@ -656,17 +687,17 @@ def test_a_batch_of_all_tasks_equals_a_batch_of_each(
 PLACES: dict[str, Any] = {
     "begin": (Moses, "begin_task"),
     "step": (Engine, "step"),
-    "freeze": (SubExpertBank, "freeze_task_params"),  # nothing of it is anywhere but in memory
+    "freeze": (SubExpertBank, "freeze_task_params"),  # the frozen parameters are only in memory
     "end": (Moses, "end_task"),
     "ended": (training_run.Observer, "log_task_summary"),  # the task's last record stands in metrics.jsonl
-    "write": (moses, "write_task_masks"),  # the task's masks are written, and nothing else of it
-    "left": (Checkpoints, "write_task_artifacts"),  # all that it leaves is written, and no checkpoint knows
+    "write": (moses, "write_task_masks"),  # only the task's masks are written
+    "left": (Checkpoints, "write_task_artifacts"),  # all artifacts are written, but no checkpoint lists them
     "save": (Checkpoints, "save"),
 }
 
 
 def killed_around(document: dict[str, Any], deaths: list[tuple[str, int]]) -> None:
-    killed_after(document, deaths, PLACES)
+    run_killed_after(document, deaths, PLACES)
 
 
 AROUND = [("begin", 1), ("step", 2), ("freeze", 1), ("end", 1), ("left", 1), ("save", 1), ("begin", 1), ("left", 1)]
@@ -680,14 +711,15 @@ ANYWHERE = [("step", 2), ("take", 1), ("shares", 2), ("save", 2), ("gather", 2)]
     [
         (2, 0, {"tune": {"masks": "element", "top_k": 1}}, killed_around, AROUND),
         (2, 3, KEY, killed_around, AROUND),
-        (1, 2, {"tune": {"masks": "element"}, **GIVEN}, killed_around, BETWEEN),
+        (1, 2, {"tune": {"masks": "element"}, **ORACLE}, killed_around, BETWEEN),
         (2, 1, {"tune": {"dropout": 0.2, "gate": "uniform"}}, run_until, ANYWHERE),
     ],
 )
 def test_a_run_that_died_ends_as_one_that_did_not(
     ranks: Any, tasks: Path, world: int, stage: int, method: dict[str, Any], killed: Callable[..., None], deaths: Any
 ) -> None:
-    """The same metrics, scores, checkpoint and files, so that nothing is frozen twice; experts are added meanwhile."""
+    """The metrics, scores, checkpoint and artifacts are the same, so nothing is frozen twice. Experts are added on the
+    way."""
     whole, died = (recipe(tasks, f"{kind}{world}{stage}", stage, True, **method) for kind in ("whole", "died"))
     for document in (whole, died):
         document["evaluate"] |= {"oracle_task_id": method.get("router") != "oracle", "every": 1}
@@ -696,52 +728,56 @@ def test_a_run_that_died_ends_as_one_that_did_not(
     ranks(world)(run, whole)
     ranks(world)(killed, died, deaths)
     first, second = Path(whole["run_dir"]), Path(died["run_dir"])
-    assert outcome(second) == outcome(first)
-    assert left(second) == left(first)
-    num_experts = [int(next(iter(task_masks_of(first, task).layers.values()))["expert_mask"].sum()) for task in SIZES]
+    assert run_outcome(second) == run_outcome(first)
+    assert artifact_checksums(second) == artifact_checksums(first)
+    num_experts = [int(next(iter(read_masks(first, task).layers.values()))["expert_mask"].sum()) for task in SIZES]
     assert num_experts[-1] > num_experts[0] == 2
     check_records(second)
-    assert shown(second) == shown(first)
+    assert tensorboard_events(second) == tensorboard_events(first)
 
 
-def task_masks_of(run_dir: Path, task: str) -> Any:
+def read_masks(run_dir: Path, task: str) -> Any:
     return read_task_masks(run_dir / "experts" / f"{task}.safetensors")
 
 
-NUMBERS = {
+CAPACITY_METRICS = {
     "capacity_bytes", "capacity_share", "lora_per_task_bytes", "parameters_bytes", "masks_bytes", "routers_bytes",
     "num_experts",
 }  # fmt: skip
 
 
 def check_records(run_dir: Path) -> None:
-    """Each step once; what a task comes to in the record of its last step, and nowhere else."""
-    records = metrics(run_dir)
+    """Each step has one record. Only the record of a task's last step has the capacity metrics."""
+    records = read_metrics(run_dir)
     assert [record["step"] for record in records] == list(range(1, 11))
-    held = [record for record in records if set(record) & NUMBERS]
-    assert [(record["step"], record["task"]) for record in held] == [(4, "colour"), (7, "animal"), (10, "weather")]
+    with_capacity = [record for record in records if set(record) & CAPACITY_METRICS]
+    assert [(record["step"], record["task"]) for record in with_capacity] == [
+        (4, "colour"),
+        (7, "animal"),
+        (10, "weather"),
+    ]
     for record in records:
         assert set(record) >= {"step", "task", "loss", "lr", "grad_norm", "tokens"}
     raw = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert all("tokens_per_s" in record for record in raw)
     sizes: Counter[str] = Counter()
-    for record in held:
-        assert set(record) >= NUMBERS
-        sizes.update(task_masks_of(run_dir, record["task"]).byte_sizes())
+    for record in with_capacity:
+        assert set(record) >= CAPACITY_METRICS
+        sizes.update(read_masks(run_dir, record["task"]).byte_sizes())
         assert {kind: record[f"{kind}_bytes"] for kind in sizes} == dict(sizes)
-        stored = yaml.safe_load((run_dir / "recipe.yaml").read_text())
-        keys = record["router_bytes"] if stored["method"]["router"]["name"] == "key" else 0
+        recipe_yaml = yaml.safe_load((run_dir / "recipe.yaml").read_text())
+        keys = record["router_bytes"] if recipe_yaml["method"]["router"]["name"] == "key" else 0
         assert record["capacity_bytes"] == sum(sizes.values()) + keys
 
 
-def shown(run_dir: Path) -> tuple[dict[int, float], list[int]]:
-    """In TensorBoard: the curve of what is taken, and the steps of the pictures of what masks share."""
+def tensorboard_events(run_dir: Path) -> tuple[dict[int, float], list[int]]:
+    """TensorBoard's curve of the capacity, and the steps of the pictures of mask overlaps."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     limits = {"scalars": 0, "images": 0, "tensors": 0}
     events = accumulator.EventAccumulator(str(run_dir / "tensorboard"), size_guidance=limits).Reload()
     curve = {event.step: event.value for event in events.Scalars("task/capacity_bytes")}
     assert sorted(curve) == [4, 7, 10]
-    for record in metrics(run_dir):
+    for record in read_metrics(run_dir):
         if "capacity_bytes" in record:
             assert curve[record["step"]] == record["capacity_bytes"]
     (picture,) = [tag for tag in events.Tags()["images"] if tag.startswith("task/masks")]
@@ -760,15 +796,15 @@ def test_another_number_of_ranks_goes_on(ranks: Any, tasks: Path, before: int, a
     ranks(before)(run_until_killed, moved, 7)  # the second task's last step, after a checkpoint within it
     ranks(after)(run, moved)
     first, second = Path(whole["run_dir"]), Path(moved["run_dir"])
-    wanted, got = metrics(first), metrics(second)
-    assert [record["step"] for record in got] == [record["step"] for record in wanted]
-    assert [record["loss"] for record in got] == pytest.approx([record["loss"] for record in wanted], rel=1e-4)
-    assert [record.get("capacity_bytes") for record in got] == [record.get("capacity_bytes") for record in wanted]
+    expected, changed = read_metrics(first), read_metrics(second)
+    assert [record["step"] for record in changed] == [record["step"] for record in expected]
+    assert [record["loss"] for record in changed] == pytest.approx([record["loss"] for record in expected], rel=1e-4)
+    assert [record.get("capacity_bytes") for record in changed] == [record.get("capacity_bytes") for record in expected]
     check_records(second)
     for task in SIZES:
-        for layer, kept in task_masks_of(first, task).layers.items():
-            other = task_masks_of(second, task).layers[layer]
-            for name, tensor in kept.items():
+        for layer, layer_masks in read_masks(first, task).layers.items():
+            other = read_masks(second, task).layers[layer]
+            for name, tensor in layer_masks.items():
                 assert torch.equal(tensor, other[name]) if "mask" in name else tensor.shape == other[name].shape
 
 
@@ -779,39 +815,39 @@ def damage(path: Path) -> None:
 
 
 def test_a_damaged_task_is_learnt_again_where_a_checkpoint_of_before_is_there(ranks: Any, tasks: Path) -> None:
-    lost, kept = (recipe(tasks, name) for name in ("intact", "damaged"))
-    ranks(2)(run, lost)
-    kept["checkpoint"]["keep"] = 99
-    ranks(2)(run, kept)
+    intact, damaged = (recipe(tasks, name) for name in ("intact", "damaged"))
+    ranks(2)(run, intact)
+    damaged["checkpoint"]["keep"] = 99
+    ranks(2)(run, damaged)
     damage(tasks / "damaged" / "experts" / "animal.safetensors")
     (tasks / "damaged" / "scores.json").unlink()
-    ranks(2)(run, kept)
-    assert left(tasks / "damaged") == left(tasks / "intact")
+    ranks(2)(run, damaged)
+    assert artifact_checksums(tasks / "damaged") == artifact_checksums(tasks / "intact")
     (tasks / "intact" / "experts" / "weather.safetensors").unlink()
     (tasks / "intact" / "scores.json").unlink()
     damage(tasks / "intact" / "experts" / "colour.safetensors")
-    for kind, told in ranks(2)(failing, lost):
+    for kind, message in ranks(2)(run_error, intact):
         assert kind == "ExternalFailure"
-        assert "experts/" in told
-        assert "restore that file, or remove the run's folder" in told
-        assert "\n" not in told
+        assert "experts/" in message
+        assert "restore that file, or remove the run's folder" in message
+        assert "\n" not in message
 
 
 # ---- a stream for which there is too little room
 
 
-def status(document: dict[str, Any]) -> tuple[int, str]:
-    """Of the program, and the line in which it says why."""
-    said: list[str] = []
+def exit_status_and_message(document: dict[str, Any]) -> tuple[int, str]:
+    """The exit status of the program, and its error message."""
+    error_lines: list[str] = []
 
-    def work() -> int:
+    def train() -> int:
         run(document)
         return 0
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(app, "report_exit", lambda _status, text: said.append(text))
-        code = app.run_with_error_report(work)
-    return code, "".join(said)
+        patch.setattr(app, "report_exit", lambda _status, text: error_lines.append(text))
+        code = app.run_with_error_report(train)
+    return code, "".join(error_lines)
 
 
 @pytest.mark.parametrize(("masks", "world"), [("rank1", 2), ("element", 1)])
@@ -820,61 +856,66 @@ def test_a_task_without_room_is_refused_and_another_policy_goes_on(
 ) -> None:
     name = f"full-{masks}"
     document = recipe(tasks, name, tune={"masks": masks, "on_full": "stop"})
-    for code, told in ranks(world)(status, document):
+    for code, message in ranks(world)(exit_status_and_message, document):
         assert code == 2
-        assert "task animal needs" in told
-        assert "method.tune.on_full=reuse" in told
-        assert "\n" not in told
+        assert "task animal needs" in message
+        assert "method.tune.on_full=reuse" in message
+        assert "\n" not in message
     assert sorted(p.stem for p in (tasks / name / "experts").iterdir()) == ["colour"]
-    assert [record["task"] for record in metrics(tasks / name)] == ["colour"] * 4
+    assert [record["task"] for record in read_metrics(tasks / name)] == ["colour"] * 4
     for policy in ("reuse", "grow"):
-        there = Path(shutil.copytree(tasks / name, tasks / f"{name}-{policy}"))
-        going_on = recipe(tasks, there.name, tune={"masks": masks, "on_full": policy})
-        ranks(world)(run, going_on)
-        ranks(world)(run, recipe(tasks, f"{there.name}-whole", tune={"masks": masks, "on_full": policy}))
-        assert outcome(there) == outcome(tasks / f"{there.name}-whole")
-        assert left(there) == left(tasks / f"{there.name}-whole")
-    used = [record["capacity_share"] for record in metrics(tasks / f"{name}-reuse") if "capacity_share" in record]
+        run_dir = Path(shutil.copytree(tasks / name, tasks / f"{name}-{policy}"))
+        document_with_policy = recipe(tasks, run_dir.name, tune={"masks": masks, "on_full": policy})
+        ranks(world)(run, document_with_policy)
+        ranks(world)(run, recipe(tasks, f"{run_dir.name}-whole", tune={"masks": masks, "on_full": policy}))
+        assert run_outcome(run_dir) == run_outcome(tasks / f"{run_dir.name}-whole")
+        assert artifact_checksums(run_dir) == artifact_checksums(tasks / f"{run_dir.name}-whole")
+    used = [record["capacity_share"] for record in read_metrics(tasks / f"{name}-reuse") if "capacity_share" in record]
     assert used == sorted(used)
     assert used[-1] <= 1.0
 
 
 def test_fewer_max_experts_than_the_stream_needs_is_told(ranks: Any, tasks: Path) -> None:
-    for code, told in ranks(1)(status, recipe(tasks, "most", tune={"max_experts": 2})):
+    for code, message in ranks(1)(exit_status_and_message, recipe(tasks, "most", tune={"max_experts": 2})):
         assert code == 2
-        assert "task animal needs" in told
-        assert "a larger method.tune.max_experts" in told
+        assert "task animal needs" in message
+        assert "a larger method.tune.max_experts" in message
 
 
 # ---- with the dense weights, under OSFT's constraint
 
 
-def combined(document: dict[str, Any]) -> tuple[list[str], int, int]:
-    """After a run, on this rank: the dense weights that are no longer the base model's; and of what the tasks' prompts
-    showed of themselves while each was trained, how many entries are others now, of how many. On the way: a task
-    starts from the dense weights as they are, and ends looking at the model with its own sub-experts."""
+def train_dense_and_compare(document: dict[str, Any]) -> tuple[list[str], int, int]:
+    """Run with dense weights under OSFT. Returns for this rank the names of changed dense weights, and how many router
+    features of the training prompts differ from the trained model's, of how many. Checks on the way that a task starts
+    from the current dense weights, and that `end_task` sees the model with the task's own sub-experts."""
     setup = build_setup(resolve_recipe(document))
-    seen: list[tuple[str, dict[int, torch.Tensor], TaskRouter]] = []
-    found: list[Any] = []
-    learn, close, start, end_dense = TaskRouter.add_task, Engine.close, Engine.reset_optimizer, Osft.end_task
+    recorded: list[tuple[str, dict[int, torch.Tensor], TaskRouter]] = []
+    results: list[Any] = []
+    add_task, close, reset_optimizer, end_dense = (
+        TaskRouter.add_task,
+        Engine.close,
+        Engine.reset_optimizer,
+        Osft.end_task,
+    )
 
-    def starting_over(self: Engine, read: Any) -> None:
-        before = {f.name: f.master.clone() for f in self.shards.local_shards() if dense(f.name)}
-        start(self, read)
-        assert all(torch.equal(f.master, before[f.name]) for f in self.shards.local_shards() if dense(f.name))
+    def reset_and_compare(self: Engine, read: Any) -> None:
+        before = {f.name: f.master.clone() for f in self.shards.local_shards() if is_dense_weight(f.name)}
+        reset_optimizer(self, read)
+        assert all(torch.equal(f.master, before[f.name]) for f in self.shards.local_shards() if is_dense_weight(f.name))
 
-    def ending(self: Osft, *a: Any) -> Any:
-        rows = seen[-1][2].routing.assignment
+    def check_and_end_task(self: Osft, *a: Any) -> Any:
+        rows = recorded[-1][2].routing.assignment
         assert rows is not None
-        assert rows.slots == (len(seen) - 1,)
+        assert rows.slots == (len(recorded) - 1,)
         return end_dense(self, *a)
 
-    def learning(self: TaskRouter, name: str, of: Any) -> str:
+    def record_and_add_task(self: TaskRouter, name: str, of: Any) -> str:
         rows = self.row_state_dict()
-        seen.append((name, dict(zip(rows["samples"].tolist(), rows["features"].clone(), strict=True)), self))
-        return learn(self, name, of)
+        recorded.append((name, dict(zip(rows["samples"].tolist(), rows["features"].clone(), strict=True)), self))
+        return add_task(self, name, of)
 
-    def closing(self: Engine) -> None:
+    def compare_and_close(self: Engine) -> None:
         changed, differing, total = [], 0, 0
         for name, parameter in self.module.eval().named_parameters():
             with gathered(parameter):
@@ -882,7 +923,7 @@ def combined(document: dict[str, Any]) -> tuple[list[str], int, int]:
                 if name.endswith((".weight", ".bias")):
                     base_values = setup.backbone.weights.read(name, parameter.shape, 0, len(values))
                     changed += [] if torch.equal(values, base_values) else [name]
-        for name, rows, task_router in seen:
+        for name, rows, task_router in recorded:
             (task_data,) = (task_data for task_data in setup.tasks if task_data.task.name == name)
             samples = sorted(rows)
             for at in range(max(comm.all_gather_objects(len(samples)))):  # every rank asks equally often
@@ -890,23 +931,26 @@ def combined(document: dict[str, Any]) -> tuple[list[str], int, int]:
                 batch = collate_prompts([task_data.dataset[sample][0]], task_data.pad_id, task_data.bos_id)
                 with torch.no_grad(), task_router.routing.capture_features(batch.prompt_spans) as pooled:
                     self.module(batch.input_ids, batch.attention_mask, batch.position_ids)
-                served = task_router.router.quantize(pooled())[0]
-                differing, total = differing + int((served != rows[sample]).sum()), total + served.numel()
-        found.append((changed, differing, total))
+                serving_features = task_router.router.quantize(pooled())[0]
+                differing, total = (
+                    differing + int((serving_features != rows[sample]).sum()),
+                    total + serving_features.numel(),
+                )
+        results.append((changed, differing, total))
         close(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TaskRouter, "add_task", learning)
-        patch.setattr(Engine, "close", closing)
-        patch.setattr(Engine, "reset_optimizer", starting_over)
-        patch.setattr(Osft, "end_task", ending)
+        patch.setattr(TaskRouter, "add_task", record_and_add_task)
+        patch.setattr(Engine, "close", compare_and_close)
+        patch.setattr(Engine, "reset_optimizer", reset_and_compare)
+        patch.setattr(Osft, "end_task", check_and_end_task)
         run(document)
-    (result,) = found
-    assert len(seen) == len(SIZES)
+    (result,) = results
+    assert len(recorded) == len(SIZES)
     return result  # type: ignore[no-any-return]
 
 
-def dense(name: str) -> bool:
+def is_dense_weight(name: str) -> bool:
     return name.startswith("model.layers.1.") and name.endswith("_proj.weight")
 
 
@@ -914,24 +958,26 @@ def dense(name: str) -> bool:
 def test_with_dense_weights_the_constraint_holds_and_features_stay(ranks: Any, tasks: Path, stage: int) -> None:
     document = recipe(tasks, f"dense{stage}", stage, **DENSE)
     document["checkpoint"]["keep"] = 99
-    for changed, differing, total in ranks(2)(quick, combined, document):
+    for changed, differing, total in ranks(2)(with_few_texts, train_dense_and_compare, document):
         assert len(changed) == 7
-        assert all(map(dense, changed))
+        assert all(map(is_dense_weight, changed))
         assert total > 10 * 32
         assert differing <= 1e-3 * total  # prompts alone and in batches may differ in a last bit
     folders = sorted((tasks / f"dense{stage}" / "checkpoints").glob("*-learned"))
-    learned = [stored(folder) for folder in folders]
+    learned = [read_checkpoint_tensors(folder) for folder in folders]
     assert len(learned) == len(SIZES)
     final = learned[-1][0]
     for weights, owned in learned:
-        kept = of_matrices(owned)
-        assert sorted(kept) == sorted(filter(dense, weights))
-        assert len(kept) == 7
-        for name, tensors in kept.items():
-            assert excess("input", weights[name], tensors) <= 1e-6
-            assert excess("input", final[name], tensors) <= 1e-6  # also after the tasks to come
+        by_matrix = group_by_matrix(owned)
+        assert sorted(by_matrix) == sorted(filter(is_dense_weight, weights))
+        assert len(by_matrix) == 7
+        for name, subspace in by_matrix.items():
+            assert constraint_error("input", weights[name], subspace) <= 1e-6
+            assert constraint_error("input", final[name], subspace) <= 1e-6  # also after the tasks to come
     (first, owned), (_, later) = learned[:2]
-    assert all((final[name] - first[name]).norm() > 1e-2 * first[name].norm() for name in filter(dense, first))
+    assert all(
+        (final[name] - first[name]).norm() > 1e-2 * first[name].norm() for name in filter(is_dense_weight, first)
+    )
     assert any(later[name].shape != tensor.shape for name, tensor in owned.items())  # tasks protect what they use
 
 
@@ -943,21 +989,21 @@ def test_with_dense_weights_a_run_that_died_ends_as_one_that_did_not(
     ranks: Any, tasks: Path, stage: int, method: dict[str, Any]
 ) -> None:
     whole, died = (recipe(tasks, f"dense-{kind}{stage}", stage, True, **method, **DENSE) for kind in ("whole", "died"))
-    ranks(2)(quick, run, whole)
+    ranks(2)(with_few_texts, run, whole)
     deaths = [("begin", 1), ("freeze", 1), ("end", 1), ("left", 2), ("step", 1)]
-    ranks(2)(quick, killed_around, died, deaths)
+    ranks(2)(with_few_texts, killed_around, died, deaths)
     first, second = Path(whole["run_dir"]), Path(died["run_dir"])
-    assert outcome(second) == outcome(first)
-    assert {"owned-00000.safetensors", "owned-00001.safetensors"} <= set(outcome(first)[-1])
-    assert left(second) == left(first)
+    assert run_outcome(second) == run_outcome(first)
+    assert {"owned-00000.safetensors", "owned-00001.safetensors"} <= set(run_outcome(first)[-1])
+    assert artifact_checksums(second) == artifact_checksums(first)
     check_records(second)
-    assert shown(second) == shown(first)
+    assert tensorboard_events(second) == tensorboard_events(first)
 
 
 def test_dense_weights_go_with_a_task_that_is_given(ranks: Any, tasks: Path) -> None:
-    """Then all layers may train; and what a task was trained to answer does move later."""
-    document = recipe(tasks, "dense-given", 1, tune={"masks": "element"}, **GIVEN, **DENSE)
-    ranks(2)(quick, run, document)
-    assert scores(tasks / "dense-given")["complete"]
-    kept = of_matrices(stored(max((tasks / "dense-given" / "checkpoints").iterdir()))[1])
-    assert len(kept) == 2 * 7
+    """With the task id known, all layers may train. The answers of a task may change later."""
+    document = recipe(tasks, "dense-given", 1, tune={"masks": "element"}, **ORACLE, **DENSE)
+    ranks(2)(with_few_texts, run, document)
+    assert read_scores(tasks / "dense-given")["complete"]
+    by_matrix = group_by_matrix(read_checkpoint_tensors(max((tasks / "dense-given" / "checkpoints").iterdir()))[1])
+    assert len(by_matrix) == 2 * 7

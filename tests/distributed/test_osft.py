@@ -35,35 +35,44 @@ from dscl.training.checkpoint import Checkpoints
 from dscl.training.setup import build_setup
 from dscl.training.state import TrainState
 from dscl.training.task_context import build_task_context
-from tests.support.moments import felt_moments
+from tests.support.moments import gradient_weighted_moments
 from tests.support.osft_runs import (
-    SEVEN,
-    Stretches,
+    TARGETS,
+    Shards,
     Tensors,
-    checkpoints,
-    excess,
+    checkpoint_dirs,
+    constraint_error,
+    group_by_matrix,
     is_target,
-    leak,
-    of_matrices,
-    quick,
-    stored,
-    worst,
+    max_constraint_error,
+    protected_change_norm,
+    read_checkpoint_tensors,
+    with_few_texts,
 )
 from tests.support.runs import (
-    failing,
-    killed_after,
-    metrics,
-    outcome,
+    read_metrics,
     recipe_of,
     run,
+    run_error,
+    run_killed_after,
     run_listening,
+    run_outcome,
     run_until,
     run_until_killed,
     write_tasks,
 )
-from tests.support.toy_model import OFFLOAD, assemble, backbone, join, masters, micro_batches, summed_loss, targets
-from tests.support.toy_model import rows as samples
-from tests.support.toy_model import whole as gathered
+from tests.support.toy_model import (
+    OFFLOAD,
+    assemble,
+    count_targets,
+    gathered,
+    join_rows,
+    master_shards,
+    micro_batches,
+    sample_rows,
+    summed_loss,
+    toy_backbone,
+)
 
 STEPS = 6
 SHARE = 0.5
@@ -77,7 +86,7 @@ PLAIN = {
 
 
 def rate(step: int) -> float:
-    """Such that the weights change by about their own size."""
+    """A learning rate at which the weights change by about their own norm."""
     return 2e-2 * (1 + step % 3) / 3
 
 
@@ -85,40 +94,42 @@ def rate(step: int) -> float:
 
 
 @dataclass(frozen=True)
-class Dense:
-    """What of a weight may not change: its strongest directions, by a general SVD."""
+class DenseProjector:
+    """Dense projectors on the protected directions of a weight, the strongest ones of its SVD."""
 
     start: torch.Tensor
     right: torch.Tensor  # V Vᵀ
     left: torch.Tensor  # U Uᵀ
 
     @classmethod
-    def of(cls, weight: torch.Tensor) -> Dense:
+    def of(cls, weight: torch.Tensor) -> DenseProjector:
         exact = weight.double()
         left, _, right = torch.linalg.svd(exact)
         left, right = (basis[:, : int(SHARE * min(exact.shape))] for basis in (left, right.T))
         return cls(exact, right @ right.T, left @ left.T)
 
     def free(self, projection: str, change: torch.Tensor) -> torch.Tensor:
-        """What of a change may be."""
-        kept = change - change @ self.right
+        """The allowed part of a change."""
+        input_free = change - change @ self.right
         if projection == "input":
-            return kept
-        return change - self.left @ change @ self.right if projection == "paper" else kept - self.left @ kept
+            return input_free
+        return (
+            change - self.left @ change @ self.right if projection == "paper" else input_free - self.left @ input_free
+        )
 
 
 @functools.cache
 def reference(projection: str, gradients: bool = False) -> tuple[list[float], Tensors]:
-    built = backbone()
+    built = toy_backbone()
     model = built.build()
     load_parameters(model, built.weights.read)
-    constrained = {p: Dense.of(p.detach()) for name, p in model.named_parameters() if is_target(name)}
+    constrained = {p: DenseProjector.of(p.detach()) for name, p in model.named_parameters() if is_target(name)}
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.1, eps=EPS)
     losses = []
     for step in range(STEPS):
-        batch = samples(step)
+        batch = sample_rows(step)
         optimizer.param_groups[0]["lr"] = rate(step)
-        loss = summed_loss(model, join(batch)) / targets(batch)
+        loss = summed_loss(model, join_rows(batch)) / count_targets(batch)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -140,11 +151,13 @@ class Silent:
         pass
 
 
-def begun(stage: int, zero: dict[str, Any], precision: str = "fp32", **keys: Any) -> tuple[Engine, Osft]:
+def build_engine_and_begin(
+    stage: int, zero: dict[str, Any], precision: str = "fp32", **keys: Any
+) -> tuple[Engine, Osft]:
     """An engine with the method's constraint, at the beginning of the first of two tasks."""
     facts = RunInfo(0, ("first", "second"), base_model="", model="", tokenizer="", prompt_limit=0, precision=precision)
     method = Osft(OsftPreset(constraint=OsftConfig(**{**PLAIN, **keys})), facts)
-    built = backbone({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
+    built = toy_backbone({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
     engine = Engine(
         {"zero_optimization": {"stage": stage, **zero}},
         build=built.build,
@@ -162,7 +175,7 @@ def begun(stage: int, zero: dict[str, Any], precision: str = "fp32", **keys: Any
     return engine, method
 
 
-def go(engine: Engine, accumulation: int, steps: int = STEPS) -> list[float]:
+def train_steps(engine: Engine, accumulation: int, steps: int = STEPS) -> list[float]:
     losses = []
     for step in range(steps):
         batches, count = micro_batches(step, accumulation)
@@ -173,64 +186,66 @@ def go(engine: Engine, accumulation: int, steps: int = STEPS) -> list[float]:
 
 @dataclass
 class Result:
-    """Of one rank."""
+    """The result of one rank."""
 
     losses: list[float]
-    start: Stretches
-    weights: Stretches
-    moments: Stretches  # AdamW's first
+    start: Shards
+    weights: Shards
+    moments: Shards  # AdamW's first
     owned: Tensors
 
 
-def trained(
+def train_with_constraint(
     stage: int, zero: dict[str, Any], projection: str, accumulation: int, hold: bool, gradients: bool
 ) -> Result:
-    engine, method = begun(stage, zero, projection=projection, project_gradients=gradients)
+    engine, method = build_engine_and_begin(stage, zero, projection=projection, project_gradients=gradients)
     if not hold:
         method.project_weight = lambda *_: None  # type: ignore[method-assign]
-    start, losses = masters(engine), go(engine, accumulation)
-    moments: Stretches = {}
-    for share in engine.shards.disjoint_shards():
-        moments.setdefault(share.name, []).append((share.start, share.moments["exp_avg"].clone()))
-    result = Result(losses, start, masters(engine), moments, method.matrix_state_dict())
+    start, losses = master_shards(engine), train_steps(engine, accumulation)
+    moments: Shards = {}
+    for shard in engine.shards.disjoint_shards():
+        moments.setdefault(shard.name, []).append((shard.start, shard.moments["exp_avg"].clone()))
+    result = Result(losses, start, master_shards(engine), moments, method.matrix_state_dict())
     engine.close()
     return result
 
 
-def bases(results: list[Result]) -> Tensors:
-    """What all ranks own, which no two of them do."""
-    every = [name for result in results for name in result.owned]
-    assert len(set(every)) == len(every)
+def merge_owned(results: list[Result]) -> Tensors:
+    """The owned tensors of all ranks; no tensor may have two owners."""
+    names = [name for result in results for name in result.owned]
+    assert len(set(names)) == len(names)
     return {name: tensor for result in results for name, tensor in result.owned.items()}
 
 
-def leaks(projection: str, results: list[Result]) -> dict[str, tuple[float, float]]:
-    """Of every target: the protected part of its change against the weight, and of AdamW's first moment."""
-    owned = bases(results)
+def protected_change_norms(projection: str, results: list[Result]) -> dict[str, tuple[float, float]]:
+    """For each target the relative norms of the protected parts of its change and of AdamW's first moment."""
+    owned = merge_owned(results)
     start, weights, moments = (assemble([getattr(r, of) for r in results]) for of in ("start", "weights", "moments"))
-    found = {}
+    norms = {}
     for name in filter(is_target, start):
         right, left = owned[f"{name}|right"], owned[f"{name}|left"]
         shape = len(left), len(right)
         change, moment = (weights[name].double() - start[name].double()).view(shape), moments[name].view(shape)
-        assert change.norm() > 0.1 * start[name].norm()  # there was something to be undone
-        found[name] = (
-            leak(projection, change, right, left) / float(start[name].norm()),
-            leak(projection, moment, right, left) / float(moment.norm()),
+        assert change.norm() > 0.1 * start[name].norm()  # the weight has changed substantially
+        norms[name] = (
+            protected_change_norm(projection, change, right, left) / float(start[name].norm()),
+            protected_change_norm(projection, moment, right, left) / float(moment.norm()),
         )
-    assert len(found) == 2 * len(SEVEN)
-    return found
+    assert len(norms) == 2 * len(TARGETS)
+    return norms
 
 
 def check_parity(results: list[Result], losses: list[float], weights: Tensors) -> None:
     for result in results:
         assert result.losses == pytest.approx(losses, rel=1e-5)
-    found = assemble([result.weights for result in results])
-    assert sorted(found) == sorted(weights)
-    for name, values in found.items():
+    merged = assemble([result.weights for result in results])
+    assert sorted(merged) == sorted(weights)
+    for name, values in merged.items():
         assert (values - weights[name].flatten()).norm() <= 1e-5 * weights[name].norm(), name
-    got, expected = (torch.cat([of[name].flatten() for name in sorted(found)]) for of in (found, weights))
-    assert (got - expected).norm() <= 2e-6 * expected.norm()
+    joined, expected_joined = (
+        torch.cat([tensors[name].flatten() for name in sorted(merged)]) for tensors in (merged, weights)
+    )
+    assert (joined - expected_joined).norm() <= 2e-6 * expected_joined.norm()
 
 
 SMALL = {"sub_group_size": 5000, "stage3_param_persistence_threshold": 100}
@@ -256,9 +271,9 @@ SETTINGS = [
 def test_steps_equal_plain_torch_with_dense_projectors(
     ranks: Any, world: int, stage: int, zero: dict[str, Any], accumulation: int, projection: str
 ) -> None:
-    results = ranks(world)(trained, stage, zero, projection, accumulation, True, False)
+    results = ranks(world)(train_with_constraint, stage, zero, projection, accumulation, True, False)
     check_parity(results, *reference(projection))
-    for name, (of_weight, _) in leaks(projection, results).items():
+    for name, (of_weight, _) in protected_change_norms(projection, results).items():
         assert of_weight <= 1e-6, name
 
 
@@ -281,9 +296,9 @@ def test_steps_equal_plain_torch_with_dense_projectors(
 def test_the_optimizer_keeps_nothing_of_projected_gradients(
     ranks: Any, stage: int, zero: dict[str, Any], projection: str
 ) -> None:
-    results = ranks(2)(trained, stage, zero, projection, 1, True, True)
+    results = ranks(2)(train_with_constraint, stage, zero, projection, 1, True, True)
     check_parity(results, *reference(projection, gradients=True))
-    for name, (of_weight, of_moment) in leaks(projection, results).items():
+    for name, (of_weight, of_moment) in protected_change_norms(projection, results).items():
         assert max(of_weight, of_moment) <= 1e-6, name
 
 
@@ -301,73 +316,79 @@ def test_without_the_projection_it_would_be_noticed(
     ranks: Any, stage: int, zero: dict[str, Any], projection: str
 ) -> None:
     """Projected gradients alone are no constraint: AdamW's scaling and weight decay leave the subspace."""
-    held = leaks(projection, ranks(2)(trained, stage, zero, projection, 1, True, False))
-    assert min(of_moment for _, of_moment in held.values()) > 1e-2
+    projected = protected_change_norms(
+        projection, ranks(2)(train_with_constraint, stage, zero, projection, 1, True, False)
+    )
+    assert min(of_moment for _, of_moment in projected.values()) > 1e-2
     for gradients in (False, True):
-        free = leaks(projection, ranks(2)(trained, stage, zero, projection, 1, False, gradients))
-        for name in held:
-            assert free[name][0] > 1e3 * held[name][0], name
+        unprojected = protected_change_norms(
+            projection, ranks(2)(train_with_constraint, stage, zero, projection, 1, False, gradients)
+        )
+        for name in projected:
+            assert unprojected[name][0] > 1e3 * projected[name][0], name
 
 
-def low_precision(stage: int, zero: dict[str, Any]) -> tuple[bool, Result]:
+def train_in_bf16(stage: int, zero: dict[str, Any]) -> tuple[bool, Result]:
     """Whether the model's bf16 weights are the rounded masters on this rank, after two steps."""
-    engine, method = begun(stage, zero, "bf16", projection="input", project_gradients=True)
-    start, losses = masters(engine), go(engine, 1, 2)
-    found = masters(engine)
-    whole, same = assemble(comm.all_gather_objects(found)), True
+    engine, method = build_engine_and_begin(stage, zero, "bf16", projection="input", project_gradients=True)
+    start, losses = master_shards(engine), train_steps(engine, 1, 2)
+    shards = master_shards(engine)
+    full_weights, is_equal = assemble(comm.all_gather_objects(shards)), True
     for name, parameter in engine.module.named_parameters():
         with gathered(parameter):
-            same &= torch.equal(parameter.detach().flatten(), whole[name].bfloat16())
-    result = Result(losses, start, found, found, method.matrix_state_dict())
+            is_equal &= torch.equal(parameter.detach().flatten(), full_weights[name].bfloat16())
+    result = Result(losses, start, shards, shards, method.matrix_state_dict())
     engine.close()
-    return same, result
+    return is_equal, result
 
 
-def left_out(stage: int, zero: dict[str, Any]) -> tuple[Stretches, Stretches, Stretches, Tensors]:
-    """Steps without a projection, and then one that should make it but is left out, its loss being no number: the
-    weights at the start, before the last step and after it."""
-    engine, method = begun(stage, zero, projection="two_sided")
-    start = masters(engine)
+def train_with_skipped_projection(stage: int, zero: dict[str, Any]) -> tuple[Shards, Shards, Shards, Tensors]:
+    """Two steps without projection, then a step with projection that is skipped because its loss is NaN. Returns the
+    weights at the start, before and after the last step, and the owned tensors."""
+    engine, method = build_engine_and_begin(stage, zero, projection="two_sided")
+    start = master_shards(engine)
     for step, hold in enumerate((False, False, True)):
         batches, count = micro_batches(step, 1)
         loss = (lambda m, t: summed_loss(m, t) * math.nan) if hold else summed_loss
         if hold:
-            off = {name: [(at, values.clone()) for at, values in of] for name, of in masters(engine).items()}
+            unprojected = {
+                name: [(at, values.clone()) for at, values in of] for name, of in master_shards(engine).items()
+            }
         engine.step(loss, batches, targets=count, lr=rate(step), skip_non_finite=True, project=hold)
-    end, owned = masters(engine), method.matrix_state_dict()
+    end, owned = master_shards(engine), method.matrix_state_dict()
     engine.close()
-    return start, off, end, owned
+    return start, unprojected, end, owned
 
 
 @pytest.mark.parametrize(("stage", "zero"), [pytest.param(0, {}, marks=EXHAUSTIVE), (1, {}), (3, SMALL)])
 def test_a_step_that_is_left_out_still_brings_the_weights_back(ranks: Any, stage: int, zero: dict[str, Any]) -> None:
-    results = ranks(2)(left_out, stage, zero)
-    before, off, after = (assemble([result[place] for result in results]) for place in range(3))
-    owned = {name: tensor for *_, kept in results for name, tensor in kept.items()}
+    results = ranks(2)(train_with_skipped_projection, stage, zero)
+    before, unprojected, after = (assemble([result[place] for result in results]) for place in range(3))
+    owned = {name: tensor for *_, rank_owned in results for name, tensor in rank_owned.items()}
     for name in filter(is_target, before):
         right, left = owned[f"{name}|right"], owned[f"{name}|left"]
         change = (after[name] - before[name]).view(len(left), len(right))
         assert change.norm() > 1e-2 * after[name].norm()
-        assert leak("two_sided", change, right, left) <= 1e-6 * float(after[name].norm())
-        loose = (off[name] - before[name]).view(len(left), len(right))
-        assert leak("two_sided", loose, right, left) > 1e-4 * float(after[name].norm())
+        assert protected_change_norm("two_sided", change, right, left) <= 1e-6 * float(after[name].norm())
+        unprojected_change = (unprojected[name] - before[name]).view(len(left), len(right))
+        assert protected_change_norm("two_sided", unprojected_change, right, left) > 1e-4 * float(after[name].norm())
 
 
 @pytest.mark.parametrize(("stage", "zero"), [(0, {}), (1, {}), (2, OFFLOAD), (3, SMALL)])
 def test_bf16_weights_are_the_rounded_masters(ranks: Any, stage: int, zero: dict[str, Any]) -> None:
-    told = ranks(2)(low_precision, stage, zero)
-    assert all(same for same, _ in told)
-    assert max(of for of, _ in leaks("input", [result for _, result in told]).values()) <= 1e-6
+    results = ranks(2)(train_in_bf16, stage, zero)
+    assert all(is_equal for is_equal, _ in results)
+    assert max(norm for norm, _ in protected_change_norms("input", [result for _, result in results]).values()) <= 1e-6
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=EXHAUSTIVE)])
 def test_each_rank_keeps_its_own_bases_alone(ranks: Any, world: int) -> None:
-    results = ranks(world)(trained, 3, {}, "two_sided", 1, True, False)
-    owned = bases(results)
+    results = ranks(world)(train_with_constraint, 3, {}, "two_sided", 1, True, False)
+    owned = merge_owned(results)
     shapes = {
         n.split("|")[0]: (len(owned[f"{n.split('|')[0]}|left"]), len(t)) for n, t in owned.items() if "|right" in n
     }
-    assert len(shapes) == 2 * len(SEVEN)
+    assert len(shapes) == 2 * len(TARGETS)
     owners = assign_owners(
         {name: float(rows * columns * min(rows, columns)) for name, (rows, columns) in shapes.items()}, world
     )
@@ -396,7 +417,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe(folder: Path, name: str, stage: int, keep: int = 2, evaluate: int = 3, **keys: Any) -> dict[str, Any]:
-    """Of 5, 4 and 5 steps; evaluated after every third task, the last."""
+    """A recipe of three tasks (5, 4 and 5 steps), evaluated after the last one unless `evaluate` says otherwise."""
     document = recipe_of(folder, name, stage, train__epochs=1, train__lr=2e-2, train__weight_decay=0.1)
     document["method"] = {"name": "osft", "constraint": {**BASIC, **keys}}
     document["stream"] = [{"name": name, "path": str(folder / path)} for name, path in NAMES.items()]
@@ -413,7 +434,7 @@ def completed_run(ranks: Any) -> Callable[[dict[str, Any]], Path]:
     def get(document: dict[str, Any]) -> Path:
         key = json.dumps({name: value for name, value in document.items() if name != "run_dir"}, sort_keys=True)
         if key not in folders:
-            ranks(2)(quick, run, document)
+            ranks(2)(with_few_texts, run, document)
             folders[key] = Path(document["run_dir"])
         return folders[key]
 
@@ -448,111 +469,120 @@ CHOICES: list[dict[str, Any]] = [
 def test_what_was_protected_once_stays_so(completed_run: Any, tasks: Path, stage: int, choice: int) -> None:
     projection = CHOICES[choice]["projection"]
     run_dir = completed_run(recipe(tasks, f"nested{stage}-{choice}", stage, keep=99, **CHOICES[choice]))
-    learned = [stored(path) for path in checkpoints(run_dir) if path.name.endswith("-learned")]
+    learned = [read_checkpoint_tensors(path) for path in checkpoint_dirs(run_dir) if path.name.endswith("-learned")]
     assert len(learned) == 3
     final = learned[-1][0]
     grown = 0
     for (weights, owned), (_, later) in itertools.pairwise(learned):
-        assert worst(projection, weights, owned) <= 1e-6
-        assert worst(projection, final, owned) <= 1e-6
+        assert max_constraint_error(projection, weights, owned) <= 1e-6
+        assert max_constraint_error(projection, final, owned) <= 1e-6
         for name, tensor in owned.items():
             assert torch.equal(later[name][tuple(map(slice, tensor.shape))], tensor), name
         grown += sum(later[name].shape != tensor.shape for name, tensor in owned.items() if name.endswith("|right"))
         assert any((final[name] - weights[name]).norm() > 0.1 * weights[name].norm() for name in weights)
-    assert grown >= len(SEVEN)
+    assert grown >= len(TARGETS)
 
 
-def outputs(document: dict[str, Any], weights: list[Tensors], owned: Tensors) -> tuple[float, float]:
-    """Of the first task's own inputs of every target, under the first and the last of these weights: how much what the
-    layer answers to their protected parts differs, at most, and what it answers to all of them, at least."""
+def output_changes(document: dict[str, Any], weights: list[Tensors], owned: Tensors) -> tuple[float, float]:
+    """The relative output changes of the target layers between the first and the last weights, on inputs of the first
+    task: the largest for the protected parts of the inputs, and the smallest for the complete inputs."""
     setup = build_setup(resolve_recipe(document))
     model = setup.backbone.build()
     load_parameters(
         model, lambda name, shape, start, stop: weights[0].get(name, setup.backbone.weights.read(name, shape, 0, stop))
     )
-    inputs: Tensors = {}
+    layer_inputs: Tensors = {}
     modules = dict(model.named_modules())
-    for matrix in of_matrices(owned):
-        hook = functools.partial(lambda name, _m, given: inputs.__setitem__(name, given[0].flatten(0, 1)), matrix)
+    for matrix in group_by_matrix(owned):
+        hook = functools.partial(
+            lambda name, _m, inputs: layer_inputs.__setitem__(name, inputs[0].flatten(0, 1)), matrix
+        )
         modules[matrix.removesuffix(".weight")].register_forward_pre_hook(hook)
     protected, whole = 0.0, math.inf
     batch = setup.tasks[0].micro_batches(0)[0]
     with torch.no_grad():
         model(batch.input_ids, batch.attention_mask, batch.position_ids)
-    for matrix, kept in of_matrices(owned).items():
-        given, right = inputs[matrix].double(), kept["right"].double()
-        change = (weights[-1][matrix] - weights[0][matrix]).double().view(len(kept["left"]), len(right))
-        size = given.norm() * weights[0][matrix].norm()
-        protected = max(protected, float((given @ right @ right.T @ change.T).norm() / size))
-        whole = min(whole, float((given @ change.T).norm() / size))
+    for matrix, subspace in group_by_matrix(owned).items():
+        inputs, right = layer_inputs[matrix].double(), subspace["right"].double()
+        change = (weights[-1][matrix] - weights[0][matrix]).double().view(len(subspace["left"]), len(right))
+        size = inputs.norm() * weights[0][matrix].norm()
+        protected = max(protected, float((inputs @ right @ right.T @ change.T).norm() / size))
+        whole = min(whole, float((inputs @ change.T).norm() / size))
     return protected, whole
 
 
 def test_protected_inputs_get_the_same_answers_after_later_tasks(completed_run: Any, tasks: Path) -> None:
     document = recipe(tasks, "answers", 0, keep=99, **CHOICES[0])
-    learned = [stored(path) for path in checkpoints(completed_run(document)) if path.name.endswith("-learned")]
-    protected, whole = outputs(document, [weights for weights, _ in learned], learned[0][1])
+    learned = [
+        read_checkpoint_tensors(path)
+        for path in checkpoint_dirs(completed_run(document))
+        if path.name.endswith("-learned")
+    ]
+    protected, unprotected = output_changes(document, [weights for weights, _ in learned], learned[0][1])
     assert protected <= 1e-6
-    assert whole > 1e-3
+    assert unprotected > 1e-3
 
 
 # ---- projections now and then
 
 
-def watched(document: dict[str, Any]) -> list[tuple[str, float]]:
-    """Run; how far this rank's matrices are from what is fixed of them, after each step and where it counts."""
-    seen: list[tuple[str, float]] = []
+def run_and_record_errors(document: dict[str, Any]) -> list[tuple[str, float]]:
+    """Run; the largest constraint error of this rank's matrices after each step and save, and before each
+    evaluation."""
+    errors: list[tuple[str, float]] = []
     engines: list[Engine] = []
 
-    def look(where: str) -> None:
-        engine, found = engines[-1], [0.0]
+    def record_error(where: str) -> None:
+        engine, matrix_errors = engines[-1], [0.0]
         method = engine.constraint
         assert isinstance(method, Osft)
-        kept = of_matrices(method.matrix_state_dict())
-        engine.apply_on_owners(lambda name, weight: found.append(excess("input", weight, kept[name])))
-        seen.append((where, max(found)))
+        by_matrix = group_by_matrix(method.matrix_state_dict())
+        engine.apply_on_owners(
+            lambda name, weight: matrix_errors.append(constraint_error("input", weight, by_matrix[name]))
+        )
+        errors.append((where, max(matrix_errors)))
 
     with pytest.MonkeyPatch.context() as patch:
         step, save, evaluate_task = Engine.step, Checkpoints.save, evaluation.evaluate_task
 
-        def stepping(self: Engine, *a: Any, **k: Any) -> Any:
+        def step_and_record(self: Engine, *a: Any, **k: Any) -> Any:
             engines.append(self)
             result = step(self, *a, **k)
-            look("step")
+            record_error("step")
             return result
 
-        def saving(self: Checkpoints, *a: Any) -> None:
+        def save_and_record(self: Checkpoints, *a: Any) -> None:
             save(self, *a)
             if engines:
-                look("save")
+                record_error("save")
 
-        def taking(*a: Any) -> Any:
+        def record_and_evaluate(*a: Any) -> Any:
             if engines:
-                look("take")
+                record_error("take")
             return evaluate_task(*a)
 
-        patch.setattr(Engine, "step", stepping)
-        patch.setattr(Checkpoints, "save", saving)
-        patch.setattr(evaluation, "evaluate_task", taking)
+        patch.setattr(Engine, "step", step_and_record)
+        patch.setattr(Checkpoints, "save", save_and_record)
+        patch.setattr(evaluation, "evaluate_task", record_and_evaluate)
         run(document)
-    return seen
+    return errors
 
 
 @pytest.mark.parametrize("stage", [0, pytest.param(2, marks=EXHAUSTIVE), 3])
 def test_between_projections_it_may_be_off_but_never_where_it_counts(ranks: Any, tasks: Path, stage: int) -> None:
     document = recipe(tasks, f"seldom{stage}", stage, keep=99, evaluate=1, project_every=4)
-    results = ranks(2)(quick, watched, document)
-    steps = torch.tensor([[off for where, off in seen if where == "step"] for seen in results]).amax(0).tolist()
+    results = ranks(2)(with_few_texts, run_and_record_errors, document)
+    steps = torch.tensor([[error for where, error in errors if where == "step"] for errors in results]).amax(0).tolist()
     # Tasks of 5, 4 and 5 steps; checkpoints after steps 3, 6 and 12 of all, and after every task.
     assert len(steps) == 14
-    for step, off in enumerate(steps, start=1):
-        assert off <= 1e-6 if step in (3, 4, 5, 6, 9, 12, 13, 14) else off > 1e-4, step
-    for seen in results:
-        others = [(where, off) for where, off in seen if where != "step"]
+    for step, error in enumerate(steps, start=1):
+        assert error <= 1e-6 if step in (3, 4, 5, 6, 9, 12, 13, 14) else error > 1e-4, step
+    for errors in results:
+        others = [(where, error) for where, error in errors if where != "step"]
         assert {where for where, _ in others} == {"save", "take"}
-        assert max(off for _, off in others) <= 1e-6
-    for path in checkpoints(Path(document["run_dir"])):
-        assert worst("input", *stored(path)) <= 1e-6
+        assert max(error for _, error in others) <= 1e-6
+    for path in checkpoint_dirs(Path(document["run_dir"])):
+        assert max_constraint_error("input", *read_checkpoint_tensors(path)) <= 1e-6
 
 
 # ---- restarts
@@ -561,13 +591,13 @@ def test_between_projections_it_may_be_off_but_never_where_it_counts(ranks: Any,
 PLACES = {
     "begin": (Osft, "begin_task"),
     "end": (Osft, "end_task"),
-    "visit": (Engine, "visit"),
+    "visit": (Engine, "apply_on_owners"),
     "step": (Engine, "step"),
 }
 
 
 def killed_around(document: dict[str, Any], deaths: list[tuple[str, int]]) -> None:
-    killed_after(document, deaths, PLACES)
+    run_killed_after(document, deaths, PLACES)
 
 
 ANYWHERE = run_until, [("step", 2), ("save", 3), ("take", 3), ("step", 4), ("shares", 1), ("gather", 2)]
@@ -589,17 +619,17 @@ SHORT = {"on_full": "release_base", "protected_ratio": 0.75, "energy_threshold":
 def test_a_run_that_died_ends_as_one_that_did_not(
     ranks: Any, tasks: Path, stage: int, keys: dict[str, Any], ways: list[Any]
 ) -> None:
-    ranks(2)(quick, run, recipe(tasks, f"whole{stage}", stage, evaluate=1, **keys))
-    expected = outcome(tasks / f"whole{stage}")
+    ranks(2)(with_few_texts, run, recipe(tasks, f"whole{stage}", stage, evaluate=1, **keys))
+    expected = run_outcome(tasks / f"whole{stage}")
     assert {"owned-00000.safetensors", "owned-00001.safetensors"} <= set(expected[-1])
     for number, (killed, deaths) in enumerate(ways):
         name = f"died{stage}-{number}"
-        ranks(2)(quick, killed, recipe(tasks, name, stage, evaluate=1, **keys), deaths)
-        assert outcome(tasks / name) == expected, deaths
+        ranks(2)(with_few_texts, killed, recipe(tasks, name, stage, evaluate=1, **keys), deaths)
+        assert run_outcome(tasks / name) == expected, deaths
 
 
-def slower(document: dict[str, Any]) -> dict[str, Any]:
-    """At a rate at which the last bits, in which numbers of ranks differ, do not grow so fast."""
+def with_lower_rate(document: dict[str, Any]) -> dict[str, Any]:
+    """The recipe with a lower learning rate, so that rounding differences between numbers of ranks grow more slowly."""
     document["train"]["lr"] = 5e-3
     return document
 
@@ -612,39 +642,39 @@ def test_another_number_of_ranks_deals_the_owners_anew(
     ranks: Any, tasks: Path, before: int, after: int, stage: int
 ) -> None:
     if not (tasks / "size-whole").exists():
-        ranks(1)(quick, run, slower(recipe(tasks, "size-whole", 0)))
-    document = slower(recipe(tasks, f"size{before}{after}", stage))
-    ranks(before)(quick, run_until_killed, document, 8)  # in the second task, after a checkpoint within it
-    ranks(after)(quick, run, document)
+        ranks(1)(with_few_texts, run, with_lower_rate(recipe(tasks, "size-whole", 0)))
+    document = with_lower_rate(recipe(tasks, f"size{before}{after}", stage))
+    ranks(before)(with_few_texts, run_until_killed, document, 8)  # in the second task, after a checkpoint within it
+    ranks(after)(with_few_texts, run, document)
     run_dir = Path(document["run_dir"])
-    whole, changed = metrics(tasks / "size-whole"), metrics(run_dir)
+    whole, changed = read_metrics(tasks / "size-whole"), read_metrics(run_dir)
     assert [r["step"] for r in changed] == [r["step"] for r in whole]
     assert [r["loss"] for r in changed] == pytest.approx([r["loss"] for r in whole], rel=1e-5)
-    newest = checkpoints(run_dir)[-1]
+    newest = checkpoint_dirs(run_dir)[-1]
     assert len(list(newest.glob("owned-*"))) == after
-    assert worst("input", *stored(newest)) <= 1e-6
+    assert max_constraint_error("input", *read_checkpoint_tensors(newest)) <= 1e-6
 
 
 def test_damage_to_what_an_owner_kept_is_noticed(ranks: Any, completed_run: Any, tasks: Path) -> None:
     sound = completed_run(recipe(tasks, "sound", 0, keep=99, **CHOICES[0]))
     damaged = recipe(tasks, "damaged", 0, keep=99, **CHOICES[0])
-    ranks(2)(quick, run_until_killed, damaged, 8)
-    older, newer = checkpoints(tasks / "damaged")[-2:]
+    ranks(2)(with_few_texts, run_until_killed, damaged, 8)
+    older, newer = checkpoint_dirs(tasks / "damaged")[-2:]
     path = newer / "owned-00001.safetensors"
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
     path.write_bytes(content)
-    lines = ranks(2)(quick, run_listening, damaged)[0]
+    lines = ranks(2)(with_few_texts, run_listening, damaged)[0]
     assert any(f"{newer.name} is damaged (owned-00001.safetensors does not match its checksum)" in x for x in lines)
     assert any(f"resumed from {older.name}" in line for line in lines)
-    assert outcome(tasks / "damaged") == outcome(sound)
+    assert run_outcome(tasks / "damaged") == run_outcome(sound)
 
 
 # ---- at the edges
 
 
 @pytest.mark.parametrize(
-    ("keys", "told"),
+    ("keys", "expected"),
     [
         (
             {"targets": ["q_proj", "gate"]},
@@ -657,15 +687,15 @@ def test_damage_to_what_an_owner_kept_is_noticed(ranks: Any, completed_run: Any,
         ({"projection": "output"}, "method.constraint.projection: given 'output'"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(ranks: Any, tasks: Path, keys: dict[str, Any], told: str) -> None:
-    for kind, message in ranks(2)(quick, failing, recipe(tasks, "refused", 1, **keys)):
+def test_settings_that_cannot_be_are_refused(ranks: Any, tasks: Path, keys: dict[str, Any], expected: str) -> None:
+    for kind, message in ranks(2)(with_few_texts, run_error, recipe(tasks, "refused", 1, **keys)):
         assert kind == "UserError"
-        assert told in message
+        assert expected in message
         assert "\n" not in message
 
 
-def spoilt(document: dict[str, Any], matrix: str) -> tuple[str, str]:
-    """One element of a weight is not finite from the start."""
+def run_with_infinite_weight(document: dict[str, Any], matrix: str) -> tuple[str, str]:
+    """Run; one element of a weight is infinite from the start."""
     original = RandomWeights.read
 
     def read(self: RandomWeights, name: str, shape: torch.Size, start: int, stop: int) -> torch.Tensor:
@@ -676,11 +706,11 @@ def spoilt(document: dict[str, Any], matrix: str) -> tuple[str, str]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RandomWeights, "read", read)
-        return failing(document)
+        return run_error(document)
 
 
-def exploded(document: dict[str, Any], matrix: str, at: int) -> tuple[str, str]:
-    """After a task's last step a weight is not finite."""
+def run_with_nan_weight(document: dict[str, Any], matrix: str, at: int) -> tuple[str, str]:
+    """Run; one element of a weight is NaN after the `at`-th step."""
     original, calls = Engine.step, [0]
 
     def step(self: Engine, *a: Any, **k: Any) -> Any:
@@ -693,7 +723,7 @@ def exploded(document: dict[str, Any], matrix: str, at: int) -> tuple[str, str]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Engine, "step", step)
-        return failing(document)
+        return run_error(document)
 
 
 @pytest.mark.parametrize(
@@ -708,8 +738,14 @@ def test_a_weight_that_is_not_finite_is_told_in_one_line(ranks: Any, tasks: Path
     matrix = "model.layers.1.mlp.up_proj.weight"
     document = recipe(tasks, f"spoilt{stage}{basis}", stage, protect_base=[basis])
     for results in (
-        ranks(2)(quick, spoilt, document, matrix),
-        ranks(2)(quick, exploded, recipe(tasks, f"exploded{stage}{basis}", stage, protect_base=[basis]), matrix, 5),
+        ranks(2)(with_few_texts, run_with_infinite_weight, document, matrix),
+        ranks(2)(
+            with_few_texts,
+            run_with_nan_weight,
+            recipe(tasks, f"exploded{stage}{basis}", stage, protect_base=[basis]),
+            matrix,
+            5,
+        ),
     ):
         assert results[0] == results[1]
         kind, message = results[0]
@@ -721,13 +757,14 @@ def test_a_weight_that_is_not_finite_is_told_in_one_line(ranks: Any, tasks: Path
 # ---- texts of the model's own
 
 
-def sampled(stage: int, texts: int, length: int) -> list[torch.Tensor]:
-    engine, _ = begun(stage, {})
+def sample_on_rank(stage: int, texts: int, length: int) -> list[torch.Tensor]:
+    engine, _ = build_engine_and_begin(stage, {})
     engine.module.eval()
     with torch.no_grad():
         blocks = sample_texts(engine.module, texts, length, 3, engine.device)
     engine.close()
-    assert all(ids.shape == (TEXTS_PER_BLOCK, length) for ids, _ in blocks)  # also where some or none of them count
+    # Also blocks of which only some or none of the texts count are complete.
+    assert all(ids.shape == (TEXTS_PER_BLOCK, length) for ids, _ in blocks)
     return [ids[:counting] for ids, counting in blocks]
 
 
@@ -742,34 +779,34 @@ def test_the_models_texts_do_not_depend_on_ranks_or_stages(ranks: Any, places: A
     texts = 3 * TEXTS_PER_BLOCK + 5
     expected: torch.Tensor | None = None
     for world, stage in places:
-        blocks = ranks(world)(sampled, stage, texts, 9)
+        blocks = ranks(world)(sample_on_rank, stage, texts, 9)
         assert len({len(of_rank) for of_rank in blocks}) == 1  # equally many passes
-        got = torch.cat([of_rank[number] for number in range(len(blocks[0])) for of_rank in blocks])
-        assert got.shape == (texts, 9)
-        expected = got if expected is None else expected
-        assert torch.equal(got, expected), (world, stage)
+        texts_of_ranks = torch.cat([of_rank[number] for number in range(len(blocks[0])) for of_rank in blocks])
+        assert texts_of_ranks.shape == (texts, 9)
+        expected = texts_of_ranks if expected is None else expected
+        assert torch.equal(texts_of_ranks, expected), (world, stage)
     assert len(set(map(tuple, expected.tolist()))) == texts
 
 
 def test_the_models_texts_follow_its_distribution() -> None:
-    """Pearson's statistic of the second and third tokens against what the model itself says of them."""
-    built = backbone()
+    """Pearson's statistic of the second and third tokens against the model's own probabilities."""
+    built = toy_backbone()
     shape = LlamaConfig(**{**built.hf_config.to_dict(), "vocab_size": 7, "bos_token_id": 3})
     model: Any = dataclasses.replace(built, hf_config=shape).build()
     load_parameters(model, RandomWeights(5, 0.08).read)
     model.eval()
-    said: list[tuple[int, int]] = []
+    progress: list[tuple[int, int]] = []
     with torch.no_grad():
-        blocks = sample_texts(model, 4000, 3, 0, torch.device("cpu"), lambda *done: said.append(done))
+        blocks = sample_texts(model, 4000, 3, 0, torch.device("cpu"), lambda *done: progress.append(done))
         ids = torch.cat([ids[:counting] for ids, counting in blocks])
         expected = model(torch.tensor([[3, token] for token in range(7)])).logits.double().softmax(-1)
     assert ids.shape == (4000, 3)
-    assert said == [(3 * block + token, 3 * len(blocks)) for block in range(len(blocks)) for token in (1, 2)]
+    assert progress == [(3 * block + token, 3 * len(blocks)) for block in range(len(blocks)) for token in (1, 2)]
     assert (ids[:, 0] == 3).all()
     observed = torch.zeros(7, 7, dtype=torch.float64).index_put((ids[:, 1], ids[:, 2]), torch.ones(1).double(), True)
     second = 4000 * expected[0, 0]
     third = observed.sum(1, keepdim=True) * expected[:, 1]
-    assert second.max() > 2 * second.min()  # not what an even draw would give
+    assert second.max() > 2 * second.min()  # not a uniform distribution
     assert float(((observed.sum(1) - second) ** 2 / second).sum()) < 34  # 6 degrees of freedom: one in 100 000
     assert float(((observed - third) ** 2 / third).sum()) < 95  # 42 degrees
 
@@ -777,16 +814,17 @@ def test_the_models_texts_follow_its_distribution() -> None:
 # ---- a look through the model
 
 
-def probed(stage: int, zero: dict[str, Any], accumulation: int) -> tuple[list[float], Tensors]:
-    """Moments that the loss feels, of rows that the ranks share; and the losses of the steps that follow."""
-    engine, method = begun(stage, zero, projection="input")
+def probe_and_train(stage: int, zero: dict[str, Any], accumulation: int) -> tuple[list[float], Tensors]:
+    """Collect gradient-weighted moments over the rows of all ranks, then train; the losses of the steps, and the
+    moments."""
+    engine, method = build_engine_and_begin(stage, zero, projection="input")
     moments = ActivationStats(gradient_weighted=True)
     engine.module.train()
     with moments.collect_stats(engine.module, [name.removesuffix(".weight") for name in method.matrix_costs()]):
-        for toy in samples(0)[comm.rank() :: comm.world_size()]:
+        for toy in sample_rows(0)[comm.rank() :: comm.world_size()]:
             engine.probe_activations(functools.partial(summed_loss, toy=toy), True)
     assert engine.module.training
-    losses = go(engine, accumulation)
+    losses = train_steps(engine, accumulation)
     engine.close()
     return losses, {layer: comm.all_reduce_sum(moments.sums[layer]) for layer in sorted(moments.sums)}
 
@@ -803,8 +841,8 @@ def probed(stage: int, zero: dict[str, Any], accumulation: int) -> tuple[list[fl
 def test_a_probe_feels_the_loss_and_leaves_nothing_behind(
     ranks: Any, world: int, stage: int, zero: dict[str, Any]
 ) -> None:
-    expected = felt_moments(samples(0))
-    for losses, sums in ranks(world)(probed, stage, zero, 4 // world):
+    expected = gradient_weighted_moments(sample_rows(0))
+    for losses, sums in ranks(world)(probe_and_train, stage, zero, 4 // world):
         assert losses == pytest.approx(reference("input")[0], rel=1e-5)
         assert sorted(sums) == sorted(expected)
         for layer, of_layer in expected.items():

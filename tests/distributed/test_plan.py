@@ -1,4 +1,4 @@
-"""What is rehearsed without contents against what two real ranks hold and send."""
+"""Simulated memory and communication against the measurements of two real ranks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from dscl.training.state import TrainState
 from dscl.training.task_context import build_task_context
 from dscl.utils import timers
 from dscl.utils.quiet import silence_libraries
-from tests.support.pool import forked
+from tests.support.pool import fork_context
 from tests.support.runs import recipe_of, write_tasks
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -85,53 +85,60 @@ OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("plans")
     write_tasks(folder)
-    found = {}
+    by_name = {}
     for name, (stage, precision, method) in CASES.items():
         document = recipe_of(folder, name, stage, train__precision=precision, train__micro_batch=2)
         settings = json.loads((REPOSITORY / document["deepspeed"]).read_text())
-        small = dict.fromkeys(BUCKETS[stage], 1 << 14)  # else they are all there is
+        small = dict.fromkeys(BUCKETS[stage], 1 << 14)  # otherwise buckets dominate the memory of a small model
         offload = OFFLOAD if name.startswith("offload") else {}
         settings["zero_optimization"] = {**settings.get("zero_optimization", {}), **small, **offload}
         (folder / f"{name}.json").write_text(json.dumps(settings))
-        found[name] = {
+        by_name[name] = {
             **document, "method": method, "deepspeed": str(folder / f"{name}.json"),
             "model": {"shape": SHAPE, "activation_checkpointing": name.startswith("checkpointing")},
         }  # fmt: skip
-    return found
+    return by_name
 
 
 @pytest.fixture(scope="module")
-def foreseen() -> Iterator[Callable[[Any], Any]]:
-    """By a process of its own, which is the first of two ranks and has no second."""
-    context: Any = forked()
-    with context.Pool(1, begin_to_foresee) as pool:
-        yield lambda document: pool.apply(foresee, (document,))
+def estimate() -> Iterator[Callable[[Any], Any]]:
+    """`estimate(recipe)`: the simulation in a process of its own, as the first of two ranks."""
+    context: Any = fork_context()
+    with context.Pool(1, initialize_estimator) as pool:
+        yield lambda document: pool.apply(estimate_run, (document,))
 
 
-def begin_to_foresee() -> None:
+def initialize_estimator() -> None:
     silence_libraries()
     comm.init_fake_process_group(WORLD)
     torch.set_num_threads(1)
     gc.freeze()
 
 
-def foresee(document: dict[str, Any]) -> dict[str, Any]:
+def estimate_run(document: dict[str, Any]) -> dict[str, Any]:
     setup = build_setup(resolve_recipe(document, source=__file__))
     with redirect_stdout(StringIO()):
-        one = simulate_step(setup, setup.deepspeed_settings, largest_micro_batches(setup), 1)
-    assert one.peak == one.weights + one.optimizer + one.method_state + one.gradients + one.activations
+        step_estimate = simulate_step(setup, setup.deepspeed_settings, largest_micro_batches(setup), 1)
+    assert (
+        step_estimate.peak
+        == step_estimate.weights
+        + step_estimate.optimizer
+        + step_estimate.method_state
+        + step_estimate.gradients
+        + step_estimate.activations
+    )
     return {
-        "peak": one.peak + one.host,
-        "sent": dict(one.bytes_sent),
-        "trained": one.num_trainable,
-        "saved": one.checkpoint,
-        "gradients": one.gradients,
+        "peak": step_estimate.peak + step_estimate.host,
+        "sent": dict(step_estimate.bytes_sent),
+        "trained": step_estimate.num_trainable,
+        "saved": step_estimate.checkpoint,
+        "gradients": step_estimate.gradients,
     }
 
 
-class Patient(MemoryTracker):
-    """Gloo's threads let go of what was sent when they next run, so a peak that counts, one above `enough`, is one only
-    when they have had time to."""
+class PatientMemoryTracker(MemoryTracker):
+    """Gloo's threads free sent tensors only when they next run. A new peak above `enough` therefore counts only if the
+    memory is still used after a wait."""
 
     def __init__(self, enough: float) -> None:
         super().__init__()
@@ -145,28 +152,28 @@ class Patient(MemoryTracker):
         self.peak = max(self.peak, self.current)
 
 
-def measure(document: dict[str, Any], foreseen: float) -> dict[str, Any]:
-    """The same steps for real, on one of two ranks. Where less than `foreseen` is held, less care is taken.
+def measure(document: dict[str, Any], expected_peak: float) -> dict[str, Any]:
+    """Measure the same steps on one of two real ranks. Peaks well below `expected_peak` are measured without waiting.
 
-    Tensors are counted as in a rehearsal. Torch's profiler agrees where it can; but of what gloo's threads free, which
-    is what was sent, it hears nothing.
+    Tensors are counted as in the simulation. Torch's profiler gives the same numbers, except for sent tensors: it does
+    not see that gloo's threads free them.
     """
     setup = build_setup(resolve_recipe(document, source=__file__))
     observer = Observer(Path(), ObserveConfig(), False, ())
-    batches, sent = comm.broadcast_from_main(largest_micro_batches(setup)), []
+    batches, bytes_sent = comm.broadcast_from_main(largest_micro_batches(setup)), []
     gc.collect()
-    gc.freeze()  # what was there before costs no time whenever garbage is collected
-    with redirect_stdout(StringIO()), Patient(0.95 * foreseen) as tracker:
+    gc.freeze()  # so that garbage collections do not scan older objects
+    with redirect_stdout(StringIO()), PatientMemoryTracker(0.95 * expected_peak) as tracker:
         engine = setup.build_engine()
-        ranks = build_task_context(engine, setup.tasks[0], observer, TrainState(), "")
-        engine.reset_optimizer(setup.method.begin_task(0, setup.tasks[0].task.name, ranks))
+        context = build_task_context(engine, setup.tasks[0], observer, TrainState(), "")
+        engine.reset_optimizer(setup.method.begin_task(0, setup.tasks[0].task.name, context))
         gc.collect()
         tracker.peak = tracker.current
-        for some in (batches[:1], batches[:1], batches[:1], batches):
+        for micro_batches in (batches[:1], batches[:1], batches[:1], batches):
             timers.collect_timings()
-            engine.step(setup.method.loss, some, targets=1, lr=1e-4)
-            sent.append(timers.collect_timings().bytes_sent)
-            gc.collect()  # what refers to itself goes when Python happens to look
+            engine.step(setup.method.loss, micro_batches, targets=1, lr=1e-4)
+            bytes_sent.append(timers.collect_timings().bytes_sent)
+            gc.collect()  # frees reference cycles at a fixed point
     trained = engine.shards.num_trainable()
     setup.recipe.run_folder.mkdir(exist_ok=True)
     Checkpoints(setup.recipe.run_folder, CheckpointConfig()).save(
@@ -177,23 +184,23 @@ def measure(document: dict[str, Any], foreseen: float) -> dict[str, Any]:
     saved = sum(
         path.stat().st_size for path in (setup.recipe.run_folder / TrainState().checkpoint_name()).glob("*.safetensors")
     )
-    return {"peak": tracker.peak, "sent": sent[2], "trained": trained, "saved": saved}
+    return {"peak": tracker.peak, "sent": bytes_sent[2], "trained": trained, "saved": saved}
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=() if c in FAST else pytest.mark.exhaustive) for c in CASES])
 def test_memory_and_exchange_are_as_foreseen(
-    ranks: Any, documents: dict[str, Any], foreseen: Callable[[Any], Any], case: str
+    ranks: Any, documents: dict[str, Any], estimate: Callable[[Any], Any], case: str
 ) -> None:
-    planned = foreseen(documents[case])
-    real = ranks(WORLD)(measure, documents[case], planned["peak"])[0]
-    for _ in range(3):  # what gloo lets go of late only adds to a peak: the least of several is the true one
-        if real["peak"] <= 1.05 * planned["peak"]:
+    estimated = estimate(documents[case])
+    measured = ranks(WORLD)(measure, documents[case], estimated["peak"])[0]
+    for _ in range(3):  # late frees of gloo only raise a peak, so the smallest of several peaks is the best estimate
+        if measured["peak"] <= 1.05 * estimated["peak"]:
             break
-        real["peak"] = min(real["peak"], ranks(WORLD)(measure, documents[case], planned["peak"])[0]["peak"])
-    assert planned["trained"] == real["trained"]
-    if not case.endswith("-3"):  # where they are freed as the backward pass goes
-        assert planned["gradients"] >= 2 * planned["trained"]  # bytes
-    assert planned["peak"] == pytest.approx(real["peak"], rel=0.05), (planned["peak"], real["peak"])
+        measured["peak"] = min(measured["peak"], ranks(WORLD)(measure, documents[case], estimated["peak"])[0]["peak"])
+    assert estimated["trained"] == measured["trained"]
+    if not case.endswith("-3"):  # stage 3 frees gradients during the backward pass
+        assert estimated["gradients"] >= 2 * estimated["trained"]  # bytes
+    assert estimated["peak"] == pytest.approx(measured["peak"], rel=0.05), (estimated["peak"], measured["peak"])
     for kind in timers.COLLECTIVES:
-        assert planned["sent"][kind] == pytest.approx(real["sent"][kind], rel=0.05, abs=64), kind
-    assert planned["saved"] == pytest.approx(real["saved"], rel=0.05, abs=1 << 15)  # of which a file's own words
+        assert estimated["sent"][kind] == pytest.approx(measured["sent"][kind], rel=0.05, abs=64), kind
+    assert estimated["saved"] == pytest.approx(measured["saved"], rel=0.05, abs=1 << 15)  # the headers of the files

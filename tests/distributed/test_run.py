@@ -1,4 +1,5 @@
-"""Whole runs on real ranks: resuming is bitwise, evaluating changes nothing, trouble is told and loses nothing."""
+"""Complete runs on real ranks: resuming is bitwise, evaluation changes nothing, errors are reported and lose
+nothing."""
 
 from __future__ import annotations
 
@@ -25,18 +26,18 @@ from dscl.training.setup import build_setup
 from dscl.utils.errors import ExternalFailure, UserError
 from dscl.utils.json_files import write_checked_json
 from tests.support.runs import (
-    copy,
-    failing,
+    copy_run,
     flip,
-    metrics,
-    outcome,
+    read_metrics,
     recipe_of,
+    reference_recipe,
     run,
+    run_error,
     run_listening,
+    run_outcome,
     run_until,
     run_until_killed,
     truncate,
-    whole,
     write_tasks,
 )
 
@@ -56,12 +57,12 @@ def killed(ranks: Any, tasks: Path) -> Path:
     return Path(document["run_dir"])
 
 
-def test_evaluating_less_often_changes_nothing_else(ranks: Any, undisturbed: Any, tasks: Path) -> None:
+def test_evaluating_less_often_changes_nothing_else(ranks: Any, undisturbed_run: Any, tasks: Path) -> None:
     seldom = recipe_of(tasks, "seldom", 1, evaluate={"every": 2})
     new = recipe_of(tasks, "new", 1, evaluate={"tasks": "new"})
     for document in (seldom, new):
         ranks(2)(run, document)
-    runs = [undisturbed(*whole(tasks, 1)), *(Path(document["run_dir"]) for document in (seldom, new))]
+    runs = [undisturbed_run(*reference_recipe(tasks, 1)), *(Path(document["run_dir"]) for document in (seldom, new))]
     a, b, c = (json.loads((run / "scores.json").read_text()) for run in runs)
     assert b["matrix"] == [[None, None], a["matrix"][1]]
     assert c["matrix"] == [[a["matrix"][0][0], None], a["matrix"][1]]
@@ -69,7 +70,7 @@ def test_evaluating_less_often_changes_nothing_else(ranks: Any, undisturbed: Any
     assert b["summary"]["BWT"] is None
     assert c["summary"]["BWT"] == a["summary"]["BWT"]
     assert c["summary"]["FWT"] is None
-    assert metrics(runs[1]) == metrics(runs[2]) == metrics(runs[0])
+    assert read_metrics(runs[1]) == read_metrics(runs[2]) == read_metrics(runs[0])
 
 
 DEATHS = {
@@ -80,8 +81,8 @@ DEATHS = {
 FAST = [(0, "steps"), (0, "saving"), (3, "evaluations"), (3, "saving")]
 
 
-def combined(folder: Path) -> dict[str, Any]:
-    """As much of a run's state as goes together: kept samples, packed rows, held-out texts, the best checkpoint."""
+def changes_with_much_state(folder: Path) -> dict[str, Any]:
+    """Settings with much state: a replay buffer, packed rows, held-out texts, the best checkpoint."""
     (folder / "warm.txt").write_text("warm cold " * 4)
     return {
         "method": {"name": "replay", "replay": {"size": 9}},
@@ -102,36 +103,36 @@ def combined(folder: Path) -> dict[str, Any]:
     ],
 )
 def test_a_run_that_died_ends_as_one_that_did_not(
-    ranks: Any, undisturbed: Any, tasks: Path, stage: int, deaths: str
+    ranks: Any, undisturbed_run: Any, tasks: Path, stage: int, deaths: str
 ) -> None:
-    changes = combined(tasks) if stage == 3 else {}
-    expected = outcome(undisturbed(*whole(tasks, stage, **changes)))
+    changes = changes_with_much_state(tasks) if stage == 3 else {}
+    expected = run_outcome(undisturbed_run(*reference_recipe(tasks, stage, **changes)))
     assert expected[1]["complete"]
     name = f"died{stage}-{deaths}"
     ranks(2)(run_until, recipe_of(tasks, name, stage, **changes), DEATHS[deaths])
-    assert outcome(tasks / name) == expected
+    assert run_outcome(tasks / name) == expected
 
 
 def run_forgetting_moments(document: dict[str, Any]) -> None:
     original = ZeroShards.restore_shards
 
-    def partial(self: ZeroShards, read: Any, steps: int) -> None:
-        def zero(name: str, kind: str, start: int, stop: int) -> torch.Tensor:
+    def restore_masters_only(self: ZeroShards, read: Any, steps: int) -> None:
+        def read_or_zero(name: str, kind: str, start: int, stop: int) -> torch.Tensor:
             values: torch.Tensor = read(name, kind, start, stop)
             return values if kind == "master" else torch.zeros_like(values)
 
-        original(self, zero, steps)
+        original(self, read_or_zero, steps)
 
-    ZeroShards.restore_shards = partial  # type: ignore[method-assign]
+    ZeroShards.restore_shards = restore_masters_only  # type: ignore[method-assign]
     try:
         run_until(document, [("step", 6)])
     finally:
         ZeroShards.restore_shards = original  # type: ignore[method-assign]
 
 
-def test_losing_the_moments_would_be_noticed(ranks: Any, undisturbed: Any, tasks: Path) -> None:
+def test_losing_the_moments_would_be_noticed(ranks: Any, undisturbed_run: Any, tasks: Path) -> None:
     ranks(2)(run_forgetting_moments, recipe_of(tasks, "moments-lost", 1))
-    assert metrics(tasks / "moments-lost") != metrics(undisturbed(*whole(tasks, 1)))
+    assert read_metrics(tasks / "moments-lost") != read_metrics(undisturbed_run(*reference_recipe(tasks, 1)))
 
 
 LORA: dict[str, Any] = {
@@ -141,18 +142,20 @@ STAGES = [pytest.param(0, marks=pytest.mark.exhaustive), 3]
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_evaluating_changes_no_loss(ranks: Any, undisturbed: Any, tasks: Path, stage: int) -> None:
-    """Dropout is on: a random number drawn by an evaluation would show."""
+def test_evaluating_changes_no_loss(ranks: Any, undisturbed_run: Any, tasks: Path, stage: int) -> None:
+    """With dropout: a random number that an evaluation draws would change the losses."""
     little = recipe_of(tasks, f"little{stage}", stage, evaluate={"zero_shot": False, "tasks": "seen"}, **LORA)
     ranks(2)(run, little)
-    assert metrics(tasks / f"little{stage}") == metrics(undisturbed(*whole(tasks, stage, **LORA)))
+    assert read_metrics(tasks / f"little{stage}") == read_metrics(
+        undisturbed_run(*reference_recipe(tasks, stage, **LORA))
+    )
 
 
-def test_a_run_goes_on_at_another_size_and_stage(ranks: Any, undisturbed: Any, tasks: Path) -> None:
+def test_a_run_goes_on_at_another_size_and_stage(ranks: Any, undisturbed_run: Any, tasks: Path) -> None:
     ranks(2)(run_until_killed, recipe_of(tasks, "size", 3), 7)
     moved = recipe_of(tasks, "size", 1)
     ranks(1)(run, moved)
-    expected, changed = metrics(undisturbed(*whole(tasks))), metrics(tasks / "size")
+    expected, changed = read_metrics(undisturbed_run(*reference_recipe(tasks))), read_metrics(tasks / "size")
     assert [r["step"] for r in changed] == [r["step"] for r in expected]
     assert [r["loss"] for r in changed] == pytest.approx([r["loss"] for r in expected], rel=1e-4)
 
@@ -176,44 +179,44 @@ def blank_out(folder: Path) -> None:
 
 @pytest.mark.parametrize("damage", [truncate, flip, unmark, falsify, blank_out])
 def test_a_damaged_checkpoint_is_passed_over(
-    ranks: Any, undisturbed: Any, killed: Path, tasks: Path, damage: Any
+    ranks: Any, undisturbed_run: Any, killed: Path, tasks: Path, damage: Any
 ) -> None:
     name = f"damaged-{damage.__name__}"
-    stored = sorted((copy(killed, name) / "checkpoints").iterdir())
-    assert len(stored) == 2
-    damage(stored[-1])
+    checkpoint_dirs = sorted((copy_run(killed, name) / "checkpoints").iterdir())
+    assert len(checkpoint_dirs) == 2
+    damage(checkpoint_dirs[-1])
     lines = ranks(2)(run_listening, recipe_of(tasks, name))[0]
-    assert any(f"checkpoint {stored[-1].name} is damaged" in line for line in lines)
-    assert any(f"resumed from {stored[-2].name}" in line for line in lines)
-    assert outcome(tasks / name) == outcome(undisturbed(*whole(tasks)))
+    assert any(f"checkpoint {checkpoint_dirs[-1].name} is damaged" in line for line in lines)
+    assert any(f"resumed from {checkpoint_dirs[-2].name}" in line for line in lines)
+    assert run_outcome(tasks / name) == run_outcome(undisturbed_run(*reference_recipe(tasks)))
 
 
-def full_disk(document: dict[str, Any], call: int) -> tuple[str, str]:
+def run_on_a_full_disk(document: dict[str, Any], call: int) -> tuple[str, str]:
     """The `call`-th write of tensors on rank 1 finds the disk full."""
     original, calls = checkpoint_files.save_file, [0]
 
-    def writing(tensors: Any, path: Path) -> None:
+    def write_or_fail(tensors: Any, path: Path) -> None:
         calls[0] += 1
         if comm.rank() == 1 and calls[0] == call:
             raise OSError(28, "No space left on device")
         original(tensors, path)
 
-    checkpoint_files.save_file = writing
+    checkpoint_files.save_file = write_or_fail
     try:
-        return failing(document)
+        return run_error(document)
     finally:
         checkpoint_files.save_file = original
 
 
-def test_a_full_disk_keeps_the_checkpoint_before(ranks: Any, undisturbed: Any, tasks: Path) -> None:
+def test_a_full_disk_keeps_the_checkpoint_before(ranks: Any, undisturbed_run: Any, tasks: Path) -> None:
     document = recipe_of(tasks, "full")
-    for kind, message in ranks(2)(full_disk, document, 3):
+    for kind, message in ranks(2)(run_on_a_full_disk, document, 3):
         assert kind == "ExternalFailure"
         assert "No space left on device" in message
         assert "step-00000003 is intact" in message
     assert [p.name for p in sorted((tasks / "full" / "checkpoints").iterdir())] == ["step-00000000", "step-00000003"]
     ranks(2)(run, document)
-    assert outcome(tasks / "full") == outcome(undisturbed(*whole(tasks)))
+    assert run_outcome(tasks / "full") == run_outcome(undisturbed_run(*reference_recipe(tasks)))
 
 
 def not_a_number(loss: torch.Tensor) -> torch.Tensor:
@@ -221,11 +224,11 @@ def not_a_number(loss: torch.Tensor) -> torch.Tensor:
 
 
 def endless_slope(loss: torch.Tensor) -> torch.Tensor:
-    """The same loss, with a gradient that is not finite: a square root's slope at zero."""
+    """The same loss with an infinite gradient: that of a square root at zero."""
     return loss + (loss * 0.0).sqrt()
 
 
-def exploding(document: dict[str, Any], at: int, spoil: Any = not_a_number) -> tuple[str, str]:
+def run_with_non_finite_step(document: dict[str, Any], at: int, spoil: Any = not_a_number) -> tuple[str, str]:
     """The loss of step `at` is NaN on rank 1, or its gradient."""
     original, calls = Engine.step, [0]
 
@@ -237,7 +240,7 @@ def exploding(document: dict[str, Any], at: int, spoil: Any = not_a_number) -> t
 
     Engine.step = step  # type: ignore[method-assign]
     try:
-        return failing(document)
+        return run_error(document)
     finally:
         Engine.step = original  # type: ignore[method-assign]
 
@@ -245,13 +248,13 @@ def exploding(document: dict[str, Any], at: int, spoil: Any = not_a_number) -> t
 def run_and_lose_the_folder(document: dict[str, Any], steps: int) -> str:
     original, calls = Engine.step, [0]
 
-    def losing(*a: Any, **k: Any) -> Any:
+    def remove_and_step(*a: Any, **k: Any) -> Any:
         calls[0] += 1
         if calls[0] == steps and comm.is_main():
             shutil.rmtree(document["run_dir"])
         return original(*a, **k)
 
-    Engine.step = losing  # type: ignore[method-assign]
+    Engine.step = remove_and_step  # type: ignore[method-assign]
     try:
         run(document)
     except UserError as error:  # which no launcher starts again after
@@ -263,57 +266,57 @@ def run_and_lose_the_folder(document: dict[str, Any], steps: int) -> str:
 
 @pytest.mark.parametrize(("method", "at"), [("sequential", 5), ("lora_per_task", 10)])  # at 10: a task's end
 def test_a_folder_that_somebody_removed_is_noticed(ranks: Any, tasks: Path, method: str, at: int) -> None:
-    """It is not made anew: what ended tasks left in it would be missing."""
+    """The run directory is not created again, because the artifacts of ended tasks would be missing."""
     observe = {"every": 50, "tensorboard": False, "live": "off"}
     changes: dict[str, Any] = {"method": {"name": method}, "observe": observe, "checkpoint__every": 3}
     document = recipe_of(tasks, f"removed {method}", 2, **changes)
-    for told in ranks(2)(run_and_lose_the_folder, document, at):
-        assert f"{tasks / f'removed {method}' / 'checkpoints'}: removed by somebody while the run went on" in told
-        assert "No such file or directory" in told
+    for message in ranks(2)(run_and_lose_the_folder, document, at):
+        assert f"{tasks / f'removed {method}' / 'checkpoints'}: removed by somebody while the run went on" in message
+        assert "No such file or directory" in message
     assert not list((tasks / f"removed {method}").rglob("*.safetensors"))
 
 
 def test_a_run_whose_checkpoints_were_removed_is_not_started_anew(
-    ranks: Any, undisturbed: Any, killed: Path, tasks: Path
+    ranks: Any, undisturbed_run: Any, killed: Path, tasks: Path
 ) -> None:
-    """It goes on when they are put back, to the last bit; and nothing was changed meanwhile."""
+    """The refused run changes nothing. When the checkpoints are put back, it resumes bitwise."""
     document = recipe_of(tasks, "emptied")
-    folder = copy(killed, "emptied")
+    folder = copy_run(killed, "emptied")
     lines = (folder / "metrics.jsonl").read_bytes()
-    for emptied in (False, True):  # or removed as a whole
+    for is_folder_left in (False, True):  # or removed as a whole
         shutil.move(folder / "checkpoints", tasks / "aside")
-        if emptied:
+        if is_folder_left:
             (folder / "checkpoints").mkdir()
-        for kind, told in ranks(2)(failing, document):
+        for kind, message in ranks(2)(run_error, document):
             assert kind == "UserError"
-            assert f"run_dir: {folder} has saved checkpoints, and none is there any more" in told
-        for kind, told in ranks(2)(failing, {**document, "seed": 5}):
-            assert (kind, "seed" in told) == ("UserError", True)
+            assert f"run_dir: {folder} has saved checkpoints, and none is there any more" in message
+        for kind, message in ranks(2)(run_error, {**document, "seed": 5}):
+            assert (kind, "seed" in message) == ("UserError", True)
         assert (folder / "metrics.jsonl").read_bytes() == lines
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         shutil.move(tasks / "aside", folder / "checkpoints")
     ranks(2)(run, document)
-    assert outcome(folder) == outcome(undisturbed(*whole(tasks)))
+    assert run_outcome(folder) == run_outcome(undisturbed_run(*reference_recipe(tasks)))
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_over(ranks: Any, undisturbed: Any, tasks: Path) -> None:
+def test_a_run_killed_before_its_first_checkpoint_starts_over(ranks: Any, undisturbed_run: Any, tasks: Path) -> None:
     changes: dict[str, Any] = {"evaluate": {"zero_shot": False}, "checkpoint__every": 8, "train__epochs": 1}
     ranks(2)(run_until_killed, recipe_of(tasks, "early", **changes), 5)
-    assert metrics(tasks / "early")
+    assert read_metrics(tasks / "early")
     assert not list((tasks / "early" / "checkpoints").glob("step-*"))
     ranks(2)(run, recipe_of(tasks, "early", **changes))
-    assert outcome(tasks / "early") == outcome(undisturbed(*whole(tasks, **changes)))
+    assert run_outcome(tasks / "early") == run_outcome(undisturbed_run(*reference_recipe(tasks, **changes)))
 
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_a_loss_that_is_not_finite_stops_the_run(ranks: Any, tasks: Path, stage: int) -> None:
     name = f"nan{stage}"
-    for kind, message in ranks(2)(exploding, recipe_of(tasks, name, stage), 5):
+    for kind, message in ranks(2)(run_with_non_finite_step, recipe_of(tasks, name, stage), 5):
         assert kind == "ExternalFailure"
         assert "task colour, step 5: the loss is nan" in message
         assert "train.json, record" in message
     assert sorted(p.name for p in (tasks / name / "checkpoints").iterdir())[-1] == "step-00000003"
-    bad = metrics(tasks / name)[-1]
+    bad = read_metrics(tasks / name)[-1]
     assert bad["step"] >= 5
 
 
@@ -325,10 +328,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(ranks: Any, tasks: Path, stage:
     ],
 )  # fmt: skip
 def test_a_gradient_that_is_not_finite_stops_the_run(ranks: Any, tasks: Path, stage: int, precision: str) -> None:
-    """Even where the loss is sound: the step's weights are lost, or DeepSpeed has left the step out unasked."""
+    """Also with a finite loss: the weights of the step are lost, or DeepSpeed has skipped the step."""
     name = f"slope{stage}{precision}"
     document = recipe_of(tasks, name, stage, train__precision=precision, checkpoint__every=4)
-    for kind, message in ranks(2)(exploding, document, 4, endless_slope):
+    for kind, message in ranks(2)(run_with_non_finite_step, document, 4, endless_slope):
         assert kind == "ExternalFailure"
         assert "task colour, step 4: the gradient is not finite" in message
     assert sorted(p.name for p in (tasks / name / "checkpoints").iterdir()) == ["step-00000000"]
@@ -336,17 +339,17 @@ def test_a_gradient_that_is_not_finite_stops_the_run(ranks: Any, tasks: Path, st
 
 def test_a_loss_that_is_not_finite_may_be_skipped(ranks: Any, tasks: Path) -> None:
     document = recipe_of(tasks, "skip", 2, train__non_finite="skip", train__epochs=1)
-    assert ranks(2)(exploding, document, 5) == [("nothing", "")] * 2
-    losses = [record["loss"] for record in metrics(tasks / "skip")]
+    assert ranks(2)(run_with_non_finite_step, document, 5) == [("nothing", "")] * 2
+    losses = [record["loss"] for record in read_metrics(tasks / "skip")]
     assert losses[4] is None
     assert all(loss is not None for i, loss in enumerate(losses) if i != 4)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_lora_resumes_bitwise_and_stores_only_itself(ranks: Any, undisturbed: Any, tasks: Path, stage: int) -> None:
-    expected = undisturbed(*whole(tasks, stage, **LORA))
+def test_lora_resumes_bitwise_and_stores_only_itself(ranks: Any, undisturbed_run: Any, tasks: Path, stage: int) -> None:
+    expected = undisturbed_run(*reference_recipe(tasks, stage, **LORA))
     ranks(2)(run_until, recipe_of(tasks, f"lora-died{stage}", stage, **LORA), [("step", 5), ("step", 4)])
-    assert outcome(tasks / f"lora-died{stage}") == outcome(expected)
+    assert run_outcome(tasks / f"lora-died{stage}") == run_outcome(expected)
     newest = max((expected / "checkpoints").iterdir())
     paths = list(newest.glob("rank-*.safetensors"))
     assert len(paths) == 2
@@ -357,11 +360,11 @@ def test_lora_resumes_bitwise_and_stores_only_itself(ranks: Any, undisturbed: An
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_packing_changes_no_loss(ranks: Any, tasks: Path, stage: int) -> None:
-    """Through the whole run; and with a step of more samples than there are, and one of a single sample."""
+    """In a complete run, with a global batch that does not divide the number of samples."""
     changes = {"train__global_batch": 12, "train__epochs": 1}
     ranks(2)(run, recipe_of(tasks, f"loose{stage}", stage, **changes))
     ranks(2)(run, recipe_of(tasks, f"packed{stage}", stage, **changes, train__packing=True))
-    loose, packed = metrics(tasks / f"loose{stage}"), metrics(tasks / f"packed{stage}")
+    loose, packed = read_metrics(tasks / f"loose{stage}"), read_metrics(tasks / f"packed{stage}")
     assert [r["loss"] for r in packed] == pytest.approx([r["loss"] for r in loose], rel=1e-5)
     assert {r["targets"] for r in loose} == {r["targets"] for r in packed}
 
@@ -373,14 +376,14 @@ def test_a_task_with_fewer_samples_than_ranks(ranks: Any, tasks: Path, stage: in
     stream = [{"name": n, "path": str(tasks / n), "train_limit": 1, "test_limit": 1} for n in ("colour", "animal")]
     name = f"single{stage}{packing}"
     ranks(2)(run, recipe_of(tasks, name, stage, stream=stream, train__packing=packing, train__epochs=3))
-    assert len(metrics(tasks / name)) == 6
+    assert len(read_metrics(tasks / name)) == 6
 
 
-def scored(run_dir: Path) -> str:
-    said = io.StringIO()
-    with redirect_stdout(said):
+def eval_output(run_dir: Path) -> str:
+    output = io.StringIO()
+    with redirect_stdout(output):
         training_run.evaluate_run(str(run_dir), [])
-    return said.getvalue()
+    return output.getvalue()
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -390,13 +393,13 @@ def test_eval_repeats_the_last_row(ranks: Any, tasks: Path, stage: int) -> None:
     document = json.loads((run_dir / "scores.json").read_text())
     assert document["matrix"][-1] != document["zero_shot"]
     for world in (1, 2):
-        line = json.loads(ranks(world)(scored, run_dir)[0])
+        line = json.loads(ranks(world)(eval_output, run_dir)[0])
         assert list(line["scores"].values()) == document["matrix"][-1]
         assert line["tasks_trained"] == 2
 
 
-def prepared(document: dict[str, Any]) -> list[tuple[float, bool, bool]]:
-    """Of each task: its highest rate, and whether it is evaluated on the dev split, and on the test split."""
+def rates_and_splits(document: dict[str, Any]) -> list[tuple[float, bool, bool]]:
+    """For each task its highest learning rate, and whether it is evaluated on the dev and on the test split."""
     setup = build_setup(resolve_recipe(document))
     return [
         (
@@ -414,27 +417,28 @@ def test_a_tasks_own_rate_and_the_split_that_is_evaluated(
 ) -> None:
     document = recipe_of(tasks, "prepared", evaluate__split=split, train__schedule="constant", train__warmup=0.0)
     document["stream"][1]["lr"] = 0.02
-    assert ranks(1)(prepared, document) == [[(3e-3, *on), (0.02, *on)]]
+    assert ranks(1)(rates_and_splits, document) == [[(3e-3, *on), (0.02, *on)]]
 
 
 def test_packing_with_flash_attention_needs_single_rows(ranks: Any, tasks: Path) -> None:
-    """transformers' flash attention looks for packed samples only in batches of one row, and would mix them."""
+    """transformers' flash attention detects packed samples only in batches of one row; in larger ones it would mix
+    samples."""
     document = recipe_of(tasks, "flash", train__packing=True, model__attention="flash_attention_2")
-    ((kind, message),) = ranks(1)(failing, document)
+    ((kind, message),) = ranks(1)(run_error, document)
     assert kind == "UserError"
     assert "train.micro_batch: given 2" in message
 
 
 def test_a_damaged_later_checkpoint_does_not_count_as_kept(ranks: Any, killed: Path, tasks: Path) -> None:
-    folder = copy(killed, "later") / "checkpoints"
+    folder = copy_run(killed, "later") / "checkpoints"
     assert [p.name for p in sorted(folder.iterdir())] == ["step-00000003", "step-00000006"]
     truncate(folder / "step-00000006")
     ranks(2)(run_until_killed, recipe_of(tasks, "later", checkpoint={"every": 1, "keep": 1}), 2)
     assert [p.name for p in sorted(folder.iterdir())] == ["step-00000004", "step-00000006"]
 
 
-def chosen(document: dict[str, Any], name: str) -> str:
-    """What is said where a checkpoint is asked for by its name."""
+def find_checkpoint_error(document: dict[str, Any], name: str) -> str:
+    """The error message when a checkpoint is selected by name; empty without an error."""
     recipe = resolve_recipe(document)
     try:
         Checkpoints(recipe.run_folder / "checkpoints", recipe.checkpoint).find_checkpoint(name)
@@ -444,24 +448,24 @@ def chosen(document: dict[str, Any], name: str) -> str:
 
 
 def test_damage_to_one_ranks_share_of_a_chosen_checkpoint_ends_all_ranks(ranks: Any, killed: Path, tasks: Path) -> None:
-    folder = copy(killed, "chosen") / "checkpoints"
-    assert ranks(2)(chosen, recipe_of(tasks, "chosen"), "step-00000003") == ["", ""]
+    folder = copy_run(killed, "chosen") / "checkpoints"
+    assert ranks(2)(find_checkpoint_error, recipe_of(tasks, "chosen"), "step-00000003") == ["", ""]
     truncate(folder / "step-00000003")
-    for said in ranks(2)(chosen, recipe_of(tasks, "chosen"), "step-00000003"):
-        assert said.startswith("checkpoint step-00000003 is damaged (")
+    for message in ranks(2)(find_checkpoint_error, recipe_of(tasks, "chosen"), "step-00000003"):
+        assert message.startswith("checkpoint step-00000003 is damaged (")
 
 
-def without_room_for(document: dict[str, Any], name: str) -> str:
-    """What a run says whose main rank cannot write that file of its folder."""
+def run_without_room_for(document: dict[str, Any], name: str) -> str:
+    """The error message of a run whose main rank cannot write this file of the run directory."""
     original = run_dir.write_text_atomically
 
-    def writing(path: Path, text: str) -> None:
+    def write_or_fail(path: Path, text: str) -> None:
         if path.name == name:
             raise OSError(28, "No space left on device")
         original(path, text)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_dir, "write_text_atomically", writing)
+        patch.setattr(run_dir, "write_text_atomically", write_or_fail)
         with pytest.raises(UserError) as raised:
             run(document)
     return str(raised.value)
@@ -469,35 +473,38 @@ def without_room_for(document: dict[str, Any], name: str) -> str:
 
 @pytest.mark.parametrize("name", ["recipe.yaml"])
 def test_a_run_directory_that_the_main_rank_cannot_write_to_ends_all_ranks(ranks: Any, tasks: Path, name: str) -> None:
-    for said in ranks(2)(without_room_for, recipe_of(tasks, f"no {name}"), name):
-        assert "cannot be written (No space left on device); choose another" in said
+    for message in ranks(2)(run_without_room_for, recipe_of(tasks, f"no {name}"), name):
+        assert "cannot be written (No space left on device); choose another" in message
 
 
-def test_scores_say_complete_only_when_the_last_checkpoint_is_there(ranks: Any, undisturbed: Any, tasks: Path) -> None:
+def test_scores_say_complete_only_when_the_last_checkpoint_is_there(
+    ranks: Any, undisturbed_run: Any, tasks: Path
+) -> None:
     ranks(2)(run_until, recipe_of(tasks, "last"), [("save", 10)])  # the last one
-    assert outcome(tasks / "last") == outcome(undisturbed(*whole(tasks)))
+    assert run_outcome(tasks / "last") == run_outcome(undisturbed_run(*reference_recipe(tasks)))
 
 
-def test_a_finished_run_without_checkpoints_is_not_another_ones(ranks: Any, undisturbed: Any, tasks: Path) -> None:
+def test_a_finished_run_without_checkpoints_is_not_another_ones(ranks: Any, undisturbed_run: Any, tasks: Path) -> None:
     document = recipe_of(tasks, "cleared")
-    copy(undisturbed(*whole(tasks, world=1)), "cleared")
+    copy_run(undisturbed_run(*reference_recipe(tasks, world=1)), "cleared")
     shutil.rmtree(tasks / "cleared" / "checkpoints")
     document["train"]["lr"] = 1e-5
-    ((kind, message),) = ranks(1)(failing, document)
+    ((kind, message),) = ranks(1)(run_error, document)
     assert kind == "UserError"
     assert "train.lr" in message
 
 
-def standing(document: dict[str, Any], which: str) -> Any:
-    """The tensors whose name contains `which` are put back after every step; what this rank told, or its failure."""
+def run_with_fixed_tensors(document: dict[str, Any], which: str) -> Any:
+    """Run; tensors whose name contains `which` are restored after every step. The messages of this rank, or its
+    error."""
     original = Engine.step
 
     def step(self: Engine, *a: Any, **k: Any) -> Any:
-        kept = {(f.name, f.start): f.master.clone() for f in self.shards.local_shards() if which in f.name}
+        saved_masters = {(f.name, f.start): f.master.clone() for f in self.shards.local_shards() if which in f.name}
         result = original(self, *a, **k)
         for fragment in self.shards.local_shards():
             if which in fragment.name:
-                fragment.master.copy_(kept[(fragment.name, fragment.start)])
+                fragment.master.copy_(saved_masters[(fragment.name, fragment.start)])
         return result
 
     Engine.step = step  # type: ignore[method-assign]
@@ -510,12 +517,12 @@ def standing(document: dict[str, Any], which: str) -> Any:
 
 
 def test_training_that_does_nothing_stops(ranks: Any, tasks: Path) -> None:
-    for message in ranks(2)(standing, recipe_of(tasks, "stands", 2), ""):
+    for message in ranks(2)(run_with_fixed_tensors, recipe_of(tasks, "stands", 2), ""):
         assert "after 10 steps no trainable tensor has moved" in message
 
 
 def test_a_tensor_that_never_moves_is_named(ranks: Any, tasks: Path) -> None:
-    lines = ranks(2)(standing, recipe_of(tasks, "one-stands", 2), "layers.1.mlp.up_proj")[0]
+    lines = ranks(2)(run_with_fixed_tensors, recipe_of(tasks, "one-stands", 2), "layers.1.mlp.up_proj")[0]
     still = [line for line in lines if "never" in line]
     assert len(still) == 2  # once a task
     assert "1 of 20 trainable tensors have never moved: model.layers.1.mlp.up_proj.weight" in still[0]
@@ -526,20 +533,20 @@ def test_lora_moves_in_full_and_is_not_complained_about(ranks: Any, tasks: Path)
     assert not [line for line in ranks(2)(run_listening, document)[0] if "moved" in line]
 
 
-def test_other_settings_on_the_same_run_are_refused(ranks: Any, undisturbed: Any, tasks: Path) -> None:
+def test_other_settings_on_the_same_run_are_refused(ranks: Any, undisturbed_run: Any, tasks: Path) -> None:
     document = recipe_of(tasks, "refused", 0)
-    copy(undisturbed(*whole(tasks, world=1)), "refused")
+    copy_run(undisturbed_run(*reference_recipe(tasks, world=1)), "refused")
     document["train"]["lr"] = 1e-5
-    ((kind, message),) = ranks(1)(failing, document)
+    ((kind, message),) = ranks(1)(run_error, document)
     assert kind == "UserError"
     assert "train.lr" in message
     assert "0.003" in message
     assert "1e-05" in message
 
 
-def test_another_model_in_the_same_place_is_refused(ranks: Any, undisturbed: Any, tasks: Path) -> None:
+def test_another_model_in_the_same_place_is_refused(ranks: Any, undisturbed_run: Any, tasks: Path) -> None:
     document = recipe_of(tasks, "other base", 0)
-    folder = copy(undisturbed(*whole(tasks, world=1)), "other base")
+    folder = copy_run(undisturbed_run(*reference_recipe(tasks, world=1)), "other base")
     (folder / "scores.json").unlink()  # as if it had died at the very end
     newest = max((folder / "checkpoints").iterdir())
     state = json.loads((newest / "state.json").read_text())
@@ -547,26 +554,26 @@ def test_another_model_in_the_same_place_is_refused(ranks: Any, undisturbed: Any
     marker = checkpoint_files.read_marker(newest)
     marker["files"]["state.json"] = checkpoint_files.write_bytes(newest / "state.json", json.dumps(state).encode())
     write_checked_json(newest / "complete.json", marker)
-    ((kind, message),) = ranks(1)(failing, document)
+    ((kind, message),) = ranks(1)(run_error, document)
     assert kind == "UserError"
     assert "was started with another model than" in message
 
 
-def test_a_run_of_a_version_that_lacked_a_key_goes_on(ranks: Any, undisturbed: Any, tasks: Path) -> None:
+def test_a_run_of_a_version_that_lacked_a_key_goes_on(ranks: Any, undisturbed_run: Any, tasks: Path) -> None:
     document = recipe_of(tasks, "older", 0)
-    stored = copy(undisturbed(*whole(tasks, world=1)), "older") / "recipe.yaml"
-    there = yaml.safe_load(stored.read_text())
-    del there["evaluate"]["every"], there["observe"]["profile"]
-    stored.write_text(yaml.safe_dump(there))
+    recipe_file = copy_run(undisturbed_run(*reference_recipe(tasks, world=1)), "older") / "recipe.yaml"
+    stored_recipe = yaml.safe_load(recipe_file.read_text())
+    del stored_recipe["evaluate"]["every"], stored_recipe["observe"]["profile"]
+    recipe_file.write_text(yaml.safe_dump(stored_recipe))
     ranks(1)(run, document)
     document["evaluate"] = {"every": 2}
-    ((kind, message),) = ranks(1)(failing, document)
+    ((kind, message),) = ranks(1)(run_error, document)
     assert kind == "UserError"
     assert "evaluate.every (there: 1, given: 2)" in message
 
 
 def test_recipes_round_trip(tasks: Path) -> None:
     recipe = resolve_recipe(recipe_of(tasks, "trip"))
-    again = resolve_recipe(yaml.safe_load(recipe.to_yaml()))
-    assert isinstance(again, Recipe)
-    assert again.to_dict() == recipe.to_dict()
+    reread = resolve_recipe(yaml.safe_load(recipe.to_yaml()))
+    assert isinstance(reread, Recipe)
+    assert reread.to_dict() == recipe.to_dict()

@@ -13,9 +13,9 @@ import pytest
 
 from dscl.methods.registry import METHODS
 from dscl.model import lm_head
-from tests.support.every_method import document
-from tests.support.five_tasks import scores, tasks
-from tests.support.runs import metrics, run
+from tests.support.every_method import recipe_of_method
+from tests.support.five_tasks import read_scores, tasks
+from tests.support.runs import read_metrics, run
 
 __all__ = ["tasks"]  # the fixture
 METHODS_PAGE = Path(__file__).resolve().parents[2] / "dscl" / "methods" / "README.md"
@@ -30,42 +30,42 @@ EQUAL: dict[tuple[str, str], bool] = {}  # by method and stage
 
 
 def losses(run_dir: Path) -> list[float]:
-    return [record["loss"] for record in metrics(run_dir)]
+    return [record["loss"] for record in read_metrics(run_dir)]
 
 
 def norms(run_dir: Path) -> list[float]:
-    """Of gradients, whose scale AdamW and clipping hide."""
-    return [record["grad_norm"] for record in metrics(run_dir)]
+    """The gradient norms; AdamW and clipping hide a wrong scale of gradients in the losses."""
+    return [record["grad_norm"] for record in read_metrics(run_dir)]
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("method", list(METHODS))
-def test_a_method_at_every_stage(ranks: Any, undisturbed: Any, tasks: Path, method: str) -> None:
-    expected = losses(undisturbed(document(tasks, method, "alone"), 1))
+def test_a_method_at_every_stage(ranks: Any, undisturbed_run: Any, tasks: Path, method: str) -> None:
+    expected = losses(undisturbed_run(recipe_of_method(tasks, method, "alone"), 1))
     assert len(expected) > 4
     for stage, settings in STAGES.items():
-        shared = document(tasks, method, f"at {settings}", settings)
+        shared = recipe_of_method(tasks, method, f"at {settings}", settings)
         ranks(2)(run, shared)
-        assert scores(Path(shared["run_dir"]))["complete"]
+        assert read_scores(Path(shared["run_dir"]))["complete"]
         EQUAL[method, stage] = losses(Path(shared["run_dir"])) == pytest.approx(expected, rel=5e-4)
     wrong = [stage for (name, stage), equal in EQUAL.items() if name == method and not equal]
     assert not wrong
 
 
 def run_in_parts(document: dict[str, Any]) -> None:
-    """With logits that are made a few rows at a time."""
-    before, original, served = lm_head.MAX_LOGITS, lm_head._chunked_answer_loss, []
+    """Run with logits that are computed in chunks of rows."""
+    max_logits, original, calls = lm_head.MAX_LOGITS, lm_head._chunked_answer_loss, []
 
-    def in_parts(*given: Any) -> Any:
-        served.append(given)
-        return original(*given)
+    def in_parts(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return original(*arguments)
 
     lm_head.MAX_LOGITS, lm_head._chunked_answer_loss = 1024, in_parts
     try:
         run(document)
     finally:
-        lm_head.MAX_LOGITS, lm_head._chunked_answer_loss = before, original
-    assert served
+        lm_head.MAX_LOGITS, lm_head._chunked_answer_loss = max_logits, original
+    assert calls
 
 
 PARTS = [("sequential", "zero0"), ("sequential", "zero3"), ("lora_per_task", "zero1"), ("lora_per_task", "zero2")]
@@ -80,11 +80,11 @@ PARTS = [("sequential", "zero0"), ("sequential", "zero3"), ("lora_per_task", "ze
     ],
 )
 def test_logits_in_parts_change_nothing_at_any_stage(
-    ranks: Any, undisturbed: Any, tasks: Path, method: str, settings: str
+    ranks: Any, undisturbed_run: Any, tasks: Path, method: str, settings: str
 ) -> None:
-    """Where the head trains, and where it is frozen."""
-    whole = undisturbed(document(tasks, method, "alone"), 1)
-    shared = document(tasks, method, f"in parts at {settings}", settings)
+    """With a trained and with a frozen LM head."""
+    whole = undisturbed_run(recipe_of_method(tasks, method, "alone"), 1)
+    shared = recipe_of_method(tasks, method, f"in parts at {settings}", settings)
     ranks(2)(run_in_parts, shared)
     for numbers in (losses, norms):
         assert numbers(Path(shared["run_dir"])) == pytest.approx(numbers(whole), rel=5e-4)
@@ -92,7 +92,7 @@ def test_logits_in_parts_change_nothing_at_any_stage(
 
 @pytest.mark.exhaustive
 def test_the_methods_page_shows_it() -> None:
-    """Comes last in this file; alone it has nothing to show."""
+    """Needs the results of the tests above, so it is skipped when it runs alone."""
     if len(EQUAL) < len(METHODS) * len(STAGES):
         pytest.skip("the tests of the methods did not run in this process")
     rows = [["method", *STAGES], ["---"] * (1 + len(STAGES))]

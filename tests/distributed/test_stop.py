@@ -23,7 +23,7 @@ from dscl.recipe.recipe import resolve_recipe
 from dscl.training import run as training_run
 from dscl.utils.errors import RunStopped
 from tests.support.programs import Program
-from tests.support.runs import StopAtPoll, outcome, recipe_of, run, whole, write_tasks
+from tests.support.runs import StopAtPoll, recipe_of, reference_recipe, run, run_outcome, write_tasks
 
 
 @pytest.fixture(scope="module")
@@ -61,33 +61,33 @@ def run_stopping(document: dict[str, Any], places: list[int]) -> list[tuple[str,
     ],
 )
 def test_a_stopped_run_resumes_at_the_same_step(
-    ranks: Any, undisturbed: Any, tasks: Path, world: int, stage: int
+    ranks: Any, undisturbed_run: Any, tasks: Path, world: int, stage: int
 ) -> None:
     changes: dict[str, Any] = {"checkpoint__every": 100, "evaluate__batch": 4}
-    expected = undisturbed(*whole(tasks, stage, world, **changes))
+    expected = undisturbed_run(*reference_recipe(tasks, stage, world, **changes))
     places = [8, 3, 12, 9] if world == 1 else [8, 3, 9, 5]  # in steps, and in the last evaluation
     results = ranks(world)(run_stopping, recipe_of(tasks, f"stopped{stage}{world}", stage, **changes), places)
     assert results == [results[0]] * world  # at the same place on all
-    evaluated = [messages for messages, _ in results[0] if "in an evaluation" in messages]
-    stepped = [(messages, name) for messages, name in results[0] if "after step" in messages]
-    assert evaluated
-    assert stepped
-    for messages, name in stepped:
+    evaluation_messages = [messages for messages, _ in results[0] if "in an evaluation" in messages]
+    step_stops = [(messages, name) for messages, name in results[0] if "after step" in messages]
+    assert evaluation_messages
+    assert step_stops
+    for messages, name in step_stops:
         assert name == f"step-{int(messages.split()[3].rstrip(',')):08d}"
-    assert outcome(tasks / f"stopped{stage}{world}") == outcome(expected)
+    assert run_outcome(tasks / f"stopped{stage}{world}") == run_outcome(expected)
 
 
-def test_a_run_stops_after_a_projected_step_only(ranks: Any, undisturbed: Any, tasks: Path) -> None:
+def test_a_run_stops_after_a_projected_step_only(ranks: Any, undisturbed_run: Any, tasks: Path) -> None:
     """A stop adds no projection, because an additional one would change the following steps."""
     method = {"name": "osft", "constraint": {"project_every": 4, "protected_ratio": 0.3}}
     assert parse_config(Osft.Config, method).constraint.project_every == 4
     changes: dict[str, Any] = {"method": method, "evaluate__zero_shot": False, "checkpoint__every": 100}
-    held = undisturbed(*whole(tasks, 2, **changes))
+    expected = undisturbed_run(*reference_recipe(tasks, 2, **changes))
     document = recipe_of(tasks, "stopped and held", 2, **changes)
     (messages, checkpoint), *_ = ranks(2)(run_stopping, document, [2])[0]
     assert "after step 4," in messages
     assert checkpoint == "step-00000004"
-    assert outcome(tasks / "stopped and held") == outcome(held)
+    assert run_outcome(tasks / "stopped and held") == run_outcome(expected)
 
 
 def write_recipe_and_arguments(folder: Path, name: str, **changes: Any) -> tuple[list[str], Path]:
@@ -114,9 +114,9 @@ def count_checkpoints(run_dir: Path) -> int:
 
 def is_signal_pending(pid: int, number: int) -> bool:
     """Whether a suspended process has a pending signal of this number."""
-    found = re.search(r"^ShdPnd:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
-    assert found is not None
-    return bool(int(found[1], 16) >> (number - 1) & 1)
+    match = re.search(r"^ShdPnd:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    assert match is not None
+    return bool(int(match[1], 16) >> (number - 1) & 1)
 
 
 def suspend_process(process: Program, pid: int) -> None:
@@ -135,22 +135,22 @@ def read_cpu_ticks(pid: int) -> list[str]:
 
 def wait_until_idle(process: Program, pid: int) -> None:
     """Wait until a process uses no CPU time."""
-    seen: list[list[str]] = []
+    ticks: list[list[str]] = []
 
-    def still() -> bool:
-        seen.append(read_cpu_ticks(pid))
-        return len(seen) > 30 and seen[-1] == seen[-30]
+    def is_idle() -> bool:
+        ticks.append(read_cpu_ticks(pid))
+        return len(ticks) > 30 and ticks[-1] == ticks[-30]
 
-    process.until(still)
+    process.until(is_idle)
 
 
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.exhaustive), signal.SIGUSR1]
 )
-def test_a_signal_to_one_rank_stops_all(undisturbed: Any, tasks: Path, number: signal.Signals) -> None:
+def test_a_signal_to_one_rank_stops_all(undisturbed_run: Any, tasks: Path, number: signal.Signals) -> None:
     """Status 75 and one line; the resumed run ends like a run that was never stopped."""
     changes: dict[str, Any] = {"train__epochs": 4, "checkpoint__every": 1000}
-    expected = undisturbed(*whole(tasks, 2, **changes))
+    expected = undisturbed_run(*reference_recipe(tasks, 2, **changes))
     name = f"told {number.name}"
     process, run_dir = start_program(tasks, name, **changes)
     steps = random.Random(number).randint(3, 20)
@@ -163,7 +163,7 @@ def test_a_signal_to_one_rank_stops_all(undisturbed: Any, tasks: Path, number: s
     again, _ = start_program(tasks, name, **changes)
     again.communicate(timeout=120)
     assert again.returncode == 0
-    assert outcome(run_dir) == outcome(expected)
+    assert run_outcome(run_dir) == run_outcome(expected)
 
 
 def test_a_signal_before_training_ends_the_run_at_once(tasks: Path) -> None:
@@ -200,10 +200,10 @@ def test_a_second_signal_exits_at_once_and_the_checkpoint_is_complete(tasks: Pat
     changes: dict[str, Any] = {"train__epochs": 40, "checkpoint__every": 4}
     process, run_dir = start_program(tasks, "twice", **changes)
     process.until(lambda: count_checkpoints(run_dir) >= 2)
-    still = process.rank(1)
-    suspend_process(process, still)
+    suspended_pid = process.rank(1)
+    suspend_process(process, suspended_pid)
     process.send_signal(signal.SIGTERM)
-    process.until(lambda: is_signal_pending(still, signal.SIGTERM))  # it has been passed on
+    process.until(lambda: is_signal_pending(suspended_pid, signal.SIGTERM))  # it has been passed on
     start = time.monotonic()
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
@@ -222,12 +222,12 @@ def test_a_save_that_exceeds_the_grace_period_is_reported(tasks: Path) -> None:
     changes: dict[str, Any] = {"train__epochs": 40, "checkpoint__every": 4, "checkpoint__grace": 0.5}
     process, run_dir = start_program(tasks, "late", **changes)
     process.until(lambda: count_checkpoints(run_dir) >= 2)
-    told, still = process.rank(0), process.rank(1)
-    suspend_process(process, still)
-    wait_until_idle(process, told)  # in a collective
-    os.kill(told, signal.SIGTERM)
+    signalled_pid, suspended_pid = process.rank(0), process.rank(1)
+    suspend_process(process, suspended_pid)
+    wait_until_idle(process, signalled_pid)  # in a collective
+    os.kill(signalled_pid, signal.SIGTERM)
     process.until(lambda: "not saved within" in process.output()[1])
-    os.kill(still, signal.SIGCONT)
+    os.kill(suspended_pid, signal.SIGCONT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "SIGTERM: not saved within checkpoint.grace=0.5 s; run the same command again" in err

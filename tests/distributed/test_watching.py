@@ -1,5 +1,4 @@
-"""What a run says of its own pace: parts that fit into the step, bytes that ZeRO's arithmetic gives, operations counted
-exactly, a rank that holds the others up, and traces."""
+"""Performance metrics of a run: parts of the step time, bytes of collectives, slow ranks, traces and loss spikes."""
 
 from __future__ import annotations
 
@@ -31,15 +30,16 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def records(document: dict[str, Any]) -> list[dict[str, Any]]:
+def read_raw_metrics(document: dict[str, Any]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (Path(document["run_dir"]) / "metrics.jsonl").read_text().splitlines()]
 
 
-def sent(trained: int, stage: int) -> dict[str, float]:
-    """Bytes that a rank puts into a step's collectives, of one micro-batch in fp32: what ZeRO's definition says.
+def zero_bytes_sent(trained: int, stage: int) -> dict[str, float]:
+    """The bytes that a rank sends in the collectives of a step with one fp32 micro-batch, by the definition of ZeRO.
 
-    At stage 3 weights are gathered for the forward and again for the backward pass; once DeepSpeed knows in which order
-    they come, a model as small as this one stays gathered in between (stage3_max_reuse_distance): that is the least.
+    At stage 3 weights are gathered for the forward and again for the backward pass. Once DeepSpeed has traced their
+    order, a model as small as this one stays gathered in between (stage3_max_reuse_distance); the numbers are that
+    lower bound.
     """
     weights = 4.0 * trained
     return {
@@ -55,40 +55,40 @@ def test_parts_fit_into_the_step_and_bytes_are_those_of_the_stage(ranks: Any, ta
     changes = {"train__micro_batch": 4, "observe__peak_tflops": 1e-3, "train__epochs": 1}
     document = recipe_of(tasks, f"stage-{stage}", stage, **changes)
     ranks(WORLD)(run, document)
-    found = records(document)
-    trained = found[-1]["trainable_parameters"]
-    seen, spent, took = 0, 0.0, 0.0
-    for record in found:
+    records = read_raw_metrics(document)
+    trained = records[-1]["trainable_parameters"]
+    num_tokens, part_seconds, step_seconds = 0, 0.0, 0.0
+    for record in records:
         parts = {part: record.get(f"{part}_seconds", 0.0) for part in timers.PARTS}
         assert all(parts[name] > 0 for name in ("data", "forward", "backward", "optimizer", "communication"))
         assert all(value >= 0 for value in parts.values())
-        spent, took = spent + sum(parts.values()), took + record["seconds"]
-        for kind, amount in sent(trained, stage).items():  # and norms, flags and padding
-            most = amount * (2 if stage == 3 and kind == "all_gather" else 1)
-            assert amount <= record[f"{kind}_bytes"] <= 1.1 * most + 64, (kind, record)
-        seen += record["tokens"]
-        assert record["tokens_seen"] == seen
+        part_seconds, step_seconds = part_seconds + sum(parts.values()), step_seconds + record["seconds"]
+        for kind, amount in zero_bytes_sent(trained, stage).items():  # and norms, flags and padding
+            upper_bound = amount * (2 if stage == 3 and kind == "all_gather" else 1)
+            assert amount <= record[f"{kind}_bytes"] <= 1.1 * upper_bound + 64, (kind, record)
+        num_tokens += record["tokens"]
+        assert record["tokens_seen"] == num_tokens
         assert record["tokens_per_s_per_device"] == record["tokens_per_s"] / WORLD
         assert record["mfu"] == pytest.approx(record["tflops_per_device"] / 1e-3)
         assert 0 <= record["padding"] < 1
         assert record["memory_host_bytes"] > 1e8
-    assert spent < 1.1 * took  # the ranks' windows begin at slightly different times
+    assert part_seconds < 1.1 * step_seconds  # the ranks' windows begin at slightly different times
 
 
 def test_every_evaluation_is_timed_and_the_first_one_shown(ranks: Any, tasks: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     document = recipe_of(tasks, "timed", 1, observe__tensorboard=True, train__epochs=1)
     ranks(WORLD)(run, document)
-    found = records(document)
-    second = [record["step"] for record in found if record["task"] == "animal"]
+    records = read_raw_metrics(document)
+    second = [record["step"] for record in records if record["task"] == "animal"]
     first, last = second[0], second[-1]
-    timed = {record["step"]: record["evaluate_seconds"] for record in found if "evaluate_seconds" in record}
+    timed = {record["step"]: record["evaluate_seconds"] for record in records if "evaluate_seconds" in record}
     assert set(timed) == {1, first, last}, "before training, and after each task"
     assert all(seconds > 0 for seconds in timed.values())
-    assert found[-1]["save_seconds"] > 0
+    assert records[-1]["save_seconds"] > 0
     events = accumulator.EventAccumulator(str(Path(document["run_dir"]) / "tensorboard")).Reload()
-    shown = {event.step: event.value for event in events.Scalars("perf/evaluate_seconds")}
-    assert shown == {
+    curve_seconds = {event.step: event.value for event in events.Scalars("perf/evaluate_seconds")}
+    assert curve_seconds == {
         0: pytest.approx(timed[1]),
         first - 1: pytest.approx(timed[first]),
         last: pytest.approx(timed[last]),
@@ -102,8 +102,8 @@ def test_every_evaluation_is_timed_and_the_first_one_shown(ranks: Any, tasks: Pa
     ]
 
 
-def slowly(document: dict[str, Any], slow: int, seconds: float) -> None:
-    """Run, with one rank whose forward passes take longer."""
+def run_with_a_slow_rank(document: dict[str, Any], slow: int, seconds: float) -> None:
+    """Run with one rank whose forward passes take longer."""
     original = Sequential.loss
 
     def loss(self: Sequential, model: Any, batch: Any) -> torch.Tensor:
@@ -118,17 +118,17 @@ def slowly(document: dict[str, Any], slow: int, seconds: float) -> None:
 
 
 def test_a_slow_rank_is_named_once_a_task(ranks: Any, tasks: Path, tmp_path: Path) -> None:
-    heard = tmp_path / "said"
+    messages_file = tmp_path / "said"
     document = recipe_of(tasks, "slow", 1, observe__live="auto", observe__every=1, train__epochs=1)
-    ranks(WORLD)(listening, document, str(heard))
-    lines = [line for line in heard.read_text().splitlines() if "is slow" in line]
-    assert [line.split(":")[0] for line in lines] == ["task colour", "task animal"], heard.read_text()
+    ranks(WORLD)(run_slowly_and_write_messages, document, str(messages_file))
+    lines = [line for line in messages_file.read_text().splitlines() if "is slow" in line]
+    assert [line.split(":")[0] for line in lines] == ["task colour", "task animal"], messages_file.read_text()
     assert all("rank 1 on " in line for line in lines)
-    assert all(0.3 < record["step_spread"] < 1 for record in records(document)[2:])
+    assert all(0.3 < record["step_spread"] < 1 for record in read_raw_metrics(document)[2:])
 
 
-def listening(document: dict[str, Any], path: str) -> None:
-    """Run slowly on rank 1; what the user is told goes into a file."""
+def run_slowly_and_write_messages(document: dict[str, Any], path: str) -> None:
+    """Run with a slow rank 1, and write the printed messages to a file."""
     from dscl.monitoring.observer import Observer
 
     original = Observer.print_message
@@ -140,14 +140,14 @@ def listening(document: dict[str, Any], path: str) -> None:
 
     Observer.print_message = note  # type: ignore[method-assign]
     try:
-        slowly(document, 1, 0.1)
+        run_with_a_slow_rank(document, 1, 0.1)
     finally:
         Observer.print_message = original  # type: ignore[method-assign]
 
 
-def out_of_memory(document: dict[str, Any]) -> list[str]:
-    """What happens, in its order, when memory runs out in a step."""
-    happened: list[str] = []
+def run_out_of_memory(document: dict[str, Any]) -> list[str]:
+    """Run out of memory in a step; the order of the memory snapshot and of the engine's end."""
+    events: list[str] = []
     patch = pytest.MonkeyPatch()
 
     def loss(*_: Any) -> torch.Tensor:
@@ -156,16 +156,16 @@ def out_of_memory(document: dict[str, Any]) -> list[str]:
     close = Engine.close
     with patch.context() as patched:
         patched.setattr(Sequential, "loss", loss)
-        patched.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: happened.append("snapshot"))
-        patched.setattr(Engine, "close", lambda self: (happened.append("close"), close(self)))
+        patched.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: events.append("snapshot"))
+        patched.setattr(Engine, "close", lambda self: (events.append("close"), close(self)))
         with pytest.raises(ExternalFailure, match="CUDA out of memory"):
             run(document)
-    return happened
+    return events
 
 
 def test_when_memory_runs_out_the_engine_is_still_in_the_snapshot(ranks: Any, tasks: Path) -> None:
     document = recipe_of(tasks, "too-large", 1, evaluate={"zero_shot": False})
-    assert ranks(1)(out_of_memory, document) == [["snapshot", "close"]]
+    assert ranks(1)(run_out_of_memory, document) == [["snapshot", "close"]]
 
 
 def test_traces_are_written_by_the_ranks_that_were_asked(ranks: Any, tasks: Path) -> None:
@@ -180,75 +180,82 @@ def test_traces_are_written_by_the_ranks_that_were_asked(ranks: Any, tasks: Path
 
 
 def test_a_router_is_shown_at_every_evaluation_that_is_asked_for(ranks: Any, tasks: Path) -> None:
-    """A task that is not followed by one leaves nothing behind that could not be shown."""
+    """Also with tasks after which no evaluation follows."""
     names = ("colour", "animal", "hue", "beast")
     stream = [
         {"name": name, "path": str(tasks / place), "train_limit": 8}
         for name, place in zip(names, ("colour", "animal") * 2, strict=True)
     ]
     document = recipe_of(
-        tasks, "seldom", 1, stream=stream, method={"name": "asr", "width": 64}, evaluate={"every": 2, "tasks": "seen"}
+        tasks,
+        "seldom",
+        1,
+        stream=stream,
+        method={"name": "asr", "router": {"num_features": 64}},
+        evaluate={"every": 2, "tasks": "seen"},
     )
     document["observe"]["tensorboard"] = True
     ranks(WORLD)(run, document)
-    found = json.loads((Path(document["run_dir"]) / "scores.json").read_text())
-    assert [any(score is not None for score in row) for row in found["matrix"]] == [False, True, False, True]
-    assert found["confusion"]["tasks"] == list(names)
+    scores = json.loads((Path(document["run_dir"]) / "scores.json").read_text())
+    assert [any(score is not None for score in row) for row in scores["matrix"]] == [False, True, False, True]
+    assert scores["confusion"]["tasks"] == list(names)
 
 
-class Numbers:
-    """As much of an engine as a watch needs to look at losses."""
+class EngineStub:
+    """The attributes of an engine that LossMonitor reads."""
 
     uses_loss_scaling = False
 
 
-def watching(said: list[str]) -> LossMonitor:
-    return LossMonitor(Numbers(), "x", 1, False, lambda number: [f"record {number}"], lambda record: None, said.append)  # type: ignore[arg-type]
+def make_loss_monitor(messages: list[str]) -> LossMonitor:
+    return LossMonitor(
+        EngineStub(), "x", 1, False, lambda number: [f"record {number}"], lambda record: None, messages.append
+    )  # type: ignore[arg-type]
 
 
-def leaps(losses: torch.Tensor) -> list[str]:
-    """The steps at which one is told."""
-    said: list[str] = []
-    watch = watching(said)
+def spike_steps(losses: torch.Tensor) -> list[str]:
+    """The steps at which a spike is reported."""
+    messages: list[str] = []
+    monitor = make_loss_monitor(messages)
     for number, loss in enumerate(losses.tolist()):
-        watch._check_for_spike(number, number + 1, loss)
-    return [line.split(":")[0].removeprefix("task x, step ") for line in said]
+        monitor._check_for_spike(number, number + 1, loss)
+    return [line.split(":")[0].removeprefix("task x, step ") for line in messages]
 
 
 def test_a_loss_that_leaps_is_told_with_its_records() -> None:
-    said: list[str] = []
-    watch = watching(said)
+    messages: list[str] = []
+    monitor = make_loss_monitor(messages)
     for number in range(SPIKE_WINDOW):
-        watch._check_for_spike(number, number + 1, 1.0 + 0.01 * (number % 5))
-    assert not said
-    watch._check_for_spike(100, 101, 1.2)
-    assert not said, "a loss may move"
-    watch._check_for_spike(101, 102, 9.0)
-    assert len(said) == 1
-    assert "step 102: the loss leaps to 9, after a median of 1.02" in said[0]
-    assert "record 101" in said[0]
+        monitor._check_for_spike(number, number + 1, 1.0 + 0.01 * (number % 5))
+    assert not messages
+    monitor._check_for_spike(100, 101, 1.2)
+    assert not messages, "a loss may move"
+    monitor._check_for_spike(101, 102, 9.0)
+    assert len(messages) == 1
+    assert "step 102: the loss leaps to 9, after a median of 1.02" in messages[0]
+    assert "record 101" in messages[0]
     for number in range(102, 102 + 2 * SPIKE_MIN_STEPS):
-        watch._check_for_spike(number, number + 1, 9.0)
-    assert len(said) == 1, "what goes on is not told again"
-    watch._check_for_spike(200, 201, 12.0)
-    assert len(said) == 2, "the last one does not hide the next"
+        monitor._check_for_spike(number, number + 1, 9.0)
+    assert len(messages) == 1, "a lasting level is not reported again"
+    monitor._check_for_spike(200, 201, 12.0)
+    assert len(messages) == 2, "an earlier spike does not hide the next"
 
 
 @pytest.mark.parametrize("steep", [0.0, 8.0], ids=["level", "after-a-steep-start"])
 @pytest.mark.parametrize("spread", [0.05, 0.1])
 def test_a_loss_that_nearly_doubles_is_told(steep: float, spread: float) -> None:
-    """From 2 to 3.9, in all of a hundred runs."""
+    """A jump from 2 to 3.9 is reported in each of a hundred runs."""
     step = torch.arange(101.0)
     for seed in range(100):
         losses = torch.randn(101, generator=torch.Generator().manual_seed(seed)) * spread
         losses += 2.0 + steep * torch.exp(-step / 15)
         losses[100] = 3.9
-        assert leaps(losses) == ["101"]
+        assert spike_steps(losses) == ["101"]
 
 
 def test_ordinary_noise_is_not_told() -> None:
-    """20 runs of 500 steps of each kind. Of normal losses none; of very skewed ones, and of samples of which few are
-    far off, hardly one in thousands."""
+    """20 runs of 500 steps of each kind. No spike is reported for normally distributed losses, and hardly any for very
+    skewed losses and for losses with few outlying samples."""
     chance = torch.Generator().manual_seed(0)
     normal = torch.randn(20, 500, generator=chance)
     skewed = -torch.rand(20, 500, 2, generator=chance).log().mean(2)
@@ -259,9 +266,9 @@ def test_ordinary_noise_is_not_told() -> None:
         "small": 2 + 0.05 * normal, "large": 2 + 0.6 * normal, "steep": 2 + steep + 0.6 * normal, "skewed": skewed,
         "wrong": wrong.mean(2),
     }  # fmt: skip
-    told = {kind: sum(len(leaps(run)) for run in runs) for kind, runs in kinds.items()}
-    assert max(told.pop("skewed"), told.pop("wrong")) <= 2
-    assert not any(told.values()), told
+    num_spikes = {kind: sum(len(spike_steps(run)) for run in runs) for kind, runs in kinds.items()}
+    assert max(num_spikes.pop("skewed"), num_spikes.pop("wrong")) <= 2
+    assert not any(num_spikes.values()), num_spikes
 
 
 def test_pairs_are_those_of_each_sample_alone() -> None:

@@ -1,4 +1,4 @@
-"""What dscl changes in DeepSpeed, or reads of its internals, is there in the installed version."""
+"""The internals of DeepSpeed that dscl patches or reads exist in the installed version."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ PARAMETERS = (
 INSTEAD = "find what took its place, change the patch that relies on it, and renew CHECKED_VERSION"
 
 
-def missing(module: str, name: str) -> str | None:
-    """Why a patch cannot rely on this name; None if it is there."""
+def explain_missing_name(module: str, name: str) -> str | None:
+    """An error message if the module has no such name; else None."""
     try:
         value: Any = importlib.import_module(module)
         for part in name.split("."):
@@ -80,8 +80,8 @@ def missing(module: str, name: str) -> str | None:
     return None
 
 
-def missing_attribute(module: str, scope: str | None, name: str) -> str | None:
-    """The same for an attribute of a module's (or of one of its classes') objects: whether the source mentions it."""
+def explain_missing_attribute(module: str, scope: str | None, name: str) -> str | None:
+    """An error message if the source of the module or class mentions no such attribute; else None."""
     source: Any = importlib.import_module(module)
     if scope is not None:
         source = getattr(source, scope)
@@ -94,7 +94,7 @@ def missing_attribute(module: str, scope: str | None, name: str) -> str | None:
 
 @pytest.mark.parametrize(("module", "name"), PATCHED)
 def test_a_patched_name_is_there(module: str, name: str) -> None:
-    assert missing(module, name) is None
+    assert explain_missing_name(module, name) is None
 
 
 @pytest.mark.parametrize(
@@ -105,16 +105,16 @@ def test_a_patched_name_is_there(module: str, name: str) -> None:
     ],
 )
 def test_an_attribute_that_is_read_is_there(module: str, scope: str | None, name: str) -> None:
-    assert missing_attribute(module, scope, name) is None
+    assert explain_missing_attribute(module, scope, name) is None
 
 
 def test_a_missing_name_is_told() -> None:
-    gone = missing("deepspeed.runtime.zero.utils", "NO_SUCH_LIST")
-    assert gone is not None
-    assert "has no deepspeed.runtime.zero.utils.NO_SUCH_LIST" in gone
-    gone = missing_attribute(*STAGE_3, "no_such_group")
-    assert gone is not None
-    assert "no longer has the attribute no_such_group" in gone
+    message = explain_missing_name("deepspeed.runtime.zero.utils", "NO_SUCH_LIST")
+    assert message is not None
+    assert "has no deepspeed.runtime.zero.utils.NO_SUCH_LIST" in message
+    message = explain_missing_attribute(*STAGE_3, "no_such_group")
+    assert message is not None
+    assert "no longer has the attribute no_such_group" in message
 
 
 def read_attributes() -> Iterator[str]:
@@ -145,7 +145,7 @@ def test_every_patch_says_why_and_for_which_version(patch: Callable[..., Any]) -
 
 
 def test_deepspeed_is_changed_in_one_file() -> None:
-    """Elsewhere the engine uses its interface, and the layouts read its optimizers."""
+    """Other files use DeepSpeed's public interface; only the layouts read its optimizers."""
     imported = {}
     for path in sorted(Path(dscl.engine.__path__[0]).glob("*.py")):
         nodes = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.ImportFrom)]
@@ -188,7 +188,7 @@ def test_asserts_between_ranks_are_back_afterwards() -> None:
 
 
 def test_waiting_for_gathered_weights_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """DeepSpeed's method is decorated itself, which must not be taken for the patch."""
+    """DeepSpeed's method has a decorator of its own, which must not be mistaken for the patch."""
     owner = deepspeed_patches.PartitionedParameterCoordinator
 
     @functools.wraps(owner.fetch_sub_module)

@@ -1,4 +1,4 @@
-"""What a layout answers without a DeepSpeed engine, from the shapes and positions alone."""
+"""Layouts without a DeepSpeed engine, computed from shapes and positions alone."""
 
 from __future__ import annotations
 
@@ -75,23 +75,23 @@ def test_peers_hold_what_lies_in_their_slice_of_the_flat_tensor(three_ranks: pyt
     )  # fmt: skip
     slices = layout.peer_slices({"weight", "bias"})
     assert slices is not None
-    found = [{name: (part.start, part.stop) for name, part in rank.items()} for rank in slices]
-    assert found == [{"weight": (0, 5)}, {"weight": (5, 10)}, {"bias": (0, 2)}]
+    ends = [{name: (part.start, part.stop) for name, part in rank.items()} for rank in slices]
+    assert ends == [{"weight": (0, 5)}, {"weight": (5, 10)}, {"bias": (0, 2)}]
     assert layout.peer_slices({"bias"}) == [{}, {}, {"bias": slices[2]["bias"]}]
 
 
 def test_clipping_is_on_again_afterwards() -> None:
     layout: Any = layout_of(FlatPartitionLayout, nn.Linear(2, 2), clip_grad=0.5)
-    seen = []
+    clip_grads = []
 
     def fail() -> None:
         with layout.without_clipping():
-            seen.append(layout._zero_optimizer.clip_grad)
+            clip_grads.append(layout._zero_optimizer.clip_grad)
             raise KeyError
 
     with pytest.raises(KeyError):
         fail()
-    assert seen == [0.0]
+    assert clip_grads == [0.0]
     assert layout._zero_optimizer.clip_grad == 0.5
 
 
@@ -99,9 +99,9 @@ def test_fp32_replicas_are_clipped_here_and_the_norm_is_known() -> None:
     module = nn.Linear(2, 2, bias=False)
     layout = layout_of(ReplicatedFp32Layout, module)
     module.weight.grad = torch.full((2, 2), 3.0)
-    for max_norm, left in ((0.0, 6.0), (1.5, 1.5)):
+    for max_norm, expected_norm in ((0.0, 6.0), (1.5, 1.5)):
         norm = layout.clip_gradients(max_norm)
         assert norm is not None
         assert float(norm) == pytest.approx(6.0)
-        assert float(module.weight.grad.norm()) == pytest.approx(left)
+        assert float(module.weight.grad.norm()) == pytest.approx(expected_norm)
     assert layout_of(ReplicatedLayout, module).clip_gradients(1.0) is None

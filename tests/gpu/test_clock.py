@@ -1,5 +1,4 @@
-"""The clock of a step on a GPU: parts last as long as the device works on them, and measuring them makes nobody wait.
-Skipped where there is no GPU."""
+"""Timers of a step on a GPU: they measure the device time of parts, and do not synchronize. Skipped without a GPU."""
 
 from __future__ import annotations
 
@@ -32,17 +31,17 @@ def test_parts_are_timed_on_the_device_and_the_host_goes_on() -> None:
             busy(side, 20)
             with timers.timed_collective("all_reduce", side):
                 busy(side, 10)
-        launched = time.perf_counter() - began
+        launch_seconds = time.perf_counter() - began
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    seconds, sent, waited = timers.collect_timings()
-    whole = time.perf_counter() - began
+    seconds, bytes_sent, wait_seconds = timers.collect_timings()
+    total_seconds = time.perf_counter() - began
     timers.set_device(torch.device("cpu"))
     assert seconds["forward"] == pytest.approx(2 * seconds["communication"], rel=0.3)
-    assert seconds["forward"] + seconds["communication"] <= whole
-    assert launched < 0.5 * whole, "the host waited for the device"
-    assert waited["all_reduce"] == seconds["communication"]
-    assert sent["all_reduce"] == 4096 * 4096 * 4
+    assert seconds["forward"] + seconds["communication"] <= total_seconds
+    assert launch_seconds < 0.5 * total_seconds, "the host waited for the device"
+    assert wait_seconds["all_reduce"] == seconds["communication"]
+    assert bytes_sent["all_reduce"] == 4096 * 4096 * 4
 
 
 def test_what_goes_on_in_another_stream_is_no_part_of_the_step() -> None:
@@ -54,7 +53,7 @@ def test_what_goes_on_in_another_stream_is_no_part_of_the_step() -> None:
         timers.timed_collective("all_reduce", side),
     ):
         busy(side, 50)
-    seconds, sent, _ = timers.collect_timings()
+    seconds, bytes_sent, _ = timers.collect_timings()
     timers.set_device(torch.device("cpu"))
     assert seconds["communication"] == 0.0
-    assert sent["all_reduce"] == 2048 * 2048 * 4
+    assert bytes_sent["all_reduce"] == 2048 * 2048 * 4

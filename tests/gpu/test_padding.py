@@ -1,4 +1,5 @@
-"""Rows of unlike lengths on a GPU: loss and gradients are finite, and as on the CPU. Skipped where there is no GPU."""
+"""Rows of different lengths on a GPU: loss and gradients are finite and equal those of the CPU. Skipped without a
+GPU."""
 
 from __future__ import annotations
 
@@ -22,13 +23,13 @@ SHAPE = LlamaConfig(
 )
 
 
-def built(dtype: torch.dtype, device: str) -> nn.Module:
+def build_model(dtype: torch.dtype, device: str) -> nn.Module:
     backbone = Backbone(ModelConfig(shape={}), SHAPE, None, RandomWeights(0, 0.1), dtype)  # type: ignore[arg-type]
     model = backbone.build()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(backbone.weights.read(name, parameter.shape, 0, parameter.numel()).view(parameter.shape))
-        for layer in model.model.layers:  # scores far below zero are what some kernels stumble over
+        for layer in model.model.layers:  # some kernels fail with scores far below zero
             layer.self_attn.q_proj.weight.mul_(10)
     return model.to(device)
 
@@ -41,16 +42,16 @@ def test_padded_and_packed_rows_are_as_on_the_cpu(width: int, packing: bool, dty
     encoded = {i: ([7 + i] * (length - 4), [3 + i, 2, 9, 1]) for i, length in enumerate(lengths)}
     batch = collate([[0], [1, 2, 3]] if packing else [[0], [1], [2], [3]], encoded, 0, packing)
     assert batch.input_ids.shape[1] == width
-    found = []
+    results = []
     for kind, device in ((torch.float32, "cpu"), (dtype, "cuda")):
-        model = built(kind, device)
+        model = build_model(kind, device)
         loss = answer_loss(model, batch.to(torch.device(device))) / len(batch.labels)
         loss.backward()
-        found.append((loss.item(), [p.grad.float().cpu() for p in model.parameters()]))
-    (wanted, theirs), (loss, ours) = found
-    close = 0.02 if dtype == torch.bfloat16 else 1e-4
-    assert loss == pytest.approx(wanted, rel=close)
-    whole = torch.stack([grad.norm() for grad in theirs]).norm()
-    for got, grad in zip(ours, theirs, strict=True):
-        assert torch.isfinite(got).all()
-        assert (got - grad).norm() <= 5 * close * whole
+        results.append((loss.item(), [p.grad.float().cpu() for p in model.parameters()]))
+    (expected_loss, expected_gradients), (loss, gradients) = results
+    tolerance = 0.02 if dtype == torch.bfloat16 else 1e-4
+    assert loss == pytest.approx(expected_loss, rel=tolerance)
+    total_norm = torch.stack([expected_gradient.norm() for expected_gradient in expected_gradients]).norm()
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        assert torch.isfinite(gradient).all()
+        assert (gradient - expected_gradient).norm() <= 5 * tolerance * total_norm

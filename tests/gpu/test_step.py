@@ -1,4 +1,4 @@
-"""A watched training step on a GPU: where the host waits for the device. Skipped where there is no GPU."""
+"""Synchronizations of a training step with the GPU, by package. Skipped without a GPU."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ENCODED = [([number % WORDS] * (5 + number % 3), [1 + number % 7] * 2) for numbe
 
 
 def owner() -> str:
-    """Whose function it is that waits: of these packages, the one that was called last."""
+    """The package whose function synchronizes: the innermost one of OWNERS on the stack."""
     for frame in reversed(traceback.extract_stack()):
         for name in set(Path(frame.filename).parts) & set(OWNERS):
             return name
@@ -46,8 +46,8 @@ def batches(packing: bool) -> list[Batch]:
     return [collate(each, ENCODED, 0, packing) for each in rows]
 
 
-def waits(stage: int, packing: bool) -> dict[str, int]:
-    """How often each of them waits in these steps."""
+def count_waits_in_steps(stage: int, packing: bool) -> dict[str, int]:
+    """The number of synchronizations in STEPS steps, by package."""
     shape = LlamaConfig(
         hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, vocab_size=WORDS
     )
@@ -66,23 +66,23 @@ def waits(stage: int, packing: bool) -> dict[str, int]:
     ).step_plan(0)  # fmt: skip
     monitor = LossMonitor(engine, "x", 100, False, lambda number: [], lambda record: None, print)
     monitor.start_task()
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
 
-    def heard(message: Any, *_: Any, **__: Any) -> None:
+    def count_waits(message: Any, *_: Any, **__: Any) -> None:
         if "synchronizing CUDA operation" in str(message):
-            found[owner()] += 1
+            counts[owner()] += 1
 
     def step(number: int) -> None:
-        made = batches(packing)
-        loss = engine.step(answer_loss, made, targets=plan.num_targets, lr=1e-3)
-        computed = sum(batch.input_ids.numel() for batch in made)
+        micro_batches = batches(packing)
+        loss = engine.step(answer_loss, micro_batches, targets=plan.num_targets, lr=1e-3)
+        computed = sum(batch.input_ids.numel() for batch in micro_batches)
         monitor.record_step(number, number + 1, plan, 1e-3, loss, False, computed)
 
     for number in range(WARM):
         step(number)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        warnings.showwarning = heard
+        warnings.showwarning = count_waits
         torch.cuda.set_sync_debug_mode("warn")
         try:
             for number in range(WARM, WARM + STEPS):
@@ -91,26 +91,28 @@ def waits(stage: int, packing: bool) -> dict[str, int]:
             torch.cuda.set_sync_debug_mode("default")
     monitor.flush()
     engine.close()
-    return dict(found)
+    return dict(counts)
 
 
 def tell(stage: int, packing: bool) -> None:
-    """In a process of its own, which has one engine."""
+    """Print the counts; runs in a process of its own with one engine."""
     with comm.process_group():
-        print(json.dumps(waits(stage, packing)))
+        print(json.dumps(count_waits_in_steps(stage, packing)))
 
 
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_nothing_of_ours_waits_within_a_step(stage: int, packing: bool) -> None:
-    """DeepSpeed waits as it likes (it reads the gradient's norm, for one), transformers once or twice a pass: it
-    looks whether rows are padded or packed."""
+    """DeepSpeed may synchronize (it reads the gradient norm, for example). transformers does once or twice a pass, when
+    it checks whether rows are padded or packed."""
     program = f"from tests.gpu.test_step import tell; tell({stage}, {packing})"
     environment = {**os.environ, "DS_ACCELERATOR": "cuda"}
-    told = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300)
-    assert told.returncode == 0, told.stderr
-    found = json.loads(told.stdout.splitlines()[-1])
-    print(f"waits in {STEPS} steps at stage {stage}: {found}")
-    assert found.pop("transformers", 0) <= 2 * STEPS * PASSES
-    found.pop("deepspeed", 0)
-    assert not found
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    counts = json.loads(result.stdout.splitlines()[-1])
+    print(f"waits in {STEPS} steps at stage {stage}: {counts}")
+    assert counts.pop("transformers", 0) <= 2 * STEPS * PASSES
+    counts.pop("deepspeed", 0)
+    assert not counts

@@ -1,4 +1,4 @@
-"""Projections on a GPU: gradients by quick products, the weight by exact ones. Skipped where there is no GPU."""
+"""Projections on a GPU: gradients with fast matrix products, weights with exact ones. Skipped without a GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(params=["none", "ieee", "tf32"])
 def otherwise(request: pytest.FixtureRequest) -> Iterator[str]:
-    """What torch is set to."""
+    """Torch's fp32 precision of matrix products during the test."""
     setting = torch.backends.cuda.matmul
     before, setting.fp32_precision = setting.fp32_precision, request.param
     yield request.param
@@ -25,9 +25,11 @@ def otherwise(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.mark.parametrize("projection", PROJECTIONS)
 def test_gradients_are_freed_to_a_thousandth_and_the_weight_is_held_exactly(projection: str, otherwise: str) -> None:
-    drawn = torch.Generator().manual_seed(0)
-    weight, step = (torch.randn(512, 768, generator=drawn).cuda() for _ in range(2))
-    right, left = (torch.linalg.qr(torch.randn(n, 256, generator=drawn, dtype=torch.float64))[0] for n in (768, 512))
+    generator = torch.Generator().manual_seed(0)
+    weight, step = (torch.randn(512, 768, generator=generator).cuda() for _ in range(2))
+    right, left = (
+        torch.linalg.qr(torch.randn(n, 256, generator=generator, dtype=torch.float64))[0] for n in (768, 512)
+    )
     space = ProtectedSubspace.empty(projection, weight)
     space.add_directions(weight, right.cuda(), left.cuda())
     gradient = step.clone()
@@ -36,6 +38,6 @@ def test_gradients_are_freed_to_a_thousandth_and_the_weight_is_held_exactly(proj
         step
     )  # of four products, or two
     assert torch.backends.cuda.matmul.fp32_precision == otherwise
-    moved = weight + step
-    space.project_weight_(moved)
-    assert space.protected_norm(moved - weight) < 1e-6 * float(weight.norm())
+    changed_weight = weight + step
+    space.project_weight_(changed_weight)
+    assert space.protected_norm(changed_weight - weight) < 1e-6 * float(weight.norm())

@@ -1,4 +1,4 @@
-"""The Kubernetes manifests: what Kubeflow's own models read, without a key that they do not know."""
+"""The Kubernetes manifests: Kubeflow's own models read them, and know every key."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def read(name: str) -> dict[str, Any]:
     [("runtime.yaml", "TrainerV1alpha1ClusterTrainingRuntime"), ("trainjob.yaml", "TrainerV1alpha1TrainJob")],
 )
 def test_kubeflow_reads_all_of_it(file: str, model: str) -> None:
-    """The API's own models let unknown keys go unseen, so what they read is written out again and compared."""
+    """The models of the API ignore unknown keys, so the parsed document is serialized again and compared."""
     models = pytest.importorskip("kubeflow_trainer_api.models", reason="pip install kubeflow-trainer-api")
     document = read(file)
     assert getattr(models, model).from_dict(document).to_dict() == document
@@ -46,4 +46,4 @@ def test_the_two_fit_together_and_the_ranks_get_their_time() -> None:
         for value in rule.get("onExitCodes", {}).get("values", [])
     }
     assert actions == {2: "FailJob", 75: "Ignore"}
-    assert pod["restartPolicy"] == "Never"  # which a policy for failures asks for
+    assert pod["restartPolicy"] == "Never"  # podFailurePolicy requires it

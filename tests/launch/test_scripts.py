@@ -1,4 +1,5 @@
-"""The launch scripts: what they would run, what they refuse, and what they make of the ends of what they started."""
+"""The launch scripts: dry runs, refused arguments, and how they handle the exit statuses of the processes they
+started."""
 
 from __future__ import annotations
 
@@ -15,15 +16,19 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.support.hosts import REPOSITORY, bare
+from tests.support.hosts import REPOSITORY, environment_without_ranks
 from tests.support.runs import recipe_of, write_tasks
 
 LAUNCH = REPOSITORY / "launch"
 
 
-def script(name: str, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_script(name: str, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [str(LAUNCH / name), *words], env={**bare(), **environment}, capture_output=True, text=True, check=False
+        [str(LAUNCH / name), *words],
+        env={**environment_without_ranks(), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -76,16 +81,16 @@ END = "--max-restarts 3 -m dscl train r.yaml a=b --doctor\n"
     ],
 )
 def test_a_dry_run_shows_the_command_and_does_nothing(name: str, environment: dict[str, str], shown: str) -> None:
-    done = script(name, "r.yaml", "--dry-run", "a=b", **environment)
-    assert (done.returncode, done.stdout, done.stderr) == (0, shown, "")
+    result = run_script(name, "r.yaml", "--dry-run", "a=b", **environment)
+    assert (result.returncode, result.stdout, result.stderr) == (0, shown, "")
 
 
 def test_a_dry_run_of_the_quickstart_changes_nothing(tmp_path: Path) -> None:
     run = tmp_path / "quickstart-3"
     run.mkdir()
-    done = script("quickstart.sh", "--dry-run", "--out", str(tmp_path), "--seed", "3", "--fresh", "train.lr=1")
-    assert (done.returncode, done.stderr) == (0, "")
-    remove, make, train = done.stdout.splitlines()
+    result = run_script("quickstart.sh", "--dry-run", "--out", str(tmp_path), "--seed", "3", "--fresh", "train.lr=1")
+    assert (result.returncode, result.stderr) == (0, "")
+    remove, make, train = result.stdout.splitlines()
     assert remove == f"rm -rf {run}"
     assert make == f"python tools/make_stage.py --out {tmp_path}/stage-3 --seed 3"
     assert train.startswith("exec python -m dscl train launch/recipes/quickstart.yaml --nproc ")
@@ -93,8 +98,8 @@ def test_a_dry_run_of_the_quickstart_changes_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [run]
 
 
-def fakes(folder: Path, **programs: str) -> dict[str, str]:
-    """Programs in the place of others, and the environment in which they are found."""
+def write_fake_programs(folder: Path, **programs: str) -> dict[str, str]:
+    """Write fake programs; the environment whose PATH finds them first."""
     (folder / "bin").mkdir()
     for name, body in programs.items():
         (folder / "bin" / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
@@ -103,9 +108,9 @@ def fakes(folder: Path, **programs: str) -> dict[str, str]:
 
 
 IN_A_JOB = {"DSCL_JOB": "1", "SLURM_JOB_ID": "7", "DSCL_HOME": str(REPOSITORY)}
-# For a program that a script has started: wait until the script waits for it.
+# In a program that a script has started: wait until the script waits for it.
 WAITED_FOR = 'until [ "$(cut -d " " -f 3 "/proc/$PPID/stat")" = S ]; do sleep 0.01; done'
-# The shell that runs the job hears that the job will end; the ranks end with these statuses, one start after another.
+# The batch shell gets the signal that the job will end. Each start ends with the next status in the file `ends`.
 SRUN = f"""
 echo "started" >>"$HERE/log"
 if [ -n "${{ANNOUNCED:-}}" ]; then
@@ -135,27 +140,29 @@ def test_a_slurm_job_whose_end_was_announced_does_not_start_again_within_it(
     tmp_path: Path, ends: str, announced: str, status: int, log: list[str]
 ) -> None:
     (tmp_path / "ends").write_text(f"{ends}\n")
-    found = fakes(tmp_path, srun=SRUN, scontrol='echo "$*" >>"$HERE/log"')
-    done = script("slurm.sh", "r.yaml", **found, **IN_A_JOB, ANNOUNCED=announced)
-    assert (done.returncode, (tmp_path / "log").read_text().splitlines()) == (status, log), done.stderr
+    environment = write_fake_programs(tmp_path, srun=SRUN, scontrol='echo "$*" >>"$HERE/log"')
+    result = run_script("slurm.sh", "r.yaml", **environment, **IN_A_JOB, ANNOUNCED=announced)
+    assert (result.returncode, (tmp_path / "log").read_text().splitlines()) == (status, log), result.stderr
 
 
 def test_a_slurm_job_told_before_it_has_ranks_goes_back_into_the_queue(tmp_path: Path) -> None:
-    """While the environment is looked at, or made."""
+    """The signal comes while the script checks or creates the Python environment."""
     python = f'[ "$1" != - ] || kill -USR1 "$PPID"; exec {sys.executable} "$@"'
-    found = fakes(tmp_path, srun=SRUN, scontrol='echo "$*" >>"$HERE/log"', python=python)
-    done = script("slurm.sh", "r.yaml", **{**found, "PYTHON": str(tmp_path / "bin" / "python")}, **IN_A_JOB)
-    assert (done.returncode, (tmp_path / "log").read_text()) == (75, "requeue 7\n"), done.stderr
+    environment = write_fake_programs(tmp_path, srun=SRUN, scontrol='echo "$*" >>"$HERE/log"', python=python)
+    result = run_script("slurm.sh", "r.yaml", **{**environment, "PYTHON": str(tmp_path / "bin" / "python")}, **IN_A_JOB)
+    assert (result.returncode, (tmp_path / "log").read_text()) == (75, "requeue 7\n"), result.stderr
 
 
 @pytest.mark.parametrize(("given", "kept"), [({}, str(REPOSITORY / ".cache")), ({"DSCL_CACHE": "/c"}, "/c")])
 def test_the_nodes_of_a_slurm_job_prepare_data_once(tmp_path: Path, given: dict[str, str], kept: str) -> None:
-    done = script("slurm.sh", "r.yaml", **fakes(tmp_path, srun='echo "$DSCL_CACHE"'), **IN_A_JOB, **given)
-    assert (done.returncode, done.stdout) == (0, f"{kept}\n"), done.stderr
+    result = run_script(
+        "slurm.sh", "r.yaml", **write_fake_programs(tmp_path, srun='echo "$DSCL_CACHE"'), **IN_A_JOB, **given
+    )
+    assert (result.returncode, result.stdout) == (0, f"{kept}\n"), result.stderr
 
 
 def test_what_ssh_takes_along_is_removed_at_the_end(tmp_path: Path) -> None:
-    """On every way out: the launcher has ended, or a signal has ended it."""
+    """After a normal end, and after a signal."""
     (tmp_path / "tmp").mkdir()
     python = f"""
 case "$*" in
@@ -167,11 +174,13 @@ case "$*" in
     ;;
 *) exec {sys.executable} "$@" ;;
 esac"""
-    found = fakes(tmp_path, python=python)
-    found |= {"PYTHON": str(tmp_path / "bin" / "python"), "TMPDIR": str(tmp_path / "tmp"), "NCCL_MINE": "1"}
+    environment = write_fake_programs(tmp_path, python=python)
+    environment |= {"PYTHON": str(tmp_path / "bin" / "python"), "TMPDIR": str(tmp_path / "tmp"), "NCCL_MINE": "1"}
     for number, status in (("0", 0), ("TERM", 75), ("KILL", -9)):
-        done = script("deepspeed.sh", "r.yaml", HOSTFILE=str(LAUNCH / "hostfile.sample"), SIGNAL=number, **found)
-        assert done.returncode == status, done.stderr
+        result = run_script(
+            "deepspeed.sh", "r.yaml", HOSTFILE=str(LAUNCH / "hostfile.sample"), SIGNAL=number, **environment
+        )
+        assert result.returncode == status, result.stderr
         assert bool(list((tmp_path / "tmp").iterdir())) == (number == "KILL")  # else this would see nothing
 
 
@@ -179,9 +188,9 @@ def test_one_machine_alone(tmp_path: Path) -> None:
     write_tasks(tmp_path)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(recipe_of(tmp_path, "run", 2)))
-    given = {"NPROC_PER_NODE": "2", "PYTHON": sys.executable, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = script("single.sh", str(recipe), "train.epochs=1", "--no-doctor", **given)
-    assert done.returncode == 0, done.stderr
+    environment = {"NPROC_PER_NODE": "2", "PYTHON": sys.executable, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    result = run_script("single.sh", str(recipe), "train.epochs=1", "--no-doctor", **environment)
+    assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "run" / "scores.json").read_text())["complete"]
     state = next((tmp_path / "run" / "checkpoints").iterdir()) / "state.json"
     assert json.loads(state.read_text())["world"] == 2
@@ -189,24 +198,25 @@ def test_one_machine_alone(tmp_path: Path) -> None:
 
 def test_without_the_doctor() -> None:
     assert (
-        script("single.sh", "r.yaml", "--dry-run", "--no-doctor").stdout == "python -m dscl train r.yaml --nproc auto\n"
+        run_script("single.sh", "r.yaml", "--dry-run", "--no-doctor").stdout
+        == "python -m dscl train r.yaml --nproc auto\n"
     )
-    assert script("slurm.sh", "r.yaml", "--dry-run", "--no-doctor").stdout.endswith("slurm.sh r.yaml --no-doctor\n")
+    assert run_script("slurm.sh", "r.yaml", "--dry-run", "--no-doctor").stdout.endswith("slurm.sh r.yaml --no-doctor\n")
 
 
 @pytest.mark.parametrize("name", ["single.sh", "torchrun.sh", "deepspeed.sh", "slurm.sh"])
 def test_help_is_the_head_of_the_script(name: str) -> None:
-    done = script(name, "--help")
-    assert done.returncode == 0
-    assert f"./launch/{name} RECIPE.yaml [key=value ...]" in done.stdout
-    assert "--dry-run" in done.stdout
-    assert "MAX_RESTARTS" in done.stdout
-    assert "#" not in done.stdout
-    assert "SBATCH -" not in done.stdout
+    result = run_script(name, "--help")
+    assert result.returncode == 0
+    assert f"./launch/{name} RECIPE.yaml [key=value ...]" in result.stdout
+    assert "--dry-run" in result.stdout
+    assert "MAX_RESTARTS" in result.stdout
+    assert "#" not in result.stdout
+    assert "SBATCH -" not in result.stdout
 
 
 @pytest.mark.parametrize(
-    ("name", "words", "environment", "said"),
+    ("name", "words", "environment", "message"),
     [
         ("single.sh", [], {}, "no recipe given; give RECIPE.yaml"),
         ("single.sh", ["-x"], {}, "-x: not understood; allowed: --dry-run, --no-doctor, --help, a recipe, key=value"),
@@ -225,15 +235,17 @@ def test_help_is_the_head_of_the_script(name: str) -> None:
         ("slurm.sh", ["r"], {"NNODES": "x"}, "NNODES: given 'x'; a whole number is needed"),
     ],
 )
-def test_what_is_wrong_is_told_in_one_line(name: str, words: list[str], environment: dict[str, str], said: str) -> None:
-    done = script(name, *words, **environment)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"{name}: {said}")
-    assert done.stderr.endswith("; see --help\n")
-    assert len(done.stderr.splitlines()) == 1
+def test_what_is_wrong_is_told_in_one_line(
+    name: str, words: list[str], environment: dict[str, str], message: str
+) -> None:
+    result = run_script(name, *words, **environment)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"{name}: {message}")
+    assert result.stderr.endswith("; see --help\n")
+    assert len(result.stderr.splitlines()) == 1
 
 
-# In the place of a launcher: ranks, which have LOCAL_RANK, below a process that has not.
+# Stands for a launcher: a process without LOCAL_RANK, whose children are ranks with LOCAL_RANK.
 LAUNCHER = """
 import os, subprocess, sys
 words = [sys.executable, sys.argv[1]]
@@ -243,7 +255,7 @@ sys.exit(max(abs(rank.wait()) for rank in ranks))
 """
 
 
-# What every rank begins with; its process can be found, and ended.
+# The beginning of every rank; the file lets the fixture find and end its process.
 RANK = """
 import os, signal, sys, time
 from pathlib import Path
@@ -277,7 +289,7 @@ def supervised(tmp_path: Path) -> Iterator[Supervised]:
         body = f'source {LAUNCH}/supervise.sh; launch {restarts} {sys.executable} "$@"'
         process = subprocess.Popen(
             ["bash", "-euo", "pipefail", "-c", body, "script", *map(str, sources)],
-            env=bare(),
+            env=environment_without_ranks(),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -316,7 +328,7 @@ def test_a_signal_goes_to_the_ranks_and_their_status_comes_back(supervised: Supe
 
 
 def test_ranks_that_come_up_after_the_signal_are_told_too(supervised: Supervised) -> None:
-    """As one that its launcher starts anew, because the signal has killed it in its cradle."""
+    """For example a rank that its launcher restarts because the signal killed it during start-up."""
     late = """
 env = dict(os.environ)
 if env.get("LOCAL_RANK") == "1":
@@ -343,7 +355,8 @@ def test_a_second_signal_ends_the_launcher_too(supervised: Supervised) -> None:
     process.send_signal(signal.SIGTERM)
     wait_for(process, "heard", 2)
     deadline = time.monotonic() + 30
-    while "sleep" not in children(process.pid):  # it has passed the signal on: while it does so, it may lose the next
+    # Until the script has forwarded the signal and sleeps again, it may lose the next one.
+    while "sleep" not in child_names(process.pid):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
@@ -351,7 +364,7 @@ def test_a_second_signal_ends_the_launcher_too(supervised: Supervised) -> None:
     assert process.wait(30) == 128 + signal.SIGTERM
 
 
-def children(pid: int) -> list[str]:
+def child_names(pid: int) -> list[str]:
     """The programs that a process has started, by name."""
     names = []
     for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
@@ -367,7 +380,8 @@ def children(pid: int) -> list[str]:
 def test_what_failed_is_started_again_as_often_as_asked(
     supervised: Supervised, tmp_path: Path, ends: str, restarts: int, status: int, starts: int
 ) -> None:
-    """A wrong recipe and a stop on purpose are not: the ranks leave those in a file, whatever the launcher says."""
+    """A wrong recipe and a requested stop are not restarted: the ranks write these statuses to a file, whatever the
+    launcher returns."""
     rank = f"""
 mine = here / os.environ["LOCAL_RANK"]
 count = len(mine.read_text()) if mine.exists() else 0

@@ -14,7 +14,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from dscl.maths import gates
-from tests.support.gates import SIZES, check, drawn, passed
+from tests.support.gates import SIZES, check_against_reference, outputs_and_gradients, random_inputs
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed here")
 
@@ -34,9 +34,11 @@ def expert_by_expert(read: torch.Tensor, experts: int, top: int, factor: float) 
 @pytest.mark.parametrize("size", SIZES[:6])
 def test_the_torch_form_is_what_each_expert_gives(size: tuple[int, ...]) -> None:
     tokens, experts, rank, top = size
-    read, toward = drawn(tokens, experts, rank, torch.float64)
-    found = passed(gates.apply_gates, read, toward, experts, top, 1.5)
-    for ours, theirs in zip(found, passed(expert_by_expert, read, toward, experts, top, 1.5), strict=True):
+    read, toward = random_inputs(tokens, experts, rank, torch.float64)
+    found = outputs_and_gradients(gates.apply_gates, read, toward, experts, top, 1.5)
+    for ours, theirs in zip(
+        found, outputs_and_gradients(expert_by_expert, read, toward, experts, top, 1.5), strict=True
+    ):
         assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-14)
 
 
@@ -59,7 +61,7 @@ def by_the_kernel(read: torch.Tensor, toward: torch.Tensor, *sizes: Any) -> list
         start = kernel.launch_kernel
         patch.setattr(kernel, "launch_kernel", lambda which, *given: started.append(which) or start(which, *given))
         gates._kernel_matches_reference.cache_clear()
-        found = passed(gates.apply_gates, read, toward, *sizes)
+        found = outputs_and_gradients(gates.apply_gates, read, toward, *sizes)
     assert started[-2:] == [kernel.apply_gates_kernel, kernel.apply_gates_backward_kernel]
     return found
 
@@ -79,10 +81,10 @@ SIZES_OF_KINDS = [
 @pytest.mark.parametrize(("kind", "size"), SIZES_OF_KINDS)
 def test_the_kernel_equals_the_torch_form(interpreter: Any, size: tuple[int, ...], kind: torch.dtype) -> None:
     tokens, experts, rank, top = size
-    read, toward = drawn(tokens, experts, rank, kind)
+    read, toward = random_inputs(tokens, experts, rank, kind)
     found = interpreter(by_the_kernel, read, toward, experts, top, 1.5)
     cut = 0 if kind == torch.float32 else 1.5 * torch.finfo(kind).eps  # the interpreter does not round to nearest
-    check(found, read, toward, experts, top, 1.5, more=cut)
+    check_against_reference(found, read, toward, experts, top, 1.5, tolerance=cut)
 
 
 @needs_triton
@@ -109,7 +111,7 @@ def wrong(read: torch.Tensor, toward: torch.Tensor, experts: int, top: int) -> t
 
 @needs_triton
 def test_a_kernel_that_is_wrong_is_told_and_not_used(interpreter: Any) -> None:
-    read, toward = drawn(5, 8, 8, torch.float32)
+    read, toward = random_inputs(5, 8, 8, torch.float32)
     said, weighed = interpreter(wrong, read, toward, 8, 2)
     assert said == [
         "sub-experts are computed without their Triton kernel on cpu: its results differ from those of torch"
@@ -143,14 +145,14 @@ def recomputed(read: torch.Tensor, toward: torch.Tensor, *sizes: Any) -> list[to
     gates._kernel_matches_reference.cache_clear()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "sub-experts")
-        return passed(lambda leaf: checkpoint(layer, leaf, use_reentrant=False), read, toward)
+        return outputs_and_gradients(lambda leaf: checkpoint(layer, leaf, use_reentrant=False), read, toward)
 
 
 @needs_triton
 def test_it_can_be_tried_in_a_layer_that_is_computed_again(interpreter: Any) -> None:
-    read, toward = drawn(5, 8, 8, torch.float32)
+    read, toward = random_inputs(5, 8, 8, torch.float32)
     found = interpreter(recomputed, read, toward, 8, 2, 1.5)
-    wanted = passed(lambda leaf: gates.apply_gates_reference(leaf, 8, 2, 1.5).sin(), read, toward)
+    wanted = outputs_and_gradients(lambda leaf: gates.apply_gates_reference(leaf, 8, 2, 1.5).sin(), read, toward)
     for ours, theirs in zip(found, wanted, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 

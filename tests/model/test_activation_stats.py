@@ -12,8 +12,8 @@ import torch
 from dscl.distributed import comm
 from dscl.model.activation_stats import ActivationStats, LayerImportance
 from dscl.model.adapters.injection import LLAMA_PROJECTIONS, match_target_layers
-from tests.support.moments import felt_moments, second_moment, watching
-from tests.support.toy_model import VOCABULARY, model, rows, summed_loss
+from tests.support.moments import gradient_weighted_moments, record_layer_calls, second_moment
+from tests.support.toy_model import VOCABULARY, sample_rows, summed_loss, toy_model
 
 ROWS, LENGTH = 3, 10
 SITES = {"q_proj": "q_proj", "k_proj": "q_proj", "v_proj": "q_proj", "gate_proj": "gate_proj", "up_proj": "gate_proj"}
@@ -27,7 +27,7 @@ def block(number: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def gathered(numbers: Iterable[int]) -> ActivationStats:
-    module, moments = model(), ActivationStats(gradient_weighted=False)
+    module, moments = toy_model(), ActivationStats(gradient_weighted=False)
     layers = match_target_layers(module, LLAMA_PROJECTIONS)
     with torch.no_grad(), moments.collect_stats(module, layers):
         for number in numbers:
@@ -41,11 +41,11 @@ def close(got: torch.Tensor, expected: torch.Tensor, within: float) -> bool:
 
 
 def test_sums_equal_those_of_plain_hooks() -> None:
-    moments, module = gathered(range(4)), model()
+    moments, module = gathered(range(4)), toy_model()
     with torch.no_grad():
         inputs = []
         for number in range(4):
-            with watching(module) as seen:
+            with record_layer_calls(module) as seen:
                 module(input_ids=block(number)[0], use_cache=False)
             inputs.append({layer: given for layer, (given, _) in seen.items()})
     assert len(inputs[0]) == 14
@@ -59,7 +59,7 @@ def test_sums_equal_those_of_plain_hooks() -> None:
 
 def test_sums_equal_those_of_hidden_states() -> None:
     """What q, k and v are given is the normed hidden state before their layer."""
-    moments, module = gathered(range(1)), model()
+    moments, module = gathered(range(1)), toy_model()
     ids, counted = block(0)
     with torch.no_grad():
         states = module(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
@@ -81,7 +81,7 @@ def test_layers_with_the_same_input_share_a_sum() -> None:
 
 
 def test_masked_tokens_do_not_count() -> None:
-    module = model()
+    module = toy_model()
     ids = block(0)[0]
     counted = torch.ones(ids.shape, dtype=torch.float64)
     counted[:, -3:] = 0
@@ -110,11 +110,11 @@ def test_sums_do_not_depend_on_the_number_of_ranks(ranks: Any) -> None:
 
 
 def test_gradient_weighted_sums_equal_autograd() -> None:
-    module, moments = model(), ActivationStats(gradient_weighted=True)
+    module, moments = toy_model(), ActivationStats(gradient_weighted=True)
     with moments.collect_stats(module, match_target_layers(module, LLAMA_PROJECTIONS)):
-        for toy in rows(0):
+        for toy in sample_rows(0):
             summed_loss(module, toy).backward()
-    expected = felt_moments(rows(0))
+    expected = gradient_weighted_moments(sample_rows(0))
     assert sorted(moments.sums) == sorted(expected)
     for layer, of_layer in expected.items():
         assert close(moments.sums[layer], of_layer, 1e-6)
@@ -122,7 +122,7 @@ def test_gradient_weighted_sums_equal_autograd() -> None:
 
 
 def test_layer_importance_is_the_mean_cosine() -> None:
-    module = model()
+    module = toy_model()
     ids, counted = block(7)
     changes, states = LayerImportance(2, torch.device("cpu")), []
     changes.token_mask = counted

@@ -10,19 +10,19 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from dscl.data.batches import collate_prompts
 from dscl.model.generation import MAX_TREE_TOKENS, generate, label_log_probs
-from tests.support.decoding import EOS, LABELS, PAD, PROMPTS, alone
-from tests.support.toy_model import VOCABULARY, model
+from tests.support.decoding import EOS, LABELS, PAD, PROMPTS, reference_log_prob
+from tests.support.toy_model import VOCABULARY, toy_model
 
 BATCH = collate_prompts(PROMPTS, PAD)
 
 
 def expected(module: Any, labels: list[list[int]]) -> torch.Tensor:
-    return torch.tensor([[alone(module, prompt, label) for label in labels] for prompt in PROMPTS]).float()
+    return torch.tensor([[reference_log_prob(module, prompt, label) for label in labels] for prompt in PROMPTS]).float()
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_label_log_probs_equal_one_plain_pass_per_label(attention: str) -> None:
-    module = model()
+    module = toy_model()
     module.set_attn_implementation(attention)
     with torch.no_grad():
         got = label_log_probs(module, BATCH, LABELS)
@@ -37,7 +37,7 @@ def passes(module: Any) -> list[tuple[int, ...]]:
 
 
 def test_shared_label_prefixes_are_computed_once() -> None:
-    module = model()
+    module = toy_model()
     shapes = passes(module)
     labels = [[11, 12, 13, EOS], [14, EOS], [11, 12, 15, EOS], [16], [11, EOS]]
     with torch.no_grad():
@@ -48,7 +48,7 @@ def test_shared_label_prefixes_are_computed_once() -> None:
 
 def test_many_labels_are_processed_in_parts() -> None:
     """So that memory does not grow with the label set."""
-    module = model()
+    module = toy_model()
     shapes = passes(module)
     labels = [[token, *([12] * (token % 5)), EOS] for token in range(20, 51)]
     with torch.no_grad():
@@ -75,14 +75,14 @@ def test_sliding_window_attention_processes_single_labels() -> None:
 
 
 def test_single_token_labels_need_no_second_pass() -> None:
-    module = model()
+    module = toy_model()
     with torch.no_grad():
         got = label_log_probs(module, BATCH, [[5], [6]])
     torch.testing.assert_close(got, expected(module, [[5], [6]]), rtol=1e-5, atol=1e-5)
 
 
 def test_greedy_generation_equals_transformers() -> None:
-    module = model()
+    module = toy_model()
     for layer in module.model.layers:  # large enough for the attention to depend on positions
         for weight in layer.parameters():
             weight.data *= 8.0

@@ -13,7 +13,7 @@ from torch import nn
 
 from dscl.engine.engine import Engine
 from dscl.model.backbone import ModelConfig, resolve_backbone
-from tests.support.memory import Peak
+from tests.support.memory import PeakMemory
 from tests.support.pool import Pool
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is measured through /proc")
@@ -35,7 +35,7 @@ def growth(config: ModelConfig, stage: int, cache: Path) -> tuple[int, int]:
     def stop(_model: nn.Module) -> nn.Module:
         raise Placed
 
-    with Peak() as peak, pytest.raises(Placed):
+    with PeakMemory() as peak, pytest.raises(Placed):
         Engine(
             {"zero_optimization": {"stage": stage}},
             build=backbone.build,

@@ -15,7 +15,7 @@ from dscl.model.adapters import sub_experts as module
 from dscl.model.adapters.routing import Routing
 from dscl.model.adapters.sub_expert_bank import SubExpertBank, initial_expert_values, inject_sub_experts
 from dscl.model.adapters.sub_experts import SubExpertLinear, SubExpertShape
-from tests.support.sub_experts import IN, OUT, TASKS, scramble, shape_of
+from tests.support.sub_experts import IN, OUT, TASKS, make_shape, randomize_parameters
 
 
 def make_layer(shape: SubExpertShape, dtype: torch.dtype = torch.float64, seed: int = 0) -> SubExpertLinear:
@@ -24,7 +24,7 @@ def make_layer(shape: SubExpertShape, dtype: torch.dtype = torch.float64, seed: 
     layer = SubExpertLinear(nn.Linear(IN, OUT, dtype=dtype), shape, Routing(TASKS, 0), torch.empty(0, dtype=dtype))
     layer.make_trainable()
     layer.set_allowed_masks(shape.num_experts, reuse=True)
-    scramble(layer, seed)
+    randomize_parameters(layer, seed)
     return layer
 
 
@@ -75,14 +75,14 @@ def test_training_output_and_gradients_equal_a_loop(
 ) -> None:
     """With masks of all, some and (at share 0) no parameters; with frozen parameters, which new masks may exclude; and
     with room for more sub-experts, whose values must not matter, except those of one that was added."""
-    shape = shape_of(
+    shape = make_shape(
         rank1, num_experts=experts, rank=rank, top_k=top, mask_density=share or 0.4, max_experts=experts + more
     )
     layer = make_layer(shape).train()
     if with_frozen:
         freeze_task(layer, 0)
         layer.set_allowed_masks(min(experts + 1, layer.shape.max_experts), reuse=more == 0)
-    scramble(layer, 1)
+    randomize_parameters(layer, 1)
     if not share:
         for name in layer.mask_shapes:
             getattr(layer, f"allowed_{name}").zero_()
@@ -122,10 +122,10 @@ def test_training_output_and_gradients_equal_a_loop(
 @pytest.mark.parametrize("top", [1, 2, 4, 0])
 @pytest.mark.parametrize("slots", [[0, 1, 2, 0], [None, 2, None, 1], [None] * 4])
 def test_inference_equals_a_loop_over_rows(rank1: bool, top: int, slots: list[int | None]) -> None:
-    layer = make_layer(shape_of(rank1, top_k=top))
+    layer = make_layer(make_shape(rank1, top_k=top))
     task_tensors = []
     for task in range(TASKS):
-        scramble(layer, task)
+        randomize_parameters(layer, task)
         task_tensors.append(freeze_task(layer, task))
     layer.eval()
     x = torch.randn(4, 5, IN, dtype=torch.float64)
@@ -150,12 +150,12 @@ def test_inference_equals_a_loop_over_rows(rank1: bool, top: int, slots: list[in
 @pytest.mark.parametrize("rank1", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_later_tasks_leave_earlier_outputs_bitwise_equal(rank1: bool, dtype: torch.dtype) -> None:
-    layer = make_layer(shape_of(rank1, num_experts=4, max_experts=6), dtype).eval()
+    layer = make_layer(make_shape(rank1, num_experts=4, max_experts=6), dtype).eval()
     x = torch.randn(4, 7, IN).to(dtype)
     answers = []
     for task in range(TASKS):
         layer.set_allowed_masks(4 + task, reuse=True)  # one more expert each time
-        scramble(layer, task)
+        randomize_parameters(layer, task)
         freeze_task(layer, task)
         for earlier, answer in enumerate(answers):
             layer.routing.assign_slots([earlier] * 4, x)
@@ -170,7 +170,7 @@ def test_training_ignores_trained_values_of_frozen_params(rank1: bool, monkeypat
     """Changes of the trained values of frozen parameters must not show in training passes or after freezing."""
 
     def outcome() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        layer = make_layer(shape_of(rank1))
+        layer = make_layer(make_shape(rank1))
         freeze_task(layer, 0)
         x = torch.randn(1, 4, IN, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
         layer.routing.assign_slots([0], x)
@@ -191,10 +191,10 @@ def test_training_ignores_trained_values_of_frozen_params(rank1: bool, monkeypat
 @pytest.mark.parametrize("rank1", [True, False])
 @pytest.mark.parametrize("top", [2, 0])
 def test_load_task_params_restores_all_buffers(rank1: bool, top: int) -> None:
-    layer, fresh = (make_layer(shape_of(rank1, max_experts=5, top_k=top), torch.float32) for _ in range(2))
+    layer, fresh = (make_layer(make_shape(rank1, max_experts=5, top_k=top), torch.float32) for _ in range(2))
     for task in range(TASKS):
         layer.set_allowed_masks(4 + (task > 1), reuse=task != 1)
-        scramble(layer, task)
+        randomize_parameters(layer, task)
         fresh.load_task_params(task, {name: tensor.clone() for name, tensor in freeze_task(layer, task).items()})
     for (name, ours), (_, theirs) in zip(layer.named_buffers(), fresh.named_buffers(), strict=True):
         if not name.startswith("allowed"):
@@ -203,12 +203,12 @@ def test_load_task_params_restores_all_buffers(rank1: bool, top: int) -> None:
 
 @pytest.mark.parametrize("rank1", [True, False])
 def test_masks_select_only_allowed_params(rank1: bool) -> None:
-    layer = make_layer(shape_of(rank1, num_experts=4, max_experts=6, mask_density=0.25))
+    layer = make_layer(make_shape(rank1, num_experts=4, max_experts=6, mask_density=0.25))
     whole = 12 * (IN + OUT) if not rank1 else 12
     assert sum(layer.mask_counts.values()) == whole // 4
     first = freeze_task(layer, 0)
     layer.set_allowed_masks(4, reuse=False)
-    scramble(layer, 1)
+    randomize_parameters(layer, 1)
     second = freeze_task(layer, 1)
     shared = layer.mask_overlap()
     assert shared[0, 0] == shared[1, 1] == whole // 4
@@ -221,12 +221,12 @@ def test_masks_select_only_allowed_params(rank1: bool) -> None:
     assert layer.count_missing_params(4) == 0
     for task in (2, 0, 1):  # slots are written over, to fill the layer
         layer.set_allowed_masks(4, reuse=False)
-        scramble(layer, 5 + task)
+        randomize_parameters(layer, 5 + task)
         freeze_task(layer, task)
     assert layer.count_missing_params(4) > 0
     assert layer.count_missing_params(5) == 0
     layer.set_allowed_masks(4, reuse=True)
-    scramble(layer, 9)
+    randomize_parameters(layer, 9)
     before = layer.num_frozen_params
     task_tensors = freeze_task(layer, 0)
     assert task_tensors["a"].numel() == 0  # all of its parameters are frozen already
@@ -240,14 +240,14 @@ def test_masks_select_only_allowed_params(rank1: bool) -> None:
 def test_mask_overlap_sums_all_layers() -> None:
     torch.manual_seed(0)
     model = nn.ModuleDict({name: nn.Linear(IN, OUT, dtype=torch.float64) for name in "pq"})
-    shape = shape_of(mask_density=0.5)
+    shape = make_shape(mask_density=0.5)
     bank = inject_sub_experts(model, shape, Routing(TASKS, 0), "pq")
     for each in bank.layers.values():
         each.make_trainable()
     for task, name in enumerate("xyz"):
         bank.set_allowed_masks(reuse=name != "y")
         for number, each in enumerate(bank.layers.values()):
-            scramble(each, 10 * task + number)
+            randomize_parameters(each, 10 * task + number)
         trained = {n: p.detach().float() for n, p in model.named_parameters() if n in bank.trainable_names()}
         bank.freeze_task_params(name, trained)
     shared = bank.mask_overlap()
@@ -265,7 +265,7 @@ def test_mask_overlap_sums_all_layers() -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_layer_needs_no_host_sync_and_compiles_as_one_graph(rank1: bool, training: bool) -> None:
     """The layer runs on meta tensors, whose values cannot be read, and compiles as one graph."""
-    layer = make_layer(shape_of(rank1), torch.float32).train(training)
+    layer = make_layer(make_shape(rank1), torch.float32).train(training)
     freeze_task(layer, 0)
     x = torch.randn(3, 5, IN)
     layer.routing.assign_slots([0, None, 0], x)
@@ -296,7 +296,7 @@ SORTED = {"num_experts": 64, "rank": 8}  # enough columns for sorting tokens by 
 @pytest.mark.parametrize("rank1", [True, False])
 @pytest.mark.parametrize("size", [{}, SORTED])
 def test_recomputed_and_repeated_passes_are_equal(rank1: bool, size: dict[str, int]) -> None:
-    layer = make_layer(shape_of(rank1, dropout=0.3, **size), torch.float32).train()
+    layer = make_layer(make_shape(rank1, dropout=0.3, **size), torch.float32).train()
     assert layer._uses_grouped_mm(torch.device("cpu"), torch.float32) == bool(size)
     freeze_task(layer, 0)
     x = torch.randn(3, 5, IN, requires_grad=True)
@@ -308,7 +308,7 @@ def test_recomputed_and_repeated_passes_are_equal(rank1: bool, size: dict[str, i
 @pytest.mark.parametrize(("size", "top"), [({}, 2), ({}, 0), (SORTED, 2)])
 @pytest.mark.parametrize("rank1", [True, False])
 def test_autocast_computes_in_bf16_and_selects_in_fp32(size: dict[str, int], top: int, rank1: bool) -> None:
-    layer = make_layer(shape_of(rank1, top_k=top, **size), torch.float32).train()
+    layer = make_layer(make_shape(rank1, top_k=top, **size), torch.float32).train()
     assert layer._uses_grouped_mm(torch.device("cpu"), torch.bfloat16) == bool(size)
     x = torch.randn(3, 5, IN, requires_grad=True)
 
@@ -345,7 +345,7 @@ def test_initial_expert_values_add_nothing_and_depend_on_the_name() -> None:
 def test_injection_keeps_weight_names() -> None:
     model = nn.ModuleDict({"p": nn.Linear(IN, OUT)})
     weight = model["p"].weight
-    bank = inject_sub_experts(model, shape_of(), Routing(1, 0), "p")
+    bank = inject_sub_experts(model, make_shape(), Routing(1, 0), "p")
     assert isinstance(bank, SubExpertBank)
     assert dict(model.named_parameters())["p.weight"] is weight
     assert isinstance(model["p"], nn.Linear)

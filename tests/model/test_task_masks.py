@@ -19,7 +19,7 @@ from dscl.model.adapters.sub_experts import SubExpertShape
 from dscl.model.adapters.task_masks import KIND, TaskMasks, read_matching_masks, read_task_masks, write_task_masks
 from dscl.utils import checksummed
 from dscl.utils.errors import ExternalFailure, UserError
-from tests.support.sub_experts import IN, OUT, scramble, shape_of
+from tests.support.sub_experts import IN, OUT, make_shape, randomize_parameters
 
 NAMES = ("one", "two", "three")
 
@@ -44,7 +44,7 @@ def learned(
         experts.num_used_experts = shape.num_experts + task
         experts.set_allowed_masks(reuse=True)
         for number, layer in enumerate(experts.layers.values()):
-            scramble(layer, 10 * task + number)
+            randomize_parameters(layer, 10 * task + number)
         trained = {
             f"{path}.{own}": getattr(layer, own).detach().float()
             for path, layer in experts.layers.items()
@@ -67,7 +67,7 @@ def read_all(folder: Path, experts: SubExpertBank) -> list[TaskMasks]:
 @pytest.mark.parametrize("top", [2, 0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_files_restore_every_bit(tmp_path: Path, rank1: bool, top: int, dtype: torch.dtype) -> None:
-    shape = shape_of(rank1, top_k=top, max_experts=6)
+    shape = make_shape(rank1, top_k=top, max_experts=6)
     experts, every = learned(tmp_path, shape, dtype)
     fresh = experts_of(shape, dtype)
     for ours, theirs in zip(every, read_all(tmp_path, fresh), strict=True):
@@ -92,7 +92,7 @@ def test_files_restore_every_bit(tmp_path: Path, rank1: bool, top: int, dtype: t
 def test_equal_task_masks_give_equal_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        learned(tmp_path / name, shape_of(max_experts=6))
+        learned(tmp_path / name, make_shape(max_experts=6))
     for name in NAMES:
         first, second = ((tmp_path / side / f"{name}.safetensors").read_bytes() for side in "ab")
         assert first == second
@@ -100,7 +100,7 @@ def test_equal_task_masks_give_equal_bytes(tmp_path: Path) -> None:
 
 def test_byte_sizes_equal_the_stored_bytes(tmp_path: Path) -> None:
     """Each frozen value once, over all tasks; a bit for each rank-1 pair; the token router of the experts in use."""
-    shape = shape_of(max_experts=6)
+    shape = make_shape(max_experts=6)
     experts, every = learned(tmp_path, shape)
     sizes = [task_masks.byte_sizes() for task_masks in every]
     assert sum(part["parameters"] for part in sizes) == 4 * sum(
@@ -114,7 +114,7 @@ def test_byte_sizes_equal_the_stored_bytes(tmp_path: Path) -> None:
 
 def test_task_without_new_parameters_has_a_file(tmp_path: Path) -> None:
     """A task whose mask selects only frozen parameters leaves no values."""
-    shape = shape_of(mask_density=1.0, max_experts=4)
+    shape = make_shape(mask_density=1.0, max_experts=4)
     experts, fresh = experts_of(shape), experts_of(shape)
     for name in NAMES[:2]:
         experts.set_allowed_masks(reuse=True)
@@ -143,7 +143,7 @@ def refusal(path: Path, task: str, before: tuple[str, ...], experts: SubExpertBa
 
 
 def test_file_of_another_task_order_is_refused(tmp_path: Path) -> None:
-    shape = shape_of(max_experts=6)
+    shape = make_shape(max_experts=6)
     learned(tmp_path, shape)
     fresh = experts_of(shape)
     second = tmp_path / "two.safetensors"
@@ -167,13 +167,13 @@ def test_file_of_another_task_order_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_a_file_of_another_shape_is_refused(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
-    shape = shape_of(max_experts=6)
+    shape = make_shape(max_experts=6)
     learned(tmp_path, shape)
     assert told in refusal(tmp_path / "one.safetensors", "one", (), experts_of(replace(shape, **changes)))
 
 
 def test_a_file_for_another_model_is_refused(tmp_path: Path) -> None:
-    shape = shape_of(max_experts=6)
+    shape = make_shape(max_experts=6)
     learned(tmp_path, shape)
     path = tmp_path / "one.safetensors"
     assert "q has sub-experts either there or here, not both" in refusal(path, "one", (), experts_of(shape, layers="p"))
@@ -234,7 +234,7 @@ def another_format(header: Any, _tensors: Any) -> None:
     ],
 )
 def test_file_with_tensors_that_do_not_fit_is_refused(tmp_path: Path, change: Any, told: str) -> None:
-    shape = shape_of(max_experts=6)
+    shape = make_shape(max_experts=6)
     learned(tmp_path, shape)
     path = tmp_path / "one.safetensors"
     rewritten(path, change)
@@ -242,7 +242,7 @@ def test_file_with_tensors_that_do_not_fit_is_refused(tmp_path: Path, change: An
 
 
 def test_any_damaged_byte_is_detected(tmp_path: Path) -> None:
-    shape = shape_of(max_experts=6)
+    shape = make_shape(max_experts=6)
     learned(tmp_path, shape)
     path, fresh = tmp_path / "one.safetensors", experts_of(shape)
     whole = path.read_bytes()
@@ -264,7 +264,7 @@ def test_any_damaged_byte_is_detected(tmp_path: Path) -> None:
 
 
 def test_failed_write_keeps_the_previous_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shape = shape_of(max_experts=6)
+    shape = make_shape(max_experts=6)
     _, every = learned(tmp_path, shape)
     path = tmp_path / "one.safetensors"
     whole = path.read_bytes()

@@ -21,7 +21,7 @@ from dscl.engine.zero_layouts import load_parameters
 from dscl.serving import export, server
 from dscl.serving.bundle import open_base_model, task_artifact_path
 from dscl.training import evaluation
-from tests.support.osft_runs import checkpoints, quick, stored
+from tests.support.osft_runs import checkpoint_dirs, read_checkpoint_tensors, with_few_texts
 from tests.support.runs import make_easy, recipe_of, run, write_tasks
 from tests.support.serving import logits_of
 
@@ -101,7 +101,7 @@ def trained_here(document: dict[str, Any]) -> Answers:
     """On a rank; returns the answers of the last evaluation."""
     answers: Answers = {}
     with recording(evaluation, answers):
-        quick(run, document)
+        with_few_texts(run, document)
     return answers
 
 
@@ -134,8 +134,8 @@ def test_export_holds_only_trained_dense_weights(trained: Any, tmp_path: Path) -
     written = load_file(tmp_path / "made" / "weights.safetensors")
     names = [*(f"self_attn.{each}" for each in "qkvo"), "mlp.gate", "mlp.up", "mlp.down"]
     assert set(written) == {f"model.layers.1.{name}_proj.weight" for name in names}
-    held = checkpoints(run_dir)[-1]
-    masters = stored(held)[0]
+    held = checkpoint_dirs(run_dir)[-1]
+    masters = read_checkpoint_tensors(held)[0]
     base = open_base_model(export.describe_run(run_dir))
     for name, values in written.items():
         assert torch.equal(values.flatten(), masters[name])

@@ -23,8 +23,8 @@ from dscl.training import run as training_run
 from dscl.training.checkpoint import Checkpoints
 from dscl.training.checkpoint_files import MasterWeights
 from dscl.utils.errors import UserError
-from tests.support.memory import Peak
-from tests.support.osft_runs import quick
+from tests.support.memory import PeakMemory
+from tests.support.osft_runs import with_few_texts
 from tests.support.pool import Pool
 from tests.support.runs import recipe_of, run, write_tasks
 
@@ -51,7 +51,7 @@ def trained(ranks: Any, tasks: Path, method: str, precision: str = "fp32") -> di
     document["stream_defaults"] = {"test_limit": 2}
     document["train"]["precision"] = precision
     if not Path(document["run_dir"]).exists():
-        ranks(2)(quick, run, document)
+        ranks(2)(with_few_texts, run, document)
     return document
 
 
@@ -135,7 +135,7 @@ def test_an_export_overwrites_only_an_export_of_its_kind(ranks: Any, tasks: Path
 
 def peak_of_export(run_dir: str, folder: Path) -> int:
     """Bytes that an export takes beyond what the process had before."""
-    with Peak() as peak:
+    with PeakMemory() as peak:
         export.export_run(Path(run_dir), folder)
     return peak.growth
 

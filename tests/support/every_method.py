@@ -1,4 +1,4 @@
-"""One small recipe for every method, to be trained at any ZeRO stage on any number of ranks."""
+"""A small recipe for each method, for runs at any ZeRO stage on any number of ranks."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
-def document(folder: Path, method: str, name: str, settings: str = "zero0") -> Any:
-    """Two tasks of one epoch; `settings`: a file of ds_configs."""
-    made = recipe(folder, f"{method} {name}", 0, NAMES[:2], evaluate={"zero_shot": False, "tasks": "seen"})
-    made["train"] |= {"lr": 3e-3, "epochs": 1}
-    made["stream_defaults"] = {"dev_share": 0}
-    return made | {"method": {"name": method, **SMALL.get(method, {})}, "deepspeed": f"ds_configs/{settings}.json"}
+def recipe_of_method(folder: Path, method: str, name: str, settings: str = "zero0") -> Any:
+    """A recipe of two tasks with one epoch each. `settings` names a file of ds_configs."""
+    document = recipe(folder, f"{method} {name}", 0, NAMES[:2], evaluate={"zero_shot": False, "tasks": "seen"})
+    document["train"] |= {"lr": 3e-3, "epochs": 1}
+    document["stream_defaults"] = {"dev_share": 0}
+    return document | {"method": {"name": method, **SMALL.get(method, {})}, "deepspeed": f"ds_configs/{settings}.json"}

@@ -1,4 +1,4 @@
-"""Five small tasks with words of their own, and an ASR recipe for them: for tests of methods."""
+"""Five small tasks with disjoint vocabularies, and an ASR recipe for them."""
 
 from __future__ import annotations
 
@@ -55,20 +55,20 @@ def recipe(folder: Path, name: str, stage: int = 0, names: tuple[str, ...] = NAM
     return document
 
 
-def left(run_dir: Path) -> dict[str, str]:
-    """What the ended tasks left, byte for byte."""
+def artifact_checksums(run_dir: Path) -> dict[str, str]:
+    """The checksums of the artifacts of ended tasks, by path."""
     files = sorted(p for kind in ("adapters", "router") for p in (run_dir / kind).rglob("*") if p.is_file())
     return {str(p.relative_to(run_dir)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
-def statistics(run_dir: Path) -> dict[str, torch.Tensor]:
-    found = {}
+def router_statistics(run_dir: Path) -> dict[str, torch.Tensor]:
+    tensors = {}
     for path in sorted((run_dir / "router").iterdir()):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
-                found[f"{path.stem}: {name}"] = file.get_tensor(name)
-    return found
+                tensors[f"{path.stem}: {name}"] = file.get_tensor(name)
+    return tensors
 
 
-def scores(run_dir: Path) -> Any:
+def read_scores(run_dir: Path) -> Any:
     return json.loads((run_dir / "scores.json").read_text())

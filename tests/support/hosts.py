@@ -14,22 +14,22 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-RANKS = ("DSCL_", "LOCAL_", "MASTER_", "PET_", "RANK", "RDZV_", "SBATCH_", "SLURM_", "WORLD_")
+RANK_VARIABLES = ("DSCL_", "LOCAL_", "MASTER_", "PET_", "RANK", "RDZV_", "SBATCH_", "SLURM_", "WORLD_")
 
 
-def bare() -> dict[str, str]:
-    """An environment in which nothing is said of ranks."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(RANKS)}
+def environment_without_ranks() -> dict[str, str]:
+    """The environment without the variables that launchers set for ranks."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(RANK_VARIABLES)}
 
 
-class Missing(Exception):
-    """Why there can be no such hosts here."""
+class Unavailable(Exception):
+    """A service that a test needs cannot be set up on this machine; the message says why."""
 
 
 class Hosts:
     def __init__(self, count: int) -> None:
         if shutil.which("ip") is None:
-            raise Missing("no ip command; install iproute2")
+            raise Unavailable("no ip command; install iproute2")
         self.addresses = [f"10.77.{os.getpid() % 250}.{number + 1}" for number in range(count)]
         self._names = [f"dscl{os.getpid()}-{number}" for number in range(count)]
         self._bridge = f"dscl{os.getpid()}-s"
@@ -48,15 +48,15 @@ class Hosts:
                 self._ip("-n", name, "link", "set", "eth0", "up")
         except subprocess.CalledProcessError as error:
             self.close()
-            raise Missing(f"network namespaces cannot be made ({error.stderr.strip()}); they need root") from None
+            raise Unavailable(f"network namespaces cannot be made ({error.stderr.strip()}); they need root") from None
 
     def start(self, number: int, words: Sequence[str], **environment: str) -> subprocess.Popen[str]:
-        """A command on a host; it is ended when the hosts are."""
+        """Start a command on a host. `close` ends it."""
         process = subprocess.Popen(
             ["ip", "netns", "exec", self._names[number], *words],
             cwd=REPOSITORY,
             env={
-                **bare(),
+                **environment_without_ranks(),
                 "PYTHON": sys.executable,
                 "OMP_NUM_THREADS": "1",
                 "DS_ACCELERATOR": "cpu",
@@ -71,8 +71,8 @@ class Hosts:
         self._started.append(process)
         return process
 
-    def cut(self, number: int, up: bool = False) -> None:
-        """Take a host's cable out (or put it back)."""
+    def set_link(self, number: int, up: bool) -> None:
+        """Set a host's network link down, or up again."""
         self._ip("-n", self._bridge, "link", "set", f"port{number}", "up" if up else "down")
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""How much memory a process takes at its peak (Linux)."""
+"""The peak memory of a process (Linux)."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 M_MMAP_THRESHOLD = -3  # of mallopt, in malloc.h
 
 
-class Peak:
-    """The highest anonymous memory of this process, beyond what it had at first; mapped files are not counted."""
+class PeakMemory:
+    """The growth of this process's anonymous memory up to its peak; mapped files are not counted."""
 
-    def __enter__(self) -> Peak:
+    def __enter__(self) -> PeakMemory:
         gc.collect()
-        # Freed tensors go back to the system at once. By default glibc keeps what was freed between other blocks, at
-        # random up to half a model; that would count as held, or hide what comes next.
+        # Freed tensors go back to the system at once. By default glibc keeps freed blocks, randomly up to half a
+        # model; they would count as used memory, or hide later allocations.
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 500_000)
         ctypes.CDLL(None).malloc_trim(0)
         self._first = self._highest = self._now()

@@ -1,4 +1,4 @@
-"""What OSFT leaves in checkpoints, and how far weights are from what it protects."""
+"""OSFT's tensors in checkpoints, and the distance of weights from the protected subspace's values."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from safetensors import safe_open
 from dscl.methods import osft
 from tests.support.toy_model import assemble
 
-SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 Tensors = dict[str, torch.Tensor]
-Stretches = dict[str, list[tuple[int, torch.Tensor]]]
+Shards = dict[str, list[tuple[int, torch.Tensor]]]
 
 
 def is_target(name: str) -> bool:
-    return name.split(".")[-2] in SEVEN
+    return name.split(".")[-2] in TARGETS
 
 
-def leak(projection: str, change: torch.Tensor, right: torch.Tensor, left: torch.Tensor) -> float:
-    """How large the part of a change is that may not be, in fp64."""
+def protected_change_norm(projection: str, change: torch.Tensor, right: torch.Tensor, left: torch.Tensor) -> float:
+    """The norm of a weight change within the protected subspace, in fp64."""
     change, right, left = change.double(), right.double(), left.double()
     if projection == "paper":
         return float((left.T @ change @ right).norm())
@@ -34,21 +34,21 @@ def leak(projection: str, change: torch.Tensor, right: torch.Tensor, left: torch
     return math.hypot(float((change @ right).norm()), float(rest.norm()))
 
 
-def quick(function: Callable[..., Any], *arguments: Any) -> Any:
-    """On a rank: with few and short texts of the model's own."""
+def with_few_texts(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function on a rank; OSFT samples few and short texts from the model."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(osft, "NUM_TEXTS", 40)
         patch.setattr(osft, "TEXT_LENGTH", 8)
         return function(*arguments)
 
 
-def checkpoints(run_dir: Path) -> list[Path]:
+def checkpoint_dirs(run_dir: Path) -> list[Path]:
     return sorted((run_dir / "checkpoints").iterdir())
 
 
-def stored(checkpoint: Path) -> tuple[Tensors, Tensors]:
-    """The masters, flat, and what the owners kept, of all ranks."""
-    parts: list[Stretches] = []
+def read_checkpoint_tensors(checkpoint: Path) -> tuple[Tensors, Tensors]:
+    """The flat master weights and the tensors of the matrix owners, of all ranks."""
+    parts: list[Shards] = []
     owned: Tensors = {}
     for path in sorted(checkpoint.glob("*.safetensors")):
         parts.append({})
@@ -63,29 +63,29 @@ def stored(checkpoint: Path) -> tuple[Tensors, Tensors]:
     return assemble(parts), owned
 
 
-def excess(projection: str, weight: torch.Tensor, kept: Tensors) -> float:
-    """How far a weight is from what was fixed of it, relative to its size."""
-    right, left = kept["right"].double(), kept["left"].double()
-    exact = weight.double().view(len(left), len(right))
+def constraint_error(projection: str, weight: torch.Tensor, subspace: Tensors) -> float:
+    """The distance of a weight from its protected values, relative to the weight's norm."""
+    right, left = subspace["right"].double(), subspace["left"].double()
+    values = weight.double().view(len(left), len(right))
     if projection == "paper":
-        off = float((left.T @ exact @ right - kept["core"]).norm())
+        error = float((left.T @ values @ right - subspace["core"]).norm())
     else:
-        off = math.hypot(
-            float((exact @ right - kept["image"]).norm()), float((left.T @ exact - kept["coimage"]).norm())
+        error = math.hypot(
+            float((values @ right - subspace["image"]).norm()), float((left.T @ values - subspace["coimage"]).norm())
         )
-    return off / float(exact.norm())
+    return error / float(values.norm())
 
 
-def of_matrices(owned: Tensors) -> dict[str, Tensors]:
-    """What is kept of each matrix."""
-    found: dict[str, Tensors] = {}
+def group_by_matrix(owned: Tensors) -> dict[str, Tensors]:
+    """The owned tensors by matrix and kind."""
+    by_matrix: dict[str, Tensors] = {}
     for name, tensor in owned.items():
-        matrix, what = name.rsplit("|", 1)
-        found.setdefault(matrix, {})[what] = tensor
-    return found
+        matrix, kind = name.rsplit("|", 1)
+        by_matrix.setdefault(matrix, {})[kind] = tensor
+    return by_matrix
 
 
-def worst(projection: str, weights: Tensors, owned: Tensors) -> float:
-    kept = of_matrices(owned)
-    assert len(kept) == 2 * len(SEVEN)
-    return max(excess(projection, weights[name], tensors) for name, tensors in kept.items())
+def max_constraint_error(projection: str, weights: Tensors, owned: Tensors) -> float:
+    by_matrix = group_by_matrix(owned)
+    assert len(by_matrix) == 2 * len(TARGETS)
+    return max(constraint_error(projection, weights[name], subspace) for name, subspace in by_matrix.items())

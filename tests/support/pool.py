@@ -1,6 +1,6 @@
 """Real ranks for tests: processes that stay alive and run plain functions.
 
-They are forked from a process that has imported torch, DeepSpeed and dscl once (`forked`)."""
+They are forked from a process that has imported torch, DeepSpeed and dscl once (`fork_context`)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-START = 120.0  # seconds to import everything
-IMPORTED = (
+START_SECONDS = 120.0  # seconds to import everything
+PRELOADED_MODULES = (
     "torch",
     "deepspeed",
     "transformers",
@@ -26,12 +26,12 @@ IMPORTED = (
 )
 
 
-def forked() -> multiprocessing.context.BaseContext:
-    """Where processes are forked from one that has imported what they need, and has no threads."""
+def fork_context() -> multiprocessing.context.BaseContext:
+    """A context that forks from a server process, which has imported PRELOADED_MODULES and has no threads."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # both are read while importing
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(IMPORTED))
+    context.set_forkserver_preload(list(PRELOADED_MODULES))
     return context
 
 
@@ -39,7 +39,7 @@ class Pool:
     """`pool(function, *arguments)` runs the function on every rank and returns the results in rank order."""
 
     def __init__(self, world: int) -> None:
-        context = forked()
+        context = fork_context()
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -60,7 +60,7 @@ class Pool:
             link.send((function.__module__, function.__qualname__, arguments))
         results, failures = [], []
         for rank, link in enumerate(self._links):
-            if not link.poll(timeout + START):
+            if not link.poll(timeout + START_SECONDS):
                 self.close()
                 raise TimeoutError(f"rank {rank} gave no result of {function.__qualname__} within {timeout} s")
             kind, value = link.recv()

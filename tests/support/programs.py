@@ -1,8 +1,8 @@
-"""The program `dscl` for tests that signal or kill it: forked from a process that has imported everything.
+"""The program `dscl` for tests that signal or kill it, forked from a process that has imported everything.
 
-`dscl ...` started anew imports for seconds. Here its process, those of the ranks that its `--nproc` starts and those of
-the runs that `dscl compare` starts are forks, with the arguments, the environment and the signals of a program that was
-started from a shell.
+A fresh `dscl ...` spends seconds on imports. Here its process, the ranks that `--nproc` starts and the runs that
+`dscl compare` starts are forks. They have the arguments, the environment and the signals of a program that a shell
+started.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any, NoReturn
 
-from tests.support.pool import forked
+from tests.support.pool import fork_context
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Program:
-    """`dscl ARGUMENTS`, running; with the calls of subprocess.Popen that tests use."""
+    """A running `dscl ARGUMENTS`, with the methods of subprocess.Popen that tests use."""
 
     def __init__(
         self, arguments: Sequence[str], cwd: Path | None = None, session: bool = False, **environment: str
     ) -> None:
         self._folder = tempfile.TemporaryDirectory()
         self._files = [Path(self._folder.name, name) for name in ("out", "err")]
-        whole = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **os.environ, **environment}
-        work = (list(arguments), str(cwd or Path.cwd()), session, whole, [str(path) for path in self._files])
-        self._process: Any = forked().Process(target=self._target(), args=work)  # type: ignore[attr-defined]
+        variables = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **os.environ, **environment}
+        work = (list(arguments), str(cwd or Path.cwd()), session, variables, [str(path) for path in self._files])
+        self._process: Any = fork_context().Process(target=self._target(), args=work)  # type: ignore[attr-defined]
         self._process.start()
         self.pid: int = self._process.pid
         _STARTED.add(self)
 
     def _target(self) -> Callable[..., None]:
-        return _program
+        return _run_forked_program
 
     @property
     def returncode(self) -> int | None:
@@ -58,7 +58,7 @@ class Program:
         return self.returncode
 
     def output(self) -> tuple[str, str]:
-        """What it has written so far, to stdout and to stderr."""
+        """The stdout and stderr that the program has written so far."""
         out, err = (path.read_text() if path.exists() else "" for path in self._files)
         return out, err
 
@@ -76,20 +76,20 @@ class Program:
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
 
-    def until(self, there: Callable[[], bool], seconds: float = 120.0) -> None:
-        """Wait for something that the running program brings about."""
+    def until(self, condition: Callable[[], bool], seconds: float = 120.0) -> None:
+        """Wait until the condition holds, while the program runs."""
         deadline = time.monotonic() + seconds
-        while not there():
+        while not condition():
             assert self.poll() is None, self.output()
             assert time.monotonic() < deadline, self.output()
             time.sleep(0.01)
 
     def rank(self, number: int) -> int:
-        """The process of a rank that its `--nproc` started."""
+        """The process id of a rank that `--nproc` started."""
         return self._child(f"rank-{number}")
 
     def run(self) -> int:
-        """The process of the run that `dscl compare` has started."""
+        """The process id of the run that `dscl compare` has started."""
         return self._child("run")
 
     def _child(self, name: str) -> int:
@@ -105,8 +105,8 @@ _STARTED: weakref.WeakSet[Program] = weakref.WeakSet()
 
 
 @atexit.register
-def _end() -> None:
-    """End what a test that failed has left running: this process would wait for it."""
+def _kill_started_programs() -> None:
+    """Kill programs that a failed test has left running, because this process would wait for them."""
     for program in _STARTED:
         program.kill()
 
@@ -114,7 +114,7 @@ def _end() -> None:
 def forked_run(
     words: Sequence[str], cwd: str | Path | None = None, capture_output: bool = True, text: bool = True
 ) -> subprocess.CompletedProcess[str]:
-    """In the place of the subprocess.run with which a tool starts `python -m dscl`."""
+    """Replaces the subprocess.run with which a tool starts `python -m dscl`."""
     assert list(words[:3]) == [sys.executable, "-m", "dscl"], words
     assert capture_output
     assert text
@@ -124,7 +124,7 @@ def forked_run(
 
 
 class ForkedRank:
-    """In the place of the subprocess.Popen with which `--nproc` starts a rank, and `dscl compare` a run."""
+    """Replaces the subprocess.Popen with which `--nproc` starts a rank, and `dscl compare` a run."""
 
     def __init__(
         self,
@@ -138,15 +138,15 @@ class ForkedRank:
         assert list(words[:3]) == [sys.executable, "-m", "dscl"], words
         assert (stdout is None) == (stderr is None)
         self.returncode: int | None = None
-        # Not to be heard by the parent's handlers in a child that has not its own yet; `refresh` lets them come.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        # Signals are blocked until the child has handlers of its own; `reset_process_state` unblocks them.
+        previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         self.pid = os.fork()
         if self.pid == 0:
             Path("/proc/self/comm").write_text(f"rank-{env['RANK']}" if "RANK" in env else "run")
             for number in (1, 2) if stdout is not None else ():
                 os.dup2(stdout.fileno(), number)
-            _become(words[3:], env, start_new_session)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            _run_dscl(words[3:], env, start_new_session)
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
 
     def poll(self) -> int | None:
         return self._wait(os.WNOHANG)
@@ -172,13 +172,16 @@ class ForkedRank:
         return self.returncode
 
 
-def _program(arguments: list[str], cwd: str, session: bool, environment: dict[str, str], files: list[str]) -> None:
-    """In the forked process: what the shell and the interpreter's start would have done."""
-    attach(cwd, files)
-    _become(arguments, environment, session)
+def _run_forked_program(
+    arguments: list[str], cwd: str, session: bool, environment: dict[str, str], files: list[str]
+) -> None:
+    """In the forked process: set up what the shell and the start of the interpreter would have set up, then run
+    dscl."""
+    redirect_streams(cwd, files)
+    _run_dscl(arguments, environment, session)
 
 
-def attach(cwd: str, files: list[str]) -> None:
+def redirect_streams(cwd: str, files: list[str]) -> None:
     """Write standard output and standard error to these files, read nothing, work in this folder."""
     for number, path in enumerate(files, start=1):
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
@@ -186,8 +189,8 @@ def attach(cwd: str, files: list[str]) -> None:
     os.chdir(cwd)
 
 
-def _become(arguments: Sequence[str], environment: Mapping[str, str], session: bool) -> NoReturn:
-    refresh(["dscl", *arguments], environment, session)
+def _run_dscl(arguments: Sequence[str], environment: Mapping[str, str], session: bool) -> NoReturn:
+    reset_process_state(["dscl", *arguments], environment, session)
 
     from dscl.cli import app
     from dscl.distributed import launcher
@@ -198,7 +201,7 @@ def _become(arguments: Sequence[str], environment: Mapping[str, str], session: b
     app.run_and_exit()
 
 
-def refresh(words: Sequence[str], environment: Mapping[str, str], session: bool) -> None:
+def reset_process_state(words: Sequence[str], environment: Mapping[str, str], session: bool) -> None:
     """Set arguments, environment, signals, streams and threads as a new interpreter would have them."""
     if session:
         os.setsid()

@@ -1,4 +1,4 @@
-"""Whole runs in tests: two small tasks, a recipe for them, ways to end a run early, and what a run computed."""
+"""Complete runs in tests: two small tasks, a recipe for them, ways to end a run early, and the results of a run."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ EPS = 1e-3
 
 
 class Killed(BaseException):
-    """Ends a run in the middle, as SIGKILL would: nothing catches it."""
+    """Ends a run in the middle as SIGKILL would; no handler catches it."""
 
 
 def write_tasks(folder: Path) -> None:
-    """Two small tasks in the CL_Benchmark layout; their sizes fit no batch."""
+    """Two small tasks in the CL_Benchmark layout; their sizes are no multiples of the batch size."""
     for task, (labels, train_size) in {
         "colour": (["warm", "cold"], 37),
         "animal": (["yes", "no", "maybe"], 30),
@@ -109,26 +109,26 @@ def merge_parts(method: dict[str, Any], changes: dict[str, Any]) -> dict[str, An
     return merged
 
 
-def metrics(run: Path) -> list[dict[str, Any]]:
+def read_metrics(run: Path) -> list[dict[str, Any]]:
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in record.items() if not is_measured_metric(name)} for record in records]
 
 
-def outcome(run: Path) -> tuple[Any, ...]:
-    """All that a run computed: metrics, scores, and the bytes of its last checkpoint."""
+def run_outcome(run: Path) -> tuple[Any, ...]:
+    """The results of a run: metrics, scores, and the checksums of its last checkpoint."""
     newest = sorted(p for p in (run / "checkpoints").iterdir())[-1]
     files = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in newest.iterdir()}
-    return metrics(run), json.loads((run / "scores.json").read_text()), newest.name, files
+    return read_metrics(run), json.loads((run / "scores.json").read_text()), newest.name, files
 
 
-def whole(folder: Path, stage: int = 0, world: int = 2, **changes: Any) -> tuple[dict[str, Any], int]:
-    """Arguments of `undisturbed`: a run with which others are compared."""
+def reference_recipe(folder: Path, stage: int = 0, world: int = 2, **changes: Any) -> tuple[dict[str, Any], int]:
+    """The arguments of `undisturbed_run` (recipe, number of ranks) for a run with which others are compared."""
     name = hashlib.sha256(json.dumps([stage, world, changes], sort_keys=True).encode()).hexdigest()[:12]
     return recipe_of(folder, f"whole-{name}", stage, **changes), world
 
 
-def copy(folder: Path, name: str) -> Path:
-    """Of a run, beside it, to go on from."""
+def copy_run(folder: Path, name: str) -> Path:
+    """Copy a run directory to a new name beside it."""
     return Path(shutil.copytree(folder, folder.parent / name))
 
 
@@ -138,16 +138,16 @@ def run(document: dict[str, Any], check_cluster: bool = False) -> None:
 
 @contextmanager
 def large_eps() -> Iterator[None]:
-    """Within, every engine's AdamW has the eps above."""
+    """Within this context every engine's AdamW uses EPS."""
     original = Engine.__init__
 
-    def building(self: Engine, *arguments: Any, **more: Any) -> None:
+    def init_with_eps(self: Engine, *arguments: Any, **more: Any) -> None:
         original(self, *arguments, **more)
         for group in self.optimizer.param_groups:
             group["eps"] = EPS
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Engine, "__init__", building)
+        patch.setattr(Engine, "__init__", init_with_eps)
         yield
 
 
@@ -156,20 +156,22 @@ def run_with_eps(document: dict[str, Any]) -> None:
         run(document)
 
 
-def killed_after(document: dict[str, Any], deaths: list[tuple[str, int]], places: dict[str, Any]) -> None:
-    """Run; die right after the n-th call of a function, start again, die at the next place; then run to the end."""
+def run_killed_after(document: dict[str, Any], deaths: list[tuple[str, int]], places: dict[str, Any]) -> None:
+    """Run and die right after the n-th call of a function, once for each entry of `deaths`; then run to the end."""
     for name, count in deaths:
         owner, attribute = places[name]
         original, calls = getattr(owner, attribute), [0]
 
-        def dying(*a: Any, original: Any = original, calls: list[int] = calls, count: int = count, **k: Any) -> Any:
+        def call_and_die(
+            *a: Any, original: Any = original, calls: list[int] = calls, count: int = count, **k: Any
+        ) -> Any:
             result = original(*a, **k)
             calls[0] += 1
             if calls[0] == count:
                 raise Killed
             return result
 
-        setattr(owner, attribute, dying)
+        setattr(owner, attribute, call_and_die)
         try:
             with pytest.raises(Killed):
                 run(document)
@@ -179,7 +181,7 @@ def killed_after(document: dict[str, Any], deaths: list[tuple[str, int]], places
 
 
 def run_until(document: dict[str, Any], deaths: list[tuple[str, int]]) -> None:
-    """Run; die at the n-th call of a function, start again, die at the next place; then run to the end."""
+    """Run and die at the n-th call of a function, once for each entry of `deaths`; then run to the end."""
     places: dict[str, Any] = {
         "step": (Engine, "step"),
         "save": (checkpoint.Checkpoints, "save"),
@@ -191,13 +193,15 @@ def run_until(document: dict[str, Any], deaths: list[tuple[str, int]]) -> None:
         owner, attribute = places[name]
         original, calls = getattr(owner, attribute), [0]
 
-        def dying(*a: Any, original: Any = original, calls: list[int] = calls, count: int = count, **k: Any) -> Any:
+        def count_and_die(
+            *a: Any, original: Any = original, calls: list[int] = calls, count: int = count, **k: Any
+        ) -> Any:
             calls[0] += 1
             if calls[0] == count:
                 raise Killed
             return original(*a, **k)
 
-        setattr(owner, attribute, dying)
+        setattr(owner, attribute, count_and_die)
         try:
             run(document)
             raise AssertionError(f"{name} was called only {calls[0]} times")
@@ -211,13 +215,13 @@ def run_until(document: dict[str, Any], deaths: list[tuple[str, int]]) -> None:
 def run_until_killed(document: dict[str, Any], steps: int) -> None:
     original, calls = Engine.step, [0]
 
-    def dying(*a: Any, **k: Any) -> Any:
+    def count_and_die(*a: Any, **k: Any) -> Any:
         calls[0] += 1
         if calls[0] == steps:
             raise Killed
         return original(*a, **k)
 
-    Engine.step = dying  # type: ignore[method-assign]
+    Engine.step = count_and_die  # type: ignore[method-assign]
     try:
         run(document)
     except Killed:
@@ -227,7 +231,7 @@ def run_until_killed(document: dict[str, Any], steps: int) -> None:
 
 
 def run_listening(document: dict[str, Any], check_cluster: bool = False) -> list[str]:
-    """Run, and return what this rank told the user on the way."""
+    """Run; the messages that this rank printed."""
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
@@ -244,7 +248,7 @@ def run_listening(document: dict[str, Any], check_cluster: bool = False) -> list
     return lines
 
 
-def failing(document: dict[str, Any]) -> tuple[str, str]:
+def run_error(document: dict[str, Any]) -> tuple[str, str]:
     try:
         run(document)
     except (ExternalFailure, UserError) as error:
@@ -280,7 +284,7 @@ class StopAtPoll(StopHandler):
 
 
 def make_easy(folder: Path, task: str) -> None:
-    """Sentences with a word of the task, and always the same answer, which the other task's adapter does not give."""
+    """Add the task's name to each sentence, and give all samples the same label, which the other task does not have."""
     label = json.loads((folder / task / "labels.json").read_text())[0]
     for split in ("train", "test"):
         path = folder / task / f"{split}.json"

@@ -1,4 +1,4 @@
-"""A small base model, PEFT adapters and three tasks to serve; what PEFT alone answers."""
+"""A small base model, PEFT adapters and three tasks to serve, and the reference answers of PEFT."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ALL_LAYERS: dict[str, Any] = {"target_modules": ["k_proj", "down_proj"]}  # from
 
 
 def make_prompts(task: str, count: int, seed: int = 0) -> list[str]:
-    """Of words that the other tasks do not have, and of all lengths, also beyond LIMIT."""
+    """Prompts of words that the other tasks do not have, of all lengths, also longer than PROMPT_LIMIT."""
     number = TASKS.index(task)
     generator = random.Random(f"{task} {seed}")
     return [" ".join(generator.choices(WORDS[number::4], k=generator.randint(2, 14))) for _ in range(count)]
@@ -50,7 +50,7 @@ def write_base(folder: Path, seed: int = 5) -> Path:
 
 
 def write_peft(folder: Path, base: Path, seed: int, rank: int = 4, **options: Any) -> Path:
-    """An adapter as others make them, strong enough to change what is answered."""
+    """Write a PEFT adapter whose B is large enough to change the answers."""
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=rank, lora_alpha=2 * rank, **options)
     )
@@ -87,7 +87,7 @@ MIXED_TASKS = [*TASKS] * 5
 
 @functools.cache
 def peft_model(base: Path, adapter: Path | None) -> Any:
-    """A model as PEFT loads it, to be read from files that stay as they are."""
+    """The model as PEFT loads it; cached, so the files must not change."""
     model: Any = AutoModelForCausalLM.from_pretrained(base).eval()
     return model if adapter is None else PeftModel.from_pretrained(model, adapter).eval()
 
@@ -95,7 +95,7 @@ def peft_model(base: Path, adapter: Path | None) -> Any:
 @functools.cache
 @torch.no_grad()
 def reference_answer(base: Path, adapter: Path | None, prompt: str) -> str:
-    """Greedy decoding by PEFT and transformers: one prompt, its last tokens, all of it anew for each token."""
+    """Greedy decoding by PEFT and transformers: one prompt, truncated on the left, without a KV cache."""
     model = peft_model(base, adapter)
     tokenizer = load_tokenizer(base)
     bos, *ids = tokenizer(prompt)["input_ids"]
@@ -116,7 +116,7 @@ def generate_all(model: ServingModel) -> list[tuple[Any, ...]]:
 
 
 def approx_answers(answers: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """Equal to the same answers: the libraries that solve the router may round the last bits otherwise each time."""
+    """Answers that compare equal up to rounding: the solver of the router may differ in the last bits between calls."""
     return [(text, task, pytest.approx(numbers, rel=1e-9)) for text, task, numbers in answers]
 
 
@@ -134,7 +134,7 @@ def flip_byte(path: Path, share: float) -> None:
 
 
 def logits_of(model: Any, prompts: Sequence[str], **options: Any) -> torch.Tensor:
-    """Of each prompt's first new token."""
+    """The logits of each prompt's first new token."""
     seen: list[torch.Tensor] = []
     hook = model._module.register_forward_hook(lambda _m, _a, out: seen.append(out.logits[:, -1]))
     for prompt in prompts:

@@ -1,4 +1,4 @@
-"""A Slurm of one's own on this machine: controller, node daemon and munge, with all their files in one folder."""
+"""A private Slurm on this machine: controller, node daemon and munge, with all their files in one folder."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import subprocess
 import time
 from pathlib import Path
 
-from tests.support.hosts import Missing, bare
+from tests.support.hosts import Unavailable, environment_without_ranks
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scancel", "scontrol", "squeue")
-# A requeued job waits until its credential has expired, two minutes unless cred_expire says otherwise (5 s at least),
-# and for the next turn of the scheduler, which comes once a minute unless sched_interval says otherwise. No job may be
-# requeued that does not say so itself.
+# A requeued job waits until its credential has expired (cred_expire; two minutes by default, at least 5 s) and for the
+# next cycle of the scheduler (sched_interval; one minute by default). JobRequeue=0: a job is requeued only if its own
+# script requests it.
 CONFIGURATION = """
 ClusterName=dscl
 SlurmctldHost={host}
@@ -46,18 +46,18 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE OverSubscribe=FORCE Sta
 class Slurm:
     def __init__(self, folder: Path) -> None:
         if missing := [name for name in PROGRAMS if shutil.which(name) is None]:
-            raise Missing(f"no {', '.join(missing)}; install Debian's packages slurm-wlm and munge")
+            raise Unavailable(f"no {', '.join(missing)}; install Debian's packages slurm-wlm and munge")
         if os.geteuid() != 0:
-            raise Missing("Slurm's daemons need root here")
+            raise Unavailable("Slurm's daemons need root here")
         self.folder = folder
         for name in ("state", "spool", "munge"):
             (folder / name).mkdir(mode=0o700, parents=True)
         key = folder / "munge" / "key"
         key.write_bytes(secrets.token_bytes(1024))
         key.chmod(0o600)
-        for above in (folder, *folder.parents):  # munged wants a path to its socket that everyone may go
-            if above.stat().st_uid == os.geteuid():
-                above.chmod(above.stat().st_mode | 0o111)
+        for parent in (folder, *folder.parents):  # munged requires that all users may traverse the path to its socket
+            if parent.stat().st_uid == os.geteuid():
+                parent.chmod(parent.stat().st_mode | 0o111)
         (folder / "slurm.conf").write_text(
             CONFIGURATION.format(
                 host=socket.gethostname().split(".")[0],
@@ -68,7 +68,7 @@ class Slurm:
             )
         )
         self.environment = {
-            **bare(),
+            **environment_without_ranks(),
             "SLURM_CONF": str(folder / "slurm.conf"),
         }
         munge = {name: f"--{name}-file={folder}/munge/{name}" for name in ("key", "pid", "log", "seed")}
@@ -78,23 +78,23 @@ class Slurm:
             self._daemon("slurmd", "-D"),
         ]
         deadline = time.monotonic() + 60
-        while "idle" not in self.ask("sinfo", "-h", "-o", "%T"):
+        while "idle" not in self.run_command("sinfo", "-h", "-o", "%T"):
             if time.monotonic() > deadline:
                 logs = {path.name: path.read_text()[-2000:] for path in folder.glob("*.log")}
                 self.close()
-                raise Missing(f"Slurm does not come up here: {logs}")
+                raise Unavailable(f"Slurm does not come up here: {logs}")
             time.sleep(0.1)
 
-    def ask(self, *words: str) -> str:
-        """What a command of Slurm's says."""
-        done = subprocess.run(words, env=self.environment, capture_output=True, text=True, check=False)
-        return done.stdout + done.stderr
+    def run_command(self, *words: str) -> str:
+        """The stdout and stderr of a Slurm command."""
+        result = subprocess.run(words, env=self.environment, capture_output=True, text=True, check=False)
+        return result.stdout + result.stderr
 
-    def state(self, job: str) -> str:
-        return self.ask("squeue", "-h", "-t", "all", "-j", job, "-o", "%T").strip()
+    def job_state(self, job: str) -> str:
+        return self.run_command("squeue", "-h", "-t", "all", "-j", job, "-o", "%T").strip()
 
     def close(self) -> None:
-        self.ask("scancel", "--user", "root", "--signal", "KILL")
+        self.run_command("scancel", "--user", "root", "--signal", "KILL")
         for daemon in reversed(self._daemons):
             daemon.send_signal(signal.SIGTERM)
             try:

@@ -1,4 +1,4 @@
-"""The shape and the values of a sub-expert layer in tests."""
+"""The shape and random values of a sub-expert layer in tests."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import torch
 
 from dscl.model.adapters.sub_experts import SubExpertLinear, SubExpertShape
 
-IN, OUT, TASKS = 24, 16, 3  # rows of whole 16 bytes in bf16 too, as sorting asks for
+IN, OUT, TASKS = 24, 16, 3  # rows are multiples of 16 bytes in bf16 too, as the grouped kernel requires
 
 
-def shape_of(rank1: bool = True, **changes: Any) -> SubExpertShape:
-    given = {
+def make_shape(rank1: bool = True, **changes: Any) -> SubExpertShape:
+    values = {
         "num_experts": 4, "rank": 3, "top_k": 2, "mask_density": 0.5, "scale": 1.5, "rank1": rank1, **changes
     }  # fmt: skip
-    return SubExpertShape(**{"max_experts": given["num_experts"], **given})
+    return SubExpertShape(**{"max_experts": values["num_experts"], **values})
 
 
 @torch.no_grad()
-def scramble(made: SubExpertLinear, seed: int) -> None:
-    """As after a task's training."""
-    draw = torch.Generator().manual_seed(seed)
-    for name in made.trainable_names:
-        parameter = getattr(made, name)
-        parameter.copy_(torch.randn(parameter.shape, generator=draw, dtype=torch.float64) / math.sqrt(IN))
+def randomize_parameters(layer: SubExpertLinear, seed: int) -> None:
+    """Fill the trainable parameters with random values, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    for name in layer.trainable_names:
+        parameter = getattr(layer, name)
+        parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / math.sqrt(IN))

@@ -1,4 +1,4 @@
-"""The scripts of tools/ for tests: forked from a process that has imported what they need (see `programs`)."""
+"""The scripts of tools/ for tests, forked from a process that has imported what they need (see `programs`)."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from types import SimpleNamespace
 from typing import Any
 
 from dscl.distributed.launcher import EXIT_WITH_PID_VARIABLE
-from tests.support.programs import Program, attach, refresh
+from tests.support.programs import Program, redirect_streams, reset_process_state
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
 
 class Tool(Program):
-    """`python tools/NAME.py WORDS`, running.
+    """A running `python tools/NAME.py WORDS`.
 
-    `changes` are set in the script's module first. The scripts that it starts itself are forked too.
+    `changes` are attributes to set in the script's module first. Scripts that the script starts are forked too.
     """
 
     def __init__(
@@ -32,15 +32,15 @@ class Tool(Program):
         environment: Mapping[str, str] | None = None,
     ) -> None:
         # The parent of a fork is another process than the one that `die_with_parent` expects.
-        given = {name: value for name, value in (environment or {}).items() if name != EXIT_WITH_PID_VARIABLE}
-        super().__init__([words, changes or {}], cwd=TOOLS.parent, **given)  # type: ignore[list-item]
+        variables = {name: value for name, value in (environment or {}).items() if name != EXIT_WITH_PID_VARIABLE}
+        super().__init__([words, changes or {}], cwd=TOOLS.parent, **variables)  # type: ignore[list-item]
 
     def _target(self) -> Callable[..., None]:
         return _tool
 
 
 class ForkedTool:
-    """In the place of the subprocess.Popen with which a tool starts another tool, and reads its lines."""
+    """Replaces the subprocess.Popen with which a tool starts another tool and reads its lines."""
 
     def __init__(self, words: Sequence[str], stdout: int, text: bool, env: Mapping[str, str]) -> None:
         assert (words[0], stdout, text) == (sys.executable, subprocess.PIPE, True)
@@ -59,7 +59,7 @@ class ForkedTool:
 def forked_run(
     words: Sequence[str], capture_output: bool, text: bool, env: Mapping[str, str]
 ) -> subprocess.CompletedProcess[str]:
-    """In the place of subprocess.run, likewise."""
+    """Replaces the subprocess.run with which a tool starts another tool."""
     assert (words[0], capture_output, text) == (sys.executable, True, True)
     tool = Tool(words[1:], environment=env)
     out, err = tool.communicate(timeout=100)
@@ -71,8 +71,8 @@ SUBPROCESS = SimpleNamespace(Popen=ForkedTool, run=forked_run, PIPE=subprocess.P
 
 def _tool(arguments: list[Any], cwd: str, session: bool, environment: dict[str, str], files: list[str]) -> None:
     (script, *words), changes = arguments
-    attach(cwd, files)
-    refresh([script, *words], environment, session)
+    redirect_streams(cwd, files)
+    reset_process_state([script, *words], environment, session)
     status = 0
     try:
         module: Any = importlib.import_module(f"tools.{Path(script).stem}")

@@ -1,4 +1,4 @@
-"""A small LLaMA, rows of random tokens for it, and an engine around it: for tests of single steps."""
+"""A small LLaMA model, samples of random tokens and an engine, for tests of single training steps."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Toy:
         return Toy(self.ids.to(device), self.labels.to(device))
 
 
-def backbone(dtype: torch.dtype = torch.float32) -> Backbone:
+def toy_backbone(dtype: torch.dtype = torch.float32) -> Backbone:
     shape = LlamaConfig(
         hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         intermediate_size=80, vocab_size=VOCABULARY, tie_word_embeddings=True,
@@ -51,27 +51,27 @@ def backbone(dtype: torch.dtype = torch.float32) -> Backbone:
     return Backbone(ModelConfig(shape={}), shape, None, RandomWeights(0, 0.05), dtype)
 
 
-def model() -> Any:
-    """The small LLaMA outside an engine, with its weights drawn, in eval mode."""
-    built = backbone()
-    made = built.build()
-    load_parameters(made, built.weights.read)
-    return made.eval()
+def toy_model() -> Any:
+    """The small LLaMA without an engine, with its initial weights, in eval mode."""
+    built = toy_backbone()
+    module = built.build()
+    load_parameters(module, built.weights.read)
+    return module.eval()
 
 
-def rows(step: int) -> list[Toy]:
+def sample_rows(step: int) -> list[Toy]:
     generator = torch.Generator().manual_seed(step)
-    made = []
-    for index in range(ROWS - step % 2):  # an odd number now and then: the ranks' shares differ
+    samples = []
+    for index in range(ROWS - step % 2):  # an odd number in every second step, so that the ranks' numbers differ
         ids = torch.randint(0, VOCABULARY, (1, LENGTH), generator=generator)
         labels = ids.clone()
         labels[:, : LENGTH - 1 - (index * 7 + step) % (LENGTH - 2)] = -100
-        made.append(Toy(ids, labels))
-    return made
+        samples.append(Toy(ids, labels))
+    return samples
 
 
-def join(toys: list[Toy]) -> Toy:
-    if not toys:  # a rank without a sample takes part with one that has no target
+def join_rows(toys: list[Toy]) -> Toy:
+    if not toys:  # a rank without samples takes part with a row without targets
         return Toy(torch.zeros(1, LENGTH, dtype=torch.long), torch.full((1, LENGTH), -100))
     return Toy(torch.cat([t.ids for t in toys]), torch.cat([t.labels for t in toys]))
 
@@ -83,16 +83,16 @@ def summed_loss(model: Any, toy: Toy) -> torch.Tensor:
     )
 
 
-def targets(toys: list[Toy]) -> int:
+def count_targets(toys: list[Toy]) -> int:
     return sum(int((t.labels[:, 1:] != -100).sum()) for t in toys)
 
 
-def rate(step: int) -> float:
+def learning_rate(step: int) -> float:
     return 2e-3 * (step + 1) / STEPS
 
 
-def make(stage: int, precision: str = "fp32", clip: float = 1.0, **zero: Any) -> Engine:
-    built = backbone({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
+def make_engine(stage: int, precision: str = "fp32", clip: float = 1.0, **zero: Any) -> Engine:
+    built = toy_backbone({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
     return Engine(
         {"zero_optimization": {"stage": stage, **zero}},
         build=built.build,
@@ -105,42 +105,44 @@ def make(stage: int, precision: str = "fp32", clip: float = 1.0, **zero: Any) ->
 
 
 def micro_batches(step: int, accumulation: int) -> tuple[list[Toy], int]:
-    whole = rows(step)
-    mine = whole[comm.rank() :: comm.world_size()]
-    size = -(-len(whole) // (comm.world_size() * accumulation))
-    return [join(mine[i * size : (i + 1) * size]) for i in range(accumulation)], targets(whole)
+    samples = sample_rows(step)
+    local_samples = samples[comm.rank() :: comm.world_size()]
+    size = -(-len(samples) // (comm.world_size() * accumulation))
+    return [join_rows(local_samples[i * size : (i + 1) * size]) for i in range(accumulation)], count_targets(samples)
 
 
-def go(engine: Engine, accumulation: int = 1, first: int = 0, last: int = STEPS) -> tuple[list[float], list[float]]:
+def train_steps(
+    engine: Engine, accumulation: int = 1, first: int = 0, last: int = STEPS
+) -> tuple[list[float], list[float]]:
     losses, norms = [], []
     for step in range(first, last):
         batches, count = micro_batches(step, accumulation)
-        total = engine.step(summed_loss, batches, targets=count, lr=rate(step))
+        total = engine.step(summed_loss, batches, targets=count, lr=learning_rate(step))
         losses.append((comm.all_reduce_sum(total) / count).item())
         norms.append(float(engine.last_grad_norm))
     return losses, norms
 
 
-def masters(engine: Engine) -> dict[str, list[tuple[int, torch.Tensor]]]:
-    found: dict[str, list[tuple[int, torch.Tensor]]] = {}
+def master_shards(engine: Engine) -> dict[str, list[tuple[int, torch.Tensor]]]:
+    shards: dict[str, list[tuple[int, torch.Tensor]]] = {}
     for share in engine.shards.disjoint_shards():
-        found.setdefault(share.name, []).append((share.start, share.master.clone()))
-    return found
+        shards.setdefault(share.name, []).append((share.start, share.master.clone()))
+    return shards
 
 
-def assemble(parts: list[dict[str, list[tuple[int, torch.Tensor]]]]) -> dict[str, torch.Tensor]:
-    """Whole flat tensors from all ranks' shares, which must cover each element exactly once."""
+def assemble(shards_by_rank: list[dict[str, list[tuple[int, torch.Tensor]]]]) -> dict[str, torch.Tensor]:
+    """Complete flat tensors from the shards of all ranks, which must cover each element exactly once."""
     whole = {}
-    for name in sorted({name for part in parts for name in part}):
-        pieces = sorted((piece for part in parts for piece in part.get(name, [])), key=lambda piece: piece[0])
-        at = 0
-        for start, values in pieces:
-            assert start == at, f"{name}: a gap or an overlap at element {at}"
-            at += len(values)
-        whole[name] = torch.cat([values for _, values in pieces])
+    for name in sorted({name for part in shards_by_rank for name in part}):
+        shards = sorted((piece for part in shards_by_rank for piece in part.get(name, [])), key=lambda piece: piece[0])
+        end = 0
+        for start, values in shards:
+            assert start == end, f"{name}: a gap or an overlap at element {end}"
+            end += len(values)
+        whole[name] = torch.cat([values for _, values in shards])
     return whole
 
 
-def whole(parameter: Any) -> AbstractContextManager[Any]:
-    """The parameter with all its elements, which ZeRO-3 brings together for a while."""
+def gathered(parameter: Any) -> AbstractContextManager[Any]:
+    """A context in which the parameter is complete; ZeRO-3 gathers it for that time."""
     return deepspeed.zero.GatheredParameters([parameter]) if hasattr(parameter, "ds_id") else nullcontext()

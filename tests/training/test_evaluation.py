@@ -16,8 +16,8 @@ from dscl.methods.base import RunInfo
 from dscl.methods.sequential import Sequential
 from dscl.model.generation import generate
 from dscl.training.evaluation import EvalSet, EvaluateConfig, evaluate_task, mean_token_loss, should_evaluate
-from tests.support.decoding import EOS, LABELS, PAD, PROMPTS, alone
-from tests.support.toy_model import VOCABULARY, make, model
+from tests.support.decoding import EOS, LABELS, PAD, PROMPTS, reference_log_prob
+from tests.support.toy_model import VOCABULARY, make_engine, toy_model
 
 RIGHT = pytest.approx(4 / 5, abs=1e-12)  # each exam is made so that one of its five answers is wrong
 METHOD = Sequential(SequentialPreset(), RunInfo(0, (), "", "", "", 0, ""))
@@ -54,8 +54,8 @@ class Words:
 
 def eval_set(ranked: bool) -> EvalSet:
     names = tuple(Words().decode(label, True) for label in LABELS)
-    module = model()
-    best = [max(range(3), key=lambda i, p=prompt: alone(module, p, LABELS[i])) for prompt in PROMPTS]
+    module = toy_model()
+    best = [max(range(3), key=lambda i, p=prompt: reference_log_prob(module, p, LABELS[i])) for prompt in PROMPTS]
     answers = [names[best[0]], names[(best[1] + 1) % 3], *(names[b] for b in best[2:])]  # one of five is wrong
     samples = tuple(Sample("", answer, (answer,), "made") for answer in answers)
     if not ranked:
@@ -71,7 +71,7 @@ def eval_set(ranked: bool) -> EvalSet:
 
 
 def score_at(stage: int, ranked: bool, batch: int, precision: str = "fp32") -> float:
-    engine = make(stage, precision)
+    engine = make_engine(stage, precision)
     result = evaluate_task(eval_set(ranked), engine, METHOD, Words(), EvaluateConfig(batch=batch, max_new_tokens=4))
     engine.close()
     assert result.routing_accuracy is None
@@ -96,7 +96,7 @@ def test_more_ranks_than_prompts_of_a_batch(ranks: Any) -> None:
 
 def passes_of_generation() -> tuple[int, list[int]]:
     """The first rank's prompt ends at once, the other's does not: passes through the model, and the answer."""
-    module = model()
+    module = toy_model()
     with torch.no_grad():
         (first,), (second,) = (
             generate(module, collate_prompts([prompt], PAD), 4, VOCABULARY, PAD) for prompt in PROMPTS[:2]
@@ -121,7 +121,7 @@ TEXTS = [[1, 5, 9, 3], [1, 2], [1, 7, 7, 7, 7, 4, 2], [1, 8, 3], [1, 6, 2, 9, 9,
 
 def loss_at(stage: int) -> tuple[float, list[tuple[int, int]]]:
     """The loss, and the progress that was reported."""
-    engine, progress = make(stage), []
+    engine, progress = make_engine(stage), []
     loss = mean_token_loss(TEXTS, engine, METHOD, Words(), lambda *done: progress.append(done))
     engine.close()
     return loss, progress
@@ -129,7 +129,9 @@ def loss_at(stage: int) -> tuple[float, list[tuple[int, int]]]:
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_the_loss_on_texts_is_the_mean_over_their_tokens(ranks: Any, stage: int) -> None:
-    expected = -sum(alone(model(), [text[0]], text[1:]) for text in TEXTS) / sum(len(text) - 1 for text in TEXTS)
+    expected = -sum(reference_log_prob(toy_model(), [text[0]], text[1:]) for text in TEXTS) / sum(
+        len(text) - 1 for text in TEXTS
+    )
     for loss, progress in ranks(2)(loss_at, stage):
         assert loss == pytest.approx(expected, rel=1e-6)
         assert progress == [(1, 1)]  # of one batch a rank

@@ -1,4 +1,4 @@
-"""The quickstart's stage: the same from the same seed, learnable, made once, and never half made."""
+"""The quickstart's stage: equal for equal seeds, learnable, made once, and never left incomplete."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ TEN = stage.Settings(tasks=10)
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("stage") / "made"
+def stage_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stage") / "stage"
     assert stage.make_stage(folder, 3, TINY)
     return folder
 
@@ -41,18 +41,18 @@ def read(folder: Path, task: str, split: str) -> Any:
     return json.loads((folder / task / f"{split}.json").read_text("utf-8"))
 
 
-def test_one_seed_makes_the_same_bytes_and_another_seed_other_ones(made: Path, tmp_path: Path) -> None:
+def test_one_seed_makes_the_same_bytes_and_another_seed_other_ones(stage_folder: Path, tmp_path: Path) -> None:
     stage.make_stage(tmp_path / "again", 3, TINY)
     stage.make_stage(tmp_path / "other", 4, TINY)
-    assert content(tmp_path / "again") == content(made)
-    same = {name for name, value in content(tmp_path / "other").items() if value == content(made)[name]}
+    assert content(tmp_path / "again") == content(stage_folder)
+    same = {name for name, value in content(tmp_path / "other").items() if value == content(stage_folder)[name]}
     assert not {name for name in same if name.endswith(("train.json", "test.json", ".safetensors", "tokenizer.model"))}
 
 
 def test_the_words_do_not_depend_on_the_process() -> None:
-    """Python orders sets of strings anew in every process, unless told not to."""
+    """Python orders sets of strings differently in every process unless PYTHONHASHSEED is set."""
     program = "from tools.make_stage import Language, Settings; print(Language(0, Settings()).samples('kind', 20))"
-    said = {
+    outputs = {
         subprocess.run(
             [sys.executable, "-c", program],
             cwd=Path(stage.__file__).parents[1],
@@ -63,23 +63,23 @@ def test_the_words_do_not_depend_on_the_process() -> None:
         ).stdout
         for number in ("1", "2")
     }
-    assert len(said) == 1
-    assert "Report" in said.pop()
+    assert len(outputs) == 1
+    assert "Report" in outputs.pop()
 
 
-def test_the_trainer_reads_the_tasks_as_they_are(made: Path) -> None:
-    configs = [TaskConfig(name=name, path=str(made / name), dev_share=0.0) for name in TINY.labels]
+def test_the_trainer_reads_the_tasks_as_they_are(stage_folder: Path) -> None:
+    configs = [TaskConfig(name=name, path=str(stage_folder / name), dev_share=0.0) for name in TINY.labels]
     assert len(configs) == 5
     for task in load_stream(configs, DataConfig(), seed=0):
         assert (task.labels, task.metric) == (stage.LABELS[task.name], "accuracy")
         assert (len(task.train), len(task.test)) == (TINY.train, TINY.test)
         assert {sample.answer for sample in (*task.train, *task.test)} == set(stage.LABELS[task.name])
         prompts = [sample.prompt for sample in (*task.train, *task.test)]
-        assert len(set(prompts)) == len(prompts), "a sentence stands on both sides, or twice"
+        assert len(set(prompts)) == len(prompts), "a prompt occurs twice"
 
 
 def test_the_words_decide_the_label_and_every_task_means_another_thing_by_them() -> None:
-    """A reader who only counts words learns every task, but what it learnt in one is worth nothing in the others."""
+    """A classifier by word counts learns every task, but the counts of one task are useless for the others."""
     language = stage.Language(0, TEN)
     known: dict[str, dict[str, Counter[int]]] = {}
     tests = {}
@@ -97,7 +97,7 @@ def test_the_words_decide_the_label_and_every_task_means_another_thing_by_them()
             votes: Counter[int] = Counter()
             for word in re.findall(r"\w+", sample["sentence"]):
                 seen = known[by].get(word, Counter())
-                if seen and max(seen.values()) == seen.total():  # words of the form go with every label
+                if seen and max(seen.values()) == seen.total():  # words of the form occur with every label
                     votes += seen
             right += bool(votes) and votes.most_common(1)[0][0] == stage.LABELS[task].index(sample["label"])
         return right / len(tests[task])
@@ -121,17 +121,17 @@ def test_pretraining_text_holds_no_label() -> None:
 
 @pytest.mark.parametrize("tasks", [5, 10])
 def test_labels_are_single_pieces(tmp_path: Path, tasks: int) -> None:
-    """Ranking sums over a label's tokens: labels cut into many pieces would be harder to learn than the tasks are."""
+    """Ranking sums over the tokens of a label, so labels of many pieces would be harder to learn than the tasks."""
     settings = stage.Settings(tasks, hidden_size=32, layers=1, heads=2, steps=16, batch=250)
     stage.make_stage(tmp_path / "s", 0, settings)
     tokenizer = load_tokenizer(tmp_path / "s" / "model")
     pieces = {label: tokenizer.tokenize(label) for labels in settings.labels.values() for label in labels}
-    assert {label: found for label, found in pieces.items() if len(found) > 1} == {}
+    assert {label: split for label, split in pieces.items() if len(split) > 1} == {}
 
 
-def test_the_model_has_learnt_from_the_text(made: Path) -> None:
-    tokenizer = load_tokenizer(made / "model")
-    model = LlamaForCausalLM.from_pretrained(made / "model", use_safetensors=True)
+def test_the_model_has_learnt_from_the_text(stage_folder: Path) -> None:
+    tokenizer = load_tokenizer(stage_folder / "model")
+    model = LlamaForCausalLM.from_pretrained(stage_folder / "model", use_safetensors=True)
     language = stage.Language(3, TINY)
     losses = []
     for _ in range(20):
@@ -196,6 +196,6 @@ def test_a_wrong_word_is_told_in_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert stage.main(arguments) == 2
-    told = capsys.readouterr().err
-    assert named in told
-    assert told.count("\n") == 1
+    stderr = capsys.readouterr().err
+    assert named in stderr
+    assert stderr.count("\n") == 1

@@ -1,4 +1,4 @@
-"""The table of plans in small: a row for each size, with what the plan says."""
+"""A small table of plans: a row for each size, with the values of the plan."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def test_a_row_says_what_the_plan_says(
     monkeypatch.setattr(sizes, "subprocess", SimpleNamespace(run=forked_run))
     sizes.main(["--tokenizer", str(tmp_path / "tokenizer"), "--sizes", "tiny", "--gpus", "2"])
     head, _, row = ([cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines())
-    found = dict(zip(head, row, strict=True))
-    assert (found["method"], found["GPUs"]) == ("`sequential`", "2")
-    held = [float(found[part]) for part in sizes.PARTS]
-    assert sum(held[:-1]) == pytest.approx(held[-1], abs=0.3)
-    # 17.7M parameters in bf16: each rank sends its half of them once, for so few stay where they are until the backward
-    # pass is done with them, and half of the gradients.
-    assert found["sent a step"].endswith(" GB")
-    assert float(found["sent a step"].split()[0]) == pytest.approx(17.7e6 * 2 / 1e9, rel=0.05)
-    least, most = (float(word) for word in found["step"].removesuffix(" s").split(" to "))
-    slow, fast = (float(word.replace(",", "")) for word in found["tokens/s a GPU"].split(" to "))
+    cells = dict(zip(head, row, strict=True))
+    assert (cells["method"], cells["GPUs"]) == ("`sequential`", "2")
+    memory = [float(cells[part]) for part in sizes.PARTS]
+    assert sum(memory[:-1]) == pytest.approx(memory[-1], abs=0.3)
+    # 17.7M parameters in bf16: each rank sends its half of the gradients, and its half of the parameters once, as ZeRO
+    # keeps so few parameters gathered until the backward pass has used them.
+    assert cells["sent a step"].endswith(" GB")
+    assert float(cells["sent a step"].split()[0]) == pytest.approx(17.7e6 * 2 / 1e9, rel=0.05)
+    least, most = (float(word) for word in cells["step"].removesuffix(" s").split(" to "))
+    slow, fast = (float(word.replace(",", "")) for word in cells["tokens/s a GPU"].split(" to "))
     assert least < most
     assert slow * most == pytest.approx(fast * least, rel=0.02)

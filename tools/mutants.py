@@ -405,9 +405,8 @@ class TreeCopy:
             tempfile.tempdir = None
             for name in [name for name in sys.modules if name.partition(".")[0] in ("dscl", "tests", "tools")]:
                 del sys.modules[name]
-            sys.modules["__main__"] = types.ModuleType(
-                "__main__"
-            )  # otherwise processes that tests start import this file
+            # Otherwise processes that tests start would import this file.
+            sys.modules["__main__"] = types.ModuleType("__main__")
             _prefork_server()
             import pytest
 

@@ -69,9 +69,8 @@ def test_the_quick_sections_find_figures(monkeypatch: pytest.MonkeyPatch, anew: 
     packed = "LoRA, short samples of different lengths, which dscl packs"
     peers = ["full fine-tuning", "LoRA", packed, "head", "the same"]
     assert sections[:8] == ["trainer", "monitoring", *peers, "evaluation"]
-    assert float(rows[6]["value"]) < (
-        0.5 if anew else 0.2
-    )  # of the memory; the forked run computes the logits in eight chunks
+    # A share of the memory. The forked run computes the logits in eight chunks.
+    assert float(rows[6]["value"]) < (0.5 if anew else 0.2)
     assert all(float(row["value"].split(" ")[0]) > 0 for row in rows)
     shares = {row["name"].split(": ")[1]: row["value"] for row in rows if " tasks: " in row["name"]}
     # Of 64 evaluations: the seen tasks, and all tasks after the last; the new task, and all after the last; all twice.
@@ -100,11 +99,8 @@ def test_two_ranks_measure_together(anew: bool) -> None:
 
 def test_parts_of_the_start_are_the_whole() -> None:
     record = {"began": 102.0, "ended": 110.0, "parts": {"imports": 3.0, "first step": 4.0}}
-    assert bench.summarize_start(record, began=100.0) == (
-        "10.0 s",
-        "",
-        "Python 2.0, imports 3.0, first step 4.0, the rest 1.0",
-    )
+    note = "Python 2.0, imports 3.0, first step 4.0, the rest 1.0"
+    assert bench.summarize_start(record, began=100.0) == ("10.0 s", "", note)
 
 
 def test_rows_of_another_script_join_the_table_and_its_failure_is_told(tmp_path: Path, capfd: Any) -> None:

@@ -29,11 +29,11 @@ def try_small_case(case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
     def counting_time_steps(case: Case, config: LlamaConfig, engine: Any, method: Any) -> dict[str, Any]:
         result = time_steps(case, config, engine, method)
         task_router = getattr(method, "task_router", None)
-        counts["gathered"] = len(task_router.row_state_dict()["samples"]) if task_router is not None else None
+        counts["collected"] = len(task_router.row_state_dict()["samples"]) if task_router is not None else None
         experts = getattr(method, "experts", None)
-        counts["open"] = [int(layer.allowed_rank1.sum()) for layer in experts.layers.values()] if experts else []
+        counts["allowed"] = [int(layer.allowed_rank1.sum()) for layer in experts.layers.values()] if experts else []
         counts["protected"] = len(method.directions.subspaces) if hasattr(method, "directions") else 0
-        counts["again"] = bool(engine.module.model.gradient_checkpointing)
+        counts["recompute"] = bool(engine.module.model.gradient_checkpointing)
         return result
 
     bench.time_steps = counting_time_steps
@@ -51,10 +51,10 @@ def test_every_method_takes_steps_with_its_own_work_in_them(ranks: Callable[[int
     assert result["seconds"] > 0
     assert result["tokens"] == pytest.approx(2 * 64 / result["seconds"])
     assert result["mfu"] is result["floor"] is None  # no CPU has a stated peak
-    assert counts["again"] is recompute
-    assert counts["gathered"] == (2 * (bench.WARMUP_STEPS + case.rounds) if method in ("asr", "moses") else None)
-    assert bool(counts["open"]) is (method == "moses")
-    assert all(counts["open"])
+    assert counts["recompute"] is recompute
+    assert counts["collected"] == (2 * (bench.WARMUP_STEPS + case.rounds) if method in ("asr", "moses") else None)
+    assert bool(counts["allowed"]) is (method == "moses")
+    assert all(counts["allowed"])
     assert counts["protected"] == (7 * TINY["num_hidden_layers"] if method == "osft" else 0)
 
 

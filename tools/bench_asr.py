@@ -150,7 +150,7 @@ def frozen(base: Backbone, options: argparse.Namespace) -> None:
     def train_step(engine: Engine) -> Callable[[], None]:
         return lambda: ignore(engine.step(answer_loss, [random_batch(False)], targets=ROWS * ANSWER, lr=1e-3))
 
-    for layer in sorted({max(1, layers // 8), layers // 4, layers // 2}):
+    for layer in sorted({max(1, layers // part) for part in (8, 4, 2)}):
         upper_engine = build_engine(base, build_asr(layer=layer))
         upper, all_ = time_pair(train_step(upper_engine), train_step(engine), options.rounds)
         print(f"frozen: a step with adapters from layer {layer} of {layers} on takes {upper / all_:.3f} of the step "

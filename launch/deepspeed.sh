@@ -1,20 +1,21 @@
 #!/usr/bin/env bash
-# dscl on the nodes of a hostfile by DeepSpeed's launcher.
+# Train on the nodes of a hostfile with DeepSpeed's launcher.
 #
 #   HOSTFILE=hostfile ./launch/deepspeed.sh RECIPE.yaml [key=value ...]      on one node, which reaches the others by ssh
 #   HOSTFILE=hostfile NODE_RANK=0 MASTER_ADDR=node0 ./launch/deepspeed.sh RECIPE.yaml [key=value ...]
 #                                                                            on every node, without ssh
 #
-#   --dry-run        show the command, and do nothing
-#   --no-doctor      train without first seeing whether the machines are fit for it
-#   HOSTFILE         a line for each node, its name and its ranks, as in launch/hostfile.sample
-#   NODE_RANK        this node's number, from 0, in the hostfile's order; set, nothing is done by ssh
-#   MASTER_ADDR      the address of the node with number 0; needed where NODE_RANK is set
-#   MASTER_PORT      its port (default: 29500)
-#   MAX_RESTARTS     how often ranks that failed are started again (default: 3); they go on from the newest checkpoint
+#   --dry-run        print the command, and do nothing
+#   --no-doctor      train without `dscl doctor` before it
+#   HOSTFILE         a file with a line for each node, its name and number of ranks, as in launch/hostfile.sample
+#   NODE_RANK        this node's number in the hostfile, from 0; if set, ssh is not used
+#   MASTER_ADDR      the address of node 0; needed if NODE_RANK is set
+#   MASTER_PORT      the port on node 0 (default: 29500)
+#   MAX_RESTARTS     how often failed ranks are started again (default: 3); they resume from the newest checkpoint
 #
-# By ssh the launcher needs pdsh, this folder and its .venv at the same path on all nodes; and a signal here does not
-# reach the ranks: to stop the job, send one to the process that RUN_DIR/.lock names, on the host that it names.
+# With ssh, the launcher needs pdsh, and this repository with its .venv at the same path on all nodes. A signal to this
+# script does not reach the ranks then. To stop the job, send the signal to the process that RUN_DIR/.lock names, on the
+# host that it names.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$here/launch/supervise.sh"
@@ -33,7 +34,7 @@ command+=(--module dscl train "${words[@]}" ${doctor:+"$doctor"})
 
 [ -n "$dry" ] && DSCL_PYTHON=python || source "$here/launch/environment.sh"
 source "$here/launch/nccl.env"
-if [ -z "${NODE_RANK:-}$dry" ]; then # of what is set here, ssh takes along what this file says
+if [ -z "${NODE_RANK:-}$dry" ]; then # ssh passes on only the variables in this file
     DS_ENV_FILE="$(mktemp)"
     trap 'rm -f "$DS_ENV_FILE"' EXIT
     env | grep -E '^(DSCL|DEEPSPEED|DS|TORCH|PYTORCH|NCCL|GLOO|OMP)_' | grep -v '^DSCL_STATUS_TO' >"$DS_ENV_FILE" || true

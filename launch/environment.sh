@@ -1,12 +1,12 @@
-# The environment that dscl runs in: sourced by launch/quickstart.sh and tests/run.sh, which then call $DSCL_PYTHON.
+# Set up dscl's Python environment. Scripts source this file and then call $DSCL_PYTHON.
 #
-# If the Python at hand has every package at the version of launch/constraints.txt, it is used as it is. Otherwise .venv
-# is made beside this folder: torch first, by its exact version, then the rest. A second start finds it done.
+# A Python that has every package at the version in launch/constraints.txt is used as it is. Otherwise .venv is made in
+# the repository: first torch at its exact version, then the rest. A second start reuses .venv.
 #
-#   PYTHON             the interpreter to use or to build .venv with (default: the first python3 that is new enough)
-#   DSCL_TORCH_INDEX   a package index to take torch from, for example one with CPU-only builds, which are smaller; by
-#                      default the usual index decides, and its build serves GPUs and CPUs alike
-#   DSCL_VENV          where the environment is made (default: .venv)
+#   PYTHON             the interpreter to use, or to make .venv with (default: the first python3 from 3.10 on)
+#   DSCL_TORCH_INDEX   a package index for torch, for example one with the smaller CPU-only builds; the default is the
+#                      usual index, whose build runs on GPUs and CPUs
+#   DSCL_VENV          folder of the environment (default: .venv)
 
 DSCL_HOME="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 DSCL_VENV="${DSCL_VENV:-$DSCL_HOME/.venv}"
@@ -27,7 +27,7 @@ dscl_find_python() {
     return 1
 }
 
-# Does this interpreter have all that is needed, at the right versions, and a torch that suits the machine?
+# Does this interpreter have all packages at the right versions, and a torch build that supports the machine's GPUs?
 dscl_satisfied() {
     "$1" - "$DSCL_HOME/launch/constraints.txt" "$(command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c GPU)" <<'PYTHON'
 import sys
@@ -62,7 +62,7 @@ dscl_install() {
     echo "dscl: installing torch, then the rest (some minutes; once)" >&2
     "$python" -m pip install -q --disable-pip-version-check ${DSCL_TORCH_INDEX:+--index-url "$DSCL_TORCH_INDEX"} \
         "$(grep '^torch==' "$DSCL_HOME/launch/constraints.txt")" || return 1
-    # DeepSpeed's own setup looks at the torch that is there, so no isolated build; it needs these two for that.
+    # DeepSpeed's setup imports the installed torch, so its build is not isolated and needs these two packages.
     "$python" -m pip install -q --disable-pip-version-check setuptools wheel || return 1
     (cd "$DSCL_HOME" && "$python" -m pip install -q --disable-pip-version-check --no-build-isolation \
         -c launch/constraints.txt -e ".[test]") || return 1
@@ -75,7 +75,7 @@ dscl_environment() {
         dscl_stop "no Python of version 3.10 or newer found (${PYTHON:-python3}); install one, or set PYTHON to its path"
     if ! dscl_satisfied "$base" 2>/dev/null; then
         (
-            flock 9 # two starts at once install once
+            flock 9 # two concurrent starts install only once
             dscl_satisfied "$DSCL_VENV/bin/python" 2>/dev/null || dscl_install "$base"
         ) 9>"$DSCL_VENV.lock" || dscl_stop "the installation failed; its last lines above say why. Run the same command again to go on"
         base="$DSCL_VENV/bin/python"
@@ -83,9 +83,9 @@ dscl_environment() {
         why="$(dscl_satisfied "$base" 2>&1)" || dscl_stop "the environment in $DSCL_VENV is not right ($why); remove it and run again"
     fi
     export DSCL_PYTHON="$base" PATH="$(dirname "$base"):$PATH" PYTHONPATH="$DSCL_HOME${PYTHONPATH:+:$PYTHONPATH}"
-    # Built for this environment's torch; another environment's build would be thrown away, and throw this one away.
+    # Extensions are built for this environment's torch. Environments that shared a folder would rebuild each other's.
     [ "$base" != "$DSCL_VENV/bin/python" ] || export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$DSCL_VENV/torch_extensions}"
-    if ! grep -q GPU <<<"$(nvidia-smi -L 2>/dev/null)"; then # a pipe that grep leaves early would fail (pipefail)
+    if ! grep -q GPU <<<"$(nvidia-smi -L 2>/dev/null)"; then # not a pipe: it would fail when grep exits early (pipefail)
         export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
     fi
     command -v "${CXX:-c++}" >/dev/null ||

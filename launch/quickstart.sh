@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# From nothing to a score matrix: installs what is needed, makes five small text tasks with a tokenizer and a briefly
-# pretrained LLaMA (once), and fine-tunes it on one task after another with two processes under ZeRO-3.
+# From an empty machine to a score matrix: install the packages, make five small text tasks with a tokenizer and a
+# briefly pretrained LLaMA (once), and fine-tune the LLaMA on one task after another with two ranks under ZeRO 3.
 #
 #   ./launch/quickstart.sh [--dry-run] [--out DIR] [--seed N] [--fresh] [key=value ...]
 #
-#   --dry-run   show the commands, and do nothing
-#   --out DIR   where the stage and the run are written (default: out, beside this folder)
-#   --seed N    another language, other tasks, another order of samples (default: 0)
-#   --fresh     forget the run of an earlier start; without it, that run is resumed, or shown if it is complete
+#   --dry-run   print the commands, and do nothing
+#   --out DIR   folder of the stage and the run (default: out in the repository)
+#   --seed N    seed of the language, the tasks and the order of samples (default: 0)
+#   --fresh     remove the run of an earlier start; otherwise that run is resumed, or shown if it is complete
 #   key=value   overrides of launch/recipes/quickstart.yaml, for example train.lr=3e-4
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

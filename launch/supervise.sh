@@ -1,13 +1,13 @@
-# What the scripts beside this one share: their options, and how they look after what they start. Sourced by them.
+# Options and process supervision of the launch scripts, which source this file.
 #
-#   --dry-run       show the command, and do nothing
-#   --no-doctor     train without first seeing whether the machines are fit for it
-#   MAX_RESTARTS    how often ranks that failed are started again (default: 3); they go on from the newest checkpoint
+#   --dry-run       print the command, and do nothing
+#   --no-doctor     train without `dscl doctor` before it
+#   MAX_RESTARTS    how often failed ranks are started again (default: 3); they resume from the newest checkpoint
 #
-# Told to stop (SIGTERM, SIGINT, SIGUSR1), a script passes that on to the ranks, which save and leave; told again, they
-# leave at once. Its exit status is then 75, and the same command goes on. What no restart mends (status 2: the recipe is
-# wrong, or run_dir was removed; 75: stopped on purpose) the ranks write down in a file, since launchers call every status
-# but 0 a failure.
+# On SIGTERM, SIGINT or SIGUSR1 a script passes the signal on to the ranks, which save and exit; on a second signal they
+# exit at once. The script's exit status is then 75, and the same command resumes the run. Launchers report every status
+# but 0 as a failure, so the ranks write a status that needs no restart to a file: 2 (wrong recipe, or run_dir was removed)
+# or 75 (stopped on purpose).
 
 dry="" doctor="--doctor" words=() launcher=0 heard=0 signal="" told="" early=""
 
@@ -39,11 +39,11 @@ gpus() {
     nvidia-smi -L 2>/dev/null | grep -c GPU || true
 }
 
-# Of this process and those below it, the ones that are ranks: a launcher gives them LOCAL_RANK, and they have helpers of
-# their own.
+# The ranks among this process and its descendants. A launcher sets LOCAL_RANK for ranks. The children of a rank are not
+# searched.
 ranks_of() {
     local child
-    # Not by a pipe: what writes into it fails where grep has found the word early, and with it all (pipefail).
+    # Not a pipe: its writer would fail when grep exits early, and the pipeline with it (pipefail).
     if grep -qz '^LOCAL_RANK=' "/proc/$1/environ" 2>/dev/null; then
         echo "$1"
         return
@@ -53,13 +53,13 @@ ranks_of() {
     done
 }
 
-# Tell the ranks, those too that come up later: a launcher starts a rank again that the signal has killed in its cradle.
+# Signal the ranks, also those that start later: a launcher restarts a rank that the signal killed during its start.
 pass_on() {
     heard=$((heard + 1)) signal="$1" told=" "
-    [ "$launcher" != 0 ] || return 0 # nothing has been started
+    [ "$launcher" != 0 ] || return 0 # nothing is running
     [ -n "$(ranks_of "$launcher")" ] || early=1
     tell_ranks
-    if [ -n "$early" ] || [ "$heard" -gt 1 ]; then # else it waits for others, or starts ranks again
+    if [ -n "$early" ] || [ "$heard" -gt 1 ]; then # otherwise the launcher waits for others, or restarts ranks
         kill -TERM -- "-$launcher" 2>/dev/null || true
     fi
 }
@@ -72,25 +72,25 @@ tell_ranks() {
     done
 }
 
-# Run a launcher to its end. Only the ranks are told to stop: a launcher that is told kills them, and fails.
+# Run a launcher to its end. Only the ranks get the signal: a launcher that gets it kills them, and fails.
 run_once() {
     local status=0 told_status
     [ "$heard" = 0 ] || return 75
     DSCL_STATUS_TO="$(mktemp)" || wrong "no temporary file can be made; make room in ${TMPDIR:-/tmp}"
     export DSCL_STATUS_TO
-    set -m # in a process group of its own, so that a Ctrl-C comes only here
+    set -m # in its own process group, so that Ctrl-C reaches only this script
     "$@" &
     launcher=$!
     set +m
     wait "$launcher" || status=$?
-    while [ "$heard" -gt 0 ] && kill -0 "$launcher" 2>/dev/null; do # it was a signal that ended the waiting
+    while [ "$heard" -gt 0 ] && kill -0 "$launcher" 2>/dev/null; do # a signal ended the wait
         tell_ranks
         sleep 1
     done
     [ "$heard" = 0 ] || { status=0; wait "$launcher" || status=$?; }
     told_status="$(<"$DSCL_STATUS_TO")"
     rm -f "$DSCL_STATUS_TO"
-    # A rank that its launcher ends because another one failed says 75 as well.
+    # A rank that its launcher stops because another rank failed also writes 75.
     if [ "$told_status" = 2 ] || { [ "$told_status" = 75 ] && { [ "$status" = 0 ] || [ "$heard" -gt 0 ]; }; }; then
         status="$told_status"
     elif [ -n "$early" ] && [ "$status" != 0 ]; then
@@ -99,7 +99,7 @@ run_once() {
     return "$status"
 }
 
-# launch RESTARTS COMMAND...: for launchers that do not start failed ranks again themselves.
+# launch RESTARTS COMMAND...: run a launcher that does not restart failed ranks itself.
 launch() {
     local left="$1" status
     shift

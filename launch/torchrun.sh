@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# dscl on one or several nodes by torchrun. Give the same command on every node.
+# Train on one or several nodes with torchrun. Run the same command on every node.
 #
 #   ./launch/torchrun.sh RECIPE.yaml [key=value ...]                                            one node
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 ./launch/torchrun.sh RECIPE.yaml [key=value ...]     each of two nodes
 #
-#   --dry-run        show the command, and do nothing
-#   --no-doctor      train without first seeing whether the machines are fit for it
+#   --dry-run        print the command, and do nothing
+#   --no-doctor      train without `dscl doctor` before it
 #   NNODES           nodes (default: 1), or a range like 2:4
-#   NODE_RANK        this node's number, of which 0 keeps the meeting; left out, it is the node that MASTER_ADDR means
-#   MASTER_ADDR      the node where all meet, which has to be one of them; needed with several nodes
-#   MASTER_PORT      its port (default: 29400)
-#   LOCAL_ADDR       this node's address, where its name does not lead to it
-#   RDZV_ID          the job's name, where several meet at one address (default: dscl)
+#   NODE_RANK        this node's number; node 0 hosts the rendezvous (default: the node with MASTER_ADDR hosts it)
+#   MASTER_ADDR      the node that hosts the rendezvous, one of the nodes; needed with several nodes
+#   MASTER_PORT      the port of the rendezvous (default: 29400)
+#   LOCAL_ADDR       this node's address, if its name does not resolve to it
+#   RDZV_ID          the job's name, if several jobs use one rendezvous address (default: dscl)
 #   NPROC_PER_NODE   ranks on this node (default: one for each GPU, or one)
-#   MAX_RESTARTS     how often ranks that failed are started again (default: 3); they go on from the newest checkpoint
+#   MAX_RESTARTS     how often failed ranks are started again (default: 3); they resume from the newest checkpoint
 #
-# Where Kubeflow says it (PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR, PET_MASTER_PORT, PET_NPROC_PER_NODE), that is taken.
+# Kubeflow's variables (PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR, PET_MASTER_PORT, PET_NPROC_PER_NODE) are defaults.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$here/launch/supervise.sh"
@@ -34,7 +34,7 @@ place=(--standalone)
 if [ "$NNODES" != 1 ]; then
     [ -n "$MASTER_ADDR" ] || wrong "MASTER_ADDR: not set, with NNODES=$NNODES; give the address of one of the nodes"
     place=(--rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:${MASTER_PORT:-29400}" --rdzv-id "${RDZV_ID:-dscl}")
-    # Which node keeps the meeting is found by name and address; where these mislead (containers), the number says it.
+    # torchrun finds the host of the rendezvous by name and address. In containers these may be wrong; NODE_RANK is not.
     [ -z "$NODE_RANK" ] || place+=(--rdzv-conf "is_host=$([ "$NODE_RANK" = 0 ] && echo true || echo false)")
     [ -z "${LOCAL_ADDR:-}" ] || place+=(--local-addr "$LOCAL_ADDR")
 fi
@@ -46,6 +46,6 @@ unset "${!PET_@}" # torchrun would read them as options
 
 [ -n "$dry" ] && DSCL_PYTHON=python || source "$here/launch/environment.sh"
 source "$here/launch/nccl.env"
-# Where the ranks meet is settled anew at every restart: the node that kept it may be the one that is gone.
+# Ranks agree on a new TCP store at every restart, since the node that hosted the old one may be gone.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 launch 0 "$DSCL_PYTHON" "${command[@]}"

@@ -1,17 +1,17 @@
-"""Each method's training step on one large GPU, at shapes of 7B and 8B, in bf16; printed as Markdown.
+"""Each method's training step on one large GPU, at 7B and 8B shapes, in bf16; printed as Markdown.
 
     python tools/bench_gpu.py [--shape 7B 8B] [--method full osft lora asr moses] [--attention sdpa] [--rounds N]
                               [--samples N] [--limit SECONDS] [--no-offload]
 
-A step has four micro-batches, each of one sample of 4096 tokens of which each is a target, by ds_configs/zero2.json.
-Every row of the table is a process of its own, which says what it has found at once; one that fails or takes too long
-is told, and the rest goes on. Activations are recomputed only where there is not enough memory else. Full fine-tuning
-and OSFT are timed with the optimizer's state on the host too, for which the host needs about 18 bytes for each
-parameter, 113 GiB and 135. Weights are drawn on the GPU: their values do not matter here, and what OSFT protects is
-drawn too, instead of decomposed.
+A step has four micro-batches of one sample each. A sample has 4096 tokens, all of which are targets. The DeepSpeed
+configuration is ds_configs/zero2.json. Each row of the table is measured by its own process and printed at once; a
+process that fails or takes too long gives a row that says so, and the others continue. Activations are recomputed only
+where memory runs out without recomputation. Full fine-tuning and OSFT are also timed with the optimizer state on the
+host, which needs about 18 bytes of host memory per parameter: 113 GiB at 7B, 135 GiB at 8B. Weights are random, made on
+the GPU, since their values do not matter here; OSFT's protected directions are random too, instead of a decomposition.
 
-Beside each step stands its floor: what its operations (recomputation too, and projections in TF32 and fp32) would take
-at the most that the device's maker states. MFU counts neither of these two.
+The floor beside a step is the time that its operations would take at the GPU's stated peak, including recomputation,
+and including projections at the speed of TF32 and fp32. MFU counts neither recomputation nor projections.
 """
 
 from __future__ import annotations
@@ -70,11 +70,11 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "asr": ("ASR", {"name": "asr"}),
     "moses": ("MoSEs", {"name": "moses"}),
 }
-OFFLOADED = ("full", "osft")  # for what the others train, the optimizer's state is small
+OFFLOADED = ("full", "osft")  # the other methods train few parameters, so their optimizer state is small
 ATTENTION = ("sdpa", "flash_attention_2")
-WARM = 2  # steps before those that are timed
-TF32, FP32 = 2, 15  # times as slow as bf16, by the data sheets of A100, H100 and H200
-ZERO = Path(__file__).resolve().parents[1] / "ds_configs" / "zero2.json"
+WARMUP_STEPS = 2  # steps before the timing
+TF32_COST, FP32_COST = 2, 15  # time over that of bf16, from the data sheets of A100, H100 and H200
+DEEPSPEED_JSON = Path(__file__).resolve().parents[1] / "ds_configs" / "zero2.json"
 
 
 @dataclass(frozen=True)
@@ -97,18 +97,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES), nargs="+", default=list(SHAPES))
     parser.add_argument("--method", choices=list(METHODS), nargs="+", default=list(METHODS))
-    parser.add_argument("--attention", choices=ATTENTION, nargs="+", help="default: all that this machine has")
-    parser.add_argument("--rounds", type=int, default=5, help="how many steps are timed")
+    parser.add_argument(
+        "--attention",
+        choices=ATTENTION,
+        nargs="+",
+        help="attention implementations (default: all that this machine has)",
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps")
     parser.add_argument("--samples", type=int, default=4, help="micro-batches of a step")
-    parser.add_argument("--limit", type=float, default=900, help="seconds for each row of the table")
-    parser.add_argument("--no-offload", dest="offload", action="store_false", help="leave out what the host holds")
-    parser.add_argument("--json", action="store_true", help="an object for each row, for tools/bench.py")
+    parser.add_argument("--limit", type=float, default=900, help="most seconds for each row of the table")
+    parser.add_argument(
+        "--no-offload", dest="offload", action="store_false", help="leave out the rows with the optimizer on the host"
+    )
+    parser.add_argument("--json", action="store_true", help="print each row as a JSON object, for tools/bench.py")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         case = Case(**json.loads(options.child))
         with comm.process_group():
-            print(json.dumps(attempt(case, config_of(case))), flush=True)
+            print(json.dumps(try_steps(case, model_config(case))), flush=True)
         return
     if not options.json:
         print("| | MFU | target | |\n|---|---|---|---|", flush=True)
@@ -118,178 +125,181 @@ def main() -> None:
 
 def rows(options: argparse.Namespace) -> Iterator[dict[str, str]]:
     if comm.device().type != "cuda":
-        yield row_of("gpu: no GPU here, nothing was measured")
+        yield make_row("gpu: this machine has no GPU, nothing was measured")
         return
     attention = options.attention or ATTENTION[: 1 + is_flash_attn_2_available()]
     if options.attention is None and len(attention) == 1:
-        yield row_of("gpu: the package flash-attn is not here, so attention is torch's own (sdpa)")
-    for shape, method, kind in product(options.shape, options.method, attention):
-        case = Case(shape, method, kind, rounds=options.rounds, samples=options.samples)
-        whole = tried(case, options.limit)
-        yield row(case, whole)
+        yield make_row("gpu: the package flash-attn is not installed, so attention is torch's own (sdpa)")
+    for shape, method, implementation in product(options.shape, options.method, attention):
+        case = Case(shape, method, implementation, rounds=options.rounds, samples=options.samples)
+        result = measure_case(case, options.limit)
+        yield row(case, result)
         if method in OFFLOADED and options.offload:
-            other = replace(case, offload=True)
-            yield row(other, tried(other, options.limit), beside=whole)
+            offload_case = replace(case, offload=True)
+            yield row(offload_case, measure_case(offload_case, options.limit), without_offload=result)
 
 
-def tried(case: Case, limit: float) -> dict[str, Any]:
-    """With what a child process finds; activations are recomputed where a step finds too little memory."""
-    found = child(case, limit)
-    return child(replace(case, recompute=True), limit) if found.get("full") == "in a step" else found
+def measure_case(case: Case, limit: float) -> dict[str, Any]:
+    """The result of a child process. If a step runs out of memory, a second one recomputes activations."""
+    result = run_child(case, limit)
+    return run_child(replace(case, recompute=True), limit) if result.get("out_of_memory") == "in a step" else result
 
 
-def child(case: Case, limit: float) -> dict[str, Any]:
+def run_child(case: Case, limit: float) -> dict[str, Any]:
     words = [sys.executable, __file__, "--child", json.dumps(asdict(case))]
     try:
-        done = subprocess.run(words, capture_output=True, text=True, env=subprocess_environment(), timeout=limit)
+        process = subprocess.run(words, capture_output=True, text=True, env=subprocess_environment(), timeout=limit)
     except subprocess.TimeoutExpired:
         return {"failed": f"took longer than {limit:.0f} s (--limit)"}
-    if done.returncode == 0:
-        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        return {**found, "recompute": case.recompute}
-    said = done.stderr.strip().splitlines()[-1:]
-    how = f"status {done.returncode}" if done.returncode > 0 else f"killed by signal {-done.returncode}"
-    hint = " (9 is mostly the host's memory)" if done.returncode == -9 else ""
-    return {"failed": ": ".join([f"failed: {how}{hint}", *said])[:300]}
+    if process.returncode == 0:
+        result: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
+        return {**result, "recompute": case.recompute}
+    last_line = process.stderr.strip().splitlines()[-1:]
+    status = f"status {process.returncode}" if process.returncode > 0 else f"killed by signal {-process.returncode}"
+    hint = " (mostly because the host is out of memory)" if process.returncode == -9 else ""
+    return {"failed": ": ".join([f"failed: {status}{hint}", *last_line])[:300]}
 
 
-def row(case: Case, found: Mapping[str, Any], beside: Mapping[str, Any] | None = None) -> dict[str, str]:
-    if "seconds" not in found:
-        return row_of(case.title, told=found.get("failed") or f"not enough memory of the device {found['full']}")
-    told = [f"{found['tokens']:,.0f} tokens/s", f"step {found['seconds']:.3g} s", f"{found['peak_gib']:.1f} GiB"]
-    if found["floor"]:
-        told.insert(2, f"floor {found['floor']:.3g} s")
-    told.append("activations recomputed" if found["recompute"] else "no activations recomputed")
-    if beside is not None:
-        told.append(f"{found['host_gib']:.0f} GiB of the host")
-        told.append(
-            f"{found['seconds'] / beside['seconds']:.1f} times the step that is not offloaded"
-            if "seconds" in beside
-            else "not offloaded there is none to compare"
+def row(case: Case, result: Mapping[str, Any], without_offload: Mapping[str, Any] | None = None) -> dict[str, str]:
+    if "seconds" not in result:
+        return make_row(case.title, note=result.get("failed") or f"out of GPU memory {result['out_of_memory']}")
+    notes = [f"{result['tokens']:,.0f} tokens/s", f"step {result['seconds']:.3g} s", f"{result['peak_gib']:.1f} GiB"]
+    if result["floor"]:
+        notes.insert(2, f"floor {result['floor']:.3g} s")
+    notes.append("activations recomputed" if result["recompute"] else "no activations recomputed")
+    if without_offload is not None:
+        notes.append(f"{result['host_gib']:.0f} GiB of host memory")
+        notes.append(
+            f"{result['seconds'] / without_offload['seconds']:.1f} times the step without offload"
+            if "seconds" in without_offload
+            else "no step without offload to compare with"
         )
-    figure = f"MFU {found['mfu']:.1%}" if found["mfu"] else f"{found['tflops']:.3g} TFLOP/s"
-    return row_of(case.title, figure, "≥ 50 %" if case.method == "full" and not case.offload else "", ", ".join(told))
+    value = f"MFU {result['mfu']:.1%}" if result["mfu"] else f"{result['tflops']:.3g} TFLOP/s"
+    return make_row(case.title, value, "≥ 50 %" if case.method == "full" and not case.offload else "", ", ".join(notes))
 
 
-def row_of(what: str, figure: str = "", target: str = "", told: str = "") -> dict[str, str]:
-    return {"what": what, "figure": figure, "target": target, "told": told}
+def make_row(name: str, value: str = "", target: str = "", note: str = "") -> dict[str, str]:
+    return {"name": name, "value": value, "target": target, "note": note}
 
 
-# ---- in a process of its own, on its GPU
+# ---- in the process of a row
 
 
-def config_of(case: Case) -> LlamaConfig:
+def model_config(case: Case) -> LlamaConfig:
     return LlamaConfig(**SHAPES[case.shape], max_position_embeddings=case.length, tie_word_embeddings=False)
 
 
-def attempt(case: Case, config: LlamaConfig) -> dict[str, Any]:
-    """What a step takes, or when the device's memory was full."""
+def try_steps(case: Case, config: LlamaConfig) -> dict[str, Any]:
+    """The measurements of a case, or the moment at which the GPU ran out of memory."""
     try:
         with redirect_stdout(io.StringIO()):
-            engine, method = built(case, config)
+            engine, method = build_engine(case, config)
     except torch.OutOfMemoryError:
-        return {"full": "before the first step"}
+        return {"out_of_memory": "before the first step"}
     try:
-        return large(case, config, engine, method)
+        return time_steps(case, config, engine, method)
     except torch.OutOfMemoryError:
-        return {"full": "in a step"}
+        return {"out_of_memory": "in a step"}
     finally:
         engine.close()
 
 
-def built(case: Case, config: LlamaConfig) -> tuple[Engine, Method]:
-    here = comm.device()
+def build_engine(case: Case, config: LlamaConfig) -> tuple[Engine, Method]:
+    device = comm.device()
     model = ModelConfig(shape={}, attention=case.attention, activation_checkpointing=case.recompute)
-    bare = Backbone(model, config, None, RandomWeights(0, 0.02), torch.bfloat16)
-    given = METHODS[case.method][1]
-    kind = find_method(given["name"])
-    method = kind(parse_config(kind.Config, given, "method"), RunInfo(0, ("a",), "", "", "", case.length, "bf16"))
-    settings: dict[str, Any] = json.loads(ZERO.read_text("utf-8"))
-    if case.offload:  # not pinned: that is taken in powers of two, so up to twice as much of the host
+    backbone = Backbone(model, config, None, RandomWeights(0, 0.02), torch.bfloat16)
+    keys = METHODS[case.method][1]
+    method_class = find_method(keys["name"])
+    method = method_class(
+        parse_config(method_class.Config, keys, "method"), RunInfo(0, ("a",), "", "", "", case.length, "bf16")
+    )
+    settings: dict[str, Any] = json.loads(DEEPSPEED_JSON.read_text("utf-8"))
+    if case.offload:  # not pinned: pinned allocations are rounded up to powers of two
         settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
 
     def build() -> Any:
-        with here:
-            return bare.build()
+        with device:
+            return backbone.build()
 
     engine = Engine(
-        settings, build=build, read=filling(here), prepare=method.prepare, constraint=method.constraint,
+        settings, build=build, read=random_reader(device), prepare=method.prepare, constraint=method.constraint,
         gradient_hook=method.gradient_hook, precision="bf16",
     )  # fmt: skip
     if engine.constraint is None:
-        nobody: Any = None  # none of these asks other ranks for anything
-        engine.reset_optimizer(method.begin_task(0, "a", nobody))
+        no_context: Any = None  # these methods do not use the context
+        engine.reset_optimizer(method.begin_task(0, "a", no_context))
     else:
-        method.estimate_memory()  # as much is protected as after a decomposition, which takes minutes
-        draw_directions(method)
+        method.estimate_memory()  # allocates the bases without the decomposition, which takes minutes
+        set_random_directions(method)
     return engine, method
 
 
-def draw_directions(method: Method) -> None:
-    """Products with zeros are quicker than others, so what is protected is drawn; one basis serves all of its size."""
+def set_random_directions(method: Method) -> None:
+    """Fill the protected bases with random orthonormal ones, as products with zeros run faster. Bases of the same size
+    are equal."""
     assert isinstance(method, Osft)
-    drawn: dict[torch.Size, torch.Tensor] = {}
+    random_bases: dict[torch.Size, torch.Tensor] = {}
     for space in method.directions.subspaces.values():
         for side in (space.right, space.left):
-            if side.shape not in drawn:
-                drawn[side.shape] = torch.linalg.qr(torch.randn_like(side)).Q
-            side.copy_(drawn[side.shape])
+            if side.shape not in random_bases:
+                random_bases[side.shape] = torch.linalg.qr(torch.randn_like(side)).Q
+            side.copy_(random_bases[side.shape])
 
 
-def projections(method: Method) -> float:
-    """The operations of a step's projections, by the time that they take as operations in bf16."""
+def projection_cost(method: Method) -> float:
+    """The operations of a step's projections, as the number of bf16 operations that take the same time."""
     assert isinstance(method, Osft)
-    once = sum(
+    flops = sum(
         projection_flops(space.projection, len(space.left), len(space.right), space.right.shape[1], space.left.shape[1])
         for space in method.directions.subspaces.values()
     )
-    return once * (FP32 / method.project_every + TF32 * method.project_gradients)
+    return flops * (FP32_COST / method.project_every + TF32_COST * method.project_gradients)
 
 
-def filling(here: torch.device) -> Callable[[str, torch.Size, int, int], torch.Tensor]:
-    generator = torch.Generator(here).manual_seed(0)
+def random_reader(device: torch.device) -> Callable[[str, torch.Size, int, int], torch.Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
 
     def read(_name: str, shape: torch.Size, start: int, stop: int) -> torch.Tensor:
-        values = torch.ones(stop - start, dtype=torch.bfloat16, device=here)
+        values = torch.ones(stop - start, dtype=torch.bfloat16, device=device)
         return values.normal_(std=0.02, generator=generator) if len(shape) > 1 else values
 
     return read
 
 
-def large(case: Case, config: LlamaConfig, engine: Engine, method: Method) -> dict[str, Any]:
-    here, length, targets = engine.device, case.length, case.length - 1
+def time_steps(case: Case, config: LlamaConfig, engine: Engine, method: Method) -> dict[str, Any]:
+    device, length, targets = engine.device, case.length, case.length - 1
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(5, config.vocab_size, (length,), generator=generator).tolist()
-    # Not packed: with nothing to keep apart, sdpa takes its fastest kernel.
-    batch = collate([[0]], {0: (ids[:1], ids[1:])}, 0, False, None, True).to(here)
-    work = count_flops(engine.module)
-    assert work is not None
+    # Not packed: without sample boundaries sdpa uses its fastest kernel.
+    batch = collate([[0]], {0: (ids[:1], ids[1:])}, 0, False, None, True).to(device)
+    flops = count_flops(engine.module)
+    assert flops is not None
     pairs = length * (length + 1) // 2
-    useful, again = (
+    useful, recomputed = (
         case.samples * count
-        for count in (work.total_flops(length, pairs, targets), work.recompute_flops(length, pairs))
+        for count in (flops.total_flops(length, pairs, targets), flops.recompute_flops(length, pairs))
     )
-    held = projections(method) if engine.constraint is not None else 0.0
+    projected = projection_cost(method) if engine.constraint is not None else 0.0
 
     def step() -> float:
         began = time.perf_counter()
         engine.step(method.loss, [batch] * case.samples, targets=targets * case.samples, lr=1e-6)
-        if here.type == "cuda":
+        if device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - began
 
-    for _ in range(WARM):
+    for _ in range(WARMUP_STEPS):
         step()
-    if here.type == "cuda":
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    took = statistics.median(step() for _ in range(case.rounds))
-    most = peak_flops(here, torch.bfloat16)
+    step_seconds = statistics.median(step() for _ in range(case.rounds))
+    peak = peak_flops(device, torch.bfloat16)
     return {
-        "seconds": took,
-        "tokens": case.samples * length / took,
-        "tflops": useful / took / 1e12,
-        "mfu": useful / took / most if most else None,
-        "floor": (useful + again + held) / most if most else None,
+        "seconds": step_seconds,
+        "tokens": case.samples * length / step_seconds,
+        "tflops": useful / step_seconds / 1e12,
+        "mfu": useful / step_seconds / peak if peak else None,
+        "floor": (useful + recomputed + projected) / peak if peak else None,
         "peak_gib": comm.max_peak_memory() / 2**30,
         "host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     }

@@ -1,12 +1,12 @@
-"""Kills ranks on purpose, at moments drawn by chance, starts the run again, and sees whether anything is lost.
+"""Kill ranks at random moments, resume the run, and check that nothing is lost.
 
     python tools/kill_campaign.py --kills 50
 
-Every run is one method at one ZeRO stage on two ranks, on small made-up tasks. A rank is killed by SIGKILL at one of
-the moments below (in the middle of writing a file too: half of it is there then), the run is started again, killed
-again, and at last left alone. Then all that it computed (each step's metrics, the scores, the last checkpoint's bytes)
-has to be what a run that nobody killed computed; and after each kill the newest checkpoint of before has to be there
-still, whole, or a newer one. The table goes to the standard output, progress to the standard error.
+Every run is one method at one ZeRO stage on two ranks, on small random tasks. SIGKILL ends a rank at one of the moments
+below, some of which leave a file half written. The run is started again, killed again, and at last runs to its end.
+All results (each step's metrics, the scores, the bytes of the last checkpoint) must then equal those of an undisturbed
+run. After each kill, the newest checkpoint of before must still be there, whole, or a newer one. The table goes to
+stdout, progress to stderr.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ from typing import Any, NoReturn
 
 import yaml
 
-ORDER, NOTE = "DSCL_CAMPAIGN_KILL", "DSCL_CAMPAIGN_NOTE"  # `rank:moment:count`, and where the dying rank says of what
+KILL_VARIABLE, NOTE_VARIABLE = (
+    "DSCL_CAMPAIGN_KILL",
+    "DSCL_CAMPAIGN_NOTE",
+)  # `rank:moment:count`; the file in which the dying rank names its place
 METHODS: dict[str, dict[str, Any]] = {
     "sequential": {},
     "joint": {},
@@ -45,7 +48,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "osft": {},
     "moses": {"tune": {"num_experts": 4, "top_k": 2, "rank": 2}, "router": {"num_features": 128}},
 }
-# The most calls that a kill waits for, by moment: few happen seldom.
+# The kill strikes at a random call up to this number. Rare moments have small numbers.
 MOMENTS = {
     "data preparation, half written": 2,
     "forward": 40,
@@ -61,158 +64,161 @@ MOMENTS = {
     "removing an old checkpoint, half done": 3,
     "writing metrics, half a line": 8,
 }
-# Begin what the main rank alone does.
-MAIN = ("writing other", "writing scores", "giving", "removing", "writing metrics")
-EARLY = ("recipe.yaml", "base.json", "a cache")  # written before a start looks for a checkpoint
+# Beginnings of the moments that only the main rank has.
+MAIN_RANK_MOMENTS = ("writing other", "writing scores", "giving", "removing", "writing metrics")
+FILES_BEFORE_RESUME = ("recipe.yaml", "base.json", "a cache")  # written before a run looks for a checkpoint
 
 
-def die(doing: str) -> NoReturn:
-    Path(os.environ[NOTE]).write_text(doing)
+def die(place: str) -> NoReturn:
+    Path(os.environ[NOTE_VARIABLE]).write_text(place)
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError("still alive")
 
 
-def arm(moment: str, count: int) -> None:
-    """Let this process die in the moment's n-th call."""
+def arm_kill(moment: str, count: int) -> None:
+    """Let this process die in the n-th call of the moment's function."""
     calls = [0]
 
-    def due() -> bool:
+    def is_due() -> bool:
         calls[0] += 1
         return calls[0] == count
 
-    def around(
-        owner: Any, name: str, death: Callable[..., None], counts: Callable[..., bool] = lambda *_, **__: True
+    def die_in_call(
+        owner: Any, name: str, die_here: Callable[..., None], applies: Callable[..., bool] = lambda *_, **__: True
     ) -> None:
-        """Before the function does its work in that call, `death` is called in its place."""
+        """In the due call, `die_here` runs before the function."""
         original = getattr(owner, name)
 
-        def dying(*words: Any, **named: Any) -> Any:
-            if counts(*words, **named) and due():
-                death(*words, **named)
-            return original(*words, **named)
+        def dying(*arguments: Any, **keywords: Any) -> Any:
+            if applies(*arguments, **keywords) and is_due():
+                die_here(*arguments, **keywords)
+            return original(*arguments, **keywords)
 
         setattr(owner, name, dying)
 
-    def half(path: Path, content: bytes) -> None:
+    def write_half_and_die(path: Path, content: bytes) -> None:
         path.write_bytes(content[: len(content) // 2])
         die(f"writing {re.sub('[0-9]+', 'N', path.name)}")
 
-    def half_tensors(tensors: Any, path: Path, *metadata: Any) -> None:
+    def write_half_tensors(tensors: Any, path: Path, *metadata: Any) -> None:
         from safetensors.torch import save
 
-        half(Path(path), save(tensors))
+        write_half_and_die(Path(path), save(tensors))
 
-    def half_text(path: Path, text: str) -> None:
-        half(path.with_name(f"{path.name}.partial"), text.encode())
+    def write_half_text(path: Path, text: str) -> None:
+        write_half_and_die(path.with_name(f"{path.name}.partial"), text.encode())
 
-    def half_a_cache(folder: Path) -> None:
+    def truncate_cache(folder: Path) -> None:
         path = sorted(folder.iterdir())[0]
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         die("writing a cache")
 
-    def a_checkpoint(folder: Path, **_: Any) -> bool:
+    def is_checkpoint(folder: Path, **_: Any) -> bool:
         return Path(folder).name.startswith("step-") and Path(folder).suffix != ".partial" and Path(folder).is_dir()
 
-    def half_removed(folder: Path, **_: Any) -> None:
+    def remove_half(folder: Path, **_: Any) -> None:
         for path in sorted(Path(folder).iterdir())[::2]:
             path.unlink()
         die("removing a checkpoint")
 
-    def half_a_line(file: Any, records: Any) -> None:
+    def write_half_line(file: Any, records: Any) -> None:
         with open(file.path, "ab") as lines:
             lines.write(b'{"step": 12, "ta')
         die("writing metrics.jsonl")
 
     checkpoint, torch = import_module("dscl.training.checkpoint"), import_module("torch")
     if moment.startswith("data preparation"):
-        around(import_module("dscl.utils.cache"), "_write_marker", half_a_cache)
+        die_in_call(import_module("dscl.utils.cache"), "_write_marker", truncate_cache)
     elif moment == "forward":
-        around(torch.nn.Embedding, "forward", lambda *_: die("forward"))
+        die_in_call(torch.nn.Embedding, "forward", lambda *_: die("forward"))
     elif moment == "backward":
-        around(torch.Tensor, "backward", lambda *_, **__: die("backward"))
+        die_in_call(torch.Tensor, "backward", lambda *_, **__: die("backward"))
     elif moment == "optimizer":
         hook = import_module("torch.optim.optimizer").register_optimizer_step_post_hook
-        hook(lambda *_: die("optimizer") if due() else None)
+        hook(lambda *_: die("optimizer") if is_due() else None)
     elif moment in ("beginning a task", "ending a task"):
         name = "begin_task" if moment.startswith("beginning") else "end_task"
         for method in import_module("dscl.methods.registry").METHODS.values():
             if name in vars(method):
-                around(method, name, lambda *_: die(moment))
+                die_in_call(method, name, lambda *_: die(moment))
     elif moment == "evaluation":
-        around(import_module("dscl.training.trainer").Trainer, "_on_evaluated_batch", lambda *_: die("evaluation"))
+        die_in_call(import_module("dscl.training.trainer").Trainer, "_on_evaluated_batch", lambda *_: die("evaluation"))
     elif moment.startswith("writing tensors"):
         for owner in ("dscl.training.checkpoint_files", "dscl.utils.checksummed"):
-            around(import_module(owner), "save_file", half_tensors)
-        around(import_module("dscl.model.adapters.peft_files"), "_write_file", half)
+            die_in_call(import_module(owner), "save_file", write_half_tensors)
+        die_in_call(import_module("dscl.model.adapters.peft_files"), "_write_file", write_half_and_die)
     elif moment.startswith("writing other"):
-        around(checkpoint, "write_bytes", half)
+        die_in_call(checkpoint, "write_bytes", write_half_and_die)
     elif moment.startswith("writing scores"):
         for name in ("dscl.training.run_dir", "dscl.training.trainer"):
-            around(import_module(name), "write_text_atomically", half_text)
+            die_in_call(import_module(name), "write_text_atomically", write_half_text)
     elif moment.startswith("giving"):
-        around(os, "replace", lambda _, to: die(f"naming {re.sub('[0-9]+', 'N', Path(to).name)}"))
+        die_in_call(os, "replace", lambda _, to: die(f"naming {re.sub('[0-9]+', 'N', Path(to).name)}"))
     elif moment.startswith("removing"):
-        around(checkpoint.shutil, "rmtree", half_removed, a_checkpoint)
+        die_in_call(checkpoint.shutil, "rmtree", remove_half, is_checkpoint)
     else:
-        around(import_module("dscl.monitoring.metrics_file").MetricsFile, "write", half_a_line)
+        die_in_call(import_module("dscl.monitoring.metrics_file").MetricsFile, "write", write_half_line)
 
 
-def rank(words: list[str]) -> NoReturn:
-    """A rank: dscl itself, as a process of its own, which may have an order to die."""
-    number, moment, count = os.environ.get(ORDER, "-1::0").split(":")
+def run_rank(arguments: list[str]) -> NoReturn:
+    """Run `dscl` as a rank, which dies if the environment says so."""
+    number, moment, count = os.environ.get(KILL_VARIABLE, "-1::0").split(":")
     if number == os.environ["RANK"]:
-        arm(moment, int(count))
-    sys.argv[1:] = words
+        arm_kill(moment, int(count))
+    sys.argv[1:] = arguments
     import_module("dscl.cli.app").run_and_exit()
     raise AssertionError("still here")
 
 
-def start(recipe: Path, order: str, note: Path) -> tuple[int, str, str]:
-    """One start of a run: its exit status, what it said, and where a rank died, if one did."""
+def start_run(recipe: Path, kill: str, note: Path) -> tuple[int, str, str]:
+    """Start a run. Returns its exit status, its stderr, and the place where a rank died (empty if none did)."""
     note.unlink(missing_ok=True)
     code = "import sys; from dscl.distributed import launcher; launcher.PROGRAM = tuple(sys.argv[1:3])\n"
     code += "sys.exit(launcher.spawn_ranks(2, ['train', sys.argv[3]]))"
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code, str(Path(__file__).resolve()), "--rank", str(recipe)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", ORDER: order, NOTE: str(note)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", KILL_VARIABLE: kill, NOTE_VARIABLE: str(note)},
         capture_output=True,
         text=True,
         timeout=600,
     )
-    return done.returncode, done.stderr, note.read_text() if note.exists() else ""
+    return process.returncode, process.stderr, note.read_text() if note.exists() else ""
 
 
-def newest(run: Path) -> str:
-    """The name of the newest whole checkpoint."""
+def newest_checkpoint(run: Path) -> str:
+    """The name of the newest whole checkpoint; empty if there is none."""
     checkpoint = import_module("dscl.training.checkpoint")
-    found = checkpoint.Checkpoints(run / "checkpoints", checkpoint.CheckpointConfig()).find_newest()
-    return found.name if found else ""
+    checkpoint_path = checkpoint.Checkpoints(run / "checkpoints", checkpoint.CheckpointConfig()).find_newest()
+    return checkpoint_path.name if checkpoint_path else ""
 
 
-def outcome(run: Path) -> list[Any]:
-    """All that a run computed."""
+def read_results(run: Path) -> list[Any]:
+    """Metrics, scores and checksums of the last checkpoint, without measured times."""
     is_measured = import_module("dscl.monitoring.throughput").is_measured_metric
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    bare = [{name: value for name, value in record.items() if not is_measured(name)} for record in records]
-    last = sorted((run / "checkpoints").glob("step-*"))[-1]
-    sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(last.iterdir())}
-    return [bare, json.loads((run / "scores.json").read_text()), last.name, sums]
+    metrics = [{name: value for name, value in record.items() if not is_measured(name)} for record in records]
+    checkpoint_folder = sorted((run / "checkpoints").glob("step-*"))[-1]
+    checksums = {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(checkpoint_folder.iterdir())
+    }
+    return [metrics, json.loads((run / "scores.json").read_text()), checkpoint_folder.name, checksums]
 
 
 def write_tasks(folder: Path) -> None:
     words = ["red", "blue", "green", "cat", "dog", "bird", "runs", "sleeps", "sings", "fast", "slow", "today", "here"]
     for task, labels, size in (("colour", ["warm", "cold"], 37), ("animal", ["yes", "no", "maybe"], 30)):
-        chance = random.Random(task)
+        rng = random.Random(task)
         (folder / task).mkdir(parents=True)
         (folder / task / "labels.json").write_text(json.dumps(labels))
         for split, count in (("train", size), ("test", 11)):
-            texts = [" ".join(chance.choices(words, k=chance.randint(3, 9))) for _ in range(count)]
-            records = [{"label": chance.choice(labels), "sentence": text} for text in texts]
+            texts = [" ".join(rng.choices(words, k=rng.randint(3, 9))) for _ in range(count)]
+            records = [{"label": rng.choice(labels), "sentence": text} for text in texts]
             (folder / task / f"{split}.json").write_text(json.dumps(records))
 
 
 def write_recipe(folder: Path, method: str, stage: int, name: str) -> tuple[Path, Path]:
-    """Where the recipe stands, and its run directory. Each run has a cache of its own, to prepare its data itself."""
+    """Write a recipe. Returns its path and its run directory. Each run has its own cache, so that it prepares
+    its data itself."""
     run = folder / f"{method}-{stage}-{name}"
     shape = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 48}
     document = {
@@ -234,113 +240,124 @@ def write_recipe(folder: Path, method: str, stage: int, name: str) -> tuple[Path
 
 
 class Campaign:
-    def __init__(self, folder: Path, kills: int, seed: int, most: int) -> None:
-        self.folder, self.wanted, self.most, self.chance = folder, kills, most, random.Random(seed)
-        self.died: Counter[tuple[str, str]] = Counter()  # by moment, and what exactly was done then
-        self.places: Counter[str] = Counter()  # by method and stage
+    """The runs, their kills, and the problems that they revealed."""
+
+    def __init__(self, folder: Path, kills: int, seed: int, max_kills_per_run: int) -> None:
+        self.folder, self.target_kills, self.max_kills_per_run, self.rng = (
+            folder,
+            kills,
+            max_kills_per_run,
+            random.Random(seed),
+        )
+        self.deaths: Counter[tuple[str, str]] = Counter()  # by moment and place
+        self.cases: Counter[str] = Counter()  # by method and stage
         self.kills = self.runs = self.resumes = 0
-        self.unlike: list[str] = []
-        self.lost: list[str] = []
-        self.odd: list[str] = []
+        self.different: list[str] = []
+        self.lost_checkpoints: list[str] = []
+        self.failures: list[str] = []
         self.began = time.monotonic()
-        self._bag: list[str] = []
+        self._moments: list[str] = []
 
     def perform(self) -> None:
         methods = list(METHODS)
         number = 0
-        while self.kills < self.wanted:
-            turn, place = divmod(number, len(methods))
-            self.run(methods[place], (place + turn) % 4)
+        while self.kills < self.target_kills:
+            turn, index = divmod(number, len(methods))
+            self.run(methods[index], (index + turn) % 4)
             number += 1
 
     def run(self, method: str, stage: int) -> None:
-        """A run that nobody kills, and one that is killed some times."""
-        calm, whole = write_recipe(self.folder, method, stage, "calm")
-        if not whole.exists():
-            status, said, _ = start(calm, "-1::0", self.folder / "note")
+        """Compare an undisturbed run with one that is killed several times."""
+        undisturbed_recipe, undisturbed = write_recipe(self.folder, method, stage, "undisturbed")
+        if not undisturbed.exists():
+            status, stderr, _ = start_run(undisturbed_recipe, "-1::0", self.folder / "note")
             if status:
-                raise SystemExit(f"{method} at ZeRO {stage} fails without being killed:\n{said[-2000:]}")
+                raise SystemExit(f"{method} at ZeRO {stage} fails without a kill:\n{stderr[-2000:]}")
         recipe, run = write_recipe(self.folder, method, stage, "killed")
         self.runs += 1
         before, status = "", 1
-        for _ in range(self.most):
-            moment = self._moment()
-            count, number = self.chance.randint(1, MOMENTS[moment]), self.chance.randrange(2)
-            number = 0 if moment.startswith(MAIN) else number
-            status, said, doing = start(recipe, f"{number}:{moment}:{count}", self.folder / "note")
-            if not any(early in doing for early in EARLY):
-                self._went_on(f"{method} at ZeRO {stage}", before, said)
+        for _ in range(self.max_kills_per_run):
+            moment = self._draw_moment()
+            count, number = self.rng.randint(1, MOMENTS[moment]), self.rng.randrange(2)
+            number = 0 if moment.startswith(MAIN_RANK_MOMENTS) else number
+            status, stderr, place = start_run(recipe, f"{number}:{moment}:{count}", self.folder / "note")
+            if not any(early in place for early in FILES_BEFORE_RESUME):
+                self._check_resume(f"{method} at ZeRO {stage}", before, stderr)
             if not status:
                 break
-            if not doing:
-                self.odd.append(f"{method} at ZeRO {stage} ended with status {status} unkilled: {said[-2000:]}")
+            if not place:
+                self.failures.append(
+                    f"{method} at ZeRO {stage} ended with status {status} without a kill: {stderr[-2000:]}"
+                )
                 break
             self.kills += 1
-            self.died[moment, doing] += 1
-            self.places[f"{method}, ZeRO {stage}"] += 1
-            now = newest(run)
+            self.deaths[moment, place] += 1
+            self.cases[f"{method}, ZeRO {stage}"] += 1
+            now = newest_checkpoint(run)
             if now < before:
-                self.lost.append(f"{method} at ZeRO {stage}, {doing}: {before} was there, then {now or 'none'}")
+                self.lost_checkpoints.append(
+                    f"{method} at ZeRO {stage}, {place}: the newest checkpoint was {before}, then {now or 'none'}"
+                )
             before = now
             spent = time.monotonic() - self.began
-            left = spent / self.kills * max(0, self.wanted - self.kills)
+            left = spent / self.kills * max(0, self.target_kills - self.kills)
             print(
-                f"{self.kills} of {self.wanted}: {method}, ZeRO {stage}: rank {number} killed, {doing}; "
+                f"{self.kills} of {self.target_kills}: {method}, ZeRO {stage}: rank {number} killed, {place}; "
                 f"newest checkpoint {now or 'none yet'}; about {left / 60:.0f} min left",
                 file=sys.stderr,
             )
         if status:
-            status, said, _ = start(recipe, "-1::0", self.folder / "note")
-            self._went_on(f"{method} at ZeRO {stage}", before, said)
+            status, stderr, _ = start_run(recipe, "-1::0", self.folder / "note")
+            self._check_resume(f"{method} at ZeRO {stage}", before, stderr)
             if status:
-                self.odd.append(f"{method} at ZeRO {stage} does not go on: {said[-2000:]}")
+                self.failures.append(f"{method} at ZeRO {stage} does not resume: {stderr[-2000:]}")
                 return
-        if outcome(run) != outcome(whole):
-            self.unlike.append(f"{method} at ZeRO {stage}")
+        if read_results(run) != read_results(undisturbed):
+            self.different.append(f"{method} at ZeRO {stage}")
         shutil.rmtree(run)
 
-    def _went_on(self, what: str, before: str, said: str) -> None:
-        """A start after a kill has to go on from the checkpoint that was there, not from the beginning."""
-        if before and f"resumed from {before}:" in said:
+    def _check_resume(self, case: str, before: str, stderr: str) -> None:
+        """A start after a kill must resume from the newest checkpoint, not begin anew."""
+        if before and f"resumed from {before}:" in stderr:
             self.resumes += 1
         elif before:
-            self.odd.append(f"{what}: did not go on from {before}: {said[-2000:]}")
+            self.failures.append(f"{case}: did not resume from {before}: {stderr[-2000:]}")
 
-    def _moment(self) -> str:
-        """Each as often as the others."""
-        if not self._bag:
-            self._bag = self.chance.sample(list(MOMENTS), len(MOMENTS))
-        return self._bag.pop()
+    def _draw_moment(self) -> str:
+        """A random moment. All moments occur equally often."""
+        if not self._moments:
+            self._moments = self.rng.sample(list(MOMENTS), len(MOMENTS))
+        return self._moments.pop()
 
     def report(self) -> str:
-        lines = ["| killed while | times | doing |", "|---|---|---|"]
+        lines = ["| killed while | times | places |", "|---|---|---|"]
         for moment in MOMENTS:
-            found = {doing: times for (m, doing), times in sorted(self.died.items()) if m == moment}
-            said = ", ".join(f"{doing} {times}" for doing, times in found.items())
-            lines.append(f"| {moment} | {sum(found.values())} | {said} |")
+            deaths = {place: times for (m, place), times in sorted(self.deaths.items()) if m == moment}
+            places = ", ".join(f"{place} {times}" for place, times in deaths.items())
+            lines.append(f"| {moment} | {sum(deaths.values())} | {places} |")
         lines += [
             "",
             f"{self.kills} kills in {self.runs} runs, {self.resumes} resumes from a checkpoint; "
-            f"{len(self.unlike)} runs ended otherwise than without kills, {len(self.lost)} checkpoints lost, "
-            f"{len(self.odd)} other failures.",
-            f"Runs: {', '.join(f'{place} ({times})' for place, times in sorted(self.places.items()))}.",
+            f"{len(self.different)} runs differ from undisturbed runs, {len(self.lost_checkpoints)} checkpoints lost, "
+            f"{len(self.failures)} other failures.",
+            f"Runs: {', '.join(f'{case} ({times})' for case, times in sorted(self.cases.items()))}.",
         ]
-        return "\n".join([*lines, *self.unlike, *self.lost, *self.odd])
+        return "\n".join([*lines, *self.different, *self.lost_checkpoints, *self.failures])
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50, help="how many (default 50)")
-    parser.add_argument("--each", type=int, default=5, help="at most so many in one run (default 5)")
-    parser.add_argument("--seed", type=int, default=0, help="another one draws other moments (default 0)")
+    parser.add_argument("--kills", type=int, default=50, help="kills in total (default 50)")
+    parser.add_argument("--each", type=int, default=5, help="most kills in one run (default 5)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments (default 0)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         write_tasks(Path(folder))
         campaign = Campaign(Path(folder), options.kills, options.seed, options.each)
         campaign.perform()
     print(campaign.report())
-    return int(bool(campaign.unlike or campaign.lost or campaign.odd))
+    return int(bool(campaign.different or campaign.lost_checkpoints or campaign.failures))
 
 
 if __name__ == "__main__":
-    raise SystemExit(rank(sys.argv[2:]) if sys.argv[1:2] == ["--rank"] else main())
+    raise SystemExit(run_rank(sys.argv[2:]) if sys.argv[1:2] == ["--rank"] else main())

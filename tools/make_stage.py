@@ -1,13 +1,14 @@
-"""Make the stage of the quickstart: five small text tasks, a tokenizer and a briefly pretrained LLaMA, from one seed.
+"""Make the quickstart's stage: five small text tasks, a tokenizer and a briefly pretrained LLaMA, from one seed.
 
     python tools/make_stage.py --out out/stage --seed 0
     python tools/make_stage.py --out out/ten --tasks 10
 
-In an invented language every word has a sense for each task, and the form of a sentence says which one counts: in a
-report a word stands for a kind of thing, in a letter for a nation. A sentence holds four words of one sense, and a task
-asks which. So one model can learn all tasks together, while learning one overwrites what the words meant in another.
-Before any task the model reads unlabelled text, in which each sentence is followed by a word that goes with its sense.
-Tasks are written in the CL_Benchmark layout, the model as a folder with safetensors and a sentencepiece tokenizer.
+The texts are in an invented language. Every word has one sense per task, and the form of a sentence says which sense
+counts: in a report a word stands for a kind of thing, in a letter for a nation. A sentence holds four words of the same
+sense, and the task asks for that sense. So one model can learn all tasks jointly, while training on one task overwrites
+what the words meant in another. Before the first task the model is pretrained on unlabelled text, in which a word that
+goes with the sense follows each sentence. Tasks are written in the CL_Benchmark layout, the model as a folder with
+safetensors and a sentencepiece tokenizer.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from dscl.utils.cache import hold_file_lock
 from dscl.utils.errors import UserError
 from dscl.utils.quiet import silence_libraries
 
-VERSION = 1  # of what this file makes; a change of it makes every stage new
+VERSION = 1  # version of the stages; after a change every stage is made anew
 PER_SENTENCE = 4  # words of one sense in a sentence
-COMPANIONS = 3  # words that go with a sense, in pretraining text only
+COMPANIONS = 3  # words that go with each sense, in pretraining text only
 
 LABELS = {
     "kind": ("animal", "tool", "food", "garment"),
@@ -60,9 +61,9 @@ FORMS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """The size of everything; a stage of other settings is another stage."""
+    """All sizes of a stage. Other settings make another stage."""
 
-    tasks: int = 5  # the first of those above
+    tasks: int = 5  # the first entries of LABELS
     words: int = 36
     train: int = 320  # samples of each task
     test: int = 100
@@ -71,7 +72,7 @@ class Settings:
     layers: int = 3
     heads: int = 4
     steps: int = 300  # of pretraining, with five tasks
-    batch: int = 64  # lines in a step, each used once
+    batch: int = 64  # lines per step; each line is used once
     lr: float = 3.0e-3
 
     @property
@@ -79,13 +80,13 @@ class Settings:
         return {task: LABELS[task] for task in list(LABELS)[: self.tasks]}
 
     @property
-    def reading(self) -> int:
-        """Steps of pretraining: each task's form is read equally often."""
+    def pretraining_steps(self) -> int:
+        """`steps` scaled by the number of tasks, so that the form of each task occurs equally often."""
         return self.steps * self.tasks // 5
 
 
 class Language:
-    """An invented vocabulary, drawn from a seed: each word has one sense for every task."""
+    """An invented vocabulary from a seed. Each word has one sense per task."""
 
     def __init__(self, seed: int, settings: Settings) -> None:
         self._random = random.Random(f"dscl stage {VERSION} {seed}")
@@ -101,21 +102,21 @@ class Language:
             self._companions |= {label: [self._syllables(3) for _ in range(COMPANIONS)] for label in labels}
 
     def sentence(self, task: str) -> tuple[str, str]:
-        """A sentence of the task's form, all of whose words have one sense in it, and that sense's label."""
+        """A sentence in the task's form, whose words have the same sense, and the label of that sense."""
         label = self._random.choice(LABELS[task])
         words = self._random.sample(self._words[task][label], PER_SENTENCE)
         return self._random.choice(FORMS[task]).format(*words), label
 
     def samples(self, task: str, count: int) -> list[dict[str, str]]:
-        """Samples that all differ, as CL_Benchmark's records."""
-        found: dict[str, str] = {}
-        while len(found) < count:
+        """Distinct samples, as CL_Benchmark records."""
+        label_of: dict[str, str] = {}
+        while len(label_of) < count:
             sentence, label = self.sentence(task)
-            found[sentence] = label
-        return [{"label": label, "sentence": sentence} for sentence, label in found.items()]
+            label_of[sentence] = label
+        return [{"label": label, "sentence": sentence} for sentence, label in label_of.items()]
 
     def text(self) -> str:
-        """Unlabelled text: a sentence of any form, followed by a word that goes with its sense."""
+        """Unlabelled text: a sentence in any form, followed by a word that goes with its sense."""
         sentence, label = self.sentence(self._random.choice(list(self._words)))
         return f"{sentence}\nAnswer: {self._random.choice(self._companions[label])}"
 
@@ -124,7 +125,7 @@ class Language:
 
 
 def make_stage(folder: Path, seed: int, settings: Settings) -> bool:
-    """Have the stage in `folder`; False where it is there already. It gets its name when all of it is written."""
+    """Make the stage in `folder`. Returns False if it exists already. The folder gets its name when it is complete."""
     key = {"version": VERSION, "seed": seed, "settings": asdict(settings)}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with hold_file_lock(folder.parent / f"{folder.name}.lock"):
@@ -133,7 +134,7 @@ def make_stage(folder: Path, seed: int, settings: Settings) -> bool:
             return False
         if stored is None and folder.exists():
             raise UserError(
-                f"--out: given {str(folder)!r}, which holds something else; give a folder that is not there yet"
+                f"--out: given {str(folder)!r}, which holds something else; give a folder that does not exist yet"
             )
         partial = folder.parent / f"{folder.name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
@@ -160,9 +161,9 @@ def _write_tasks(folder: Path, language: Language, settings: Settings) -> None:
 def _write_model(folder: Path, language: Language, seed: int, settings: Settings) -> None:
     from dscl.model.tokenizer import load_tokenizer, train_tokenizer
 
-    texts = [language.text() for _ in range(settings.reading * settings.batch)]
-    # Often, so that labels become whole pieces. Quoted, as sentencepiece would else learn "Answer" only with a space
-    # before it, and no prompt has one there.
+    texts = [language.text() for _ in range(settings.pretraining_steps * settings.batch)]
+    # Labels are repeated, so that each becomes one piece. They stand in quotes, as sentencepiece would otherwise learn
+    # "Answer" only with a space before it, which no prompt has.
     answers = [f'"Answer: {label}"' for labels in settings.labels.values() for label in labels]
     train_tokenizer(texts[:4000] + 200 * answers, settings.vocab_size, folder)
     tokenizer = load_tokenizer(folder)
@@ -172,7 +173,7 @@ def _write_model(folder: Path, language: Language, seed: int, settings: Settings
 
 
 def _pretrain(lines: Sequence[list[int]], seed: int, settings: Settings) -> Any:
-    """A small LLaMA that has read the encoded lines once, in plain torch and single precision."""
+    """A small LLaMA, trained on one pass over the encoded lines in plain torch and fp32."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -180,7 +181,7 @@ def _pretrain(lines: Sequence[list[int]], seed: int, settings: Settings) -> Any:
     from dscl.maths.schedule import learning_rate
     from dscl.monitoring.progress import Progress
 
-    torch.set_num_threads(1)  # the same weights on any number of cores, and steps too small to gain by more
+    torch.set_num_threads(1)  # weights do not depend on the number of cores; steps are too small for more threads
     torch.manual_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = LlamaConfig(
@@ -197,28 +198,28 @@ def _pretrain(lines: Sequence[list[int]], seed: int, settings: Settings) -> Any:
     model: torch.nn.Module = LlamaForCausalLM(config)
     model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1, betas=(0.9, 0.98))
-    progress = Progress([("pretraining", settings.reading)], every=10)
-    for step in range(settings.reading):
+    progress = Progress([("pretraining", settings.pretraining_steps)], every=10)
+    for step in range(settings.pretraining_steps):
         started = time.monotonic()
-        chosen = [torch.tensor(ids) for ids in lines[step * settings.batch : (step + 1) * settings.batch]]
-        # Padding stands on the right, where causal attention does not see it.
-        inputs = pad_sequence(chosen, batch_first=True).to(device)
-        labels = pad_sequence(chosen, batch_first=True, padding_value=-100).to(device)
+        batch = [torch.tensor(ids) for ids in lines[step * settings.batch : (step + 1) * settings.batch]]
+        # Padding on the right is invisible to causal attention.
+        inputs = pad_sequence(batch, batch_first=True).to(device)
+        labels = pad_sequence(batch, batch_first=True, padding_value=-100).to(device)
         loss = model(input_ids=inputs, labels=labels, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, settings.reading, peak=settings.lr, kind="cosine", warmup=0.05)
+            group["lr"] = learning_rate(step, settings.pretraining_steps, peak=settings.lr, kind="cosine", warmup=0.05)
         optimizer.step()
         optimizer.zero_grad()
-        rate = sum(map(len, chosen)) / (time.monotonic() - started)
+        rate = sum(map(len, batch)) / (time.monotonic() - started)
         progress.show_steps([{"step": step + 1, "loss": loss.item(), "tokens_per_s": rate}])
     progress.close()
     return model.cpu()
 
 
 def _stored_key(folder: Path) -> Any:
-    """What the stage in `folder` was made from; None where there is no stage."""
+    """Version, seed and settings of the stage in `folder`; None if there is no stage."""
     try:
         return json.loads((folder / "stage.json").read_text("utf-8"))
     except (OSError, ValueError):
@@ -226,7 +227,7 @@ def _stored_key(folder: Path) -> Any:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, except that a wrong word is told in one line."""
+    """An argument parser whose errors take one line."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
@@ -248,22 +249,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _Parser(
         prog="make_stage", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the folder to make")
-    parser.add_argument("--seed", default=0, type=_seed, metavar="N", help="decides everything in it (default 0)")
-    parser.add_argument("--tasks", default=5, type=_tasks, metavar="N", help=f"up to {len(LABELS)} (default 5)")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the stage")
+    parser.add_argument("--seed", default=0, type=_seed, metavar="N", help="seed of all contents (default 0)")
+    parser.add_argument(
+        "--tasks", default=5, type=_tasks, metavar="N", help=f"number of tasks, at most {len(LABELS)} (default 5)"
+    )
     silence_libraries()
     try:
-        given = parser.parse_args(arguments)
+        options = parser.parse_args(arguments)
         started = time.monotonic()
-        made = make_stage(given.out, given.seed, Settings(given.tasks))
+        is_new = make_stage(options.out, options.seed, Settings(options.tasks))
     except UserError as error:
         print(f"make_stage: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         print(f"make_stage: {error.filename or '--out'} cannot be written ({error.strerror})", file=sys.stderr)
         return 1
-    how = f"made in {time.monotonic() - started:.0f} s" if made else "there already"
-    print(f"stage: {given.out} ({how})", flush=True)
+    outcome = f"made in {time.monotonic() - started:.0f} s" if is_new else "exists already"
+    print(f"stage: {options.out} ({outcome})", flush=True)
     return 0
 
 

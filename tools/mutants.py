@@ -1,16 +1,15 @@
 """Break production code in one small place at a time, and see whether the tests notice.
 
-    python tools/mutants.py --check               are the breakages of tools/breakages.py up to date? (takes seconds)
-    python tools/mutants.py --only shards         those with this word in file, harm or tests
-    python tools/mutants.py --drawn 100 --seed 0  breakages drawn by chance over all modules
-    python tools/mutants.py --tests all           exhaustive tests run too, not the fast suite alone
-    python tools/mutants.py --part 1/2            the first half, beside which another process may do the other one
+    python tools/mutants.py --check               is the list in tools/breakages.py up to date? (takes seconds)
+    python tools/mutants.py --only shards         the breakages with this text in file, harm or tests
+    python tools/mutants.py --drawn 100 --seed 0  random breakages over all modules instead of the list
+    python tools/mutants.py --tests all           with exhaustive tests, not the fast suite alone
+    python tools/mutants.py --part 1/2            the first half; another process may run the other half
 
-Each breakage is made in a copy of the repository, where the tests that should notice it run. It is caught if one of
-them fails, or does not end in time. Before that, the same tests have to pass without it. Verdicts are kept in a file,
-so that a second start goes on where the first one was stopped; a verdict counts as long as the broken file and its
-tests stay as they are. Exit status 0: all are caught; 1: some survived, or --check found something; 2: the tool could
-not judge some.
+The tool makes each breakage in a copy of the repository and runs the tests that should notice it there. The breakage is
+caught if one of them fails or does not end in time. The same tests must pass without the breakage. Verdicts are kept in
+a file, so that a second start continues where the first one stopped. A verdict is valid until the broken file or its
+tests change. Exit status 0: all are caught; 1: some survived, or --check found a problem; 2: some could not be judged.
 """
 
 from __future__ import annotations
@@ -43,28 +42,28 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
-PRELOAD = "torch,deepspeed,transformers,peft,datasets"  # imported once; each run of tests is forked from that
-LEFT_OUT = (".git", ".venv", ".ci", "out", "build", "*.egg-info", "__pycache__", ".*_cache", ".venv.lock", ".cache")
-FASTER = "/dev/shm"  # where the copy goes, if there is room
-ROOM = 2 << 30
+PRELOAD = "torch,deepspeed,transformers,peft,datasets"  # imported once, before each run of tests is forked
+NOT_COPIED = (".git", ".venv", ".ci", "out", "build", "*.egg-info", "__pycache__", ".*_cache", ".venv.lock", ".cache")
+MEMORY_FOLDER = "/dev/shm"  # folder of the copy, if it has space
+NEEDED_SPACE = 2 << 30
 CAUGHT, SURVIVED, UNCLEAR = "caught", "SURVIVED", "UNCLEAR"
-NO_TESTS, CRASHED = 5, 120  # exit statuses: pytest's, and that of a forked process that could not run pytest
+NO_TESTS, CRASHED = 5, 120  # exit statuses: of pytest without tests, and of a forked process that could not run pytest
 SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER
-TURNED: dict[type[ast.cmpop], tuple[str, str]] = {
+REPLACEMENTS: dict[type[ast.cmpop], tuple[str, str]] = {
     ast.Lt: ("<", ">="), ast.LtE: ("<=", ">"), ast.Gt: (">", "<="), ast.GtE: (">=", "<"),
     ast.Eq: ("==", "!="), ast.NotEq: ("!=", "=="), ast.Is: ("is", "is not"), ast.IsNot: (r"is\s+not", "is"),
     ast.In: ("in", "not in"), ast.NotIn: (r"not\s+in", "in"),
 }  # fmt: skip
-OVER_RANKS = ("all_reduce_sum", "any_rank_true", "broadcast_from_main", "all_gather_objects")
-DROPPED, TURN, MOVED, ALONE = "dropped", "turned", "moved", "without the other ranks"
-SHARES = {DROPPED: 0.35, TURN: 0.3, MOVED: 0.25, ALONE: 0.1}  # of each kind among those that are drawn
+COLLECTIVES = ("all_reduce_sum", "any_rank_true", "broadcast_from_main", "all_gather_objects")
+DROPPED, TURNED, MOVED, LOCAL = "dropped", "turned", "moved", "without the other ranks"
+KIND_SHARES = {DROPPED: 0.35, TURNED: 0.3, MOVED: 0.25, LOCAL: 0.1}  # share of each kind among random breakages
 
 
 @dataclasses.dataclass(frozen=True)
 class Mutant:
-    """A breakage at its place: bytes [start, stop) of the file become `after`."""
+    """A breakage with its position: bytes [start, stop) of the file become `after`."""
 
-    name: str  # of a drawn one; else empty
+    name: str  # of a random breakage; else empty
     file: str
     start: int
     stop: int
@@ -76,12 +75,12 @@ class Mutant:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What came of running some tests."""
+    """The result of a run of tests."""
 
     status: int | None  # pytest's exit status; None: they did not end in time
     seconds: float
     failed: str  # the first test that failed
-    tail: str  # the end of what was printed
+    tail: str  # the end of the output
 
 
 # ---- the list
@@ -98,62 +97,75 @@ def load_breakages(root: Path) -> Any:
     return module
 
 
-def named_mutants(root: Path, breakages: Iterable[Any]) -> Iterator[Mutant]:
-    """The breakages of the list. `problems` has found nothing wrong with them."""
-    for each in breakages:
-        source, before = (root / each.file).read_bytes(), each.before.encode()
+def listed_mutants(root: Path, breakages: Iterable[Any]) -> Iterator[Mutant]:
+    """The breakages of the list, in which `find_problems` has found no problem."""
+    for breakage in breakages:
+        source, before = (root / breakage.file).read_bytes(), breakage.before.encode()
         start = source.index(before)
         line = source.count(b"\n", 0, start) + 1
-        yield Mutant("", each.file, start, start + len(before), each.after.encode(), line, each.harm, tuple(each.tests))
+        yield Mutant(
+            "",
+            breakage.file,
+            start,
+            start + len(before),
+            breakage.after.encode(),
+            line,
+            breakage.harm,
+            tuple(breakage.tests),
+        )
 
 
-def problems(root: Path, listed: Any, drawn: int, seed: int) -> list[str]:
-    """What is out of date in the list, one line each."""
-    found: list[str] = []
-    seen: Counter[tuple[str, str, str]] = Counter()
-    for number, each in enumerate(listed.BREAKAGES, 1):
-        where = f"breakage {number} ({each.file}, {each.before.strip().splitlines()[0][:60]!r})"
-        seen[each.file, each.before, each.after] += 1
-        if seen[each.file, each.before, each.after] > 1:
-            found.append(f"{where}: is listed twice")
-        if not each.tests:
-            found.append(f"{where}: names no test that should notice it")
-        found += [f"{where}: {problem}" for test in each.tests if (problem := _missing_test(root, test))]
-        path = root / each.file
+def find_problems(root: Path, breakages: Any, num_random: int, seed: int) -> list[str]:
+    """The problems of the list, one line each."""
+    problems: list[str] = []
+    counts: Counter[tuple[str, str, str]] = Counter()
+    for number, breakage in enumerate(breakages.BREAKAGES, 1):
+        where = f"breakage {number} ({breakage.file}, {breakage.before.strip().splitlines()[0][:60]!r})"
+        counts[breakage.file, breakage.before, breakage.after] += 1
+        if counts[breakage.file, breakage.before, breakage.after] > 1:
+            problems.append(f"{where}: is listed twice")
+        if not breakage.tests:
+            problems.append(f"{where}: names no test that should notice it")
+        problems += [f"{where}: {problem}" for test in breakage.tests if (problem := _missing_test(root, test))]
+        path = root / breakage.file
         if not path.is_file():
-            found.append(f"{where}: there is no such file")
+            problems.append(f"{where}: there is no such file")
             continue
         source = path.read_text("utf-8")
-        if (count := source.count(each.before)) != 1:
-            found.append(f"{where}: its words stand there {count} times instead of once")
+        if (count := source.count(breakage.before)) != 1:
+            problems.append(f"{where}: its words occur {count} times in the file instead of once")
             continue
-        if each.before == each.after or not _is_python(source.replace(each.before, each.after)):
-            found.append(f"{where}: what it puts there changes nothing, or is no Python")
-    broken = {each.file for each in listed.BREAKAGES}
-    acting = [file for file in modules(root) if _acts(root / file)]
-    found += [f"{file}: no breakage is listed" for file in acting if file not in broken]
-    for prefix, tests in listed.TESTS_OF.items():
-        found += [f"TESTS_OF[{prefix!r}]: {problem}" for test in tests if (problem := _missing_test(root, test))]
-    found += [f"TESTS_OF: names no tests of {file}" for file in acting if not tests_of(file, listed.TESTS_OF)]
-    if listed.HARMLESS:
-        names = {mutant.name for mutant in drawn_mutants(root, listed.TESTS_OF, drawn, seed)}
-        gone = sorted(set(listed.HARMLESS) - names)
-        found += [f"HARMLESS: {name} is none of the {drawn} breakages of seed {seed}" for name in gone]
-    return found
+        if breakage.before == breakage.after or not _is_python(source.replace(breakage.before, breakage.after)):
+            problems.append(f"{where}: the replacement changes nothing, or is no Python")
+    broken = {breakage.file for breakage in breakages.BREAKAGES}
+    code_files = [file for file in find_modules(root) if _has_code(root / file)]
+    problems += [f"{file}: no breakage is listed" for file in code_files if file not in broken]
+    for prefix, tests in breakages.TESTS_OF.items():
+        problems += [f"TESTS_OF[{prefix!r}]: {problem}" for test in tests if (problem := _missing_test(root, test))]
+    problems += [
+        f"TESTS_OF: names no tests of {file}" for file in code_files if not find_tests(file, breakages.TESTS_OF)
+    ]
+    if breakages.HARMLESS:
+        names = {mutant.name for mutant in random_mutants(root, breakages.TESTS_OF, num_random, seed)}
+        unknown = sorted(set(breakages.HARMLESS) - names)
+        problems += [
+            f"HARMLESS: {name} is none of the {num_random} random breakages of seed {seed}" for name in unknown
+        ]
+    return problems
 
 
-def modules(root: Path) -> list[str]:
+def find_modules(root: Path) -> list[str]:
     return sorted(str(path.relative_to(root)) for path in (root / "dscl").rglob("*.py"))
 
 
-def tests_of(file: str, table: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
-    """Those of the longest entry that the file's path begins with."""
+def find_tests(file: str, table: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """The tests of the longest prefix of the file's path in the table."""
     fitting = [prefix for prefix in table if file.startswith(prefix)]
     return tuple(table[max(fitting, key=len)]) if fitting else ()
 
 
 def _missing_test(root: Path, test: str) -> str:
-    """What is wrong with the name of a test file, or of a test; empty if it is there."""
+    """The problem with a test's id; empty if the test exists."""
     file, *names = test.partition("[")[0].split("::")
     if not (root / file).exists():
         return f"there is no test file {file}"
@@ -164,7 +176,7 @@ def _missing_test(root: Path, test: str) -> str:
 
 @functools.cache
 def _tests_in(path: Path) -> frozenset[str]:
-    """The names of a file's functions, and of its classes' as class::name."""
+    """The names of a file's functions, and of its methods as class::name."""
 
     def names(body: Sequence[ast.stmt], before: str) -> Iterator[str]:
         for node in body:
@@ -184,12 +196,12 @@ def _is_python(source: str) -> bool:
     return True
 
 
-def _acts(path: Path) -> bool:
-    """Whether a module does anything: protocols, imports, names of types and docstrings do not."""
+def _has_code(path: Path) -> bool:
+    """Whether a module has code to break. Protocols, imports, type aliases and docstrings have none."""
 
-    def idle(node: ast.stmt) -> bool:
+    def has_no_effect(node: ast.stmt) -> bool:
         if isinstance(node, ast.ClassDef):
-            return all(map(idle, node.body))
+            return all(map(has_no_effect, node.body))
         if isinstance(node, ast.FunctionDef):
             return all(isinstance(inner, ast.Expr) and isinstance(inner.value, ast.Constant) for inner in node.body)
         if isinstance(node, ast.Assign):
@@ -200,44 +212,44 @@ def _acts(path: Path) -> bool:
             return isinstance(node.value, ast.Constant)
         return isinstance(node, ast.Import | ast.ImportFrom)
 
-    return not all(map(idle, ast.parse(path.read_text("utf-8")).body))
+    return not all(map(has_no_effect, ast.parse(path.read_text("utf-8")).body))
 
 
-# ---- breakages by chance
+# ---- random breakages
 
 
-def drawn_mutants(root: Path, table: Mapping[str, Sequence[str]], count: int, seed: int) -> list[Mutant]:
-    """So many of all places where something small can be broken. Which ones, the seed and the lines' text decide: they
-    stay the same until such a line changes."""
-    found: dict[str, list[Mutant]] = {kind: [] for kind in SHARES}
-    for file in filter(lambda file: _acts(root / file), modules(root)):
+def random_mutants(root: Path, table: Mapping[str, Sequence[str]], count: int, seed: int) -> list[Mutant]:
+    """`count` breakages out of all mutation sites. Hashes of the seed and of the lines' text select them, so a breakage
+    stays selected until its line changes."""
+    sites: dict[str, list[Mutant]] = {kind: [] for kind in KIND_SHARES}
+    for file in filter(lambda file: _has_code(root / file), find_modules(root)):
         source = (root / file).read_bytes()
-        lines, seen = source.splitlines(), Counter[str]()
-        for kind, start, stop, after in Places(source).found:
+        lines, counts = source.splitlines(), Counter[str]()
+        for kind, start, stop, after in MutationSites(source).sites:
             line = source.count(b"\n", 0, start) + 1
             before = source[start:stop].decode()
-            words = f"{seed}|{file}|{lines[line - 1].strip().decode()}|{kind}|{before}"
-            seen[words] += 1  # of places that look alike, the first, the second
-            name = hashlib.sha256(f"{words}|{seen[words]}".encode()).hexdigest()[:10]
+            identity = f"{seed}|{file}|{lines[line - 1].strip().decode()}|{kind}|{before}"
+            counts[identity] += 1  # numbers sites with the same text
+            name = hashlib.sha256(f"{identity}|{counts[identity]}".encode()).hexdigest()[:10]
             change = " ".join(f"{before} → {after}".split())
             harm = f"{kind}: {change if len(change) <= 90 else change[:87] + '...'}"
-            found[kind].append(Mutant(name, file, start, stop, after.encode(), line, harm, tests_of(file, table)))
-    chosen = [
+            sites[kind].append(Mutant(name, file, start, stop, after.encode(), line, harm, find_tests(file, table)))
+    selected = [
         mutant
-        for kind, share in SHARES.items()
-        for mutant in sorted(found[kind], key=lambda mutant: mutant.name)[: round(share * count)]
+        for kind, share in KIND_SHARES.items()
+        for mutant in sorted(sites[kind], key=lambda mutant: mutant.name)[: round(share * count)]
     ]
-    return sorted(chosen, key=lambda mutant: (mutant.file, mutant.line, mutant.name))
+    return sorted(selected, key=lambda mutant: (mutant.file, mutant.line, mutant.name))
 
 
-class Places:
-    """All places of a module where something small can be broken, as (kind, start, stop, what comes there).
+class MutationSites:
+    """All sites of a module where a small breakage is possible, as (kind, start, stop, replacement).
 
-    Left out is what only a reader sees: docstrings, messages, help, annotations; and assertions.
+    Docstrings, messages, help texts, annotations and assertions are left out.
     """
 
     def __init__(self, source: bytes) -> None:
-        self.found: list[tuple[str, int, int, str]] = []
+        self.sites: list[tuple[str, int, int, str]] = []
         self._source = source
         self._begins = [0]
         for line in source.splitlines(keepends=True):
@@ -266,50 +278,52 @@ class Places:
                         self._visit(child, in_function)
 
     def _drop(self, node: ast.stmt) -> None:
-        called = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
-        set_ = isinstance(node, ast.Assign | ast.AugAssign) or (isinstance(node, ast.AnnAssign) and node.value)
-        if called or set_:
+        is_call = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
+        is_assignment = isinstance(node, ast.Assign | ast.AugAssign) or (isinstance(node, ast.AnnAssign) and node.value)
+        if is_call or is_assignment:
             self._add(DROPPED, *self._span(node), "pass")
 
     def _change(self, node: ast.AST) -> None:
         if isinstance(node, ast.Compare):
             sides = [node.left, *node.comparators]
             for operation, left, right in zip(node.ops, sides, sides[1:], strict=False):
-                words, turned = TURNED[type(operation)]
-                self._between(TURN, left, right, rf"(?<![\w<>=!]){words}(?![\w<>=])", turned)
+                pattern, replacement = REPLACEMENTS[type(operation)]
+                self._between(TURNED, left, right, rf"(?<![\w<>=!]){pattern}(?![\w<>=])", replacement)
         elif isinstance(node, ast.BoolOp):
             word, other = ("and", "or") if isinstance(node.op, ast.And) else ("or", "and")
             for left, right in zip(node.values, node.values[1:], strict=False):
-                self._between(TURN, left, right, rf"\b{word}\b", other)
+                self._between(TURNED, left, right, rf"\b{word}\b", other)
         elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
             start, stop = self._span(node)
             text = self._source[start:stop].decode()
-            self._add(TURN, start, stop, text.removeprefix("not").lstrip())
+            self._add(TURNED, start, stop, text.removeprefix("not").lstrip())
         elif isinstance(node, ast.Constant) and isinstance(node.value, bool | int | float):
             value = node.value
             self._add(MOVED, *self._span(node), repr(not value if isinstance(value, bool) else value + 1))
         elif isinstance(node, ast.Call) and node.args and isinstance(node.func, ast.Attribute):
-            whole = ast.unparse(node.func)
-            if node.func.attr == "sum_" or whole in [f"comm.{name}" for name in OVER_RANKS]:
+            function = ast.unparse(node.func)
+            if node.func.attr == "sum_" or function in [f"comm.{name}" for name in COLLECTIVES]:
                 start, stop = self._span(node.args[0])
-                own = f"({self._source[start:stop].decode()})"
-                self._add(ALONE, *self._span(node), f"[{own}]" if node.func.attr == "all_gather_objects" else own)
+                argument = f"({self._source[start:stop].decode()})"
+                self._add(
+                    LOCAL, *self._span(node), f"[{argument}]" if node.func.attr == "all_gather_objects" else argument
+                )
 
     def _span(self, node: Any) -> tuple[int, int]:
         return self._begins[node.lineno - 1] + node.col_offset, self._begins[node.end_lineno - 1] + node.end_col_offset
 
-    def _between(self, kind: str, left: ast.expr, right: ast.expr, words: str, other: str) -> None:
+    def _between(self, kind: str, left: ast.expr, right: ast.expr, pattern: str, replacement: str) -> None:
         start, stop = self._span(left)[1], self._span(right)[0]
-        matches = list(re.finditer(words.encode(), self._source[start:stop]))
-        if len(matches) == 1:  # else a comment stands there too
-            self._add(kind, start + matches[0].start(), start + matches[0].end(), other)
+        matches = list(re.finditer(pattern.encode(), self._source[start:stop]))
+        if len(matches) == 1:  # otherwise a comment contains the operator too
+            self._add(kind, start + matches[0].start(), start + matches[0].end(), replacement)
 
     def _add(self, kind: str, start: int, stop: int, after: str) -> None:
-        self.found.append((kind, start, stop, after))
+        self.sites.append((kind, start, stop, after))
 
 
 def _is_message(node: ast.AST) -> bool:
-    """A call, or a statement that is one, which only tells something."""
+    """Whether a node is a call, or a statement of one, that only prints, logs or warns."""
     call = node.value if isinstance(node, ast.Expr) else node
     return isinstance(call, ast.Call) and ast.unparse(call.func).startswith(("print", "log.", "warnings."))
 
@@ -317,30 +331,30 @@ def _is_message(node: ast.AST) -> bool:
 # ---- running tests
 
 
-class Copy:
+class TreeCopy:
     """A copy of a tree to break, and a way to run tests in it."""
 
     def __init__(self, root: Path, scratch: Path) -> None:
         self.root, self.scratch, self.tree = root, scratch, scratch / root.name
-        shutil.copytree(root, self.tree, ignore=shutil.ignore_patterns(*LEFT_OUT), symlinks=True)
-        if (root.parent / "shared").is_dir():  # data beside the checkout, which tests look for there
+        shutil.copytree(root, self.tree, ignore=shutil.ignore_patterns(*NOT_COPIED), symlinks=True)
+        if (root.parent / "shared").is_dir():  # data beside the checkout, which some tests read
             (scratch / "shared").symlink_to(root.parent / "shared")
         self._writes = 0
 
     def digest(self) -> str:
-        """Of all production code and of what several test files use."""
-        found = hashlib.sha256()
+        """The checksum of all production code and of the shared test helpers."""
+        digest = hashlib.sha256()
         tests = [path for path in (self.tree / "tests").rglob("*.py") if not path.name.startswith("test_")]
         for path in sorted([*(self.tree / "dscl").rglob("*.py"), *tests]):
-            found.update(str(path.relative_to(self.tree)).encode() + path.read_bytes())
-        return found.hexdigest()
+            digest.update(str(path.relative_to(self.tree)).encode() + path.read_bytes())
+        return digest.hexdigest()
 
     @contextlib.contextmanager
     def broken(self, mutant: Mutant) -> Iterator[None]:
         path = self.tree / mutant.file
         source, times = path.read_bytes(), path.stat()
         path.write_bytes(source[: mutant.start] + mutant.after + source[mutant.stop :])
-        # A time of its own, so that no bytecode of another breakage, made within the same second, is taken for it.
+        # Each breakage has its own modification time, so that Python does not use the bytecode of an earlier one.
         self._writes += 1
         os.utime(path, (times.st_mtime, times.st_mtime + 10 * self._writes))
         try:
@@ -349,18 +363,18 @@ class Copy:
             path.write_bytes(source)
             os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
-    def run(self, words: Sequence[str], limit: float) -> Outcome:
-        """Pytest with these words, in a process forked from this one; whatever it started ends with it."""
+    def run(self, arguments: Sequence[str], limit: float) -> Outcome:
+        """Run pytest with these arguments in a forked process, and end all processes that it started."""
         log = self.scratch / "log"
         began = time.monotonic()
         process = os.fork()
         if not process:
-            self._be_pytest(words, log)
+            self._be_pytest(arguments, log)
         status: int | None = None
         try:
             while time.monotonic() < began + limit:
-                done, code = os.waitpid(process, os.WNOHANG)
-                if done:
+                ended, code = os.waitpid(process, os.WNOHANG)
+                if ended:
                     status = os.waitstatus_to_exitcode(code)
                     break
                 time.sleep(0.02)
@@ -371,19 +385,19 @@ class Copy:
         seconds = time.monotonic() - began
         return Outcome(status, seconds, failed[1] if failed else "", "\n".join(text.splitlines()[-15:]))
 
-    def _be_pytest(self, words: Sequence[str], log: Path) -> NoReturn:
-        """In the forked process."""
+    def _be_pytest(self, arguments: Sequence[str], log: Path) -> NoReturn:
+        """Run pytest as the forked process."""
         code = CRASHED
         try:
             os.setsid()
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-            with open(log, "wb") as file, open(os.devnull, "rb") as nothing:
-                for here, there in ((nothing, 0), (file, 1), (file, 2)):
+            with open(log, "wb") as file, open(os.devnull, "rb") as null:
+                for here, there in ((null, 0), (file, 1), (file, 2)):
                     os.dup2(here.fileno(), there)
             os.chdir(self.tree)
             own = (self.root, self.root / "tools")
-            sys.path[:] = [str(self.tree), *(place for place in sys.path if Path(place or ".").resolve() not in own)]
+            sys.path[:] = [str(self.tree), *(path for path in sys.path if Path(path or ".").resolve() not in own)]
             temporary = self.scratch / "tmp"
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
@@ -391,11 +405,12 @@ class Copy:
             tempfile.tempdir = None
             for name in [name for name in sys.modules if name.partition(".")[0] in ("dscl", "tests", "tools")]:
                 del sys.modules[name]
-            sys.modules["__main__"] = types.ModuleType("__main__")  # or processes that tests start import this file
-            _fork_the_server()
+            # Otherwise processes that tests start would import this file.
+            sys.modules["__main__"] = types.ModuleType("__main__")
+            _prefork_server()
             import pytest
 
-            code = int(pytest.main([*words, "--basetemp", str(temporary / "pytest")]))
+            code = int(pytest.main([*arguments, "--basetemp", str(temporary / "pytest")]))
         except BaseException:
             traceback.print_exc()
         finally:
@@ -404,30 +419,30 @@ class Copy:
             os._exit(code)
 
 
-def _fork_the_server() -> None:
-    """Where tests start the server from which they fork ranks, let it be a fork of this process, which has imported
-    most of what it needs. It is forked now, while there are no threads, and waits."""
-    ours, theirs = socket.socketpair()
+def _prefork_server() -> None:
+    """Fork a process that becomes the fork server of the tests' ranks as soon as they start it. A fork of this process
+    has most imports already. It is forked now, while there are no threads, and waits."""
+    our_socket, server_socket = socket.socketpair()
     process = os.fork()
     if not process:
-        ours.close()
-        message, fds, *_ = socket.recv_fds(theirs, 1 << 20, 8)
+        our_socket.close()
+        message, fds, *_ = socket.recv_fds(server_socket, 1 << 20, 8)
         if not message:
             os._exit(0)
         code, numbers = json.loads(message)
-        high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 500) for fd in fds]  # out of the way of the numbers in the code
+        high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 500) for fd in fds]  # above the numbers that the code uses
         for fd, number in zip(high, numbers, strict=True):
             os.dup2(fd, number)
         sys.argv = ["-c"]
-        with contextlib.suppress(SystemExit):  # as which the server's end comes
+        with contextlib.suppress(SystemExit):  # the server ends with SystemExit
             exec(code, {"__name__": "__main__"})
         os._exit(0)
-    theirs.close()
+    server_socket.close()
     spawn, waiting = util.spawnv_passfds, [process]
 
     def start(path: Any, words: Sequence[Any], fds: Sequence[int]) -> int:
         if waiting and "multiprocessing.forkserver" in words[-1]:
-            socket.send_fds(ours, [json.dumps([words[-1], list(fds)]).encode()], list(fds))
+            socket.send_fds(our_socket, [json.dumps([words[-1], list(fds)]).encode()], list(fds))
             return waiting.pop()
         return int(spawn(path, words, fds))
 
@@ -435,7 +450,7 @@ def _fork_the_server() -> None:
 
 
 def _end_descendants() -> None:
-    """Kill what this process's children have left running; orphans have become its own children."""
+    """Kill all descendants of this process. Orphans of its children have become its own children."""
     for _ in range(50):
         below = _descendants()
         for process in below:
@@ -454,21 +469,21 @@ def _descendants() -> list[int]:
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
-    below, found = {os.getpid()}, [0]
-    while found:
-        found = [process for process, parent in parents.items() if parent in below and process not in below]
-        below.update(found)
+    below, new = {os.getpid()}, [0]
+    while new:
+        new = [process for process, parent in parents.items() if parent in below and process not in below]
+        below.update(new)
     return sorted(below - {os.getpid()})
 
 
 class Verdicts:
-    """The file of what was found so far."""
+    """The file of verdicts so far."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.known: dict[str, dict[str, Any]] = {}
         for line in path.read_text("utf-8").splitlines() if path.exists() else ():
-            with contextlib.suppress(ValueError, KeyError):  # the last line of a process that was killed
+            with contextlib.suppress(ValueError, KeyError):  # the last line may be incomplete after a kill
                 record = json.loads(line)
                 self.known[record["key"]] = record
 
@@ -483,15 +498,15 @@ class Verdicts:
 
 
 class Judge:
-    """Says of each breakage whether the tests notice it."""
+    """Decides for each breakage whether the tests notice it."""
 
-    def __init__(self, copy: Copy, verdicts: Verdicts, suite: str, limit: float) -> None:
+    def __init__(self, copy: TreeCopy, verdicts: Verdicts, suite: str, limit: float) -> None:
         self.copy, self.verdicts, self.suite, self.limit = copy, verdicts, suite, limit
         self.words = ["-x", "-q", "-rfE", *(["--all"] if suite == "all" else ["-m", "not exhaustive"])]
         self._whole = copy.digest()
 
-    def key_of(self, mutant: Mutant) -> str:
-        """Of all that the verdict depends on, but for the modules beside the broken one."""
+    def verdict_key(self, mutant: Mutant) -> str:
+        """The checksum of all that a verdict depends on, except for the other modules."""
         files = [mutant.file, *sorted({test.partition("::")[0] for test in mutant.tests})]
         parts = [self._content(self.copy.tree / file) for file in files]
         words = [mutant.file, mutant.start, mutant.stop, mutant.after.decode(), mutant.tests, self.suite, parts]
@@ -505,42 +520,42 @@ class Judge:
     def judge(self, mutant: Mutant) -> dict[str, Any]:
         baseline = 0.0
         for test in mutant.tests:
-            found = self._unbroken(test)
-            if found["verdict"] != CAUGHT:
-                return found
-            baseline += found["seconds"]
+            unbroken = self._unbroken(test)
+            if unbroken["verdict"] != CAUGHT:
+                return unbroken
+            baseline += unbroken["seconds"]
         with self.copy.broken(mutant):
             outcome = self.copy.run([*self.words, *mutant.tests], min(self.limit, 30.0 + 5.0 * baseline))
             if outcome.status in (2, 4) and mutant.name and self._cannot_be_imported(mutant):
                 outcome = dataclasses.replace(outcome, status=1, failed="the module cannot be imported")
-        verdict, said = UNCLEAR, outcome.tail
+        verdict, reason = UNCLEAR, outcome.tail
         if outcome.status in (None, 1):
-            verdict, said = CAUGHT, outcome.failed or "out of time"
+            verdict, reason = CAUGHT, outcome.failed or "out of time"
         elif outcome.status == 0:
-            verdict, said = SURVIVED, "all tests passed"
+            verdict, reason = SURVIVED, "all tests passed"
         elif outcome.status == NO_TESTS and self.suite == "fast":
-            verdict, said = SURVIVED, "the fast suite has none of its tests"
-        record = {"verdict": verdict, "seconds": round(outcome.seconds, 2), "said": said}
-        if verdict == UNCLEAR:  # not kept: it is tried again
+            verdict, reason = SURVIVED, "the fast suite has no test for it"
+        record = {"verdict": verdict, "seconds": round(outcome.seconds, 2), "reason": reason}
+        if verdict == UNCLEAR:  # not stored, so that the next start tries again
             return record
         what = f"{mutant.file}:{mutant.line}: {mutant.harm}"
-        return self.verdicts.add(self.key_of(mutant), what=what, **record)
+        return self.verdicts.add(self.verdict_key(mutant), what=what, **record)
 
     def _unbroken(self, test: str) -> dict[str, Any]:
-        """Whether these tests pass as long as nothing is broken, and how long that takes."""
-        own = self._content(self.copy.tree / test.partition("::")[0])
-        key = hashlib.sha256(f"{self._whole}|{own}|{self.suite}|{test}".encode()).hexdigest()
+        """Run a test without the breakage: CAUGHT if it passes, with its seconds."""
+        test_digest = self._content(self.copy.tree / test.partition("::")[0])
+        key = hashlib.sha256(f"{self._whole}|{test_digest}|{self.suite}|{test}".encode()).hexdigest()
         if key in self.verdicts.known:
             return self.verdicts.known[key]
         outcome = self.copy.run([*self.words, test], self.limit)
         if outcome.status == 0 or (outcome.status == NO_TESTS and self.suite == "fast"):
             seconds = round(outcome.seconds, 2)
             return self.verdicts.add(key, what=f"{test}: passes unbroken", verdict=CAUGHT, seconds=seconds)
-        said = f"{test} does not pass while nothing is broken (status {outcome.status}):\n{outcome.tail}"
-        return {"verdict": UNCLEAR, "seconds": outcome.seconds, "said": said}
+        reason = f"{test} does not pass without the breakage (status {outcome.status}):\n{outcome.tail}"
+        return {"verdict": UNCLEAR, "seconds": outcome.seconds, "reason": reason}
 
     def _cannot_be_imported(self, mutant: Mutant) -> bool:
-        """Pytest says the same of a test file that cannot be imported as of a test that is not there."""
+        """Whether the broken module cannot be imported. Pytest then has the same status as if a test did not exist."""
         module = mutant.file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
         test = self.copy.scratch / "test_import.py"
         test.write_text(f"def test_import():\n    import {module}\n")
@@ -553,17 +568,17 @@ class Judge:
 def main() -> int:
     options = _options()
     root = options.root.resolve()
-    listed = load_breakages(root)
-    found = problems(root, listed, options.drawn or 100, options.seed)
-    for line in found:
+    breakages = load_breakages(root)
+    problems = find_problems(root, breakages, options.drawn or 100, options.seed)
+    for line in problems:
         print(line)
-    if found or options.check:
-        print(f"{len(listed.BREAKAGES)} breakages, {len(found)} problems")
-        return int(bool(found))
+    if problems or options.check:
+        print(f"{len(breakages.BREAKAGES)} breakages, {len(problems)} problems")
+        return int(bool(problems))
     if options.drawn:
-        mutants = drawn_mutants(root, listed.TESTS_OF, options.drawn, options.seed)
+        mutants = random_mutants(root, breakages.TESTS_OF, options.drawn, options.seed)
     else:
-        mutants = list(named_mutants(root, listed.BREAKAGES))
+        mutants = list(listed_mutants(root, breakages.BREAKAGES))
     mutants = [m for m in mutants if options.only in " ".join((m.name, m.file, m.harm, *m.tests))]
     part, parts = options.part
     mutants = mutants[len(mutants) * (part - 1) // parts : len(mutants) * part // parts]
@@ -579,36 +594,36 @@ def main() -> int:
         ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
     for name in filter(None, ("pytest", *options.preload.split(","))):
         importlib.import_module(name)
-    roomy = os.path.isdir(FASTER) and shutil.disk_usage(FASTER).free > ROOM
+    has_space = os.path.isdir(MEMORY_FOLDER) and shutil.disk_usage(MEMORY_FOLDER).free > NEEDED_SPACE
     # No TemporaryDirectory, which any forked process would remove as it exits.
-    scratch = Path(tempfile.mkdtemp(prefix="dscl-mutants-", dir=FASTER if roomy else None))
+    scratch = Path(tempfile.mkdtemp(prefix="dscl-mutants-", dir=MEMORY_FOLDER if has_space else None))
     scratch.chmod(0o711)  # for tests that start programs as another user
     try:
-        judge = Judge(Copy(root, scratch), Verdicts(options.results), options.tests, options.limit)
-        judged = _judge_all(judge, mutants)
+        judge = Judge(TreeCopy(root, scratch), Verdicts(options.results), options.tests, options.limit)
+        verdicts = _judge_all(judge, mutants)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return _summary(judged, listed.HARMLESS)
+    return _summary(verdicts, breakages.HARMLESS)
 
 
 def _judge_all(judge: Judge, mutants: Sequence[Mutant]) -> list[tuple[Mutant, dict[str, Any]]]:
-    judged: list[tuple[Mutant, dict[str, Any]]] = []
+    verdicts: list[tuple[Mutant, dict[str, Any]]] = []
     for number, mutant in enumerate(mutants, 1):
-        record = judge.verdicts.known.get(judge.key_of(mutant))
-        again = " (found before)" if record else ""
+        record = judge.verdicts.known.get(judge.verdict_key(mutant))
+        suffix = " (judged before)" if record else ""
         record = record or judge.judge(mutant)
-        judged.append((mutant, record))
-        told = f"{number} of {len(mutants)}  {record['verdict']:8} {record['seconds']:6.1f} s  "
-        print(f"{told}{mutant.name} {mutant.file}:{mutant.line}: {mutant.harm}{again}", flush=True)
+        verdicts.append((mutant, record))
+        progress = f"{number} of {len(mutants)}  {record['verdict']:8} {record['seconds']:6.1f} s  "
+        print(f"{progress}{mutant.name} {mutant.file}:{mutant.line}: {mutant.harm}{suffix}", flush=True)
         if record["verdict"] == UNCLEAR:
-            print(record["said"], flush=True)
-    return judged
+            print(record["reason"], flush=True)
+    return verdicts
 
 
-def _summary(judged: Sequence[tuple[Mutant, Mapping[str, Any]]], harmless: Mapping[str, str]) -> int:
-    counts = Counter(record["verdict"] for _, record in judged)
-    survivors = [mutant for mutant, record in judged if record["verdict"] == SURVIVED]
-    print(f"\n{counts[CAUGHT]} of {len(judged)} caught, {counts[SURVIVED]} survived, {counts[UNCLEAR]} not judged")
+def _summary(verdicts: Sequence[tuple[Mutant, Mapping[str, Any]]], harmless: Mapping[str, str]) -> int:
+    counts = Counter(record["verdict"] for _, record in verdicts)
+    survivors = [mutant for mutant, record in verdicts if record["verdict"] == SURVIVED]
+    print(f"\n{counts[CAUGHT]} of {len(verdicts)} caught, {counts[SURVIVED]} survived, {counts[UNCLEAR]} not judged")
     for mutant in survivors:
         reason = f"; harmless: {harmless[mutant.name]}" if mutant.name in harmless else ""
         print(f"  {mutant.name} {mutant.file}:{mutant.line}: {mutant.harm}{reason}".replace("   ", "  "))
@@ -617,26 +632,28 @@ def _summary(judged: Sequence[tuple[Mutant, Mapping[str, Any]]], harmless: Mappi
     return int(any(mutant.name not in harmless for mutant in survivors))
 
 
-def _part(word: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)/(\d+)", word)
+def _part(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
-        raise argparse.ArgumentTypeError(f"given {word!r}; allowed: I/N with I from 1 to N, such as 1/2")
+        raise argparse.ArgumentTypeError(f"given {text!r}; allowed: I/N with I from 1 to N, such as 1/2")
     return int(match[1]), int(match[2])
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--check", action="store_true", help="only see whether the list is up to date; run no test")
+    parser.add_argument("--check", action="store_true", help="only check that the list is up to date; run no tests")
     parser.add_argument("--list", action="store_true", help="only print the breakages")
-    parser.add_argument("--only", default="", metavar="TEXT", help="those with this in file, harm, tests or name")
-    parser.add_argument("--drawn", type=int, default=0, metavar="N", help="N breakages by chance, instead of the list")
-    parser.add_argument("--seed", type=int, default=0, help="which ones (default: 0)")
-    parser.add_argument("--part", type=_part, default=(1, 1), metavar="I/N", help="the I-th of N equal parts of them")
-    parser.add_argument("--tests", choices=("fast", "all"), default="fast", help="all: exhaustive tests too")
-    parser.add_argument("--results", type=Path, metavar="FILE", help="where verdicts are kept (out/mutants.jsonl)")
-    parser.add_argument("--limit", type=float, default=600.0, metavar="S", help="seconds for one run of tests, at most")
-    parser.add_argument("--root", type=Path, default=ROOT, help="the tree (default: this one)")
-    parser.add_argument("--preload", default=PRELOAD, metavar="A,B", help="what is imported before tests are forked")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="only breakages with this text in file, harm, tests or name"
+    )
+    parser.add_argument("--drawn", type=int, default=0, metavar="N", help="N random breakages instead of the list")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random breakages (default: 0)")
+    parser.add_argument("--part", type=_part, default=(1, 1), metavar="I/N", help="only the I-th of N equal parts")
+    parser.add_argument("--tests", choices=("fast", "all"), default="fast", help="all: with exhaustive tests")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="file of verdicts (default: out/mutants.jsonl)")
+    parser.add_argument("--limit", type=float, default=600.0, metavar="S", help="most seconds for one run of tests")
+    parser.add_argument("--root", type=Path, default=ROOT, help="the repository (default: this one)")
+    parser.add_argument("--preload", default=PRELOAD, metavar="A,B", help="modules to import before tests are forked")
     options = parser.parse_args()
     options.results = options.results or options.root / "out" / "mutants.jsonl"
     return options

@@ -1,9 +1,9 @@
-"""What `dscl plan` foresees for 7B, 13B and 70B at ZeRO 3 on 8, 64 and 512 GPUs; printed as Markdown.
+"""The predictions of `dscl plan` for 7B, 13B and 70B at ZeRO 3 on 8, 64 and 512 GPUs; printed as Markdown.
 
     python tools/plan_sizes.py --tokenizer FOLDER [--methods sequential asr] [--sizes 7B] [--gpus 8 64]
 
-One row of 4096 tokens for each GPU and step, bf16, activation checkpointing. Nothing is measured: each line is a plan,
-made of a recipe with fresh weights of that shape and made-up texts. Minutes on one CPU core.
+One row of 4096 tokens per GPU and step, bf16, activation checkpointing. Nothing is measured: each line is the plan of a
+recipe with random weights of that shape and random texts. Takes minutes on one CPU core.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SIZES: dict[str, dict[str, int]] = {
 }  # fmt: skip
 LENGTH = 4096
 GPU, BANDWIDTH = "H100", "50GB"
-PARTS = {  # of a rank, as the table and as the plan names them
+PARTS = {  # a rank's memory: column of the table, key of the plan
     "weights": "weights", "optimizer": "optimizer", "method's": "method_state", "gradients": "gradients",
     "activations": "activations", "peak": "peak",
 }  # fmt: skip
@@ -49,22 +49,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for size in options.sizes:
         for method in options.methods:
             for gpus in options.gpus:
-                print(line(size, method, gpus, options), flush=True)
+                print(table_row(size, method, gpus, options), flush=True)
 
 
-def line(size: str, method: str, gpus: int, options: argparse.Namespace) -> str:
+def table_row(size: str, method: str, gpus: int, options: argparse.Namespace) -> str:
     with tempfile.TemporaryDirectory() as folder:
         write_task(Path(folder) / "task", samples=gpus)
         recipe = Path(folder) / "recipe.yaml"
-        recipe.write_text(yaml.safe_dump(document(size, method, gpus, options)), "utf-8")
-        words = ["--nodes", str(-(-gpus // 8)), "--gpus-per-node", str(min(8, gpus)), "--gpu", GPU, "--recipe-only"]
-        words += ["--bandwidth", BANDWIDTH, "--json"]
-        done = subprocess.run(
-            [sys.executable, "-m", "dscl", "plan", str(recipe), *words], cwd=folder, capture_output=True, text=True
+        recipe.write_text(yaml.safe_dump(recipe_document(size, method, gpus, options)), "utf-8")
+        arguments = ["--nodes", str(-(-gpus // 8)), "--gpus-per-node", str(min(8, gpus)), "--gpu", GPU, "--recipe-only"]
+        arguments += ["--bandwidth", BANDWIDTH, "--json"]
+        process = subprocess.run(
+            [sys.executable, "-m", "dscl", "plan", str(recipe), *arguments], cwd=folder, capture_output=True, text=True
         )
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    plan = json.loads(done.stdout)
+    if process.returncode:
+        raise SystemExit(process.stderr)
+    plan = json.loads(process.stdout)
     stage, step = plan["stages"][plan["recipe"]], plan["step"]
     cells = [
         size,
@@ -78,7 +78,7 @@ def line(size: str, method: str, gpus: int, options: argparse.Namespace) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def document(size: str, method: str, gpus: int, options: argparse.Namespace) -> dict[str, Any]:
+def recipe_document(size: str, method: str, gpus: int, options: argparse.Namespace) -> dict[str, Any]:
     shape = {"vocab_size": 32000, "tie_word_embeddings": False, "max_position_embeddings": LENGTH, **SIZES[size]}
     return {
         "run_dir": "never",
@@ -93,12 +93,12 @@ def document(size: str, method: str, gpus: int, options: argparse.Namespace) -> 
 
 
 def write_task(folder: Path, samples: int) -> None:
-    """Prompts that fill a row, in JSON lines."""
-    draw = random.Random(0)
+    """Write a task in JSON lines, whose prompts fill a row."""
+    rng = random.Random(0)
     folder.mkdir(parents=True)
     for split, count in (("train", samples), ("test", 1)):
         rows = [
-            {"prompt": " ".join(str(draw.randrange(1000)) for _ in range(LENGTH)), "completion": "a short answer"}
+            {"prompt": " ".join(str(rng.randrange(1000)) for _ in range(LENGTH)), "completion": "a short answer"}
             for _ in range(count)
         ]
         (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")

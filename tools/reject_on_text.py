@@ -1,4 +1,4 @@
-"""Where real text goes: an export's tasks on their own test prompts, and text of no task, which should be rejected.
+"""Route real text through an export: test prompts of its tasks, and text of no task, which should be rejected.
 
 dscl train launch/recipes/cl-benchmark-small.yaml folder=data run_dir=out/text
 dscl export out/text out/text-export
@@ -15,12 +15,12 @@ from pathlib import Path
 
 import dscl
 
-TEMPLATE = "{}\nAnswer:"  # the one of cl_benchmark folders
+TEMPLATE = "{}\nAnswer:"  # the template of cl_benchmark folders
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("export", help="a folder that dscl export wrote")
+    parser.add_argument("export", help="a folder written by dscl export")
     parser.add_argument("--data", type=Path, required=True, help="a folder with base/ and cl_benchmark/")
     parser.add_argument("--count", type=int, default=200, help="prompts of each source (default 200)")
     options = parser.parse_args()
@@ -31,16 +31,19 @@ def main() -> None:
     with open(options.data / "base" / "heldout.jsonl", encoding="utf-8") as lines:
         sources["held-out text"] = [next(iter(json.loads(line).values())) for line in lines]
     print("| text | its own task | another task | rejected | mostly to |\n|---|---|---|---|---|")
-    for kind in (True, False):
+    for is_task in (True, False):
         for name, texts in sources.items():
-            if (name in model.tasks) is not kind:
+            if (name in model.tasks) is not is_task:
                 continue
-            some = random.Random(0).sample(texts, min(options.count, len(texts)))
-            went = Counter(route.task for route in model.route([TEMPLATE.format(text) for text in some]))
-            own, rejected = went.pop(name, 0) / len(some), went.pop(None, 0) / len(some)
-            to = ", ".join(f"{task} {count / len(some):.3f}" for task, count in went.most_common(2))
-            title, first = (name, f"{own:.3f}") if kind else (f"{name} (no task)", "-")
-            print(f"| {title} | {first} | {1 - own - rejected:.3f} | {rejected:.3f} | {to} |", flush=True)
+            sample = random.Random(0).sample(texts, min(options.count, len(texts)))
+            counts = Counter(route.task for route in model.route([TEMPLATE.format(text) for text in sample]))
+            own, rejected = counts.pop(name, 0) / len(sample), counts.pop(None, 0) / len(sample)
+            destinations = ", ".join(f"{task} {count / len(sample):.3f}" for task, count in counts.most_common(2))
+            row_title, own_share = (name, f"{own:.3f}") if is_task else (f"{name} (no task)", "-")
+            print(
+                f"| {row_title} | {own_share} | {1 - own - rejected:.3f} | {rejected:.3f} | {destinations} |",
+                flush=True,
+            )
 
 
 def sentences(path: Path) -> list[str]:

@@ -208,24 +208,24 @@ def test_config_classes_agree_with_the_methods() -> None:
 
 def test_the_table_of_bench_start() -> None:
     """The medians, and their ratios to the first line."""
-    seconds = {"import": [2.0, 4.0, 3.0], "help": [0.1, 0.3, 0.15], "first step": [6.0, 5.0, 9.0]}
+    times_of = {"import": [2.0, 4.0, 3.0], "help": [0.1, 0.3, 0.15], "first step": [6.0, 5.0, 9.0]}
     targets = {"import": None, "help": 0.5, "first step": 6.0}
-    assert bench_start.table(seconds, targets, as_json=False)[2:] == [
+    assert bench_start.format_table(times_of, targets, as_json=False)[2:] == [
         "| import | 3.00 | 1.00 |  | 2.00 to 4.00 s |",
         "| help | 0.15 | 0.05 | 0.5 s | 0.10 to 0.30 s |",
         "| first step | 6.00 | 2.00 | 6 s | 5.00 to 9.00 s |",
     ]
-    rows = [json.loads(line) for line in bench_start.table(seconds, targets, as_json=True)]
+    rows = [json.loads(line) for line in bench_start.format_table(times_of, targets, as_json=True)]
     assert rows[2] == {
-        "what": "first step", "figure": "6.00 s", "target": "6 s",
-        "told": "2.00 of importing the libraries; 5.00 to 9.00 s",
+        "name": "first step", "value": "6.00 s", "target": "6 s",
+        "note": "2.00 of importing the libraries; 5.00 to 9.00 s",
     }  # fmt: skip
 
 
 def test_bench_start_stops_at_an_unexpected_status() -> None:
-    assert bench_start.seconds([sys.executable, "-c", "pass"], 0) > 0.0
+    assert bench_start.time_command([sys.executable, "-c", "pass"], 0) > 0.0
     with pytest.raises(SystemExit, match="status 0"):
-        bench_start.seconds([sys.executable, "-c", "import sys; print('a', file=sys.stderr)"], 2)
+        bench_start.time_command([sys.executable, "-c", "import sys; print('a', file=sys.stderr)"], 2)
     two_lines = "import sys; print('a\\nb', file=sys.stderr); sys.exit(2)"
     with pytest.raises(SystemExit, match="status 2"):
-        bench_start.seconds([sys.executable, "-c", two_lines], 2)
+        bench_start.time_command([sys.executable, "-c", two_lines], 2)

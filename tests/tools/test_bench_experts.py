@@ -1,4 +1,4 @@
-"""The benchmark of sub-experts in small; its FLOPs against torch's counter, its rivals against the layer."""
+"""A small run of the sub-expert benchmark; its operation counts against torch, and its rivals against the layer."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def test_all_tables_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("name", [bench.BARE, bench.LORA, bench.LAYER, bench.ELEMENTS])
 def test_operations_are_those_that_torch_counts(name: str) -> None:
-    works = bench.sides(OPTIONS, 40, 24, *SIZES, masks=True)
+    sides = bench.build_sides(OPTIONS, 40, 24, *SIZES, masks=True)
 
     def added_in_place(_: Any, one: torch.Size, other: torch.Size, **_more: Any) -> int:
         return 2 * one[0] * one[1] * other[1]
 
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: added_in_place}) as counter:
-        works[name]()
-    assert counter.get_total_flops() == bench.operations(40, 24, *SIZES)[name]
+        sides[name]()
+    assert counter.get_total_flops() == bench.count_operations(40, 24, *SIZES)[name]
 
 
 @pytest.mark.parametrize("rival", [bench.LOOP, bench.GROUPED])
 def test_a_rival_that_computes_something_else_is_not_timed(rival: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    bench.sides(OPTIONS, 40, 24, *SIZES)
+    bench.build_sides(OPTIONS, 40, 24, *SIZES)
     right = bench.RIVALS[rival]
 
     def forgets_the_last_token(layer: Any, x: torch.Tensor) -> torch.Tensor:
@@ -47,4 +47,4 @@ def test_a_rival_that_computes_something_else_is_not_timed(rival: str, monkeypat
 
     monkeypatch.setitem(bench.RIVALS, rival, forgets_the_last_token)
     with pytest.raises(AssertionError, match=f"{rival} and the layer differ in output"):
-        bench.sides(OPTIONS, 40, 24, *SIZES)
+        bench.build_sides(OPTIONS, 40, 24, *SIZES)

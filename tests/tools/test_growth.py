@@ -1,4 +1,4 @@
-"""The table of how costs grow, in small: the counted costs agree with the formulas."""
+"""A small table of how costs grow: the counts equal the formulas."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_what_is_counted_grows_as_the_formulas_say(
     growth.main(sizes.split(" "))
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
     assert {row[0].split(":")[0] for row in rows} >= {"weights, bytes", "OSFT", "ASR", "router", "operations of a step"}
-    for label, formula, sizes_of_row, measured, predicted, ratio in rows:
-        assert float(measured) > 0, (label, formula, sizes_of_row, predicted)
-        if not label.startswith("router"):  # the router is timed
-            assert float(ratio) == pytest.approx(1.0, abs=0.08), (label, sizes_of_row, measured, predicted)
+    for name, formula, size, measured, predicted, ratio in rows:
+        assert float(measured) > 0, (name, formula, size, predicted)
+        if not name.startswith("router"):  # router rows are timed
+            assert float(ratio) == pytest.approx(1.0, abs=0.08), (name, size, measured, predicted)

@@ -1,4 +1,4 @@
-"""The stage of the quickstart: reproducible from its seed, learnable, built once, and never incomplete."""
+"""The quickstart's stage: equal for equal seeds, learnable, made once, and never left incomplete."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ TEN = stage.Settings(tasks=10)
 
 @pytest.fixture(scope="module")
 def stage_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("stage") / "made"
+    folder = tmp_path_factory.mktemp("stage") / "stage"
     assert stage.make_stage(folder, 3, TINY)
     return folder
 
 
-def read_files(folder: Path) -> dict[str, bytes]:
+def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def read_split(folder: Path, task: str, split: str) -> Any:
+def read(folder: Path, task: str, split: str) -> Any:
     return json.loads((folder / task / f"{split}.json").read_text("utf-8"))
 
 
 def test_one_seed_makes_the_same_bytes_and_another_seed_other_ones(stage_folder: Path, tmp_path: Path) -> None:
     stage.make_stage(tmp_path / "again", 3, TINY)
     stage.make_stage(tmp_path / "other", 4, TINY)
-    assert read_files(tmp_path / "again") == read_files(stage_folder)
-    same = {name for name, value in read_files(tmp_path / "other").items() if value == read_files(stage_folder)[name]}
+    assert content(tmp_path / "again") == content(stage_folder)
+    same = {name for name, value in content(tmp_path / "other").items() if value == content(stage_folder)[name]}
     assert not {name for name in same if name.endswith(("train.json", "test.json", ".safetensors", "tokenizer.model"))}
 
 
@@ -75,41 +75,36 @@ def test_the_trainer_reads_the_tasks_as_they_are(stage_folder: Path) -> None:
         assert (len(task.train), len(task.test)) == (TINY.train, TINY.test)
         assert {sample.answer for sample in (*task.train, *task.test)} == set(stage.LABELS[task.name])
         prompts = [sample.prompt for sample in (*task.train, *task.test)]
-        assert len(set(prompts)) == len(prompts), "a sentence stands on both sides, or twice"
+        assert len(set(prompts)) == len(prompts), "a prompt occurs twice"
 
 
 def test_the_words_decide_the_label_and_every_task_means_another_thing_by_them() -> None:
-    """A classifier that only counts words learns every task, and its counts of one task are useless in the others."""
+    """A classifier by word counts learns every task, but the counts of one task are useless for the others."""
     language = stage.Language(0, TEN)
-    label_counts: dict[str, dict[str, Counter[int]]] = {}
+    known: dict[str, dict[str, Counter[int]]] = {}
     tests = {}
     for task, labels in stage.LABELS.items():
         samples = language.samples(task, 420)
-        label_counts[task] = defaultdict(Counter)
+        known[task] = defaultdict(Counter)
         for sample in samples[:320]:
             for word in re.findall(r"\w+", sample["sentence"]):
-                label_counts[task][word][labels.index(sample["label"])] += 1
+                known[task][word][labels.index(sample["label"])] += 1
         tests[task] = samples[320:]
 
-    def score(task: str, learned_task: str) -> float:
-        num_correct = 0
+    def score(task: str, by: str) -> float:
+        right = 0
         for sample in tests[task]:
             votes: Counter[int] = Counter()
             for word in re.findall(r"\w+", sample["sentence"]):
-                counts = label_counts[learned_task].get(word, Counter())
-                if counts and max(counts.values()) == counts.total():  # words of the form go with every label
-                    votes += counts
-            num_correct += bool(votes) and votes.most_common(1)[0][0] == stage.LABELS[task].index(sample["label"])
-        return num_correct / len(tests[task])
+                seen = known[by].get(word, Counter())
+                if seen and max(seen.values()) == seen.total():  # words of the form occur with every label
+                    votes += seen
+            right += bool(votes) and votes.most_common(1)[0][0] == stage.LABELS[task].index(sample["label"])
+        return right / len(tests[task])
 
-    assert min(score(task, learned_task=task) for task in stage.LABELS) >= 0.98
-    transfer_scores = [
-        score(task, learned_task=learned_task)
-        for task in stage.LABELS
-        for learned_task in stage.LABELS
-        if learned_task != task
-    ]
-    assert sum(transfer_scores) / len(transfer_scores) < 0.45  # by chance 0.25 to 0.33
+    assert min(score(task, by=task) for task in stage.LABELS) >= 0.98
+    others = [score(task, by=by) for task in stage.LABELS for by in stage.LABELS if by != task]
+    assert sum(others) / len(others) < 0.45  # by chance 0.25 to 0.33
 
 
 def test_the_form_tells_the_task() -> None:
@@ -126,12 +121,12 @@ def test_pretraining_text_holds_no_label() -> None:
 
 @pytest.mark.parametrize("tasks", [5, 10])
 def test_labels_are_single_pieces(tmp_path: Path, tasks: int) -> None:
-    """Ranking sums over the tokens of a label: labels of many pieces would be harder to learn than the tasks."""
+    """Ranking sums over the tokens of a label, so labels of many pieces would be harder to learn than the tasks."""
     settings = stage.Settings(tasks, hidden_size=32, layers=1, heads=2, steps=16, batch=250)
     stage.make_stage(tmp_path / "s", 0, settings)
     tokenizer = load_tokenizer(tmp_path / "s" / "model")
     pieces = {label: tokenizer.tokenize(label) for labels in settings.labels.values() for label in labels}
-    assert {label: label_pieces for label, label_pieces in pieces.items() if len(label_pieces) > 1} == {}
+    assert {label: split for label, split in pieces.items() if len(split) > 1} == {}
 
 
 def test_the_model_has_learnt_from_the_text(stage_folder: Path) -> None:
@@ -160,11 +155,11 @@ def test_a_second_start_finds_it_and_another_seed_replaces_it(tmp_path: Path) ->
 def test_an_end_halfway_leaves_no_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "s"
 
-    def fail_on_full_disk(*_: object) -> None:
+    def full(*_: object) -> None:
         raise OSError(28, "No space left on device", "model.safetensors")
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "_write_model", fail_on_full_disk)
+        patch.setattr(stage, "_write_model", full)
         with pytest.raises(OSError, match="No space"):
             stage.make_stage(folder, 0, TINY)
     assert not folder.exists()
@@ -182,7 +177,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "phrase"),
+    ("arguments", "named"),
     [
         ([], "--out"),
         (["--out"], "--out"),
@@ -194,7 +189,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
 )
 def test_a_wrong_word_is_told_in_one_line(
     arguments: list[str],
-    phrase: str,
+    named: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -202,5 +197,5 @@ def test_a_wrong_word_is_told_in_one_line(
     monkeypatch.chdir(tmp_path)
     assert stage.main(arguments) == 2
     stderr = capsys.readouterr().err
-    assert phrase in stderr
+    assert named in stderr
     assert stderr.count("\n") == 1

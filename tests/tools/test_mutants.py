@@ -1,4 +1,4 @@
-"""The list of breakages fits the code. On a project of a few lines, the tool reports which breakages are caught."""
+"""The list of breakages matches the code, and tools/mutants.py judges a project of a few lines correctly."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ def project(tmp_path: Path) -> Path:
     return root
 
 
-def run_mutants(root: Path, *words: str) -> tuple[int, str]:
+def start(root: Path, *words: str) -> tuple[int, str]:
     command = [sys.executable, str(ROOT / "tools" / "mutants.py"), "--root", str(root), "--preload", "", *words]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     return process.returncode, process.stdout + process.stderr
 
 
 def test_the_list_fits_the_code() -> None:
-    assert mutants.problems(ROOT, mutants.load_breakages(ROOT), 100, 0) == []
+    assert mutants.find_problems(ROOT, mutants.load_breakages(ROOT), 100, 0) == []
 
 
 def test_a_breakage_that_its_tests_miss_survives_and_nothing_is_tried_twice(project: Path) -> None:
-    status, output = run_mutants(project)
+    status, output = start(project)
     assert status == 1, output
     assert "1 of 2  caught" in output
     assert "2 of 2  SURVIVED" in output
@@ -60,28 +60,28 @@ def test_a_breakage_that_its_tests_miss_survives_and_nothing_is_tried_twice(proj
     assert "dscl/sums.py:9: differences are sums" in output.splitlines()[-1]
     records = (project / "out/mutants.jsonl").read_text().splitlines()
     assert [json.loads(line)["verdict"] for line in records] == ["caught", "caught", "caught", "SURVIVED"]
-    assert json.loads(records[1])["said"] == "tests/test_sums.py::test_add"
+    assert json.loads(records[1])["reason"] == "tests/test_sums.py::test_add"
     with open(project / "out/mutants.jsonl", "a") as file:
         file.write('{"key": ')  # as a killed process leaves it
-    second_status, output = run_mutants(project)
+    second_status, output = start(project)
     assert second_status == 1
-    assert output.count("(found before)") == 2
+    assert output.count("(judged before)") == 2
     assert (project / "dscl/sums.py").read_text() == FILES["dscl/sums.py"]
 
 
 def test_tests_that_fail_by_themselves_catch_nothing(project: Path) -> None:
     test = project / "tests/test_sums.py"
     test.write_text(test.read_text().replace("== 5", "== 6"))
-    status, output = run_mutants(project, "--only", "products")
+    status, output = start(project, "--only", "products")
     assert status == 2, output
-    assert "test_add does not pass while nothing is broken" in output
+    assert "test_add does not pass without the breakage" in output
 
 
 @pytest.mark.parametrize(
-    ("file", "before", "after", "expected_problem"),
+    ("file", "before", "after", "message"),
     [
-        ("dscl/sums.py", "a + b", "b + a", "its words stand there 0 times instead of once"),
-        ("dscl/sums.py", "a - b", "(a - b) or (a - b)", "its words stand there 2 times instead of once"),
+        ("dscl/sums.py", "a + b", "b + a", "its words occur 0 times in the file instead of once"),
+        ("dscl/sums.py", "a - b", "(a - b) or (a - b)", "its words occur 2 times in the file instead of once"),
         ("tests/test_sums.py", "test_less", "test_fewer", "there is no test tests/test_sums.py::test_less"),
         ("tools/breakages.py", '"a * b"', '"a +"', "changes nothing, or is no Python"),
         ("tools/breakages.py", '"a * b"', '"a + b"', "changes nothing, or is no Python"),
@@ -91,18 +91,18 @@ def test_tests_that_fail_by_themselves_catch_nothing(project: Path) -> None:
         ("dscl/__init__.py", "", "__version__ = 1\n", "dscl/__init__.py: no breakage is listed"),
     ],
 )
-def test_what_is_out_of_date_is_told(project: Path, file: str, before: str, after: str, expected_problem: str) -> None:
+def test_what_is_out_of_date_is_told(project: Path, file: str, before: str, after: str, message: str) -> None:
     path = project / file
     path.write_text(path.read_text().replace(before, after) if before else after)
     mutants._tests_in.cache_clear()
-    problems = mutants.problems(project, mutants.load_breakages(project), 100, 0)
-    assert any(expected_problem in problem for problem in problems), problems
+    problems = mutants.find_problems(project, mutants.load_breakages(project), 100, 0)
+    assert any(message in problem for problem in problems), problems
 
 
 def test_check_needs_no_test_run_and_ends_with_its_status(project: Path) -> None:
-    assert run_mutants(project, "--check") == (0, "2 breakages, 0 problems\n")
+    assert start(project, "--check") == (0, "2 breakages, 0 problems\n")
     (project / "dscl/sums.py").write_text("")
-    assert run_mutants(project, "--check")[0] == 1
+    assert start(project, "--check")[0] == 1
 
 
 SOURCE = '''
@@ -125,8 +125,10 @@ class Thing:
 
 def test_places_are_what_a_run_comes_by() -> None:
     source = SOURCE.encode()
-    places = {(kind, source[start:stop].decode(), after) for kind, start, stop, after in mutants.Places(source).found}
-    assert places == {
+    sites = {
+        (kind, source[start:stop].decode(), after) for kind, start, stop, after in mutants.MutationSites(source).sites
+    }
+    assert sites == {
         ("moved", "3", "4"),
         ("moved", "2", "3"),
         ("moved", "0.5", "1.5"),
@@ -143,11 +145,11 @@ def test_what_is_drawn_stays_until_its_line_changes(project: Path) -> None:
     path = project / "dscl/sums.py"
     path.write_text("def over(a):\n    if a > 1:\n        a = a and 2\n    return a == 3\n")
     table = {"dscl/": ("tests/test_sums.py",)}
-    first = {mutant.name: mutant.harm for mutant in mutants.drawn_mutants(project, table, 1000, 0)}
+    first = {mutant.name: mutant.harm for mutant in mutants.random_mutants(project, table, 1000, 0)}
     assert len(first) == 7
     path.write_text("# a comment above\n" + path.read_text().replace("a == 3", "a != 3"))
-    second = {mutant.name: mutant.harm for mutant in mutants.drawn_mutants(project, table, 1000, 0)}
+    second = {mutant.name: mutant.harm for mutant in mutants.random_mutants(project, table, 1000, 0)}
     changed = {name for name, harm in first.items() if "==" in harm or "3 →" in harm}
     assert set(first) - set(second) == changed
     assert len(changed) == 2
-    assert not set(first) & {mutant.name for mutant in mutants.drawn_mutants(project, table, 1000, 1)}
+    assert not set(first) & {mutant.name for mutant in mutants.random_mutants(project, table, 1000, 1)}

@@ -1,4 +1,4 @@
-"""The table of plans in small: a row for each size, with the numbers of its plan."""
+"""A small table of plans: a row for each size, with the values of the plan."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def test_a_row_says_what_the_plan_says(
     head, _, row = ([cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines())
     cells = dict(zip(head, row, strict=True))
     assert (cells["method"], cells["GPUs"]) == ("`sequential`", "2")
-    part_sizes = [float(cells[part]) for part in sizes.PARTS]
-    assert sum(part_sizes[:-1]) == pytest.approx(part_sizes[-1], abs=0.3)
-    # 17.7M parameters in bf16: each rank sends its half of them once, because so few stay gathered until the end of the
-    # backward pass, and half of the gradients.
+    memory = [float(cells[part]) for part in sizes.PARTS]
+    assert sum(memory[:-1]) == pytest.approx(memory[-1], abs=0.3)
+    # 17.7M parameters in bf16: each rank sends its half of the gradients, and its half of the parameters once, as ZeRO
+    # keeps so few parameters gathered until the backward pass has used them.
     assert cells["sent a step"].endswith(" GB")
     assert float(cells["sent a step"].split()[0]) == pytest.approx(17.7e6 * 2 / 1e9, rel=0.05)
     least, most = (float(word) for word in cells["step"].removesuffix(" s").split(" to "))

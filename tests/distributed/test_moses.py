@@ -780,7 +780,7 @@ def tensorboard_events(run_dir: Path) -> tuple[dict[int, float], list[int]]:
     for record in read_metrics(run_dir):
         if "capacity_bytes" in record:
             assert curve[record["step"]] == record["capacity_bytes"]
-    (picture,) = [tag for tag in events.Tags()["images"] if tag.startswith("task/masks")]
+    (picture,) = [tag for tag in events.Tags()["images"] if tag.startswith("task/mask")]
     return curve, sorted({event.step for event in events.Images(picture)})
 
 

@@ -252,8 +252,8 @@ def test_a_spawned_rank_ignores_nproc(project: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("words", "function"),
     [
-        (["train", "r.yaml", "--dry-run"], "dscl.training.trainer.dry_run"),
-        (["doctor", "r.yaml"], "dscl.training.trainer.diagnose_cluster"),
+        (["train", "r.yaml", "--dry-run"], "dscl.training.dry_run.dry_run"),
+        (["doctor", "r.yaml"], "dscl.training.run.diagnose_cluster"),
         (["export", "out", "made"], "dscl.serving.export.export_run"),
         (["export", "out", "made", "--task", "color"], "dscl.serving.export.export_task_adapter"),
     ],

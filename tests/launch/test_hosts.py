@@ -83,7 +83,7 @@ def test_hosts_train_together(hosts: Hosts, tasks: Path, script: str, count: int
     assert "OP" in outputs[0]
     assert json.loads((tasks / name / "scores.json").read_text())["complete"]
     state = next((tasks / name / "checkpoints").iterdir()) / "state.json"
-    assert json.loads(state.read_text())["world"] == count
+    assert json.loads(state.read_text())["world_size"] == count
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_a_dead_rank_is_named_and_all_start_again(hosts: Hosts, undisturbed_run:
     assert "OP" in outputs[0]
     assert run_outcome(Path(document["run_dir"])) == run_outcome(expected)
     state = next((Path(document["run_dir"]) / "checkpoints").iterdir()) / "state.json"
-    assert json.loads(state.read_text())["world"] == 2
+    assert json.loads(state.read_text())["world_size"] == 2
 
 
 @pytest.mark.exhaustive

@@ -193,7 +193,7 @@ def test_one_machine_alone(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "run" / "scores.json").read_text())["complete"]
     state = next((tmp_path / "run" / "checkpoints").iterdir()) / "state.json"
-    assert json.loads(state.read_text())["world"] == 2
+    assert json.loads(state.read_text())["world_size"] == 2
 
 
 def test_without_the_doctor() -> None:

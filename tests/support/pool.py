@@ -20,7 +20,7 @@ PRELOADED_MODULES = (
     "deepspeed",
     "transformers",
     "datasets",
-    "dscl.training.trainer",
+    "dscl.training.run",
     "dscl.cli.app",
     "tests.support.runs",
 )

@@ -66,7 +66,9 @@ def test_a_slow_link_is_named(monkeypatch: pytest.MonkeyPatch, hosts: str, slow:
     durations = iter(([1e-3] * count, [1e-3] * count, ring_seconds))  # all-reduce, all-to-all, the ring
     monkeypatch.setenv("WORLD_SIZE", str(count))
     monkeypatch.setattr(cluster_checks, "best_seconds", lambda work: next(durations))
-    monkeypatch.setattr(preflight, "gather_by_host", lambda mine: list(zip(hosts, mine or [None] * count, strict=True)))
+    monkeypatch.setattr(
+        cluster_checks, "gather_by_host", lambda mine: list(zip(hosts, mine or [None] * count, strict=True))
+    )
     results = cluster_checks.check_network(None)  # type: ignore[arg-type]
     assert {result.subject: result.message for result in results if not result.passed} == odd
     if hosts == "aabb":

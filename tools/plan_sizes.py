@@ -71,7 +71,7 @@ def table_row(size: str, method: str, gpus: int, options: argparse.Namespace) ->
         f"`{method}`",
         str(gpus),
         *(f"{stage[part] / 2**30:.1f}" for part in PARTS.values()),
-        f"{step['sent'] / 1e9:.3g} GB",
+        f"{step['bytes_sent'] / 1e9:.3g} GB",
         " to ".join(f"{seconds:.3g}" for seconds in step["seconds"]) + " s",
         " to ".join(f"{rate / gpus:,.0f}" for rate in step["tokens_per_second"]),
     ]

@@ -406,7 +406,7 @@ ADAPTER = "adapters/hills/adapter_model.safetensors"
         ),
         (
             lambda e: edit_description(e, lambda d: d["features"].update(seed=4)),
-            "seed of the expansion 3, here it is 4",
+            "seed of the random features 3, here it is 4",
         ),
         (retrained, "the tasks were trained with tokenizer .*, here it is"),
     ],

@@ -214,11 +214,11 @@ def export_task_adapter(run_dir: Path, folder: Path, task: str, checkpoint_name:
         if description.kind == ADAPTERS:
             copy_matching_files(description.tasks[task], new_folder, (CONFIG_FILE, ADAPTER_WEIGHTS_FILE))
         else:
-            learnt = SubExpertServingBank(
+            bank = SubExpertServingBank(
                 backbone.build(), Routing(len(description.tasks), rank=0), None, description.tasks
             )
-            write_adapter(new_folder, learnt.to_lora_adapter(task, description.model.name or "model.shape"))
-            token_routing = learnt.token_routing
+            write_adapter(new_folder, bank.to_lora_adapter(task, description.model.name or "model.shape"))
+            token_routing = bank.token_routing
     print(f"wrote {folder}: {CONFIG_FILE}, {ADAPTER_WEIGHTS_FILE}")
     print(f"task:  {task}")
     print(f"base:  {_base_model_label(description.model, description.seed)} (not copied)")

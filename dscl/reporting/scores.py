@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from dscl.maths.scores import SUMMARY_KEYS
 from dscl.monitoring.score_board import ScoreBoard
+from dscl.utils.json_files import parse_json_object
 
 
 class DamagedFileError(ValueError):
@@ -58,14 +58,11 @@ def read_scores(path: Path) -> ScoreBoard | None:
 def read_json(path: Path) -> dict[str, Any] | None:
     """Read a file that holds a JSON object; None if there is no such file."""
     try:
-        document = json.loads(path.read_text("utf-8"))
+        return parse_json_object(path.read_bytes())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise DamagedFileError(f"{path.name} is damaged: {error}") from None
-    if not isinstance(document, dict):
-        raise DamagedFileError(f"{path.name} is damaged: it holds no JSON object")
-    return document
 
 
 def is_number(value: Any) -> bool:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -321,7 +322,11 @@ def _base_model(run_info: RunInfo) -> dict[str, str]:
 
 def read_progress(folder: Path) -> tuple[TrainState, ScoreBoard]:
     """How far the run had come at a checkpoint, and its results until then."""
-    state = json.loads((folder / "state.json").read_text("utf-8"))
+    return _parse_progress(json.loads((folder / "state.json").read_text("utf-8")))
+
+
+def _parse_progress(state: Mapping[str, Any]) -> tuple[TrainState, ScoreBoard]:
+    """The two parts of state.json that training goes on from."""
     return TrainState.from_json(state["train_state"]), ScoreBoard.from_json(state["scores"])
 
 
@@ -340,4 +345,4 @@ def load_checkpoint(folder: Path, engine: Engine, method: Method) -> tuple[Train
     method.load_state_dict(method_state, read_rows(folder))
     with ExitStack() as stack:
         method.load_matrix_state(open_matrix_state(folder, stack))
-    return read_progress(folder)
+    return _parse_progress(state)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
 import dscl.engine
@@ -171,12 +172,13 @@ def test_an_optimizer_is_listed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert listed == [*ZERO_SUPPORTED_OPTIMIZERS, Subclass]
 
 
-def test_a_complaint_of_deepspeed_becomes_one_line() -> None:
+@pytest.mark.parametrize("complaint", [NotImplementedError, DeepSpeedConfigError])
+def test_a_complaint_of_deepspeed_becomes_one_line(complaint: type[Exception]) -> None:
     with (
         pytest.raises(UserError, match=r"^deepspeed: these settings are refused: no mix of a and b$"),
         deepspeed_patches.deepspeed_errors_as_user_errors(),
     ):
-        raise NotImplementedError("no mix\n  of a and b")
+        raise complaint("no mix\n  of a and b")
 
 
 def test_asserts_between_ranks_are_back_afterwards() -> None:
